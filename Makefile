@@ -1,0 +1,51 @@
+# Everything a checkout can do. `make demo` and `make test` need only Python >= 3.11, make and git:
+# the environment in .venv is made, and remade when pyproject.toml or constraints.txt changed.
+
+# The interpreter that makes .venv: `make demo PYTHON=python3.12` picks another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Extra arguments: `make test ARGS='-k spans -x'`, `make demo ARGS='--tokens 2048 --json'`.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
+
+demo: $(STAMP)  ## run the main job: packed documents through forward, backward and every check
+	$(BIN)/python -m maskflash demo $(ARGS)
+
+test: $(STAMP)  ## run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff fix and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## run the CPU benchmarks and print their tables
+	$(BIN)/python -m benchmarks.attention --cpu $(ARGS)
+	$(BIN)/python -m benchmarks.analysis $(ARGS)
+
+clean:  ## remove caches and build results, keep .venv
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find maskflash tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and pinned: left to a dependency's lower bound, pip may fetch a newer one with gigabytes of
+# CUDA. The build back-end comes from the same pins, so the editable install builds without isolation.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "maskflash needs Python >= 3.11 with venv; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch hatchling editables
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@

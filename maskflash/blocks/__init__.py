@@ -1,0 +1,1 @@
+"""Which tiles of the attention matrix to visit: the block map, and how it is found."""

@@ -1,0 +1,213 @@
+"""Turns the kinds of a mask's tiles into a BlockMap: runs of equal tiles, by rows for forward, by columns for backward.
+
+A tile is skip (no pair of it is visible), full (every pair inside the lengths is) or partial. Runs leave the
+skipped tiles out and merge neighbours of one kind, so a map's memory follows the mask's boundary, not its area.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from maskflash.errors import ArgumentError
+
+SKIP: Final = 0
+PARTIAL: Final = 1
+FULL: Final = 2
+
+_PICTURE_SIDE: Final = 64  # cells; larger maps are shrunk to at most this
+_SHADES: Final = "·▒█"  # by kind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """Runs of visited tiles along the lines (rows or columns) of a lattice, in compressed-row form.
+
+    Line l = (b*H + h)*n + i owns the runs offsets[l] to offsets[l+1] (half open), ascending and disjoint.
+
+    Attributes:
+        offsets: (B*H*n + 1,) int32, where each line's runs begin.
+        start: (runs,) int32, first tile of the run.
+        stop: (runs,) int32, one past its last tile.
+        full: (runs,) bool, whether its tiles are full; else they are partial.
+    """
+
+    offsets: Tensor
+    start: Tensor
+    stop: Tensor
+    full: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the four tensors."""
+        return sum(t.nbytes for t in (self.offsets, self.start, self.stop, self.full))
+
+    def lines(self) -> Tensor:
+        """The line of each run: (runs,) int64, ascending."""
+        owned = self.offsets.diff().long()
+        return torch.repeat_interleave(torch.arange(len(owned), device=owned.device), owned)
+
+    def tiles(self, *, full: bool) -> tuple[Tensor, Tensor]:
+        """Line and position of every full (or every partial) tile: two (tiles,) int64, in order."""
+        chosen = self.full if full else ~self.full
+        start = self.start[chosen].long()
+        length = self.stop[chosen].long() - start
+        # Tile number n of the selection lies n - (tiles before its run) after its run's start.
+        first = start - (length.cumsum(0) - length)
+        position = torch.repeat_interleave(first, length) + torch.arange(int(length.sum()), device=start.device)
+        return torch.repeat_interleave(self.lines()[chosen], length), position
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockMap:
+    """Which tiles of a (B, H, q_len, kv_len) mask to visit, and which of these need the mask itself.
+
+    Attributes:
+        q_len: rows of the mask, in tokens.
+        kv_len: columns of the mask, in tokens.
+        block_size: (bq, bkv), a tile's rows and columns in tokens; the last tile may be ragged.
+        shape: (B, H, nQ, nKV) in tiles; B or H is 1 where the mask does not look at it.
+        rows: runs of column tiles along each row of tiles (what forward and dQ walk).
+        columns: runs of row tiles along each column of tiles (what dK and dV walk).
+    """
+
+    q_len: int
+    kv_len: int
+    block_size: tuple[int, int]
+    shape: tuple[int, int, int, int]
+    rows: Runs
+    columns: Runs
+
+    @staticmethod
+    def from_kinds(kinds: Tensor, q_len: int, kv_len: int, block_size: tuple[int, int]) -> BlockMap:
+        """Builds the map from every tile's kind.
+
+        Args:
+            kinds: (B, H, nQ, nKV) int8, 0 skip, 1 partial, 2 full.
+            q_len: rows in tokens; nQ is ceil(q_len / bq) and may be 0.
+            kv_len: columns in tokens; nKV is ceil(kv_len / bkv) and may be 0.
+            block_size: (bq, bkv) in tokens.
+
+        Returns:
+            The map, on the device of `kinds`.
+
+        Raises:
+            ArgumentError: the lattice does not fit the lengths.
+        """
+        expected = (math.ceil(q_len / block_size[0]), math.ceil(kv_len / block_size[1]))
+        if kinds.dim() != 4 or tuple(kinds.shape[2:]) != expected:
+            raise ArgumentError(
+                f"BlockMap.from_kinds: kinds has shape {tuple(kinds.shape)}, expected (B, H, {expected[0]}, {expected[1]}) "
+                f"for {q_len} x {kv_len} tokens in tiles of {block_size[0]} x {block_size[1]}"
+            )
+        batch, heads, n_q, n_kv = kinds.shape
+        return BlockMap(
+            q_len=q_len,
+            kv_len=kv_len,
+            block_size=(int(block_size[0]), int(block_size[1])),
+            shape=(batch, heads, n_q, n_kv),
+            rows=_runs(kinds.reshape(batch * heads * n_q, n_kv)),
+            columns=_runs(kinds.transpose(2, 3).reshape(batch * heads * n_kv, n_q)),
+        )
+
+    def kinds(self) -> Tensor:
+        """Every tile's kind: (B, H, nQ, nKV) int8, 0 skip, 1 partial, 2 full. Materialised: for people and tests."""
+        batch, heads, n_q, n_kv = self.shape
+        kinds = torch.zeros(batch * heads * n_q, n_kv, dtype=torch.int8, device=self.device)
+        kinds[self.rows.tiles(full=False)] = PARTIAL
+        kinds[self.rows.tiles(full=True)] = FULL
+        return kinds.view(self.shape)
+
+    def partial_tiles(self) -> Tensor:
+        """(b, h, i, j) of every partial tile: (partial, 4) int64, ordered by row of tiles."""
+        _, heads, n_q, _ = self.shape
+        line, j = self.rows.tiles(full=False)
+        row = line // max(n_q, 1)
+        return torch.stack((row // heads, row % heads, line % max(n_q, 1), j), dim=1)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tiles are full, partial and skip."""
+        length = self.rows.stop - self.rows.start
+        full = int(length[self.rows.full].sum())
+        partial = int(length.sum()) - full
+        return {"full": full, "partial": partial, "skip": math.prod(self.shape) - full - partial}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of tiles skipped; 0 for a map without tiles."""
+        return self.counts["skip"] / max(math.prod(self.shape), 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by both sets of runs."""
+        return self.rows.nbytes + self.columns.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the runs live."""
+        return self.rows.start.device
+
+    def __repr__(self) -> str:
+        batch, heads, n_q, n_kv = self.shape
+        return (
+            f"BlockMap({self.q_len} x {self.kv_len} tokens, tiles of {self.block_size[0]} x {self.block_size[1]}, "
+            f"shape ({batch}, {heads}, {n_q}, {n_kv}), {self._summary()})"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join((repr(self), *_picture(self)))
+
+    def _summary(self) -> str:
+        counts = self.counts
+        return (
+            f"{counts['full']} full, {counts['partial']} partial, {counts['skip']} skip, "
+            f"{100 * self.sparsity:.1f} % skipped, {self.nbytes} bytes"
+        )
+
+
+def _runs(kinds: Tensor) -> Runs:
+    """Runs along the last axis of a (lines, n) lattice of kinds."""
+    outside = kinds.new_full((kinds.shape[0], 1), -1)
+    changes = torch.cat((outside, kinds, outside), dim=1).diff(dim=1) != 0
+    visited = kinds != SKIP
+    # Both lists are in row-major order and every run has one start and one end, so they pair up.
+    line, start = (visited & changes[:, :-1]).nonzero(as_tuple=True)
+    last = (visited & changes[:, 1:]).nonzero(as_tuple=True)[1]
+    offsets = torch.zeros(kinds.shape[0] + 1, dtype=torch.int32, device=kinds.device)
+    offsets[1:] = torch.bincount(line, minlength=kinds.shape[0]).cumsum(0)
+    return Runs(offsets, start.int(), (last + 1).int(), kinds[line, start] == FULL)
+
+
+def _picture(block_map: BlockMap) -> list[str]:
+    """The first batch row's and head's tiles as text, shrunk so that each cell stands for side x side tiles."""
+    _, _, n_q, n_kv = block_map.shape
+    side = max(1, math.ceil(max(n_q, n_kv) / _PICTURE_SIDE))
+    lines = [_SHADES[SKIP] + " skip  " + _SHADES[PARTIAL] + " partial  " + _SHADES[FULL] + " full"]
+    if side > 1:
+        lines[0] += f"  (one cell is {side} x {side} tiles)"
+    for top in range(0, n_q, side):
+        band = _band(block_map, top, min(top + side, n_q))
+        cells = [_cell(band[:, left : left + side]) for left in range(0, n_kv, side)]
+        lines.append("".join(_SHADES[kind] for kind in cells))
+    return lines
+
+
+def _band(block_map: BlockMap, top: int, bottom: int) -> Tensor:
+    """Kinds of the rows of tiles top to bottom of the first batch row and head: (bottom - top, nKV)."""
+    runs = block_map.rows
+    band = torch.zeros(bottom - top, block_map.shape[3], dtype=torch.int8)
+    for i in range(top, bottom):
+        for r in range(int(runs.offsets[i]), int(runs.offsets[i + 1])):
+            band[i - top, int(runs.start[r]) : int(runs.stop[r])] = FULL if runs.full[r] else PARTIAL
+    return band
+
+
+def _cell(kinds: Tensor) -> int:
+    """The kind of a group of tiles: their common kind, else partial."""
+    lowest, highest = int(kinds.min()), int(kinds.max())
+    return lowest if lowest == highest else PARTIAL

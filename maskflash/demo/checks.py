@@ -1,0 +1,99 @@
+"""Holds one attention call against dense references: out, lse and gradients in float64, the block map tile by tile."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import maskflash as mf
+from maskflash.demo.workload import SCALE, Workload
+from maskflash.kernels.reference import error_budget, reference
+
+ROWS = 1024  # of the score matrix at a time, one head at a time: 64 MiB in float64 at 8,192 tokens
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One result's largest error beside the largest it may be."""
+
+    name: str
+    error: float
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the budget; a NaN is not."""
+        return self.error <= self.budget
+
+
+def check_results(
+    results: tuple[Tensor, ...], work: Workload, mask: Tensor, tick: Callable[[], None]
+) -> list[Check]:
+    """Hold out, lse, dq, dk and dv against float64.
+
+    A budget is twice the error of a plain dense computation in the inputs' dtype, plus one rounding unit.
+
+    Args:
+        results: out, lse, dq, dk and dv of the call under test.
+        work: the inputs of that call.
+        mask: (1, 1, S, S) bool.
+        tick: called once for each head.
+
+    Returns:
+        One check for each result.
+    """
+    exact = tuple(torch.zeros_like(result, dtype=torch.float64) for result in results)
+    plain = tuple(torch.zeros_like(result, dtype=torch.float64) for result in results)
+    for head in range(work.q.shape[1]):
+        _add_dense_head(exact, work, mask, head, torch.float64)
+        _add_dense_head(plain, work, mask, head, work.q.dtype)
+        tick()
+    return [
+        Check(name, _largest(result - truth), error_budget(own.to(work.q.dtype), truth))
+        for name, result, truth, own in zip(RESULTS, results, exact, plain, strict=True)
+    ]
+
+
+def check_block_map(block_map: mf.BlockMap, mask: Tensor) -> Check:
+    """Count the tiles whose kind is not what all their pairs say; there may be none.
+
+    Args:
+        block_map: of a mask that looks at neither batch nor head beyond the first.
+        mask: (1, 1, Sq, Skv) bool, the same mask.
+    """
+    seen, area = mask[0, 0].int(), torch.ones_like(mask[0, 0], dtype=torch.int32)
+    for axis, block in enumerate(block_map.block_size):
+        seen, area = _sum_blocks(seen, axis, block), _sum_blocks(area, axis, block)
+    kinds = (seen > 0).int() + (seen == area).int()
+    return Check("tiles", float((block_map.kinds()[0, 0] != kinds).sum()), 0.0)
+
+
+def _add_dense_head(
+    into: tuple[Tensor, ...], work: Workload, mask: Tensor, head: int, dtype: torch.dtype
+) -> None:
+    """Add one head's dense out, lse, dq, dk and dv, computed in `dtype` a band of rows at a time."""
+    one = slice(head, head + 1)
+    k, v = (t[:, one].detach().to(dtype).requires_grad_() for t in (work.k, work.v))
+    for rows in _bands(work.q.shape[2]):
+        q = work.q[:, one, rows].detach().to(dtype).requires_grad_()
+        out, lse = reference(q, k, v, mask[:, :, rows], SCALE)
+        arriving = work.dout[:, one, rows].to(out.dtype), work.dlse[:, one, rows].to(lse.dtype)
+        dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), arriving)
+        for whole, part, place in zip(into, (out, lse, dq, dk, dv), (rows, rows, rows, ..., ...), strict=True):
+            whole[:, head][:, place] += part[:, 0].detach()
+
+
+def _bands(length: int) -> Iterator[slice]:
+    for start in range(0, length, ROWS):
+        yield slice(start, min(start + ROWS, length))
+
+
+def _sum_blocks(counts: Tensor, axis: int, block: int) -> Tensor:
+    """Sums of `block` neighbours along an axis; the last block may be short."""
+    return torch.stack([part.sum(axis) for part in counts.split(block, axis)], axis)
+
+
+def _largest(difference: Tensor) -> float:
+    return difference.abs().max().item()

@@ -1,0 +1,1 @@
+"""The mask as an expression: traced from Python, rewritten, bounded over tiles, evaluated on elements."""

@@ -1,0 +1,203 @@
+"""An expression at given pairs -> a bool tensor: the element-wise meaning that everything else must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskIndexError
+from .nodes import INDEX_VARIABLES, Expr, Node, operand_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The run-time values an expression's slots stand for."""
+
+    params: tuple[int, ...] = ()
+    tables: tuple[Tensor, ...] = ()
+
+
+def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
+    """Whether each pair is visible.
+
+    Args:
+        expr: the mask.
+        inputs: values of its params and tables.
+        pairs: `b`, `h`, `q`, `kv` as int64 tensors of shapes that broadcast together.
+
+    Returns:
+        bool tensor of the broadcast shape.
+
+    Raises:
+        MaskIndexError: a look-up out of range or a division by zero that no guard excludes.
+    """
+    shape = torch.broadcast_shapes(*(pairs[name].shape for name in INDEX_VARIABLES))
+    values: list[Tensor | None] = []
+    faulty = False
+    for position, node in enumerate(expr.nodes):
+        value, fault = _compute(node, expr, values, inputs, pairs)
+        faulty = faulty or (fault is not None and bool(fault.any()))
+        values.append(value)
+        for arg in node.args:
+            if expr.last_use[arg] == position:
+                values[arg] = None
+    if faulty:
+        _raise_if_reached(expr, inputs, pairs)
+    root = values[-1]
+    assert root is not None
+    return root.to(torch.bool).expand(shape)
+
+
+def reached(expr: Expr, always: Sequence[Tensor], maybe: Sequence[Tensor]) -> list[Tensor]:
+    """Where each node's value can matter, given lower and upper truth of every node: guards cut what is below them.
+
+    On elements `always` and `maybe` are the values themselves; on tiles they are bounds, and the answer an upper one.
+    """
+    true = torch.ones((), dtype=torch.bool, device=maybe[-1].device)
+    reach: list[Tensor | None] = [None] * len(expr.nodes)
+    reach[-1] = true
+    for position in range(len(expr.nodes) - 1, -1, -1):
+        here = reach[position]
+        if here is None:
+            continue
+        node = expr.nodes[position]
+        guards: list[Tensor] = [here] * len(node.args)
+        if node.op in ("and", "or"):
+            first = node.args[0]
+            guards[1] = here & (maybe[first] if node.op == "and" else ~always[first])
+        elif node.op == "select":
+            guards[1:] = [here & maybe[node.args[0]], here & ~always[node.args[0]]]
+        for arg, guard in zip(node.args, guards, strict=True):
+            known = reach[arg]
+            reach[arg] = guard if known is None else known | guard
+    return [true if here is None else here for here in reach]
+
+
+def _compute(
+    node: Node, expr: Expr, values: Sequence[Tensor | None], inputs: Inputs, pairs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """A node's value, and where it has none (None: nowhere); faulty places hold an arbitrary value."""
+    if node.op in INDEX_VARIABLES:
+        return pairs[node.op], None
+    if node.op == "const":
+        return torch.tensor(node.value, dtype=node.dtype), None
+    if node.op == "param":
+        return torch.tensor(inputs.params[int(node.value or 0)], dtype=node.dtype), None
+    operands = [value for arg in node.args if (value := values[arg]) is not None]
+    if node.op == "lookup":
+        return _lookup(inputs.tables[int(node.value or 0)], [index.to(torch.int64) for index in operands])
+    if node.op in ("not", "and", "or"):
+        return _TORCH[node.op](*operands), None
+    if node.op == "select":
+        chosen = torch.where(operands[0].to(torch.bool), *(x.to(node.dtype) for x in operands[1:]))
+        return chosen, None
+    if node.op == "cast":
+        return operands[0].to(node.dtype), None
+    dtype = operand_dtype(node, [expr.nodes[arg] for arg in node.args])
+    operands = [operand.to(dtype) for operand in operands]
+    if node.op in ("floordiv", "mod", "truncdiv", "fmod") and not dtype.is_floating_point:
+        fault = operands[1] == 0
+        return _TORCH[node.op](operands[0], torch.where(fault, 1, operands[1])).to(dtype), fault
+    return _TORCH[node.op](*operands), None
+
+
+def _lookup(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    if not indices:
+        return table, None
+    fault: Tensor | None = None
+    safe = []
+    for index, size in zip(indices, table.shape, strict=True):
+        index = index.to(table.device)
+        if index.numel():
+            low, high = torch.stack(torch.aminmax(index)).tolist()
+            if low < 0:
+                index = torch.where(index < 0, index + size, index)  # negative indices wrap, as in torch
+            if low < -size or high >= size:
+                outside = (index < 0) | (index >= size)
+                fault = outside if fault is None else fault | outside
+                index = index.clamp(0, max(size - 1, 0))
+        safe.append(index)
+    if 0 in table.shape:
+        return torch.zeros((), dtype=table.dtype, device=table.device), torch.ones_like(safe[0], dtype=torch.bool)
+    return table[tuple(safe)], fault
+
+
+def _raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
+    """Evaluate once more, keeping everything, and report the first fault that no guard excludes."""
+    values: list[Tensor] = []
+    faults: list[Tensor | None] = []
+    for node in expr.nodes:
+        value, fault = _compute(node, expr, values, inputs, pairs)
+        values.append(value)
+        faults.append(fault)
+    truth = [value.to(torch.bool) for value in values]
+    for position, (fault, reach) in enumerate(zip(faults, reached(expr, truth, truth), strict=True)):
+        if fault is None:
+            continue
+        bad = fault & reach.to(fault.device)
+        if bad.any():
+            raise MaskIndexError(_describe_fault(expr, position, bad, values, inputs, pairs))
+
+
+def _describe_fault(
+    expr: Expr, position: int, bad: Tensor, values: list[Tensor], inputs: Inputs, pairs: Mapping[str, Tensor]
+) -> str:
+    node, source = expr.nodes[position], expr.source(position)
+    shape = torch.broadcast_shapes(bad.shape, *(pairs[name].shape for name in INDEX_VARIABLES))
+    where = tuple(bad.expand(shape).nonzero()[0])
+    at = ", ".join(f"{name}={int(pairs[name].expand(shape)[where])}" for name in INDEX_VARIABLES)
+    place = f"{source}: " if source else ""
+    code = f'"{source.text}" ' if source and source.text else ""
+    if node.op != "lookup":
+        return f"{place}{code}divides by zero at {at}. Guard it: `divisor != 0 and ...`."
+    table = inputs.tables[int(node.value or 0)]
+    index = tuple(int(values[arg].expand(shape)[where]) for arg in node.args)
+    return (
+        f"{place}{code}reads index {index if len(index) > 1 else index[0]} of a table of shape {tuple(table.shape)} "
+        f"at {at}. Make the table longer, or guard the look-up: `q < n and table[q] == ...` "
+        "(`&` does not guard: both of its sides are always read)."
+    )
+
+
+def _connective(op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    return op(*(operand.to(torch.bool) for operand in operands))
+
+
+_TORCH: dict[str, Callable[..., Tensor]] = {
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "bitnot": torch.bitwise_not,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "round": torch.round,
+    "sqrt": torch.sqrt,
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "truediv": torch.true_divide,
+    "floordiv": torch.floor_divide,
+    "mod": torch.remainder,
+    "truncdiv": partial(torch.div, rounding_mode="trunc"),
+    "fmod": torch.fmod,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "shl": torch.bitwise_left_shift,
+    "shr": torch.bitwise_right_shift,
+    "bitand": torch.bitwise_and,
+    "bitor": torch.bitwise_or,
+    "bitxor": torch.bitwise_xor,
+    "eq": torch.eq,
+    "ne": torch.ne,
+    "lt": torch.lt,
+    "le": torch.le,
+    "gt": torch.gt,
+    "ge": torch.ge,
+    "not": partial(_connective, torch.logical_not),
+    "and": partial(_connective, torch.logical_and),
+    "or": partial(_connective, torch.logical_or),
+}

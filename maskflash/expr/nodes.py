@@ -1,0 +1,287 @@
+"""Immutable expression nodes in evaluation order, and the canonical text that stands for them.
+
+The grammar (every operand precedes its user, the last node is the mask):
+
+    expr    = node*
+    node    = b | h | q | kv                          int64 indices of the pair
+            | const value                             part of the structure (divisors, moduli, shifts, bit masks)
+            | param slot                              an int given at run time (windows, offsets, lengths)
+            | lookup slot (index*)                    an element of a run-time table; no index for a 0-dim tensor
+            | cast x | neg x | abs x | not x | bitnot x | floor x | ceil x | trunc x | round x | sqrt x
+            | add x y | sub | mul | truediv | floordiv | mod | truncdiv | fmod | min | max
+            | shl x y | shr | bitand | bitor | bitxor
+            | eq x y | ne | lt | le | gt | ge
+            | and x y | or x y | select c x y         guarded: y (or a branch) matters only where x (or c) lets it
+
+Every node has a torch dtype. `weak` marks Python numbers, which yield to a tensor's dtype under torch's promotion
+rules; lengths, windows, table contents and offsets are never part of the text, so a kernel made from it serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+INDEX_VARIABLES = ("b", "h", "q", "kv")
+COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+CONNECTIVES = frozenset(("and", "or", "not"))
+ARITY = {
+    **dict.fromkeys((*INDEX_VARIABLES, "const", "param"), 0),
+    **dict.fromkeys(("cast", "neg", "abs", "not", "bitnot", "floor", "ceil", "trunc", "round", "sqrt"), 1),
+    **dict.fromkeys(("add", "sub", "mul", "truediv", "floordiv", "mod", "truncdiv", "fmod", "min", "max"), 2),
+    **dict.fromkeys(("shl", "shr", "bitand", "bitor", "bitxor", *COMPARISONS, "and", "or"), 2),
+    "select": 3,
+}  # "lookup" takes any number
+
+Scalar = int | float | bool
+
+
+class Source(NamedTuple):
+    """Where the user wrote an operation."""
+
+    function: str
+    filename: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.function} ({self.filename}:{self.line})"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation; `args` are positions of earlier nodes, `value` a constant or the slot of a param or table."""
+
+    op: str
+    args: tuple[int, ...]
+    dtype: torch.dtype
+    weak: bool = False
+    value: Scalar | None = None
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.") + ("~" if self.weak else "")
+        value = "" if self.value is None else f"={self.value!r}"
+        return f"{self.op}{value}:{kind}({','.join(map(str, self.args))})"
+
+
+@dataclass(frozen=True)
+class Expr:
+    """A mask as a straight-line program. Equal structure means equal expressions; source lines don't count."""
+
+    nodes: tuple[Node, ...]
+    sources: tuple[Source | None, ...] = field(compare=False, repr=False, default=())
+
+    @cached_property
+    def text(self) -> str:
+        """Canonical text: the key of kernels, and what pickles and crosses the op's boundary. Node per `;`."""
+        return ";".join(map(str, self.nodes))
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The index variables the mask looks at, of b, h, q, kv."""
+        return frozenset(node.op for node in self.nodes if node.op in INDEX_VARIABLES)
+
+    @cached_property
+    def last_use(self) -> tuple[int, ...]:
+        """For each node the position of its last user, so that evaluation can free what is spent."""
+        last = list(range(len(self.nodes)))
+        for position, node in enumerate(self.nodes):
+            for arg in node.args:
+                last[arg] = position
+        last[-1] = len(self.nodes)
+        return tuple(last)
+
+    def slots(self, op: str) -> int:
+        """How many run-time values of this kind ("param" or "lookup") the expression numbers."""
+        return 1 + max((int(node.value or 0) for node in self.nodes if node.op == op), default=-1)
+
+    def source(self, position: int) -> Source | None:
+        return self.sources[position] if self.sources else None
+
+    def __str__(self) -> str:
+        return format_expr(self)
+
+
+def parse(text: str) -> Expr:
+    """The expression of a canonical text (the inverse of `Expr.text`)."""
+    nodes = []
+    for item in text.split(";"):
+        head, _, rest = item.partition(":")
+        op, _, value = head.partition("=")
+        kind, _, args = rest.rstrip(")").partition("(")
+        dtype = getattr(torch, kind.rstrip("~"))
+        operands = tuple(int(arg) for arg in args.split(",") if arg)
+        nodes.append(Node(op, operands, dtype, kind.endswith("~"), _parse_scalar(value, dtype) if value else None))
+    return Expr(tuple(nodes))
+
+
+def _parse_scalar(text: str, dtype: torch.dtype) -> Scalar:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+class Builder:
+    """Grows an expression; a node that exists already is shared, not repeated."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.sources: list[Source | None] = []
+        self._positions: dict[tuple[Node, str], int] = {}
+
+    def add(
+        self,
+        op: str,
+        *args: int,
+        dtype: torch.dtype | None = None,
+        weak: bool | None = None,
+        value: Scalar | None = None,
+        source: Source | None = None,
+    ) -> int:
+        """The position of this operation; dtype and weakness follow from the operands unless given."""
+        if dtype is None:
+            dtype, inferred = result_type(op, [self.nodes[arg] for arg in args])
+            weak = inferred if weak is None else weak
+        node = Node(op, args, dtype, bool(weak), value)
+        key = (node, repr(value) if isinstance(value, float) else "")  # 0.0 == -0.0, yet they divide differently
+        position = self._positions.get(key)
+        if position is None:
+            position = self._positions[key] = len(self.nodes)
+            self.nodes.append(node)
+            self.sources.append(source)
+        return position
+
+    def const(self, value: Scalar) -> int:
+        return self.add("const", dtype=scalar_dtype(value), weak=True, value=value)
+
+    def finish(self, root: int) -> Expr:
+        """The part of what was built that `root` needs, in order."""
+        needed = {root}
+        for position in range(root, -1, -1):
+            if position in needed:
+                needed.update(self.nodes[position].args)
+        order = sorted(needed)
+        place = {old: new for new, old in enumerate(order)}
+        nodes = (self.nodes[old] for old in order)
+        kept = tuple(Node(n.op, tuple(place[a] for a in n.args), n.dtype, n.weak, n.value) for n in nodes)
+        return Expr(kept, tuple(self.sources[old] for old in order))
+
+    def append(self, expr: Expr, rename: Callable[[Node], Node] = lambda node: node) -> int:
+        """Copy an expression in (its slots renamed) and return its root's position here."""
+        places: list[int] = []
+        for position, node in enumerate(expr.nodes):
+            node = rename(node)
+            args = (places[arg] for arg in node.args)
+            places.append(
+                self.add(
+                    node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value, source=expr.source(position)
+                )
+            )
+        return places[-1]
+
+
+def scalar_dtype(value: Scalar) -> torch.dtype:
+    """The dtype a Python number has before it meets a tensor."""
+    if isinstance(value, bool):
+        return torch.bool
+    return torch.int64 if isinstance(value, int) else torch.float64
+
+
+def promote(x: Node, y: Node) -> tuple[torch.dtype, bool]:
+    """torch's promotion of two operands: (dtype, weak). A Python number changes a tensor's kind, never its width."""
+    if x.weak == y.weak:
+        return torch.promote_types(x.dtype, y.dtype), x.weak
+    strong, weak = (y, x) if x.weak else (x, y)
+    if weak.dtype == torch.float64 and not strong.dtype.is_floating_point:
+        return torch.get_default_dtype(), False
+    if weak.dtype == torch.int64 and strong.dtype == torch.bool:
+        return torch.int64, False
+    return strong.dtype, False
+
+
+def operand_dtype(node: Node, args: list[Node]) -> torch.dtype:
+    """The dtype a node's operands are converted to before it computes."""
+    if node.op in COMPARISONS:
+        return promote(args[0], args[1])[0]
+    return node.dtype
+
+
+def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
+    """dtype and weakness of an operation on these operands."""
+    weak = all(arg.weak for arg in args)
+    if op in COMPARISONS or op in CONNECTIVES:
+        return torch.bool, weak
+    if op == "select":
+        return promote(args[1], args[2])
+    dtype, weak = promote(args[0], args[-1])
+    if op in ("truediv", "sqrt") and not dtype.is_floating_point:
+        dtype = torch.float64 if weak else torch.get_default_dtype()
+    if op in ("neg", "abs", "floordiv", "mod", "shl", "shr", "sub") and dtype == torch.bool and weak:
+        dtype = torch.int64  # Python's True is the int 1
+    return dtype, weak
+
+
+_INFIX = {
+    **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "shl": "<<", "shr": ">>"},
+    **{"bitand": "&", "bitor": "|", "bitxor": "^", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
+    **{"and": "and", "or": "or"},
+}
+
+
+def format_expr(expr: Expr, params: tuple[object, ...] = (), tables: tuple[str, ...] = ()) -> str:
+    """The expression as one would write it in Python; nodes used more than once are named on lines of their own."""
+    uses = [0] * len(expr.nodes)
+    for node in expr.nodes:
+        for arg in node.args:
+            uses[arg] += 1
+    lines: list[str] = []
+    texts: list[str] = []
+    for position, node in enumerate(expr.nodes):
+        text = _format_node(node, [texts[arg] for arg in node.args], params, tables)
+        shared = uses[position] > 1 and node.args
+        if shared or (len(text) > 100 and position + 1 < len(expr.nodes)):
+            lines.append(f"t{position} = {_unwrap(text)}")
+            text = f"t{position}"
+        texts.append(text)
+    return "\n".join([*lines, _unwrap(texts[-1])])
+
+
+def _format_node(node: Node, args: list[str], params: tuple[object, ...], tables: tuple[str, ...]) -> str:
+    if node.op in _INFIX:
+        return f"({args[0]} {_INFIX[node.op]} {args[1]})"
+    match node.op:
+        case "const":
+            return str(node.value)
+        case "param":
+            return str(params[int(node.value or 0)]) if params else f"p{node.value}"
+        case "lookup":
+            name = tables[int(node.value or 0)] if tables else f"table{node.value}"
+            return f"{name}[{', '.join(map(_unwrap, args))}]" if args else name
+        case "select":
+            return f"({args[1]} if {_unwrap(args[0])} else {args[2]})"
+        case "not":
+            return f"(not {args[0]})"
+        case "neg":
+            return f"-{args[0]}"
+        case "cast":
+            return f"{str(node.dtype).removeprefix('torch.')}({_unwrap(args[0])})"
+    return f"{node.op}({', '.join(map(_unwrap, args))})" if args else node.op
+
+
+def _unwrap(text: str) -> str:
+    """Drop one pair of outer parentheses, if it is a pair."""
+    if not (text.startswith("(") and text.endswith(")")):
+        return text
+    depth = 0
+    for place, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if depth == 0 and place + 1 < len(text):
+            return text
+    return text[1:-1]

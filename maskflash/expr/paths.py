@@ -1,0 +1,171 @@
+"""Branches of a predicate -> one value: runs it once per combination of undecided conditions and merges the results.
+
+A condition that Python itself must branch on (a statement-level `if`) can't be recorded, so the code runs again with
+the other answer, depth first. Results meet again in an if-then-else graph; equal ones don't fork it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .nodes import INDEX_VARIABLES, Builder, Node
+
+FEW_PATHS = 64  # beyond this many, conditions are also decided by the values of constants
+MAX_PATHS = 4096
+
+
+class TooManyPaths(Exception):
+    """The limit of the current attempt is passed."""
+
+
+class CannotMerge(Exception):
+    """Two branches gave values that no expression covers, such as a number and None."""
+
+
+Range = tuple[float, float]
+
+
+@dataclass(slots=True)
+class _Path:
+    """One run: the answers it must repeat, those it gave, and what follows from them."""
+
+    prefix: list[bool]
+    taken: list[tuple[int, bool]] = field(default_factory=list)
+    known: dict[int, bool] = field(default_factory=dict)
+    ranges: dict[str, Range] = field(default_factory=dict)
+
+
+class Paths:
+    """The branches of one trace. `number` gives the value of a constant node, or None if it has no fixed value."""
+
+    def __init__(self, builder: Builder, number: Callable[[Node], float | None], limit: int, use_values: bool) -> None:
+        self._builder = builder
+        self._number = number
+        self._limit = limit
+        self._use_values = use_values
+        self._stack: list[_Path] = []
+        self._count = 0
+
+    def explore(
+        self,
+        run: Callable[[], Any],
+        merge: Callable[[int, Any, Any], Any],
+        mark: Callable[[], int],
+        rewind: Callable[[int], None],
+    ) -> Any:
+        """The value of `run()` over all its branches; `merge(condition, x, y)` joins two (or raises CannotMerge).
+
+        `mark` and `rewind` put per-run counters back before the next run.
+        """
+        outcomes: list[tuple[list[tuple[int, bool]], Any]] = []
+        prefix: list[bool] = []
+        start = mark()
+        while True:
+            outer = self._stack[-1].ranges if self._stack else {}
+            path = _Path(prefix, ranges=dict(outer))
+            self._stack.append(path)
+            try:
+                value = run()
+            finally:
+                self._stack.pop()
+            outcomes.append((path.taken, value))
+            while len(outcomes) > 1 and _siblings(outcomes[-2][0], outcomes[-1][0]):
+                (_, other), (taken, this) = outcomes[-2:]
+                outcomes[-2:] = [(taken[:-1], merge(taken[-1][0], other, this))]
+            prefix = [answer for _, answer in path.taken]
+            while prefix and not prefix[-1]:
+                prefix.pop()
+            if not prefix:
+                return outcomes[0][1]
+            prefix[-1] = False
+            rewind(start)
+            self._count += 1
+            if self._count >= self._limit:
+                raise TooManyPaths
+
+    def decide(self, condition: int) -> bool:
+        """The answer to a condition on the current path; True first when both are possible."""
+        node = self._builder.nodes[condition]
+        if node.op == "not":
+            return not self.decide(node.args[0])
+        if node.op == "const":
+            return bool(node.value)
+        for path in self._stack:
+            if condition in path.known:
+                return path.known[condition]
+        path = self._stack[-1]
+        if self._use_values:
+            implied = self._implied(condition, path.ranges)
+            if implied is not None:
+                return implied
+        place = len(path.taken)
+        answer = path.prefix[place] if place < len(path.prefix) else True
+        path.taken.append((condition, answer))
+        self._learn(path, condition, answer)
+        return answer
+
+    def _learn(self, path: _Path, condition: int, answer: bool) -> None:
+        """Note an answer and all that follows: both sides of a true `and`, or of a false `or`."""
+        todo = [(condition, answer)]
+        while todo:
+            position, truth = todo.pop()
+            path.known[position] = truth
+            node = self._builder.nodes[position]
+            if (node.op == "and" and truth) or (node.op == "or" and not truth):
+                todo += [(arg, truth) for arg in node.args]
+            elif node.op == "not":
+                todo.append((node.args[0], not truth))
+            elif comparison := self._against_constant(node):
+                name, op, number = comparison
+                low, high = path.ranges.get(name, (0.0, float("inf")))
+                op = op if truth else _OPPOSITE[op]
+                if op in ("gt", "ge", "eq"):
+                    low = max(low, number + (op == "gt"))
+                if op in ("lt", "le", "eq"):
+                    high = min(high, number - (op == "lt"))
+                path.ranges[name] = (low, high)
+
+    def _implied(self, position: int, ranges: dict[str, Range]) -> bool | None:
+        """What the ranges of the index variables on this path say of a condition."""
+        node = self._builder.nodes[position]
+        if node.op in ("and", "or"):
+            sides = [self._implied(arg, ranges) for arg in node.args]
+            decisive = node.op == "or"
+            if decisive in sides:
+                return decisive
+            return None if None in sides else not decisive
+        if comparison := self._against_constant(node):
+            name, op, number = comparison
+            low, high = ranges.get(name, (0.0, float("inf")))
+            if op in ("ge", "lt"):
+                verdict = True if low >= number else False if high < number else None
+                return verdict if op == "ge" or verdict is None else not verdict
+            if op in ("le", "gt"):
+                verdict = True if high <= number else False if low > number else None
+                return verdict if op == "le" or verdict is None else not verdict
+            if number < low or number > high:
+                return op == "ne"
+        return None
+
+    def _against_constant(self, node: Node) -> tuple[str, str, float] | None:
+        """(variable, comparison, number) if the node compares an index variable with a fixed integer."""
+        if node.op not in _OPPOSITE:
+            return None
+        left, right = (self._builder.nodes[arg] for arg in node.args)
+        op = node.op
+        if right.op in INDEX_VARIABLES:
+            left, right, op = right, left, _MIRRORED[op]
+        number = self._number(right)
+        if left.op not in INDEX_VARIABLES or number is None or number != int(number):
+            return None
+        return left.op, op, number
+
+
+def _siblings(x: list[tuple[int, bool]], y: list[tuple[int, bool]]) -> bool:
+    return bool(y) and len(x) == len(y) and x[:-1] == y[:-1] and x[-1][0] == y[-1][0] and x[-1][1] != y[-1][1]
+
+
+_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
+_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}

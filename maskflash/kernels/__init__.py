@@ -1,0 +1,1 @@
+"""Run one attention over a block map; the backends never import one another."""

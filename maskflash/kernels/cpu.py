@@ -1,0 +1,190 @@
+"""Turns a Plan and q, k, v into attention on the CPU, forward and backward: one dense flash-kernel call per plan's call.
+
+The engine is torch's own CPU flash kernel, called on just the rows and columns that a call covers. Handing its
+backward the *global* out and lse makes each call return its exact share of dq, dk and dv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from maskflash.kernels.cpu_plan import Call, Pick, Plan, Schedule, plan
+
+__all__ = ["Plan", "backward", "forward", "plan"]
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Block-sparse attention.
+
+    Args:
+        plan: of the mask's block map; its batch rows and heads are 1 or those of q.
+        q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16, any strides.
+        k: (B, Hkv, Skv, D), Hkv divides Hq.
+        v: (B, Hkv, Skv, Dv).
+        scale: factor of the scores.
+
+    Returns:
+        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq), natural logarithm, float32 (float64 for float64);
+        -inf, and out 0, for rows that see nothing.
+    """
+    batch, heads, q_len, _ = q.shape
+    out = q.new_zeros(batch, heads, q_len, v.shape[3])
+    lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=_lse_dtype(q.dtype))
+    schedule = plan.schedule("forward", q.dtype, _work(plan, q, v))
+    compute = q.dtype if schedule.native else torch.float32
+    width = max(q.shape[3], v.shape[3])
+    inputs = tuple(_prepared(x, compute, width) for x in (q, k, v))
+    for calls, (qs, ks, vs, outs, lses) in _units(schedule, plan, (*inputs, out, lse)):
+        for call in calls:
+            rows, columns = call.rows, call.columns
+            part, part_lse = _kernel(
+                rows.take(qs, 2),
+                _shared(columns.take(ks, 2), qs),
+                _shared(columns.take(vs, 2), qs),
+                0.0,
+                False,
+                attn_mask=plan.additive(call, compute),
+                scale=scale,
+            )
+            _put(outs, rows, part[..., : v.shape[3]])
+            _put(lses, rows, part_lse)
+    return out, lse
+
+
+def backward(
+    plan: Plan,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`.
+
+    Args:
+        plan: as in forward.
+        dout: (B, Hq, Sq, Dv), gradient of out.
+        dlse: (B, Hq, Sq), gradient of lse, or None for zero.
+        q: as in forward.
+        k: as in forward.
+        v: as in forward.
+        out: forward's result.
+        lse: forward's result.
+        scale: factor of the scores.
+
+    Returns:
+        dq, dk, dv, shaped and typed like q, k, v. Summed in float32 (float64 for float64), cast once.
+    """
+    schedule = plan.schedule("backward", q.dtype, _work(plan, q, v), widen=dlse is not None)
+    compute = q.dtype if schedule.native else torch.float32
+    total = _lse_dtype(q.dtype)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
+    width = max(q.shape[3], v.shape[3])
+    if dlse is not None:
+        # The kernel forms dS = P ∘ (dO vᵀ - rowsum(dO ∘ out)); lse adds dlse inside the bracket. One more column
+        # with dO = 1, out = -dlse, v = 0 puts it there; whole vectors of columns keep the products aligned.
+        width = -(-(width + 1) // 8) * 8
+        dout = torch.cat((dout.to(compute), torch.ones_like(dlse, dtype=compute)[..., None]), dim=3)
+        out = torch.cat((out.to(compute), -dlse.to(compute)[..., None]), dim=3)
+        v = pad(v, (0, 1))
+    inputs = tuple(_prepared(x, compute, width) for x in (q, k, v, dout, out))
+    for calls, (qs, ks, vs, douts, outs, lses, dqs, dks, dvs) in _units(
+        schedule, plan, (*inputs, lse, dq, dk, dv)
+    ):
+        for call in calls:
+            rows, columns = call.rows, call.columns
+            part_q, part_k, part_v = _kernel_backward(
+                rows.take(douts, 2),
+                rows.take(qs, 2),
+                _shared(columns.take(ks, 2), qs),
+                _shared(columns.take(vs, 2), qs),
+                rows.take(outs, 2),
+                rows.take(lses, 2),
+                0.0,
+                False,
+                attn_mask=plan.additive(call, compute),
+                scale=scale,
+            )
+            # Every row is in one call, a column may be in many.
+            _put(dqs, rows, part_q[..., : dqs.shape[3]])
+            _add(dks, columns, part_k[..., : dks.shape[3]])
+            _add(dvs, columns, part_v[..., : dvs.shape[3]])
+    return dq, dk.to(k.dtype), dv.to(k.dtype)
+
+
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _work(plan: Plan, q: Tensor, v: Tensor) -> int:
+    """Heads x head dim of one call."""
+    batch, heads = (x if m == 1 else 1 for x, m in zip(q.shape[:2], plan.block_map.shape[:2], strict=True))
+    return batch * heads * max(q.shape[3], v.shape[3])
+
+
+def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """x in the compute dtype, its last dimension dense (the kernel reads garbage otherwise) and `width` wide."""
+    x = x.to(dtype)
+    if x.shape[3] < width:
+        x = pad(x, (0, width - x.shape[3]))
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _units(
+    schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Call], list[Tensor]]]:
+    """Each list of calls with views of the tensors it runs over: (N, G, S, ...), or (N, 1, S, ...) for K and V's side.
+
+    N x G are the query heads that share the mask, G of them each key head. Which side a tensor is on shows in its
+    number of heads, q's being that of tensors[0]. With G > 1 and several batch rows, each row is a unit of its own: so
+    no strides ever force a copy.
+    """
+    heads, kv_heads = tensors[0].shape[1], tensors[1].shape[1]
+    group = heads // kv_heads
+    map_batch, map_heads = plan.block_map.shape[:2]
+    for (b, h), calls in schedule.calls.items():
+        views = list(tensors)
+        if map_batch > 1:
+            views = [x[b : b + 1] for x in views]
+        if map_heads > 1:
+            head = {heads: h, kv_heads: h // group}
+            yield calls, [x[:, head[x.shape[1]] : head[x.shape[1]] + 1] for x in views]
+        elif group == 1:
+            yield calls, views
+        else:
+            for row in range(views[0].shape[0]):
+                yield calls, [x[row].unflatten(0, (kv_heads, -1)) for x in views]
+
+
+def _shared(x: Tensor, q: Tensor) -> Tensor:
+    """K or V (N, 1, S, D) seen by all the heads of its group, without a copy."""
+    return x.expand(-1, q.shape[1], -1, -1)
+
+
+def _put(x: Tensor, pick: Pick, part: Tensor) -> None:
+    """Writes the picked tokens of x (dim 2)."""
+    if pick.index is None:
+        pick.take(x, 2).copy_(part)
+    else:
+        x.index_copy_(2, pick.index, part.to(x.dtype))
+
+
+def _add(x: Tensor, pick: Pick, part: Tensor) -> None:
+    """Adds to the picked tokens of x (dim 2), first summing over the heads of a group."""
+    if part.shape[1] != x.shape[1]:
+        part = part.sum(1, keepdim=True, dtype=x.dtype)
+    if pick.index is None:
+        pick.take(x, 2).add_(part)
+    else:
+        x.index_add_(2, pick.index, part.to(x.dtype))

@@ -1,0 +1,92 @@
+"""The command line: exit statuses, JSON, and a demo that notices when a result is wrong."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+
+import maskflash as mf
+from maskflash import cli
+from maskflash.demo import documents, job, measure
+from maskflash.demo.checks import RESULTS
+
+SMALL = ["demo", "--tokens", "700", "--json"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out the repetitions and the fresh processes: the checks don't depend on them."""
+    monkeypatch.setattr(measure, "PAIRS", 1)
+    monkeypatch.setattr(job, "peak_bytes", lambda *arguments: 2**20)
+
+
+@pytest.mark.parametrize("dtype", cli.DTYPES)
+def test_the_demo_passes_and_prints_its_figures(quick, capsys, dtype):
+    assert cli.main([*SMALL, "--dtype", dtype]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["passed"]
+    assert (figures["tokens"], figures["dtype"]) == (700, dtype)
+    assert {check["name"] for check in figures["checks"]} == {*RESULTS, "tiles"}
+    assert sum(figures["tiles"].values()) == 36
+    assert 0 < figures["density"] < 0.5
+    assert all(figures[f"{label}_seconds"]["ratio"] > 0 for label in ("forward", "backward", "total"))
+
+
+def test_the_demo_prints_a_table(quick, capsys):
+    assert cli.main(["demo", "--tokens", "300"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("tiles", "analysis", "forward", "backward", "peak memory", "budget", "dv"))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize("amount", [1e-3, float("nan")])
+def test_a_wrong_result_fails_its_check_and_the_command(quick, monkeypatch, capsys, name, amount):
+    honest = job.check_results
+
+    def tampered(results, *rest):
+        wrong = [result.clone() for result in results]
+        wrong[RESULTS.index(name)].view(-1)[-1] += amount
+        return honest(tuple(wrong), *rest)
+
+    monkeypatch.setattr(job, "check_results", tampered)
+    assert cli.main(SMALL) == 1
+    captured = capsys.readouterr()
+    assert [check["name"] for check in json.loads(captured.out)["checks"] if not check["passed"]] == [name]
+    assert f"check failed: {name}" in captured.err
+
+
+def test_a_wrong_mask_fails_every_check_it_reaches(quick, monkeypatch, capsys):
+    @mf.mask
+    def leaky(b, h, q, kv, *, doc):
+        return q >= kv  # forgets the documents
+
+    monkeypatch.setattr(job, "packed", leaky)
+    monkeypatch.setattr(measure, "packed", leaky)
+    assert cli.main([*SMALL, "--tokens", "3000"]) == 1
+    failed = {c["name"] for c in json.loads(capsys.readouterr().out)["checks"] if not c["passed"]}
+    assert failed == {*RESULTS, "tiles"}
+
+
+def test_an_error_of_ours_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert cli.main(["demo"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("maskflash demo: ")
+    assert str(tmp_path) in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--tokens", "0"], ["demo", "--tokens", "many"], ["demo", "--dtype", "int8"], []])
+def test_wrong_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: maskflash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [["-m", "maskflash"], ["-c", "from maskflash.cli import main; main()"]])
+def test_the_version_is_the_distribution_s(program):
+    run = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["maskflash", importlib.metadata.version("maskflash")]

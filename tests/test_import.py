@@ -1,0 +1,33 @@
+"""`import maskflash` is light: nothing heavy beyond torch is loaded before it is needed."""
+
+import json
+import subprocess
+import sys
+
+import maskflash
+
+LATER = ["sympy", "triton", "jinja2", "rich", "hypothesis", "matplotlib", "torch._dynamo", "torch._inductor"]
+
+
+def loaded_beyond_torch(statement: str) -> list[str]:
+    """Those of LATER that `statement` loads in a fresh interpreter, beyond what `import torch` does."""
+    program = (
+        "import json, sys, torch\nbefore = set(sys.modules)\n"
+        f"{statement}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    names = json.loads(run.stdout)
+    return [name for name in LATER if any(found == name or found.startswith(f"{name}.") for found in names)]
+
+
+def test_import_loads_nothing_heavy():
+    assert loaded_beyond_torch("import maskflash") == []
+
+
+def test_the_check_can_fail():
+    assert loaded_beyond_torch("import maskflash, jinja2.sandbox") == ["jinja2"]
+
+
+def test_public_names_resolve():
+    assert len(set(maskflash.__all__)) == len(maskflash.__all__)
+    assert [name for name in maskflash.__all__ if not hasattr(maskflash, name)] == []
