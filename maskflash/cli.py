@@ -1,10 +1,10 @@
 """The command line: arguments in, exit status out (0 all well, 1 a check failed, 2 wrong usage)."""
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Sequence
 
+import maskflash
 from maskflash.errors import MaskflashError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="maskflash", description="Flexible-mask attention, compiled.")
-    version = importlib.metadata.version("maskflash")
-    parser.add_argument("--version", action="version", version=f"maskflash {version}")
+    parser.add_argument("--version", action="version", version=f"maskflash {maskflash.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo = commands.add_parser(
         "demo",

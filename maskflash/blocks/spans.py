@@ -70,9 +70,7 @@ class _Lines:
     tile_column: IntArray
 
 
-def row_spans(
-    block_map: BlockMap, evaluate: Evaluate, b: int, h: int, take_strip: Callable[[Strip], None]
-) -> RowSpans:
+def row_spans(block_map: BlockMap, evaluate: Evaluate, b: int, h: int, take_strip: Callable[[Strip], None]) -> RowSpans:
     """Finds what each row of one batch row and head of the map sees.
 
     Args:

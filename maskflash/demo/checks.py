@@ -28,9 +28,7 @@ class Check:
         return self.error <= self.budget
 
 
-def check_results(
-    results: tuple[Tensor, ...], work: Workload, mask: Tensor, tick: Callable[[], None]
-) -> list[Check]:
+def check_results(results: tuple[Tensor, ...], work: Workload, mask: Tensor, tick: Callable[[], None]) -> list[Check]:
     """Hold out, lse, dq, dk and dv against float64.
 
     A budget is twice the error of a plain dense computation in the inputs' dtype, plus one rounding unit.
@@ -70,9 +68,7 @@ def check_block_map(block_map: mf.BlockMap, mask: Tensor) -> Check:
     return Check("tiles", float((block_map.kinds()[0, 0] != kinds).sum()), 0.0)
 
 
-def _add_dense_head(
-    into: tuple[Tensor, ...], work: Workload, mask: Tensor, head: int, dtype: torch.dtype
-) -> None:
+def _add_dense_head(into: tuple[Tensor, ...], work: Workload, mask: Tensor, head: int, dtype: torch.dtype) -> None:
     """Add one head's dense out, lse, dq, dk and dv, computed in `dtype` a band of rows at a time."""
     one = slice(head, head + 1)
     k, v = (t[:, one].detach().to(dtype).requires_grad_() for t in (work.k, work.v))
@@ -82,7 +78,7 @@ def _add_dense_head(
         arriving = work.dout[:, one, rows].to(out.dtype), work.dlse[:, one, rows].to(lse.dtype)
         dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), arriving)
         for whole, part, place in zip(into, (out, lse, dq, dk, dv), (rows, rows, rows, ..., ...), strict=True):
-            whole[:, head][:, place] += part[:, 0].detach()
+            whole[:, head][:, place] += part[:, 0].detach()  # type: ignore[index]  # `...` is an index too
 
 
 def _bands(length: int) -> Iterator[slice]:

@@ -1,7 +1,6 @@
 """Turns the job's figures into a table for people and into plain data for tools."""
 
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from platform import python_version
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import maskflash as mf
 from maskflash.demo.checks import Check
 from maskflash.demo.documents import Packed
 from maskflash.demo.measure import PAIRS, Times
@@ -54,7 +54,7 @@ class Report:
             "dtype": _name(self.dtype),
             "seed": self.seed,
             "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("maskflash", "torch")} | {"python": python_version()},
+            "versions": {"maskflash": mf.__version__, "torch": torch.__version__, "python": python_version()},
             "density": self.density,
             "tiles": self.tiles,
             "analysis_seconds": self.analysis,

@@ -48,7 +48,8 @@ def build(documents: Packed, dtype: torch.dtype, seed: int) -> Workload:
     embedded = torch.randn(256, EMBEDDING, generator=draw)[documents.tokens]
 
     def heads(flat: Tensor) -> Tensor:
-        return flat.unflatten(-1, (HEADS, HEAD_DIM)).transpose(0, 1)[None].contiguous().to(dtype)
+        split: Tensor = flat.unflatten(-1, (HEADS, HEAD_DIM))  # (S, H, D)
+        return split.transpose(0, 1)[None].contiguous().to(dtype)
 
     def projected() -> Tensor:
         weight = torch.randn(EMBEDDING, HEADS * HEAD_DIM, generator=draw) * EMBEDDING**-0.5

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .evaluate import Inputs, reached
-from .intervals import Interval, operation, truth
-from .nodes import INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
-from .ranges import RangeMinima
+from maskflash.expr.evaluate import Inputs, reached
+from maskflash.expr.intervals import Interval, operation, truth
+from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
+from maskflash.expr.ranges import RangeMinima
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,10 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
         expr: the mask.
         inputs: values of its params and tables.
         boxes: for `b`, `h`, `q`, `kv` the first and last index, int64 tensors of shapes that broadcast together.
-        ranges: range minima of the tables, to be shared between calls with the same `inputs`.
+        ranges: range minima of the tables, to be shared between calls while the tables' contents stay the same.
+
+    Returns:
+        What holds for every pair of each box.
     """
     ranges = ranges or RangeMinima()
     intervals: list[Interval] = []
@@ -42,16 +45,22 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
     for node in expr.nodes:
         operands = [intervals[arg] for arg in node.args]
         kinds = [expr.nodes[arg] for arg in node.args]
-        magnitude = _magnitude(node, kinds, [magnitudes[arg] for arg in node.args], inputs, ranges)
+        magnitude = 0.0 if node.op in _MEASURED else _magnitude(node, [magnitudes[arg] for arg in node.args])
         fault: Tensor | None = None
         if node.op in INDEX_VARIABLES:
             interval = boxes[node.op]
         elif node.op in ("const", "param"):
-            interval = Interval(*[torch.tensor(_number(node, inputs), dtype=node.dtype)] * 2)
+            number = _number(node, inputs)
+            interval = Interval(*[torch.tensor(number, dtype=node.dtype)] * 2)
+            magnitude = abs(float(number))
         elif node.op == "lookup":
-            interval, fault = ranges.lookup(inputs.tables[int(node.value or 0)], operands)
+            table = inputs.tables[int(node.value or 0)]
+            interval, fault = ranges.lookup(table, operands)
+            magnitude = ranges.magnitude(table)
         else:
             interval, fault = operation(node, operands, operand_dtype(node, kinds), magnitude)
+        if node.op in _MEASURED and not node.dtype.is_floating_point:
+            magnitude = _extent(interval)
         intervals.append(interval)
         magnitudes.append(magnitude)
         faults.append(fault)
@@ -73,26 +82,28 @@ def _number(node: Node, inputs: Inputs) -> Scalar:
     return node.value
 
 
-def _magnitude(node: Node, kinds: list[Node], sizes: list[float], inputs: Inputs, ranges: RangeMinima) -> float:
+_MEASURED = frozenset((*INDEX_VARIABLES, "cast"))  # their caps are read off their bounds
+
+
+def _extent(x: Interval) -> float:
+    """The greatest absolute value in any box."""
+    ends = [bound.to(torch.float64).abs().max() for bound in x if bound.numel()]
+    return float(torch.stack(ends).max()) if ends else 0.0
+
+
+def _magnitude(node: Node, sizes: list[float]) -> float:
     """A cap on an integer node's absolute value before wrapping, and on its operands': where int64 may overflow."""
-    op = node.op
-    if op in INDEX_VARIABLES:
-        return 2.0**40
-    if op in ("const", "param"):
-        return abs(float(_number(node, inputs)))
-    if op == "lookup":
-        return ranges.magnitude(inputs.tables[int(node.value or 0)])
-    if op == "cast" and kinds[0].dtype.is_floating_point:
-        return 2.0**63
-    if node.dtype == torch.bool:
+    if node.dtype == torch.bool or not sizes:
         return 1.0
-    match op:
+    match node.op:
         case "add" | "sub":
             return sum(sizes)
         case "mul":
-            return max(*sizes, sizes[0] * sizes[1])
+            return max(sizes[0], sizes[1], sizes[0] * sizes[1])
         case "shl":
-            return max(*sizes, sizes[0] * 2.0 ** min(sizes[1], 64))
+            return max(sizes[0], sizes[1], sizes[0] * float(2 ** int(min(sizes[1], 64))))
         case "bitand" | "bitor" | "bitxor" | "bitnot":
             return 2 * max(sizes) + 1
+        case "select":
+            return max(sizes[1:])
     return max(sizes)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MaskIndexError
-from .nodes import INDEX_VARIABLES, Expr, Node, operand_dtype
+from maskflash.errors import MaskIndexError
+from maskflash.expr.nodes import CONNECTIVES, INDEX_VARIABLES, Expr, Node, operand_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
     Raises:
         MaskIndexError: a look-up out of range or a division by zero that no guard excludes.
     """
-    shape = torch.broadcast_shapes(*(pairs[name].shape for name in INDEX_VARIABLES))
+    shape = np.broadcast_shapes(*(pairs[name].shape for name in INDEX_VARIABLES))
     values: list[Tensor | None] = []
     faulty = False
     for position, node in enumerate(expr.nodes):
@@ -90,19 +91,23 @@ def _compute(
     operands = [value for arg in node.args if (value := values[arg]) is not None]
     if node.op == "lookup":
         return _lookup(inputs.tables[int(node.value or 0)], [index.to(torch.int64) for index in operands])
-    if node.op in ("not", "and", "or"):
-        return _TORCH[node.op](*operands), None
+    computed: Tensor
+    if node.op in CONNECTIVES:
+        computed = _TORCH[node.op](*operands)
+        return computed, None
     if node.op == "select":
-        chosen = torch.where(operands[0].to(torch.bool), *(x.to(node.dtype) for x in operands[1:]))
-        return chosen, None
+        condition, x, y = operands
+        return torch.where(condition.to(torch.bool), x.to(node.dtype), y.to(node.dtype)), None
     if node.op == "cast":
         return operands[0].to(node.dtype), None
     dtype = operand_dtype(node, [expr.nodes[arg] for arg in node.args])
     operands = [operand.to(dtype) for operand in operands]
     if node.op in ("floordiv", "mod", "truncdiv", "fmod") and not dtype.is_floating_point:
         fault = operands[1] == 0
-        return _TORCH[node.op](operands[0], torch.where(fault, 1, operands[1])).to(dtype), fault
-    return _TORCH[node.op](*operands), None
+        computed = _TORCH[node.op](operands[0], torch.where(fault, 1, operands[1]))
+        return computed.to(dtype), fault
+    computed = _TORCH[node.op](*operands)
+    return computed, None
 
 
 def _lookup(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +152,7 @@ def _describe_fault(
     expr: Expr, position: int, bad: Tensor, values: list[Tensor], inputs: Inputs, pairs: Mapping[str, Tensor]
 ) -> str:
     node, source = expr.nodes[position], expr.source(position)
-    shape = torch.broadcast_shapes(bad.shape, *(pairs[name].shape for name in INDEX_VARIABLES))
+    shape = np.broadcast_shapes(bad.shape, *(pairs[name].shape for name in INDEX_VARIABLES))
     where = tuple(bad.expand(shape).nonzero()[0])
     at = ", ".join(f"{name}={int(pairs[name].expand(shape)[where])}" for name in INDEX_VARIABLES)
     place = f"{source}: " if source else ""

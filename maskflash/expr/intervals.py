@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .nodes import COMPARISONS, Node
+from maskflash.expr.nodes import COMPARISONS, Node
 
 _SAFE = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
 _INT64 = torch.iinfo(torch.int64)
@@ -29,9 +29,7 @@ class Interval(NamedTuple):
     hi: Tensor
 
 
-def operation(
-    node: Node, args: list[Interval], dtype: torch.dtype, magnitude: float
-) -> tuple[Interval, Tensor | None]:
+def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: float) -> tuple[Interval, Tensor | None]:
     """The interval of a computed node, and where its divisor may be zero."""
     op = node.op
     if op in _CONNECTIVES:
@@ -99,6 +97,7 @@ def _convert(x: Interval, dtype: torch.dtype) -> Interval:
 
 
 def unknown(args: list[Interval], dtype: torch.dtype) -> Interval:
+    """Every value of the dtype, on the arguments' device."""
     like = args[0].lo
     if dtype.is_floating_point:
         return Interval(*[torch.full((), torch.nan, dtype=dtype, device=like.device)] * 2)
@@ -187,10 +186,13 @@ def _fmod(x: Interval, y: Interval) -> Interval:
 
 
 def _shift(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Interval, Interval], Interval]:
+    """Shifts as torch does: everything out, leaving 0 or -1, where the count is negative or not below the width."""
+
     def shift(x: Interval, y: Interval) -> Interval:
-        known = (y.lo >= 0) & (y.hi <= 62)
+        strange = (y.lo < 0) | (y.hi > 62)
         moved = _corners(op, x, Interval(y.lo.clamp(0, 62), y.hi.clamp(0, 62)))
-        return Interval(torch.where(known, moved.lo, _INT64.min), torch.where(known, moved.hi, _INT64.max))
+        lo = torch.where(strange, moved.lo.clamp(max=-1), moved.lo)
+        return Interval(lo, torch.where(strange, moved.hi.clamp(min=0), moved.hi))
 
     return shift
 
@@ -230,6 +232,19 @@ def _bitor(x: Interval, y: Interval) -> Interval:
 def _bitxor(x: Interval, y: Interval) -> Interval:
     general = _bits(x, y)
     return Interval(torch.where((x.lo >= 0) & (y.lo >= 0), 0, general.lo), general.hi)
+
+
+def _finite(rule: Callable[..., Interval]) -> Callable[..., Interval]:
+    """Unknown where an operand or the result may be infinite: inf - inf and 0 * inf are NaN, which no bound shows."""
+
+    def careful(*args: Interval) -> Interval:
+        result = rule(*args)
+        finite = result.lo.isfinite() & result.hi.isfinite()
+        for x in args:
+            finite = finite & x.lo.isfinite() & x.hi.isfinite()
+        return Interval(*(torch.where(finite, bound, torch.nan) for bound in result))
+
+    return careful
 
 
 def _float_division(x: Interval, y: Interval) -> Interval:
@@ -293,8 +308,10 @@ _ORDER: dict[str, _Rule] = {
 }
 _FLOAT: dict[str, _Rule] = {
     **_ORDER,
-    **{name: _monotone(getattr(torch, name)) for name in ("floor", "ceil", "trunc", "round", "sqrt")},
-    "truediv": _float_division,
+    **{name: _finite(_ORDER[name]) for name in ("add", "sub", "mul")},
+    **{name: _monotone(getattr(torch, name)) for name in ("floor", "ceil", "trunc", "round")},
+    "sqrt": _finite(_monotone(torch.sqrt)),
+    "truediv": _finite(_float_division),
 }
 _INTEGER: dict[str, _Rule] = {
     **_ORDER,

@@ -100,6 +100,7 @@ class Expr:
         return 1 + max((int(node.value or 0) for node in self.nodes if node.op == op), default=-1)
 
     def source(self, position: int) -> Source | None:
+        """Where the user wrote this node, if known."""
         return self.sources[position] if self.sources else None
 
     def __str__(self) -> str:
@@ -159,6 +160,7 @@ class Builder:
         return position
 
     def const(self, value: Scalar) -> int:
+        """The position of a Python number that is part of the structure."""
         return self.add("const", dtype=scalar_dtype(value), weak=True, value=value)
 
     def finish(self, root: int) -> Expr:
@@ -195,7 +197,7 @@ def scalar_dtype(value: Scalar) -> torch.dtype:
 
 
 def promote(x: Node, y: Node) -> tuple[torch.dtype, bool]:
-    """torch's promotion of two operands: (dtype, weak). A Python number changes a tensor's kind, never its width."""
+    """Torch's promotion of two operands: (dtype, weak). A Python number changes a tensor's kind, never its width."""
     if x.weak == y.weak:
         return torch.promote_types(x.dtype, y.dtype), x.weak
     strong, weak = (y, x) if x.weak else (x, y)
@@ -214,7 +216,7 @@ def operand_dtype(node: Node, args: list[Node]) -> torch.dtype:
 
 
 def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
-    """dtype and weakness of an operation on these operands."""
+    """Dtype and weakness of an operation on these operands."""
     weak = all(arg.weak for arg in args)
     if op in COMPARISONS or op in CONNECTIVES:
         return torch.bool, weak
@@ -230,7 +232,17 @@ def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
 
 _INFIX = {
     **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "shl": "<<", "shr": ">>"},
-    **{"bitand": "&", "bitor": "|", "bitxor": "^", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
+    **{
+        "bitand": "&",
+        "bitor": "|",
+        "bitxor": "^",
+        "eq": "==",
+        "ne": "!=",
+        "lt": "<",
+        "le": "<=",
+        "gt": ">",
+        "ge": ">=",
+    },
     **{"and": "and", "or": "or"},
 }
 

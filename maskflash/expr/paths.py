@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .nodes import INDEX_VARIABLES, Builder, Node
+from maskflash.expr.nodes import INDEX_VARIABLES, Builder, Node
 
 FEW_PATHS = 64  # beyond this many, conditions are also decided by the values of constants
 MAX_PATHS = 4096
@@ -24,15 +24,24 @@ class CannotMerge(Exception):
     """Two branches gave values that no expression covers, such as a number and None."""
 
 
+class Unrepeatable(Exception):
+    """A second run with the same answers met another condition: the predicate depends on more than its arguments."""
+
+
 Range = tuple[float, float]
+Answer = tuple[int, bool]  # a condition's node, and what it was taken to be
+
+_ANYTHING = (float("-inf"), float("inf"))
+_FROM_ZERO = (0.0, float("inf"))
+_START: dict[str, Range] = {"b": _FROM_ZERO, "h": _FROM_ZERO, "q": _ANYTHING, "kv": _FROM_ZERO}  # q has an offset
 
 
 @dataclass(slots=True)
 class _Path:
     """One run: the answers it must repeat, those it gave, and what follows from them."""
 
-    prefix: list[bool]
-    taken: list[tuple[int, bool]] = field(default_factory=list)
+    prefix: list[Answer]
+    taken: list[Answer] = field(default_factory=list)
     known: dict[int, bool] = field(default_factory=dict)
     ranges: dict[str, Range] = field(default_factory=dict)
 
@@ -58,9 +67,13 @@ class Paths:
         """The value of `run()` over all its branches; `merge(condition, x, y)` joins two (or raises CannotMerge).
 
         `mark` and `rewind` put per-run counters back before the next run.
+
+        Raises:
+            TooManyPaths: the branches exceed the limit.
+            Unrepeatable: the code does not meet the same conditions when it is run again.
         """
-        outcomes: list[tuple[list[tuple[int, bool]], Any]] = []
-        prefix: list[bool] = []
+        outcomes: list[tuple[list[Answer], Any]] = []
+        prefix: list[Answer] = []
         start = mark()
         while True:
             outer = self._stack[-1].ranges if self._stack else {}
@@ -74,12 +87,14 @@ class Paths:
             while len(outcomes) > 1 and _siblings(outcomes[-2][0], outcomes[-1][0]):
                 (_, other), (taken, this) = outcomes[-2:]
                 outcomes[-2:] = [(taken[:-1], merge(taken[-1][0], other, this))]
-            prefix = [answer for _, answer in path.taken]
-            while prefix and not prefix[-1]:
+            if len(path.taken) < len(prefix):
+                raise Unrepeatable
+            prefix = list(path.taken)
+            while prefix and not prefix[-1][1]:
                 prefix.pop()
             if not prefix:
                 return outcomes[0][1]
-            prefix[-1] = False
+            prefix[-1] = (prefix[-1][0], False)
             rewind(start)
             self._count += 1
             if self._count >= self._limit:
@@ -101,7 +116,13 @@ class Paths:
             if implied is not None:
                 return implied
         place = len(path.taken)
-        answer = path.prefix[place] if place < len(path.prefix) else True
+        if place >= self._limit:  # a loop that no answer ends
+            raise TooManyPaths
+        answer = True
+        if place < len(path.prefix):
+            expected, answer = path.prefix[place]
+            if expected != condition:
+                raise Unrepeatable
         path.taken.append((condition, answer))
         self._learn(path, condition, answer)
         return answer
@@ -119,7 +140,7 @@ class Paths:
                 todo.append((node.args[0], not truth))
             elif comparison := self._against_constant(node):
                 name, op, number = comparison
-                low, high = path.ranges.get(name, (0.0, float("inf")))
+                low, high = path.ranges.get(name, _START[name])
                 op = op if truth else _OPPOSITE[op]
                 if op in ("gt", "ge", "eq"):
                     low = max(low, number + (op == "gt"))
@@ -138,7 +159,7 @@ class Paths:
             return None if None in sides else not decisive
         if comparison := self._against_constant(node):
             name, op, number = comparison
-            low, high = ranges.get(name, (0.0, float("inf")))
+            low, high = ranges.get(name, _START[name])
             if op in ("ge", "lt"):
                 verdict = True if low >= number else False if high < number else None
                 return verdict if op == "ge" or verdict is None else not verdict
@@ -158,12 +179,12 @@ class Paths:
         if right.op in INDEX_VARIABLES:
             left, right, op = right, left, _MIRRORED[op]
         number = self._number(right)
-        if left.op not in INDEX_VARIABLES or number is None or number != int(number):
+        if left.op not in INDEX_VARIABLES or number is None or right.dtype.is_floating_point:
             return None
         return left.op, op, number
 
 
-def _siblings(x: list[tuple[int, bool]], y: list[tuple[int, bool]]) -> bool:
+def _siblings(x: list[Answer], y: list[Answer]) -> bool:
     return bool(y) and len(x) == len(y) and x[:-1] == y[:-1] and x[-1][0] == y[-1][0] and x[-1][1] != y[-1][1]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .intervals import Interval, unknown, widen
+from maskflash.expr.intervals import Interval, unknown, widen
 
 _GRANULES = 8192  # range minima are kept over at most this many granules of a table row
 
@@ -26,10 +26,12 @@ class RangeMinima:
 
     _levels: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor, int]] = field(default_factory=dict)
     _magnitudes: dict[int, float] = field(default_factory=dict)
+    _alive: dict[int, Tensor] = field(default_factory=dict)  # so that no other tensor takes a known one's id
 
     def magnitude(self, table: Tensor) -> float:
+        """A cap on the absolute values in an integer table."""
         if table.dtype == torch.int64:
-            key = id(table)
+            key = id(self._alive.setdefault(id(table), table))
             if key not in self._magnitudes:
                 extremes = torch.stack(torch.aminmax(table)).tolist() if table.numel() else [0]
                 self._magnitudes[key] = float(max(map(abs, extremes)))
@@ -82,7 +84,7 @@ class RangeMinima:
 
     def _levels_of(self, table: Tensor, axis: int, collapsed: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
         """(levels, kept axes..., granules) minima and maxima: level k covers 2**k granules from each start."""
-        key = (id(table), axis, collapsed)
+        key = (id(self._alive.setdefault(id(table), table)), axis, collapsed)
         if key not in self._levels:
             rows = table.movedim(axis, -1)
             moved = [a - (a > axis) for a in collapsed]

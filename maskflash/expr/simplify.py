@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .nodes import Builder, Expr, Node
+from maskflash.expr.nodes import Builder, Expr, Node
 
 _OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
 _FAULTS = frozenset(("lookup", "floordiv", "mod", "truncdiv", "fmod"))
@@ -24,7 +24,9 @@ def simplify(expr: Expr) -> Expr:
     for position, node in enumerate(expr.nodes):
         args = [places[arg] for arg in node.args]
         place = _rewrite(builder, node, args, faultless)
-        if place is None:
+        if place is not None:
+            place = _as_kind(builder, place, node, faultless)
+        else:
             place = builder.add(
                 node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value, source=expr.source(position)
             )
@@ -41,6 +43,19 @@ def _rewrite(builder: Builder, node: Node, args: list[int], faultless: dict[int,
     if found is not None:
         faultless.setdefault(found, all(faultless.get(arg, True) for arg in builder.nodes[found].args))
     return found
+
+
+def _as_kind(builder: Builder, place: int, node: Node, faultless: dict[int, bool]) -> int:
+    """An equal node of this one's dtype and weakness, on which its users' promotion rests."""
+    found = builder.nodes[place]
+    if (found.dtype, found.weak) == (node.dtype, node.weak):
+        return place
+    if found.op == "const" and found.dtype == node.dtype:
+        kind = builder.add("const", dtype=node.dtype, weak=node.weak, value=found.value)
+    else:
+        kind = builder.add("cast", place, dtype=node.dtype, weak=node.weak)
+    faultless.setdefault(kind, faultless[place])
+    return kind
 
 
 def _truth(builder: Builder, place: int) -> bool | None:
@@ -91,9 +106,7 @@ def _select(builder: Builder, node: Node, args: list[int], faultless: dict[int, 
     known = _truth(builder, condition)
     kinds = (builder.nodes[x], builder.nodes[y])
     if known is not None:  # select(True, x, y) -> x
-        chosen = x if known else y
-        kind = builder.nodes[chosen]
-        return chosen if kind.dtype == node.dtype else builder.add("cast", chosen, dtype=node.dtype, weak=node.weak)
+        return x if known else y
     if x == y and faultless[condition]:  # select(c, x, x) -> x
         return x
     inner = builder.nodes[condition]
@@ -125,7 +138,7 @@ def _not_of(builder: Builder, place: int, faultless: dict[int, bool]) -> int:
 
 
 def _same(outcome: bool) -> Callable[..., int | None]:
-    """x == x -> True, for integers that can't fault (a float may be NaN)."""
+    """X == x -> True, for integers that can't fault (a float may be NaN)."""
 
     def rule(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
         same = args[0] == args[1] and not builder.nodes[args[0]].dtype.is_floating_point

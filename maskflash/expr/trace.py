@@ -6,23 +6,26 @@ connectives are lowered from the syntax tree, and statement-level branches run o
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError, MaskTraceError
-from .evaluate import Inputs
-from .lower import ACTIVE, lower
-from .nodes import INDEX_VARIABLES, Expr, Node
-from .paths import FEW_PATHS, MAX_PATHS, CannotMerge, TooManyPaths
-from .simplify import simplify
-from .symbols import Argument, Symbol, Table, Tracer
-from .torch_calls import CapturedTensors
+from maskflash.errors import ArgumentError, ArgumentTypeError, MaskTraceError
+from maskflash.expr import torch_calls
+from maskflash.expr.branches import explore
+from maskflash.expr.evaluate import Inputs
+from maskflash.expr.lower import ACTIVE, lower, python_code
+from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Source
+from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, TooManyPaths, Unrepeatable
+from maskflash.expr.simplify import simplify
+from maskflash.expr.symbols import Symbol, argument, is_bool, symbol, truth
+from maskflash.expr.tracer import Argument, TorchCalls, Tracer
 
 MaskArg = Tensor | int | bool
 
@@ -46,7 +49,7 @@ class Traced:
 
 def keyword_arguments(predicate: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a predicate's keyword-only parameters; its positional ones must be b, h, q, kv, by place."""
-    name = _name(predicate)
+    name = _home(predicate).function
     try:
         parameters = list(inspect.signature(predicate).parameters.values())
     except (TypeError, ValueError):
@@ -74,56 +77,68 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
         MaskTraceError: something that can't be an expression, with file, line and the fix.
     """
     mask_args = mask_args or {}
-    try:
+    with contextlib.suppress(Exception):  # it may lie on a path that the values of constants rule out
         return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
-    except TooManyPaths:
-        pass
     try:
         return _trace(predicate, mask_args, MAX_PATHS, use_values=True)
-    except TooManyPaths:
-        code = _function(predicate).__code__
+    except TooManyPaths as limit:
         raise MaskTraceError(
-            f"{_name(predicate)} ({code.co_filename}:{code.co_firstlineno}): branches in more than {MAX_PATHS} ways. "
-            "Return one expression built with `and`, `or` and `... if ... else ...` instead of `if` statements, "
-            "or look the outcome up in a tensor."
+            f"{limit.args[0]}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
+            "and `... if ... else ...` instead of `if` and `while` on q or kv, or look the outcome up in a tensor."
         ) from None
 
 
 def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limit: int, use_values: bool) -> Traced:
-    tracer = Tracer(_name(predicate), limit, use_values)
+    home = _home(predicate)
+    calls = TorchCalls(torch_calls.call, torch_calls.method)
+    tracer = Tracer(home, _trace.__code__, limit, use_values, calls)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
-    keywords = {name: tracer.argument(name, value) for name, value in mask_args.items()}
-    lowered = _lowered(predicate)
+    keywords = {name: argument(tracer, name, value) for name, value in mask_args.items()}
+    lowered = lower(predicate)
     outer = getattr(ACTIVE, "tracer", None)
     ACTIVE.tracer = tracer
     try:
-        with CapturedTensors(tracer):
-            result = tracer.explore(lambda: _as_truth(tracer, lowered(*indices, **keywords)))
-    except CannotMerge as problem:
+        with torch_calls.CapturedTensors(tracer):
+            result = explore(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
+    except MaskTraceError:
+        raise
+    except TypeError:
+        if tracer.failure is not None:
+            raise tracer.failure from None
+        raise
+    except TooManyPaths:
+        raise TooManyPaths(home) from None
+    except Unrepeatable:
         raise MaskTraceError(
-            f"{tracer.name}: returns {problem} on different branches. Return True or False on every path."
+            f"{home}: takes other branches when it is run again. A predicate may depend only on its arguments and on "
+            "captured values that stay the same: no random numbers, counters or tensors made anew on each call."
         ) from None
     finally:
         ACTIVE.tracer = outer
-    expr = simplify(tracer.builder.finish(tracer.truth(result).position))
-    return _compact(expr, tracer, _function(predicate))
+    expr = simplify(tracer.builder.finish(truth(tracer, result).position))
+    function = python_code(predicate)
+    names = [_table_name(table, place, function) for place, table in enumerate(tracer.tables)]
+    return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
 
 
-def _as_truth(tracer: Tracer, value: object) -> object:
-    if isinstance(value, Table) and value.ndim == 0:
-        value = value.element()
-    if isinstance(value, Symbol) and not value.dtype.is_floating_point:
-        return tracer.truth(value)
-    if isinstance(value, bool) or (isinstance(value, Tensor) and value.ndim == 0 and value.dtype == torch.bool):
-        return tracer.truth(value)
+def _as_truth(tracer: Tracer, value: object) -> Symbol:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = symbol(tracer, value)
+    if is_bool(value) or (isinstance(value, Symbol) and not value.dtype.is_floating_point):
+        return truth(tracer, value)
     kind = str(value.dtype) if isinstance(value, Symbol) else type(value).__name__
     fix = "Is a `return` missing?" if value is None else "Compare, and return the truth: `return x > 0`."
-    function = getattr(ACTIVE, "where", tracer.name)
-    raise MaskTraceError(f"{function}: a mask predicate returns True or False, got {kind}. {fix}")
+    raise MaskTraceError(f"{tracer.home}: a mask predicate returns True or False, got {kind}. {fix}")
 
 
-def _compact(expr: Expr, tracer: Tracer, function: FunctionType) -> Traced:
-    """Number the slots that survived in the order of their first use, and name the tables."""
+def compact(
+    expr: Expr,
+    params: Sequence[int | Argument],
+    tables: Sequence[Tensor | Argument],
+    names: Sequence[str],
+    specialised: frozenset[str],
+) -> Traced:
+    """Drop the slots that an expression does not read, and number the others in the order of their first use."""
     used: dict[str, list[int]] = {"param": [], "lookup": []}
     for node in expr.nodes:
         if node.op in used and node.value not in used[node.op]:
@@ -134,26 +149,24 @@ def _compact(expr: Expr, tracer: Tracer, function: FunctionType) -> Traced:
             return node
         return Node(node.op, node.args, node.dtype, node.weak, used[node.op].index(int(node.value or 0)))
 
-    compact = Expr(tuple(map(renumber, expr.nodes)), expr.sources)
-    tables = tuple(tracer.tables[slot] for slot in used["lookup"])
     return Traced(
-        compact,
-        tuple(tracer.params[slot] for slot in used["param"]),
-        tables,
-        tuple(_table_name(table, place, function) for place, table in enumerate(tables)),
-        frozenset(tracer.specialised),
+        Expr(tuple(map(renumber, expr.nodes)), expr.sources),
+        tuple(params[slot] for slot in used["param"]),
+        tuple(tables[slot] for slot in used["lookup"]),
+        tuple(names[slot] for slot in used["lookup"]),
+        specialised,
     )
 
 
-def _table_name(table: Tensor | Argument, place: int, function: FunctionType) -> str:
+def _table_name(table: Tensor | Argument, place: int, function: FunctionType | None) -> str:
     if isinstance(table, Argument):
         return table
-    closure = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    for name, cell in closure:
-        if _contents(cell) is table:
-            return name
-    names = (name for name in function.__code__.co_names if function.__globals__.get(name) is table)
-    return next(names, f"table{place}")
+    if function is None:
+        return f"table{place}"
+    code = function.__code__
+    captured = {name: _contents(cell) for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
+    captured |= {name: function.__globals__.get(name) for name in code.co_names}
+    return next((name for name, value in captured.items() if value is table), f"table{place}")
 
 
 def _contents(cell: Any) -> object:
@@ -163,23 +176,11 @@ def _contents(cell: Any) -> object:
         return None
 
 
-def _lowered(predicate: Callable[..., Any]) -> Callable[..., Any]:
-    if isinstance(predicate, FunctionType):
-        return lower(predicate)
-    if isinstance(predicate, MethodType) and isinstance(predicate.__func__, FunctionType):
-        return MethodType(lower(predicate.__func__), predicate.__self__)
-    method = getattr(type(predicate), "__call__", None)
-    if isinstance(method, FunctionType):
-        return MethodType(lower(method), predicate)
-    return predicate
-
-
-def _function(predicate: Any) -> FunctionType:
-    """The function whose code a predicate runs first."""
-    found = getattr(predicate, "func", predicate)  # functools.partial
-    found = getattr(found, "__func__", found)
-    return found if isinstance(found, FunctionType) else getattr(type(found), "__call__", found)
-
-
-def _name(predicate: Any) -> str:
-    return getattr(_function(predicate), "__name__", type(predicate).__name__)
+def _home(predicate: Any) -> Source:
+    """Where the function that a predicate runs first is defined."""
+    function = python_code(predicate)
+    named = (getattr(it, "__name__", None) for it in (predicate, function))
+    name = next(filter(None, named), type(predicate).__name__)
+    if function is None:
+        return Source(name, "<no source>", 0, "")
+    return Source(name, function.__code__.co_filename, function.__code__.co_firstlineno, "")

@@ -1,4 +1,4 @@
-"""Turns a Plan and q, k, v into attention on the CPU, forward and backward: one dense flash-kernel call per plan's call.
+"""Turns a Plan and q, k, v into attention on the CPU, forward and backward: one dense-kernel call per call planned.
 
 The engine is torch's own CPU flash kernel, called on just the rows and columns that a call covers. Handing its
 backward the *global* out and lse makes each call return its exact share of dq, dk and dv.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskflash.kernels.cpu_plan import Call, Pick, Plan, Schedule, plan
+from maskflash.kernels.cpu_calls import Call, Causal, Pick, Schedule
+from maskflash.kernels.cpu_plan import Plan, plan
 
 __all__ = ["Plan", "backward", "forward", "plan"]
 
@@ -37,6 +38,8 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
     batch, heads, q_len, _ = q.shape
     out = q.new_zeros(batch, heads, q_len, v.shape[3])
     lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=_lse_dtype(q.dtype))
+    if lse.numel() == 0:
+        return out, lse
     schedule = plan.schedule("forward", q.dtype, _work(plan, q, v))
     compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
@@ -49,7 +52,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
                 _shared(columns.take(ks, 2), qs),
                 _shared(columns.take(vs, 2), qs),
                 0.0,
-                False,
+                isinstance(call.mask, Causal),
                 attn_mask=plan.additive(call, compute),
                 scale=scale,
             )
@@ -85,11 +88,13 @@ def backward(
     Returns:
         dq, dk, dv, shaped and typed like q, k, v. Summed in float32 (float64 for float64), cast once.
     """
-    schedule = plan.schedule("backward", q.dtype, _work(plan, q, v), widen=dlse is not None)
-    compute = q.dtype if schedule.native else torch.float32
     total = _lse_dtype(q.dtype)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
+    if lse.numel() == 0:
+        return dq, dk.to(k.dtype), dv.to(k.dtype)
+    schedule = plan.schedule("backward", q.dtype, _work(plan, q, v), widen=dlse is not None)
+    compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
     if dlse is not None:
         # The kernel forms dS = P ∘ (dO vᵀ - rowsum(dO ∘ out)); lse adds dlse inside the bracket. One more column
@@ -99,9 +104,7 @@ def backward(
         out = torch.cat((out.to(compute), -dlse.to(compute)[..., None]), dim=3)
         v = pad(v, (0, 1))
     inputs = tuple(_prepared(x, compute, width) for x in (q, k, v, dout, out))
-    for calls, (qs, ks, vs, douts, outs, lses, dqs, dks, dvs) in _units(
-        schedule, plan, (*inputs, lse, dq, dk, dv)
-    ):
+    for calls, (qs, ks, vs, douts, outs, lses, dqs, dks, dvs) in _units(schedule, plan, (*inputs, lse, dq, dk, dv)):
         for call in calls:
             rows, columns = call.rows, call.columns
             part_q, part_k, part_v = _kernel_backward(
@@ -112,7 +115,7 @@ def backward(
                 rows.take(outs, 2),
                 rows.take(lses, 2),
                 0.0,
-                False,
+                isinstance(call.mask, Causal),
                 attn_mask=plan.additive(call, compute),
                 scale=scale,
             )
@@ -134,16 +137,18 @@ def _work(plan: Plan, q: Tensor, v: Tensor) -> int:
 
 
 def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """x in the compute dtype, its last dimension dense (the kernel reads garbage otherwise) and `width` wide."""
+    """Brings x to the compute dtype, `width` wide, with rows that are dense and don't overlap.
+
+    The kernel reads garbage from rows that are not dense, and its products refuse rows closer than their width, such
+    as those of an expanded tensor; all other strides it takes as they are.
+    """
     x = x.to(dtype)
     if x.shape[3] < width:
         x = pad(x, (0, width - x.shape[3]))
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    return x if x.stride(3) == 1 and x.stride(2) >= width else x.clone(memory_format=torch.contiguous_format)
 
 
-def _units(
-    schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]
-) -> Iterator[tuple[list[Call], list[Tensor]]]:
+def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Iterator[tuple[list[Call], list[Tensor]]]:
     """Each list of calls with views of the tensors it runs over: (N, G, S, ...), or (N, 1, S, ...) for K and V's side.
 
     N x G are the query heads that share the mask, G of them each key head. Which side a tensor is on shows in its

@@ -1,18 +1,18 @@
 """Turns the shape of a dense-kernel call into its predicted cost: the one table that all CPU planning decides by.
 
-The unit is one (query, key) pair of a long float32 call: 4 (forward) or 10 (backward) x heads x head dim
+The unit is one (query, key) pair of a long unmasked float32 call: 4 (forward) or 10 (backward) x heads x head dim
 operations. A call over R rows and S columns costs
 
-    call + column · S + R · S / rate(R)
+    call + column · S + R · S / (rate(R) · (masked if it has a mask else 1))
 
-`call` is the Python and dispatch overhead, `column` the traffic of reading K, V and adding to dK, dV, and rate(R)
-the kernel's efficiency at R rows.
+`call` is the Python and dispatch overhead, `column` the traffic of reading K, V and adding to dK, dV, rate(R) the
+kernel's efficiency at R rows, and `masked` that of its extra pass over the scores.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
@@ -20,6 +20,7 @@ import torch
 Pass = Literal["forward", "backward"]
 
 _TABLE_WORK: Final = 8 * 64  # heads x head dim at which the table was measured
+_KEY_BLOCK: Final = 512  # columns that torch's kernel takes at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Costs:
         native: compute in the tensors' own dtype; else in float32 copies of them.
         call: overhead of one call, in pairs.
         column: cost of one column of one call, in pairs.
+        masked: efficiency of a call with a mask, relative to one without.
         rows: ascending row counts; rates[i] holds from rows[i] on.
         rates: pairs per unit of cost.
     """
@@ -37,6 +39,7 @@ class Costs:
     native: bool
     call: float
     column: float
+    masked: float
     rows: tuple[int, ...]
     rates: tuple[float, ...]
 
@@ -44,34 +47,47 @@ class Costs:
         """Efficiency of a call of so many rows."""
         return self.rates[max(bisect_right(self.rows, rows) - 1, 0)]
 
-    def of(self, rows: int, columns: int) -> float:
+    def of(self, rows: int, columns: int, *, masked: bool) -> float:
         """Cost of one call, in pairs."""
-        return self.call + self.column * columns + rows * columns / self.rate(rows)
+        rate = self.rate(rows) * (self.masked if masked else 1.0)
+        return self.call + self.column * columns + rows * columns / rate
+
+    def of_causal(self, size: int) -> float:
+        """Cost of one call of size x size under the kernel's own causal flag, in pairs."""
+        # The kernel leaves out whole key blocks only: row r is computed up to the next multiple of _KEY_BLOCK.
+        whole, rest = divmod(size, _KEY_BLOCK)
+        pairs = _KEY_BLOCK**2 * whole * (whole + 1) / 2 + rest * size
+        return self.call + self.column * size + pairs / self.rate(size)
 
     def for_work(self, work: int) -> Costs:
         """The same costs where heads x head dim is `work`: overhead weighs more where a pair is cheaper."""
-        return Costs(self.native, self.call * _TABLE_WORK / work, self.column, self.rows, self.rates)
+        return replace(self, call=self.call * _TABLE_WORK / work)
 
 
-# Measured at B1 H8 D64 on two cores, calls of 16 to 4,096 columns. The kernel splits rows by 32 below 192 rows, by 64
-# below 768, by 256 from there: hence the steps. Long spans make backward's columns dear: K, V, dK and dV leave the cache.
+# Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX), calls of 32 to 1,024 rows and 128 to 2,048
+# columns whose data was not in the caches. The kernel splits rows by 32 below 192 rows, by 64 below 768, by 256 from
+# there: hence the steps. An AMD machine gave the same order with smaller steps (forward 0.92 below 192 rows, 0.97 on).
 _FLOAT32: Final[dict[Pass, Costs]] = {
-    "forward": Costs(True, 2500, 10, (1, 8, 16, 32, 192), (0.15, 0.6, 0.8, 0.92, 0.97)),
-    "backward": Costs(True, 2000, 50, (1, 8, 16, 32), (0.2, 0.6, 0.9, 1.0)),
-}
-_WIDENED: Final[dict[Pass, Costs]] = {
-    p: Costs(False, c.call, c.column, c.rows, c.rates) for p, c in _FLOAT32.items()
-}
-# Half types in their own dtype, in pairs of the float32 kernel. Few rows are slow: products of 16-bit tiles are repacked.
-_NATIVE_AMX: Final[dict[Pass, Costs]] = {
     "forward": Costs(
-        True, 3500, 20, (1, 16, 64, 128, 256, 512, 1024), (0.1, 0.5, 1.2, 1.6, 2.1, 2.5, 2.9)
+        True,
+        3000,
+        10,
+        0.89,
+        (1, 8, 16, 32, 64, 96, 160, 192, 320),
+        (0.15, 0.5, 0.65, 0.74, 0.78, 0.83, 0.87, 0.94, 0.97),
     ),
-    "backward": Costs(True, 9000, 60, (1, 64, 128, 256, 512, 768), (0.05, 0.2, 0.4, 0.65, 0.9, 1.2)),
+    "backward": Costs(True, 2000, 50, 0.94, (1, 8, 16, 32, 96, 192), (0.2, 0.6, 0.8, 0.9, 0.95, 1.0)),
+}
+_WIDENED: Final[dict[Pass, Costs]] = {p: replace(costs, native=False) for p, costs in _FLOAT32.items()}
+# Half types in their own dtype, in pairs of the float32 kernel. Few rows are slow: products of 16-bit tiles are
+# repacked. Not measured on the machine that the table above comes from, which has no 16-bit products.
+_NATIVE_AMX: Final[dict[Pass, Costs]] = {
+    "forward": Costs(True, 3500, 20, 1.0, (1, 16, 64, 128, 256, 512, 1024), (0.1, 0.5, 1.2, 1.6, 2.1, 2.5, 2.9)),
+    "backward": Costs(True, 9000, 60, 1.0, (1, 64, 128, 256, 512, 768), (0.05, 0.2, 0.4, 0.65, 0.9, 1.2)),
 }
 _NATIVE_AVX512: Final[dict[Pass, Costs]] = {
-    "forward": Costs(True, 2500, 10, (1, 32, 192, 768), (0.1, 0.6, 0.8, 0.86)),
-    "backward": Costs(True, 15000, 60, (1, 64, 192, 768), (0.05, 0.5, 0.9, 1.3)),
+    "forward": Costs(True, 2500, 10, 1.0, (1, 32, 192, 768), (0.1, 0.6, 0.8, 0.86)),
+    "backward": Costs(True, 15000, 60, 1.0, (1, 64, 192, 768), (0.05, 0.5, 0.9, 1.3)),
 }
 
 

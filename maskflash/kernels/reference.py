@@ -33,8 +33,6 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tu
     q = q.masked_fill(~seen[..., None], 0.0)
     k = k.masked_fill(~used[..., None], 0.0).repeat_interleave(group, dim=1)
     v = v.masked_fill(~used[..., None], 0.0).repeat_interleave(group, dim=1)
-    if k.shape[2] == 0:
-        return q.new_zeros(batch, heads, q_len, v.shape[3]), q.new_full((batch, heads, q_len), -torch.inf)
     scores = (q @ k.mT * scale).masked_fill(~visible, -torch.inf)
     # A row without a visible column gets finite scores first, and its results are replaced afterwards.
     scores = scores.masked_fill(~seen[..., None], 0.0)

@@ -1,0 +1,113 @@
+"""What does it cost before the first result? Analysis beside FlexAttention's, import time, time to the first result.
+
+Run: python -m benchmarks.analysis. What only a fresh process shows (peak memory, start-up) comes from
+`benchmarks/fresh.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+import maskflash as mf
+from benchmarks import runner, workloads
+from benchmarks.runner import Row
+
+TITLES = {
+    "comparison": "Block map of causal documents, predicate to map: maskflash beside FlexAttention's eager "
+    "create_block_mask (few pairs: it takes over ten seconds a call)",
+    "lengths": "Block map of causal documents by length: maskflash alone",
+    "start": "Start-up in fresh processes: import over `import torch`; compile and first call, imports aside",
+}
+TOKENS = 16384
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+SLOW_PAIRS = 3  # of a comparison whose other side takes over ten seconds
+FIRST_TOKENS = 1024
+
+TIME_FLOOR = 100.0
+MEMORY_FLOOR = 20.0
+IMPORT_CEILING = 0.050
+FIRST_CEILING = 0.150
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    options = runner.arguments("Measure what is done before the first result.").parse_args(argv)
+    quick, seed = options.quick, options.seed
+    tokens = 512 if quick else TOKENS
+    slow, pairs = (1, 1) if quick else (min(SLOW_PAIRS, options.pairs), options.pairs)
+    rows = [_time(tokens, slow, seed), _memory(tokens, slow, seed)]
+    for length in (512, 1024) if quick else LENGTHS:
+        rows.append(_alone(length, pairs, seed))
+    rows += _start(pairs, seed)
+    return runner.finish("analysis", TITLES, rows, options)
+
+
+def _time(tokens: int, pairs: int, seed: int) -> Row:
+    """The same predicate for both; ours is traced anew each time."""
+    predicate = workloads.document_predicate(workloads.document_ids(tokens, seed))
+    theirs = partial(create_block_mask, predicate, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=workloads.TILE)
+    _assert_equal(mf.mask(predicate).block_map(tokens, tokens), theirs())
+    (ours,), (flex,) = runner.alternate(runner.timed(lambda: _analysed(predicate, tokens)), runner.timed(theirs), pairs)
+    return runner.compared("comparison", "causal documents", tokens, "time", ours, flex, floor=TIME_FLOOR)
+
+
+def _memory(tokens: int, pairs: int, seed: int) -> Row:
+    ours, flex = (
+        [_fresh("memory", side, str(tokens), str(seed)) for _ in range(pairs)] for side in ("maskflash", "flex")
+    )
+    return runner.compared(
+        "comparison", "causal documents", tokens, "peak memory", ours, flex, unit="B", floor=MEMORY_FLOOR
+    )
+
+
+def _alone(tokens: int, samples: int, seed: int) -> Row:
+    predicate = workloads.document_predicate(workloads.document_ids(tokens, seed))
+    run = runner.timed(lambda: _analysed(predicate, tokens))
+    run()
+    return runner.alone("lengths", "causal documents", tokens, "time", [run()[0] for _ in range(samples)])
+
+
+def _start(samples: int, seed: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as cache:  # byte code, as an installed package has it
+        _fresh("import", cache)
+        _fresh("first", cache, str(FIRST_TOKENS), str(seed))
+        imports = [_fresh("import", cache) for _ in range(samples)]
+        firsts = [_fresh("first", cache, str(FIRST_TOKENS), str(seed)) for _ in range(samples)]
+    return [
+        runner.alone("start", "import maskflash", 0, "time", imports, ceiling=IMPORT_CEILING),
+        runner.alone("start", "compile and first call", FIRST_TOKENS, "time", firsts, ceiling=FIRST_CEILING),
+    ]
+
+
+def _analysed(predicate: object, tokens: int) -> mf.BlockMap:
+    return mf.Mask.block_map(mf.mask(predicate), tokens, tokens, block_size=workloads.TILE)  # type: ignore[arg-type]
+
+
+def _fresh(*words: str) -> float:
+    """One measurement in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(runner.ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "benchmarks.fresh", *words]
+    run = subprocess.run(command, env=environment, cwd=runner.ROOT, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    return float(json.loads(run.stdout))
+
+
+def _assert_equal(ours: mf.BlockMap, theirs: object) -> None:
+    """Both found the same tiles; lengths are whole tiles, where the two projects' rules agree."""
+    lists = {"full": "full_kv_num_blocks", "partial": "kv_num_blocks"}
+    counts = {kind: int(torch.as_tensor(getattr(theirs, name)).sum()) for kind, name in lists.items()}
+    found = {kind: ours.counts[kind] for kind in lists}
+    assert found == counts, f"maskflash found {found}, FlexAttention {counts}"
+
+
+if __name__ == "__main__":
+    main()

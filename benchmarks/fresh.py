@@ -1,0 +1,84 @@
+"""One figure that only a fresh process shows -> a number on standard output.
+
+    python -m benchmarks.fresh import CACHE                    seconds of `import maskflash` after `import torch`
+    python -m benchmarks.fresh first CACHE TOKENS SEED         seconds of compile and first call, imports aside
+    python -m benchmarks.fresh memory maskflash TOKENS SEED    bytes that the block map adds to the process's peak
+    python -m benchmarks.fresh memory flex TOKENS SEED         the same for FlexAttention
+
+CACHE is a folder for maskflash's byte code: an installed package has it, a checkout whose environment forbids writing
+it would compile its sources at every import.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")  # Linux's account of a process's memory
+SMALL = 256  # tokens of the step that loads code before memory is measured
+
+
+def main(measure: str, *words: str) -> float:
+    if measure == "import":
+        return _import(*words)
+    if measure == "first":
+        return _first(words[0], int(words[1]), int(words[2]))
+    return _memory(words[0], int(words[1]), int(words[2]))
+
+
+def _import(cache: str) -> float:
+    import torch  # noqa: F401
+
+    _keep_byte_code_in(cache)
+    start = time.perf_counter()
+    import maskflash  # noqa: F401
+
+    return time.perf_counter() - start
+
+
+def _first(cache: str, tokens: int, seed: int) -> float:
+    import torch
+
+    _keep_byte_code_in(cache)
+    import maskflash as mf
+    from benchmarks import workloads
+
+    work = workloads.inputs(tokens, torch.float32, seed)
+    predicate = workloads.document_predicate(workloads.document_ids(tokens, seed))
+    start = time.perf_counter()
+    mf.compile(predicate)(work.q, work.k, work.v)
+    return time.perf_counter() - start
+
+
+def _memory(side: str, tokens: int, seed: int) -> float:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    import maskflash as mf
+    from benchmarks import workloads
+
+    def analyse(length: int) -> object:
+        predicate = workloads.document_predicate(workloads.document_ids(length, seed))
+        if side == "maskflash":
+            return mf.mask(predicate).block_map(length, length, block_size=workloads.TILE)
+        return create_block_mask(predicate, None, None, length, length, device="cpu", BLOCK_SIZE=workloads.TILE)
+
+    analyse(SMALL)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of imports, starts anew
+    result = analyse(tokens)
+    peak = _resident("VmHWM")
+    del result
+    return float(max(peak - before, 4096))
+
+
+def _keep_byte_code_in(cache: str) -> None:
+    sys.pycache_prefix, sys.dont_write_bytecode = cache, False
+
+
+def _resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most so far) in bytes."""
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))

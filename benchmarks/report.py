@@ -1,0 +1,168 @@
+"""Stored results -> the tables in the docs, between `<!-- figures: NAME -->` and `<!-- end figures -->`.
+
+Run: python -m benchmarks.report (`--check` changes nothing and fails if a table is not what the results say).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from benchmarks import runner
+from benchmarks.runner import ROOT, Row, Spread
+
+RESULTS: Final = ROOT / "benchmarks" / "results"
+FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+MISSING: Final = "TBD"
+
+_BLOCK: Final = re.compile(r"(<!-- figures: (?P<name>.+?) -->\n).*?(<!-- end figures -->)", re.DOTALL)
+_QUESTIONS: Final = {"attention": ("documents", "efficiency"), "analysis": ("comparison", "lengths", "start")}
+
+
+class Result(NamedTuple):
+    """What one script stored."""
+
+    conditions: dict[str, Any]
+    rows: list[Row]
+
+
+Results = dict[str, Result]  # by question
+
+
+class Line(NamedTuple):
+    """A line of the summary: which rows it quotes."""
+
+    text: str
+    question: str
+    wanted: dict[str, Any]
+
+
+_DOCUMENTS: Final = {"table": "documents"}
+_EFFICIENCY: Final = {"table": "efficiency", "tokens": 8192}
+SUMMARY: Final = (
+    Line(
+        "forward over SDPA with the dense mask, causal documents, 8,192 tokens",
+        "attention",
+        _DOCUMENTS | {"measure": "forward"},
+    ),
+    Line("forward + backward, likewise", "attention", _DOCUMENTS | {"measure": "forward + backward"}),
+    Line("efficiency¹ at 8,192 tokens, causal", "attention", _EFFICIENCY | {"case": "causal"}),
+    Line("efficiency¹, causal documents", "attention", _EFFICIENCY | {"case": "causal documents"}),
+    Line("efficiency¹, causal window of 512 tokens", "attention", _EFFICIENCY | {"case": "causal window S/16"}),
+    Line("block map of causal documents, 16,384 tokens", "analysis", {"table": "lengths", "tokens": 16384}),
+    Line("the same, 131,072 tokens", "analysis", {"table": "lengths", "tokens": 131072}),
+    Line(
+        "FlexAttention's eager `create_block_mask` over ours, 16,384 tokens, time",
+        "analysis",
+        {"table": "comparison", "measure": "time"},
+    ),
+    Line("the same, peak memory", "analysis", {"table": "comparison", "measure": "peak memory"}),
+    Line("`import maskflash` over `import torch`", "analysis", {"table": "start", "case": "import maskflash"}),
+    Line(
+        "compile and first call, 1,024 tokens, imports aside",
+        "analysis",
+        {"table": "start", "case": "compile and first call"},
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables; the exit status is 1 if `--check` found a stale one."""
+    parser = argparse.ArgumentParser(description="Write the docs' tables from the stored results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
+    check = parser.parse_args(argv).check
+    results = load(RESULTS / "cpu")
+    stale = []
+    for path in FILES:
+        before = path.read_text(encoding="utf-8")
+        after = filled_in(before, results)
+        if before != after:
+            stale.append(path.relative_to(ROOT))
+            if not check:
+                path.write_text(after, encoding="utf-8")
+    for path in stale:
+        print(f"{path} {'is stale: run python -m benchmarks.report' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+def load(folder: Path) -> Results:
+    """The stored results of one device; questions without any are left out."""
+    results = {}
+    for question in _QUESTIONS:
+        path = folder / f"{question}.json"
+        if path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if stored["conditions"]["quick"]:
+                sys.exit(f"{path} comes from a --quick run, which measures nothing; run it again without")
+            results[question] = Result(stored["conditions"], [_row(row) for row in stored["rows"]])
+    return results
+
+
+def filled_in(text: str, results: Results) -> str:
+    """A document with each of its tables made from the results."""
+    blocks = _blocks()
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}{blocks[match['name']](results)}\n{match[3]}"
+
+    return _BLOCK.sub(fill, text)
+
+
+def _blocks() -> dict[str, Callable[[Results], str]]:
+    """What each name stands for."""
+    blocks: dict[str, Callable[[Results], str]] = {"summary": _summary}
+    for question, tables in _QUESTIONS.items():
+        blocks[f"{question} conditions"] = partial(_conditions, question)
+        for table in tables:
+            blocks[f"{question} {table}"] = partial(_table, question, table)
+    return blocks
+
+
+def _summary(results: Results) -> str:
+    """The medians that the README quotes."""
+    lines = []
+    for line in SUMMARY:
+        rows = results[line.question].rows if line.question in results else []
+        quoted = [row for row in rows if all(getattr(row, name) == value for name, value in line.wanted.items())]
+        lines.append([line.text, ", ".join(_median(row) for row in quoted) or MISSING])
+    return _markdown(["median", "measured"], lines) + "\n\n" + _conditions("attention", results)
+
+
+def _median(row: Row) -> str:
+    values, unit = (row.ours, row.unit) if row.ratio is None else (row.ratio, runner.ratio_unit(row))
+    text = runner.spread(Spread(values.p50, values.p50, values.p50), unit)
+    return f"{text} ({row.dtype})" if row.dtype else text
+
+
+def _table(question: str, table: str, results: Results) -> str:
+    rows = [row for row in results[question].rows if row.table == table] if question in results else []
+    if not rows:
+        return _markdown(["case", "maskflash", "baseline", "ratio", "wanted"], [[MISSING] * 5])
+    columns = runner.filled(rows)
+    texts = [runner.cells(row) for row in rows]
+    return _markdown(columns, [[text[name] for name in columns] for text in texts])
+
+
+def _conditions(question: str, results: Results) -> str:
+    return f"{runner.describe(results[question].conditions)}." if question in results else f"Measured on: {MISSING}."
+
+
+def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(stored: dict[str, Any]) -> Row:
+    fields: dict[str, Any] = {name: value for name, value in stored.items() if name != "met"}
+    fields |= {name: Spread(**stored[name]) for name in ("ours", "theirs", "ratio") if name in stored}
+    return Row(**fields)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""Two contenders, run by turns in one process, -> rows with p20/p50/p80: printed as tables and stored as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import maskflash as mf
+
+ROOT: Final = Path(__file__).parents[1]
+PAIRS: Final = 9  # of timings, unless a script says otherwise
+WIDTH: Final = 150  # of a table where the output is no terminal
+
+Contender = Callable[[], Sequence[float]]
+"""Runs once and returns the seconds of each of its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """20th, 50th and 80th percentile of samples."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Spread:
+        """The percentiles of samples, between neighbours by straight lines."""
+        return Spread(*np.percentile(samples, (20, 50, 80)).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure beside what it has to reach.
+
+    Attributes:
+        table: which table it belongs to.
+        case: what was computed.
+        tokens: length of the sequence.
+        measure: "forward", "time", "peak memory" and the like.
+        dtype: of the tensors, or "".
+        unit: "s" or "B", of `ours` and `theirs`.
+        samples: how many of each side.
+        ours: maskflash.
+        theirs: the baseline; None where there is none.
+        ratio: of the pairs, larger is better; for an efficiency it holds the visited fraction too.
+        visited: fraction of 128 x 128 tiles that the mask leaves to visit, where the ratio uses it.
+        floor: least median ratio wanted.
+        ceiling: largest median of `ours` wanted.
+    """
+
+    table: str
+    case: str
+    tokens: int
+    measure: str
+    dtype: str
+    unit: str
+    samples: int
+    ours: Spread
+    theirs: Spread | None = None
+    ratio: Spread | None = None
+    visited: float | None = None
+    floor: float | None = None
+    ceiling: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median reaches what is wanted; None where nothing is."""
+        if self.floor is not None and self.ratio is not None:
+            return self.ratio.p50 >= self.floor
+        return None if self.ceiling is None else self.ours.p50 <= self.ceiling
+
+
+def compared(
+    table: str,
+    case: str,
+    tokens: int,
+    measure: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    dtype: str = "",
+    unit: str = "s",
+    visited: float | None = None,
+    floor: float | None = None,
+) -> Row:
+    """A row of pairs; the ratio's spread is that of the pairs' own ratios."""
+    factor = 1.0 if visited is None else visited
+    ratios = [factor * b / a for a, b in zip(ours, theirs, strict=True)]
+    spreads = Spread.of(ours), Spread.of(theirs), Spread.of(ratios)
+    return Row(table, case, tokens, measure, dtype, unit, len(ours), *spreads, visited, floor)
+
+
+def alone(
+    table: str, case: str, tokens: int, measure: str, samples: Sequence[float], *, ceiling: float | None = None
+) -> Row:
+    """A row without a baseline."""
+    return Row(table, case, tokens, measure, "", "s", len(samples), Spread.of(samples), ceiling=ceiling)
+
+
+def alternate(ours: Contender, theirs: Contender, pairs: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Run both once uncounted, then by turns; who goes first changes from pair to pair.
+
+    Returns:
+        For ours and for theirs, the samples of each part.
+    """
+    contenders = {"ours": ours, "theirs": theirs}
+    samples: dict[str, list[Sequence[float]]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    for pair in range(pairs):
+        for name in sorted(contenders, reverse=pair % 2 == 1):
+            samples[name].append(contenders[name]())
+    by_part = {name: [list(part) for part in zip(*rows, strict=True)] for name, rows in samples.items()}
+    return by_part["ours"], by_part["theirs"]
+
+
+def timed(function: Callable[[], Any]) -> Contender:
+    """A contender of one part."""
+
+    def run() -> tuple[float]:
+        start = time.perf_counter()
+        result = function()
+        seconds = time.perf_counter() - start
+        del result  # freed outside the measured time, as the caller's own would be
+        return (seconds,)
+
+    return run
+
+
+def conditions(quick: bool) -> dict[str, Any]:
+    """Where and with what the rows were measured."""
+    return {
+        "device": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "maskflash": mf.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "quick": quick,
+    }
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that all scripts have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few pairs: does it run at all?")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="timings of each side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of documents and tensors (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also store the rows")
+    return parser
+
+
+def finish(question: str, titles: dict[str, str], rows: list[Row], options: argparse.Namespace) -> list[Row]:
+    """Print the rows, one table for each title, and store them if asked to."""
+    where = conditions(options.quick)
+    if options.quick:
+        rows = [replace(row, floor=None, ceiling=None) for row in rows]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    for key, title in titles.items():
+        console.print(_table(title, [row for row in rows if row.table == key]))
+    console.print(describe(where), highlight=False)
+    if options.json:
+        plain = [{k: v for k, v in asdict(row).items() if v is not None} | {"met": row.met} for row in rows]
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"question": question, "conditions": where, "rows": plain}
+        options.json.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+def describe(where: dict[str, Any]) -> str:
+    """The conditions as one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    quick = "; a quick run, not a measurement" if where["quick"] else ""
+    return f"{where['device']}, {where['threads']} threads; {versions}; commit {where['commit']}{quick}"
+
+
+def spread(values: Spread | None, unit: str) -> str:
+    """The median and its unit ("s", "B", "x", or "" for an efficiency), and the other percentiles in brackets."""
+    if values is None:
+        return ""
+    scale, name = 1.0, unit and f" {unit}"
+    if unit == "B":
+        scale, name = 2.0**-20, " MiB"
+    elif unit == "s" and values.p50 < 1:
+        scale, name = 1e3, " ms"
+    elif unit == "x":
+        name = "x"
+    show = (lambda x: f"{x:.2f}") if unit == "" else _digits
+    low, middle, high = (show(x * scale) for x in (values.p20, values.p50, values.p80))
+    return f"{middle}{name}" + (f" ({low}-{high})" if low != high else "")
+
+
+def ratio_unit(row: Row) -> str:
+    """A factor, or nothing for an efficiency."""
+    return "x" if row.visited is None else ""
+
+
+def wanted(row: Row) -> str:
+    """What a row has to reach, and whether it does."""
+    if row.met is None:
+        return ""
+    goal = row.ceiling if row.floor is None else row.floor
+    assert goal is not None
+    text = spread(Spread(goal, goal, goal), row.unit if row.floor is None else ratio_unit(row))
+    return f"{'<=' if row.floor is None else '>='} {text}, {'met' if row.met else 'not met'}"
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row as text, by column."""
+    visited = "" if row.visited is None else f"{100 * row.visited:.1f} %"
+    return {
+        "case": row.case,
+        "tokens": f"{row.tokens:,}" if row.tokens else "",
+        "dtype": row.dtype,
+        "measure": row.measure,
+        "visited": visited,
+        "maskflash": spread(row.ours, row.unit),
+        "baseline": spread(row.theirs, row.unit),
+        "ratio": spread(row.ratio, ratio_unit(row)),
+        "n": str(row.samples),
+        "wanted": wanted(row),
+    }
+
+
+def filled(rows: Sequence[Row]) -> list[str]:
+    """The columns that some row has something in."""
+    texts = [cells(row) for row in rows]
+    return [name for name in (texts[0] if texts else ()) if any(text[name] for text in texts)]
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=title, title_justify="left")
+    columns = filled(rows)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("case", "dtype", "measure", "wanted") else "right")
+    for row in rows:
+        text = cells(row)
+        style = "bold red" if row.met is False else ""
+        table.add_row(*(text[name] for name in columns), style=style)
+    return table
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four digits: stored results stay small and readable."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _cpu_name() -> str:
+    """The processor, and the vector instructions that torch uses on it."""
+    name = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        models = [line for line in listing.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    amx = "with AMX" if torch.cpu._is_amx_tile_supported() else "without AMX"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {amx})"
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where what is measured has changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "maskflash", "templates", "benchmarks/*.py", "pyproject.toml")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,57 @@
+"""maskflash: a compiler from which pairs may attend to a fast, differentiable attention op.
+
+`compile(mask)` is the front door; `mask`, the presets and `& | ^ ~` make masks. README.md has an example.
+"""
+
+from maskflash.api import Attention, attention, compile
+from maskflash.blocks.block_map import BlockMap
+from maskflash.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    MaskflashError,
+    MaskIndexError,
+    MaskTraceError,
+)
+from maskflash.explain import Explanation
+from maskflash.masks import presets
+from maskflash.masks.mask import Mask, mask
+from maskflash.masks.presets import (
+    causal,
+    dilated_window,
+    document,
+    full,
+    global_tokens,
+    natten,
+    padding,
+    prefix_lm,
+    sliding_window,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "Attention",
+    "BackendError",
+    "BlockMap",
+    "Explanation",
+    "Mask",
+    "MaskIndexError",
+    "MaskTraceError",
+    "MaskflashError",
+    "attention",
+    "causal",
+    "compile",
+    "dilated_window",
+    "document",
+    "full",
+    "global_tokens",
+    "mask",
+    "natten",
+    "padding",
+    "prefix_lm",
+    "presets",
+    "sliding_window",
+]

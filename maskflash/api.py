@@ -1,0 +1,333 @@
+"""What users call: a mask -> an attention op, its arguments checked and its backend chosen in this one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final, Literal, overload
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments, op, plans
+from maskflash.arguments import BlockSize
+from maskflash.blocks.classify import Problem
+from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
+from maskflash.explain import Explanation
+from maskflash.masks.mask import Mask, mask
+from maskflash.masks.presets import full
+
+MaskLike = Mask | Callable[..., Any]
+Backend = Literal["auto", "cpu", "triton"]
+
+_BACKENDS: Final = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Attention:
+    """Attention under one mask: call it with q, k and v.
+
+    It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
+    attention ops together, and made again when a table has been written to.
+
+    Attributes:
+        mask: which pairs may attend.
+        scale: factor of the scores; None for 1/sqrt(D).
+        block_size: (bq, bkv), a tile in tokens.
+        backend: as asked for.
+        deterministic: same inputs, same bits. The CPU's is always so.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        scale: float | None,
+        block_size: tuple[int, int],
+        backend: Backend,
+        deterministic: bool,
+    ) -> None:
+        self.mask = mask
+        self.scale = scale
+        self.block_size = block_size
+        self.backend = backend
+        self.deterministic = deterministic
+        self._expressions: set[str] = set()
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: Literal[False] = False,
+        **mask_args: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: bool,
+        **mask_args: Any,
+    ) -> Any: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: bool = False,
+        **mask_args: Any,
+    ) -> Any:
+        """Attend: out = softmax(scale · q kᵀ over the visible keys) v.
+
+        Args:
+            q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0.
+            k: (B, Hkv, Skv, D), Hkv divides Hq (grouped queries share a key head without a copy); Skv may be 0.
+            v: (B, Hkv, Skv, Dv).
+            q_offset: added to row numbers before the mask sees them: an int, or an int tensor (B,).
+            return_lse: also return the log-sum-exp of the scores.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            out: (B, Hq, Sq, Dv) in q's dtype; 0 in rows that see nothing.
+            lse: if asked for, (B, Hq, Sq), natural logarithm of summed exponentials of scaled scores, float32
+            (float64 for float64), -inf in rows that see nothing. Both are differentiable in q, k and v.
+
+        Raises:
+            ArgumentError: shapes, devices or ranges that don't fit.
+            ArgumentTypeError: types or dtypes that don't fit.
+            BackendError: the chosen backend can't run here.
+            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
+
+        Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
+        """
+        _check_tensors(q, k, v)
+        self._backend_for(q.device)
+        offset = arguments.q_offset("attention", q_offset, q.shape[0])
+        traced, inputs = self.mask.bound("attention", mask_args)
+        _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
+        problem = Problem(
+            traced.expr,
+            inputs,
+            q.shape[2],
+            k.shape[2],
+            q.shape[0],
+            q.shape[1],
+            self.block_size,
+            offset,
+            q.device,
+        )
+        self._expressions.add(traced.expr.text)
+        plans.find(problem)  # here, so that an error of the mask names the user's own line
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        out, lse = op.attend(q, k, v, problem, scale)
+        return (out, lse) if return_lse else out
+
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> Explanation:
+        """What was decided for these lengths, and why: str() for people, .to_dict() for tools.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: as in a call.
+            device: where a call would run.
+            **mask_args: the mask's own arguments.
+
+        Example:
+            >>> import maskflash as mf
+            >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))
+            sliding_window(256)
+              visible      ((q - 256) <= kv) and (kv <= (q + 0))
+              reads        q, kv: one block map for all batch rows and heads
+              tiles        31 full, 63 partial, 930 skip of 128 x 128 tokens (90.8 % skipped)
+              decided      961 tiles by bounds, 63 by samples, 0 element by element
+              backend      cpu, since the tensors are on cpu
+              forward      float32: 12 calls over 1.11 x the visible pairs
+              backward     float32: 12 calls over 1.11 x the visible pairs
+        """
+        device = torch.device(device)
+        backend = self._backend_for(device)
+        problem = self.mask.problem(
+            "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+        )
+        traced, _ = self.mask.bound("Attention.explain", mask_args)
+        why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
+        return Explanation(self.mask.name, traced.names, problem, plans.find(problem), backend, why)
+
+    def invalidate(self) -> None:
+        """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
+        plans.invalidate(self._expressions)
+
+    def _backend_for(self, device: torch.device) -> str:
+        by_device = _BACKENDS.get(device.type)
+        if by_device is None:
+            raise BackendError(
+                f"attention: tensors are on {device.type}, expected {' or '.join(_BACKENDS)}; move them first"
+            )
+        backend = by_device if self.backend == "auto" else self.backend
+        if backend != by_device:
+            raise BackendError(
+                f'attention: backend="{backend}" can\'t run on {device.type}; use backend="auto" or "{by_device}", '
+                f"or move q, k and v"
+            )
+        if backend == "triton":
+            raise BackendError(
+                "attention: the triton backend is not part of this version; move q, k and v to the CPU, or use "
+                "torch's scaled_dot_product_attention with mask.dense(...)"
+            )
+        return backend
+
+    def __repr__(self) -> str:
+        return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"
+
+
+def compile(
+    mask: MaskLike,
+    *,
+    scale: float | None = None,
+    block_size: BlockSize = 128,
+    backend: Backend = "auto",
+    deterministic: bool = True,
+) -> Attention:
+    """Compile a mask to an attention op.
+
+    Args:
+        mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~.
+        scale: positive factor of the scores; None for 1/sqrt(D).
+        block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+        backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
+        deterministic: same inputs, same bits.
+
+    Returns:
+        The op: `attn(q, k, v, **mask_args)`.
+
+    Raises:
+        MaskTraceError: the predicate does something that can't become an expression.
+        ArgumentError: an argument is out of range.
+
+    Example:
+        >>> attn = compile(lambda b, h, q, kv: kv <= q < kv + 256)
+        >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
+        >>> attn(q, k, v).shape
+        torch.Size([1, 4, 512, 64])
+    """
+    size = arguments.block_size("compile", block_size)
+    if backend not in ("auto", "cpu", "triton"):
+        raise ArgumentError(f'compile: backend is {backend!r}, expected "auto", "cpu" or "triton"')
+    factor = None if scale is None else arguments.scale("compile", scale)
+    return Attention(_as_mask("compile", mask), factor, size, backend, bool(deterministic))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskLike | None = None,
+    *,
+    scale: float | None = None,
+    block_size: BlockSize = 128,
+    backend: Backend = "auto",
+    deterministic: bool = True,
+    q_offset: int | Tensor = 0,
+    return_lse: bool = False,
+    **mask_args: Any,
+) -> Any:
+    """Attend under a mask in one call; without a mask every query sees every key.
+
+    The arguments are those of `compile` and of the op it returns. A Mask keeps its trace; a plain function is traced
+    at each call (about a millisecond), but its analysis is found again by what it says.
+
+    Example:
+        >>> import maskflash as mf
+        >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
+        >>> attention(q, k, v, mf.causal() & mf.document([200, 312])).shape
+        torch.Size([1, 4, 512, 64])
+    """
+    attn = compile(
+        _everything() if mask is None else mask,
+        scale=scale,
+        block_size=block_size,
+        backend=backend,
+        deterministic=deterministic,
+    )
+    return attn(q, k, v, q_offset=q_offset, return_lse=return_lse, **mask_args)
+
+
+@cache
+def _everything() -> Mask:
+    return full()
+
+
+def _as_mask(operation: str, value: Any) -> Mask:
+    if not (isinstance(value, Mask) or callable(value)):
+        raise ArgumentTypeError(
+            f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv) or a mask"
+        )
+    return mask(value)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(f"attention: {name} is a {type(x).__name__}, expected a tensor")
+        if x.ndim != 4:
+            raise ArgumentError(
+                f"attention: {name} has shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, tokens, head_dim)"
+            )
+        if x.dtype not in _DTYPES:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected one of {expected}")
+        if x.layout != torch.strided:
+            raise ArgumentTypeError(f"attention: {name} has layout {x.layout}, expected a dense tensor")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected q's {q.dtype}")
+        if x.device != q.device:
+            raise ArgumentError(f"attention: {name} is on {x.device}, expected q's {q.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ArgumentError(f"attention: {name} has batch {x.shape[0]}, expected q's {q.shape[0]}")
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
+        raise ArgumentError(
+            f"attention: head_dim is {q.shape[3]} for q, {k.shape[3]} for k and {v.shape[3]} for v; expected at least "
+            "1, and the same for q and k"
+        )
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ArgumentError(
+            f"attention: k has {k.shape[1]} heads of {k.shape[2]} tokens and v {v.shape[1]} of {v.shape[2]}; "
+            "expected the same"
+        )
+    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ArgumentError(
+            f"attention: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's"
+        )
+
+
+def _check_devices(q: Tensor, tables: dict[str, Tensor], offset: int | Tensor) -> None:
+    held = {**tables, "q_offset": offset} if isinstance(offset, Tensor) else tables
+    for name, tensor in held.items():
+        if tensor.device != q.device:
+            raise ArgumentError(
+                f"attention: the mask's {name} is on {tensor.device}, expected q's {q.device}; move it once, before "
+                f"the call: {name}.to({str(q.device)!r})"
+            )

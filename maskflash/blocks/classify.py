@@ -1,0 +1,192 @@
+"""A mask expression and two lengths -> its BlockMap, exactly the brute-force one, at a cost that follows its boundary.
+
+Bounds settle most tiles; a visible and a hidden pair among a few samples settle most of the rest; only the remaining
+tiles are evaluated element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from maskflash.blocks.block_map import FULL, PARTIAL, SKIP, BlockMap
+from maskflash.expr.bounds import bounds
+from maskflash.expr.evaluate import Inputs, evaluate
+from maskflash.expr.intervals import Interval
+from maskflash.expr.nodes import Expr
+from maskflash.expr.ranges import RangeMinima
+
+_BOXES_AT_ONCE: Final = 1 << 17  # tiles bounded together: a few dozen int64 intermediates of this size
+_PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
+_CPU: Final = torch.device("cpu")
+_SAMPLES: Final = 3  # per side of a tile: its corners, the middles of its edges, its centre
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What is to be classified.
+
+    Attributes:
+        expr: the mask.
+        inputs: values of its params and tables, all on `device`.
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        batch: batch rows; the map has one where neither the mask nor the offset looks at them.
+        heads: query heads; likewise.
+        block_size: (bq, bkv) in tokens.
+        q_offset: added to row numbers, an int or an int64 tensor (batch,).
+        device: where the map is wanted.
+    """
+
+    expr: Expr
+    inputs: Inputs
+    q_len: int
+    kv_len: int
+    batch: int = 1
+    heads: int = 1
+    block_size: tuple[int, int] = (128, 128)
+    q_offset: int | Tensor = 0
+    device: torch.device = _CPU
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, nQ, nKV) of the map."""
+        per_row = isinstance(self.q_offset, Tensor)
+        return (
+            self.batch if per_row or "b" in self.expr.reads else 1,
+            self.heads if "h" in self.expr.reads else 1,
+            math.ceil(self.q_len / self.block_size[0]),
+            math.ceil(self.kv_len / self.block_size[1]),
+        )
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""
+        return evaluate(self.expr, self.inputs, {"b": b, "h": h, "q": q + self.offset_of(b), "kv": kv})
+
+    def offset_of(self, b: Tensor) -> int | Tensor:
+        """The offset of each batch row in b."""
+        return self.q_offset[b] if isinstance(self.q_offset, Tensor) else self.q_offset
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Classified:
+    """The block map, and how many tiles were settled by bounds, by samples and element by element."""
+
+    block_map: BlockMap
+    by_bounds: int
+    by_samples: int
+    by_elements: int
+
+
+def classify(problem: Problem) -> Classified:
+    """Find the kind of every tile.
+
+    Returns:
+        The map, equal to evaluating every pair.
+
+    Raises:
+        MaskIndexError: a pair inside the lengths reads out of range, or divides by zero, and no guard excludes it.
+    """
+    kinds = torch.full(problem.shape, SKIP, dtype=torch.int8, device=problem.device)
+    ranges = RangeMinima()
+    by_bounds = by_samples = 0
+    for part in _parts(problem.shape):
+        undecided, sure = _bound(problem, ranges, kinds, part)
+        by_bounds += math.prod(kinds[part].shape) - len(undecided)
+        undecided, found = _sample(problem, kinds, undecided, sure)
+        by_samples += found
+        _evaluate(problem, kinds, undecided)
+    block_map = BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size)
+    return Classified(block_map, by_bounds, by_samples, kinds.numel() - by_bounds - by_samples)
+
+
+_Part = tuple[slice, slice, slice, slice]
+
+
+def _parts(shape: tuple[int, int, int, int]) -> Iterator[_Part]:
+    """Slices of the lattice of at most _BOXES_AT_ONCE tiles, or one row."""
+    batch, heads, n_q, n_kv = shape
+    if 0 in shape:
+        return
+    rows = max(1, _BOXES_AT_ONCE // n_kv)
+    head_step = max(1, rows // n_q)
+    batch_step = max(1, head_step // heads)
+    for b in range(0, batch, batch_step):
+        for h in range(0, heads, head_step):
+            for i in range(0, n_q, rows):
+                yield slice(b, b + batch_step), slice(h, h + head_step), slice(i, i + rows), slice(0, n_kv)
+
+
+def _bound(problem: Problem, ranges: RangeMinima, kinds: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+    """Write the kinds that bounds prove; return the others, (n, 4), and which of them may safely be sampled, (n,)."""
+    b, h, i, j = (
+        torch.arange(n, device=problem.device)[cut].view([-1 if axis == place else 1 for axis in range(4)])
+        for place, (n, cut) in enumerate(zip(problem.shape, part, strict=True))
+    )
+    offset = problem.offset_of(b)
+    q, kv = (
+        _extent(i, problem.q_len, problem.block_size[0]),
+        _extent(j, problem.kv_len, problem.block_size[1]),
+    )
+    boxes = {"b": Interval(b, b), "h": Interval(h, h), "q": Interval(q.lo + offset, q.hi + offset), "kv": kv}
+    verdict = bounds(problem.expr, problem.inputs, boxes, ranges)
+    shape = kinds[part].shape
+    always, maybe, faulty = (x.expand(shape) for x in (verdict.always, verdict.maybe, verdict.faulty))
+    kinds[part] = torch.where(always, FULL, SKIP).to(torch.int8)
+    places = ((maybe & ~always) | faulty).nonzero()
+    sure = ~faulty[tuple(places.T)]
+    return places + torch.tensor([cut.start for cut in part], device=places.device), sure
+
+
+def _sample(problem: Problem, kinds: Tensor, tiles: Tensor, sure: Tensor) -> tuple[Tensor, int]:
+    """Mark the tiles with a visible and a hidden sample as partial; return the others and the number marked.
+
+    Tiles where a fault is possible are left out: only all their pairs tell whether there is one.
+    """
+    rows, columns = (_spread(_extent(tiles[:, 2 + axis], length, block)) for axis, length, block in _axes(problem))
+    marked = torch.zeros_like(sure)
+    chosen = sure.nonzero()[:, 0]
+    for some in chosen.split(max(1, _PAIRS_AT_ONCE // _SAMPLES**2)):
+        bits = _visible(problem, tiles[some], rows[some], columns[some])
+        marked[some] = bits.any(1) & ~bits.all(1)
+    kinds[tuple(tiles[marked].T)] = PARTIAL
+    return tiles[~marked], int(marked.sum())
+
+
+def _evaluate(problem: Problem, kinds: Tensor, tiles: Tensor) -> None:
+    """Write the kinds of tiles from all their pairs. A ragged tile repeats its last row and column."""
+    for some in tiles.split(max(1, _PAIRS_AT_ONCE // math.prod(problem.block_size))):
+        rows, columns = (
+            torch.minimum(box.lo[:, None] + torch.arange(block, device=some.device), box.hi[:, None])
+            for axis, length, block in _axes(problem)
+            for box in [_extent(some[:, 2 + axis], length, block)]
+        )
+        bits = _visible(problem, some, rows, columns)
+        kinds[tuple(some.T)] = torch.where(bits.all(1), FULL, bits.any(1) * PARTIAL).to(torch.int8)
+
+
+def _visible(problem: Problem, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bits of rows x columns of each tile: (n, pairs)."""
+    b, h = tiles[:, 0, None, None], tiles[:, 1, None, None]
+    return problem.visible(b, h, rows[:, :, None], columns[:, None, :]).flatten(1)
+
+
+def _axes(problem: Problem) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(axis, length, block) of rows and of columns."""
+    return (0, problem.q_len, problem.block_size[0]), (1, problem.kv_len, problem.block_size[1])
+
+
+def _extent(tile: Tensor, length: int, block: int) -> Interval:
+    """First and last index of tiles, inside the length."""
+    return Interval(tile * block, (tile * block + block).clamp(max=length) - 1)
+
+
+def _spread(box: Interval) -> Tensor:
+    """Evenly spread indices of boxes, ends included: (n, _SAMPLES)."""
+    step = torch.arange(_SAMPLES, device=box.lo.device)
+    return box.lo[:, None] + (box.hi - box.lo)[:, None] * step // (_SAMPLES - 1)

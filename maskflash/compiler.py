@@ -1,0 +1,35 @@
+"""A mask at given lengths -> what a backend needs to run it: the passes in order, each with its one home.
+
+    trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
+    simplify    expr/simplify.py     the expression in normal form
+    classify    blocks/classify.py   expression -> block map: bounds, then samples, then elements
+    plan        kernels/cpu_plan.py  block map -> the calls that cover what it leaves to visit
+
+The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskflash.blocks.classify import Classified, Problem, classify
+from maskflash.kernels import cpu
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Analysis:
+    """What is known of a mask at given lengths before any q, k or v."""
+
+    classified: Classified
+    plan: cpu.Plan
+
+
+def analyse(problem: Problem) -> Analysis:
+    """Run the passes that depend on lengths and on table contents.
+
+    Raises:
+        MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+    """
+    classified = classify(problem)
+    plan = cpu.plan(classified.block_map, problem.visible)
+    return Analysis(classified, plan)

@@ -1,0 +1,83 @@
+"""An analysis -> what was decided and why, for people and for tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from maskflash.blocks.classify import Problem
+from maskflash.compiler import Analysis
+from maskflash.expr.nodes import format_expr
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Explanation:
+    """What became of a mask at given lengths: str() for people, to_dict() for tools."""
+
+    mask: str
+    tables: tuple[str, ...]
+    problem: Problem
+    analysis: Analysis
+    backend: str
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data; `calls` says what each pass runs for float32 and for bfloat16."""
+        problem, classified = self.problem, self.analysis.classified
+        return {
+            "mask": self.mask,
+            "visible": format_expr(problem.expr, problem.inputs.params, self.tables),
+            "reads": [name for name in ("b", "h", "q", "kv") if name in problem.expr.reads],
+            "tables": {name: list(table.shape) for name, table in zip(self.tables, problem.inputs.tables, strict=True)},
+            "q_len": problem.q_len,
+            "kv_len": problem.kv_len,
+            "block_size": list(problem.block_size),
+            "shape": list(problem.shape),
+            "tiles": classified.block_map.counts,
+            "sparsity": classified.block_map.sparsity,
+            "decided": {
+                "bounds": classified.by_bounds,
+                "samples": classified.by_samples,
+                "elements": classified.by_elements,
+            },
+            "backend": self.backend,
+            "why": self.why,
+            "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
+            "calls": {
+                f"{pass_} {str(dtype).removeprefix('torch.')}": self.analysis.plan.describe(pass_, dtype)
+                for pass_ in ("forward", "backward")
+                for dtype in (torch.float32, torch.bfloat16)
+            },
+        }
+
+    def __str__(self) -> str:
+        facts = self.to_dict()
+        rows, columns = facts["block_size"]
+        tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
+        decided = facts["decided"]
+        reads = ", ".join(facts["reads"]) or "nothing"
+        batch, heads = facts["shape"][:2]
+        shared = "one block map for all batch rows and heads"
+        if batch * heads > 1:
+            shared = f"{batch} x {heads} block maps (batch rows x heads)"
+        lines = [self.mask]
+        for label, text in {
+            "visible": facts["visible"].replace("\n", "\n" + " " * 15),
+            "reads": f"{reads}: {shared}",
+            "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
+            "decided": f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
+            f"{decided['elements']} element by element",
+            "backend": f"{self.backend}, {self.why}",
+            **{pass_: _calls(plan) for pass_, plan in facts["calls"].items()},
+        }.items():
+            lines.append(f"  {label:<18} {text}")
+        return "\n".join(lines)
+
+
+def _calls(plan: dict[str, Any]) -> str:
+    return (
+        f"{plan['calls']} dense calls in {plan['compute']}, {plan['masked']} masked, {plan['gathered']} gathered, "
+        f"{plan['pairs']:,} pairs"
+    )

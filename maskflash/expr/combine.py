@@ -1,0 +1,51 @@
+"""Traced masks and a connective -> the trace of their combination; slots for the same value become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskflash.expr.nodes import Builder, Node
+from maskflash.expr.simplify import simplify
+from maskflash.expr.trace import Traced, compact
+from maskflash.expr.tracer import Argument
+
+
+def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
+    """The trace of `op` over masks.
+
+    Args:
+        op: "bitand", "bitor", "bitxor" (both sides are always reached) or "not".
+        parts: two masks, or one for "not".
+    """
+    builder = Builder()
+    slots: dict[str, list[Any]] = {"param": [], "lookup": []}
+    names: list[str] = []
+
+    def place(part: Traced) -> int:
+        def rename(node: Node) -> Node:
+            if node.op not in slots:
+                return node
+            values = part.params if node.op == "param" else part.tables
+            value, known = values[int(node.value or 0)], slots[node.op]
+            slot = next((n for n, other in enumerate(known) if _same(value, other)), len(known))
+            if slot == len(known):
+                known.append(value)
+                if node.op == "lookup":
+                    names.append(part.names[int(node.value or 0)])
+            return Node(node.op, node.args, node.dtype, node.weak, slot)
+
+        return builder.append(part.expr, rename)
+
+    root = builder.add(op, *(place(part) for part in parts), dtype=torch.bool, weak=False)
+    specialised = frozenset().union(*(part.specialised for part in parts))
+    return compact(simplify(builder.finish(root)), slots["param"], slots["lookup"], names, specialised)
+
+
+def _same(x: object, y: object) -> bool:
+    """Whether two slots always hold one value: the same tensor or argument. Equal ints may part ways later."""
+    if isinstance(x, Argument) or isinstance(y, Argument):
+        return type(x) is type(y) and x == y
+    return x is y and isinstance(x, Tensor)

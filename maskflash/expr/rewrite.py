@@ -1,0 +1,159 @@
+"""The code of a plain Python function -> the same code with `and`, `or`, `not`, chains and ternaries as calls.
+
+The function's source is found by file and line and trusted only if it compiles to the very same bytecode; it is
+rewritten as a syntax tree and compiled under the original file name and lines, so that tracebacks stay true:
+
+    x and y             __mf_and(lambda: x, lambda: y)
+    a <= b < c          __mf_chain(a, (__mf_le, lambda: b), (__mf_lt, lambda: c))
+    x if c else y       __mf_if(c, lambda: x, lambda: y)
+    x in y, not x       __mf_in(x, y), __mf_not(x)
+    f(x)                __mf_call(f)(x)
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import functools
+import linecache
+import operator
+from collections.abc import Iterable
+from types import CodeType
+from typing import cast
+from weakref import WeakKeyDictionary
+
+HOOKS = (
+    *("__mf_and", "__mf_or", "__mf_not", "__mf_chain", "__mf_if", "__mf_in", "__mf_not_in", "__mf_call"),
+    *("__mf_lt", "__mf_le", "__mf_gt", "__mf_ge", "__mf_eq", "__mf_ne", "__mf_is", "__mf_is_not"),
+)  # free variables of rewritten code
+
+_COMPARISONS: dict[type[ast.cmpop], str] = {
+    **{ast.Lt: "__mf_lt", ast.LtE: "__mf_le", ast.Gt: "__mf_gt", ast.GtE: "__mf_ge", ast.Eq: "__mf_eq"},
+    **{ast.NotEq: "__mf_ne", ast.Is: "__mf_is", ast.IsNot: "__mf_is_not"},
+    **{ast.In: "__mf_in", ast.NotIn: "__mf_not_in"},
+}
+_FUTURE = functools.reduce(operator.or_, (getattr(__future__, n).compiler_flag for n in __future__.all_feature_names))
+_TYPE_PARAMS = "type_params" in ast.FunctionDef._fields  # Python 3.12
+
+_Function = ast.FunctionDef | ast.Lambda
+_rewritten: WeakKeyDictionary[CodeType, dict[str, CodeType | None]] = WeakKeyDictionary()
+
+
+def rewritten(code: CodeType) -> CodeType | None:
+    """The rewritten code object, or None where the source can't be had or is not this code's."""
+    found = _rewritten.setdefault(code, {})  # equal code in another file has other lines to show
+    if code.co_filename not in found:
+        found[code.co_filename] = _rewrite(code)
+    return found[code.co_filename]
+
+
+def _rewrite(code: CodeType) -> CodeType | None:
+    if not set(HOOKS).isdisjoint(code.co_freevars):
+        return None  # defined inside rewritten code, and so rewritten with it
+    linecache.checkcache(code.co_filename)
+    source = "".join(linecache.getlines(code.co_filename))
+    try:
+        functions = _functions(source) if source else {}
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+    for node in functions.get((code.co_name, code.co_firstlineno), ()):
+        if _same_code(_compile(node, code), code):
+            new = cast("_Function", _Rewriter().generic_visit(copy.deepcopy(node)))
+            return _compile(new, code)
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _functions(source: str) -> dict[tuple[str, int], list[_Function]]:
+    """Functions and lambdas of a file by name and first line."""
+    found: dict[tuple[str, int], list[_Function]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Lambda):
+            found.setdefault(("<lambda>", node.lineno), []).append(node)
+        elif isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found.setdefault((node.name, first), []).append(node)
+    return found
+
+
+def _compile(node: _Function, like: CodeType) -> CodeType | None:
+    """Compile one function as if it stood where `like` stands, with the same free variables."""
+    parameters = ast.arguments([], [ast.arg(name) for name in (*like.co_freevars, *HOOKS)], None, [], [], None, [])
+    body: ast.stmt = node if isinstance(node, ast.FunctionDef) else ast.Expr(node)
+    factory = ast.FunctionDef("factory", parameters, [body], [])
+    if _TYPE_PARAMS:
+        factory.type_params = []  # type: ignore[attr-defined,unused-ignore]
+    module = ast.fix_missing_locations(ast.Module([factory], []))
+    compiled = compile(module, like.co_filename, "exec", flags=like.co_flags & _FUTURE, dont_inherit=True)
+    (outer,) = _inner_code(compiled.co_consts, "factory")
+    return next(iter(_inner_code(outer.co_consts, like.co_name)), None)
+
+
+def _inner_code(constants: Iterable[object], name: str) -> list[CodeType]:
+    return [const for const in constants if isinstance(const, CodeType) and const.co_name == name]
+
+
+def _same_code(x: CodeType | None, y: CodeType) -> bool:
+    if x is None or (x.co_code, x.co_names, x.co_varnames) != (y.co_code, y.co_names, y.co_varnames):
+        return False
+    if len(x.co_consts) != len(y.co_consts) or x.co_freevars != y.co_freevars:
+        return False
+    pairs = zip(x.co_consts, y.co_consts, strict=True)
+    return all(_same_code(a, b) if isinstance(b, CodeType) else repr(a) == repr(b) for a, b in pairs)
+
+
+class _Rewriter(ast.NodeTransformer):
+    """Replaces what Python decides by truth values with calls that can record."""
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        if _binds(node):
+            return node
+        name = "__mf_and" if isinstance(node.op, ast.And) else "__mf_or"
+        return self._call(node, name, *(self._thunk(value) for value in node.values))
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        self.generic_visit(node)
+        return self._call(node, "__mf_not", node.operand) if isinstance(node.op, ast.Not) else node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        single = len(node.ops) == 1
+        if _binds(node) or (single and not isinstance(node.ops[0], (ast.In, ast.NotIn))):
+            return self.generic_visit(node)
+        names = [_COMPARISONS[type(op)] for op in node.ops]
+        if single:
+            self.generic_visit(node)
+            return self._call(node, names[0], node.left, node.comparators[0])
+        links: list[ast.expr] = []
+        for name, comparator in zip(names, node.comparators, strict=True):
+            pair = ast.Tuple([ast.Name(name, ast.Load()), self._thunk(comparator)], ast.Load())
+            links.append(ast.copy_location(pair, comparator))
+        return self._call(node, "__mf_chain", self.visit(node.left), *links)
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        if _binds(node):
+            return node
+        return self._call(node, "__mf_if", self.visit(node.test), self._thunk(node.body), self._thunk(node.orelse))
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and (node.func.id == "super" or node.func.id.startswith("__mf_")):
+            return node
+        node.func = self._call(node.func, "__mf_call", node.func)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node  # class bodies have scopes that a lambda can't see
+
+    def _thunk(self, value: ast.expr) -> ast.expr:
+        empty = ast.arguments([], [], None, [], [], None, [])
+        return ast.copy_location(ast.Lambda(empty, self.visit(value)), value)
+
+    def _call(self, at: ast.AST, name: str, *args: ast.expr) -> ast.Call:
+        function = ast.copy_location(ast.Name(name, ast.Load()), at)
+        return ast.copy_location(ast.Call(function, list(args), []), at)
+
+
+def _binds(node: ast.AST) -> bool:
+    """Whether moving this expression into a lambda would change what it means."""
+    return any(isinstance(child, (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)) for child in ast.walk(node))

@@ -1,0 +1,1 @@
+"""What users hold: masks from predicates, presets, and their combinations."""

@@ -1,0 +1,326 @@
+"""The masks everybody uses, each a few lines of predicate: also examples of how to write one.
+
+Pictures show queries downwards and keys to the right; ■ is visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments
+from maskflash.errors import ArgumentError
+from maskflash.masks.mask import Mask, Predicate
+
+__all__ = [
+    "causal",
+    "dilated_window",
+    "document",
+    "full",
+    "global_tokens",
+    "natten",
+    "padding",
+    "prefix_lm",
+    "sliding_window",
+]
+
+Ints = Tensor | Sequence[int]
+Lengths = Tensor | Sequence[int] | Sequence[Sequence[int]]
+
+
+def full() -> Mask:
+    """Every query sees every key.
+
+        visible = True
+
+        ■ ■ ■ ■
+        ■ ■ ■ ■
+        ■ ■ ■ ■
+        ■ ■ ■ ■
+
+    The neutral element of `&`, and what attention without a mask is.
+    """
+    return Predicate(lambda b, h, q, kv: True, "full()")
+
+
+def causal() -> Mask:
+    """Every query sees itself and what comes before it.
+
+        visible = q >= kv
+
+        ■ · · · · ·
+        ■ ■ · · · ·
+        ■ ■ ■ · · ·
+        ■ ■ ■ ■ · ·
+        ■ ■ ■ ■ ■ ·
+        ■ ■ ■ ■ ■ ■
+
+    With fewer queries than keys (decoding), `q_offset=kv_len - q_len` aligns the last query with the last key.
+    """
+    return Predicate(lambda b, h, q, kv: q >= kv, "causal()")
+
+
+def sliding_window(left: int, right: int = 0) -> Mask:
+    """Every query sees the keys near it: `left` tokens back and `right` ahead, both ends included.
+
+        visible = q - left <= kv <= q + right
+
+        ■ ■ · · · ·    left=2, right=1
+        ■ ■ ■ · · ·
+        ■ ■ ■ ■ · ·
+        · ■ ■ ■ ■ ·
+        · · ■ ■ ■ ■
+        · · · ■ ■ ■
+
+    Args:
+        left: tokens, at least 0.
+        right: tokens, at least 0.
+
+    Source: counted as flash-attention counts `window_size=(left, right)`.
+    """
+    left = arguments.integer("sliding_window", "left", left)
+    right = arguments.integer("sliding_window", "right", right)
+    return Predicate(
+        lambda b, h, q, kv: q - left <= kv <= q + right,
+        f"sliding_window({left}, {right})" if right else f"sliding_window({left})",
+    )
+
+
+def document(
+    lengths: Lengths | None = None,
+    *,
+    ids: Tensor | None = None,
+    cu_seqlens: Ints | None = None,
+    kv_lengths: Lengths | None = None,
+) -> Mask:
+    """Documents packed end to end; every query sees all of its own document. Combine with causal().
+
+        visible = document of q == document of kv
+
+        ■ ■ ■ · · ·    lengths=[3, 1, 2]
+        ■ ■ ■ · · ·
+        ■ ■ ■ · · ·
+        · · · ■ · ·
+        · · · · ■ ■
+        · · · · ■ ■
+
+    Give exactly one of lengths, ids and cu_seqlens. Lengths are read now; ids are kept by reference.
+
+    Args:
+        lengths: tokens in each document, one list or (n,) tensor, or one for each batch row. They may fall short of
+            the sequence: the rest is padding that sees nothing and that nobody sees.
+        ids: (S,) or (B, S) integers, equal for tokens of one document, in any order.
+        cu_seqlens: (n + 1,) where each document starts, and the total: as flash-attention's varlen functions take.
+        kv_lengths: the keys' own lengths for cross-attention, document for document; with lengths or cu_seqlens.
+
+    Raises:
+        ArgumentError: none or several of them, negative lengths, or documents of queries and keys that don't pair up.
+    """
+    given = {"lengths": lengths, "ids": ids, "cu_seqlens": cu_seqlens}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        got = ", ".join(names) or "none"
+        raise ArgumentError(f"document: got {got}, expected exactly one of lengths, ids and cu_seqlens")
+    if ids is not None:
+        if kv_lengths is not None:
+            raise ArgumentError("document: kv_lengths goes with lengths or cu_seqlens, got ids; drop one of them")
+        return _document_by_ids(arguments.int_table("document", "ids", ids, (1, 2)))
+    rows = _rows("lengths", lengths) if lengths is not None else [_starts_to_lengths(cu_seqlens)]
+    kv_rows = rows if kv_lengths is None else _rows("kv_lengths", kv_lengths)
+    counts, kv_counts = [len(row) for row in rows], [len(row) for row in kv_rows]
+    if counts != kv_counts:
+        raise ArgumentError(
+            f"document: {names[0]} has {counts} documents per row and kv_lengths {kv_counts}; they must pair up"
+        )
+    name = f"document({sum(counts)} documents)"
+    doc, total = _document_table(rows)
+    kv_doc, kv_total = (doc, total) if kv_lengths is None else _document_table(kv_rows)
+    if len(rows) == 1:
+        doc, kv_doc, n, kv_n = doc[0], kv_doc[0], int(total), int(kv_total)
+        return Predicate(lambda b, h, q, kv: 0 <= q < n and kv < kv_n and doc[q] == kv_doc[kv], name)
+    return Predicate(lambda b, h, q, kv: 0 <= q < total[b] and kv < kv_total[b] and doc[b, q] == kv_doc[b, kv], name)
+
+
+def prefix_lm(n: int | Ints) -> Mask:
+    """Everybody sees the first n tokens; after them attention is causal.
+
+        visible = kv < n or q >= kv
+
+        ■ ■ ■ · · ·    n=3
+        ■ ■ ■ · · ·
+        ■ ■ ■ · · ·
+        ■ ■ ■ ■ · ·
+        ■ ■ ■ ■ ■ ·
+        ■ ■ ■ ■ ■ ■
+
+    Args:
+        n: tokens in the prefix, at least 0; an int, or (B,) integers, one for each batch row (kept by reference).
+
+    Source: Raffel et al., Exploring the Limits of Transfer Learning (T5), 2020, section 3.2.1.
+    """
+    if isinstance(n, Tensor | Sequence):
+        table = arguments.int_table("prefix_lm", "n", n, (1,))
+        return Predicate(lambda b, h, q, kv: kv < table[b] or q >= kv, "prefix_lm(n per row)")
+    n = arguments.integer("prefix_lm", "n", n)
+    return Predicate(lambda b, h, q, kv: kv < n or q >= kv, f"prefix_lm({n})")
+
+
+def padding(lengths: int | Ints) -> Mask:
+    """Nobody sees the keys after each sequence's length.
+
+        visible = kv < lengths[b]
+
+        ■ ■ ■ ■ · ·    lengths=[4]
+        ■ ■ ■ ■ · ·
+        ■ ■ ■ ■ · ·
+        ■ ■ ■ ■ · ·
+        ■ ■ ■ ■ · ·
+        ■ ■ ■ ■ · ·
+
+    Rows of padding still see the sequence's keys: where that work is to be saved too, use document(lengths).
+
+    Args:
+        lengths: (B,) integers, one for each batch row (kept by reference), or one int for all.
+    """
+    if isinstance(lengths, Tensor | Sequence):
+        table = arguments.int_table("padding", "lengths", lengths, (1,))
+        return Predicate(lambda b, h, q, kv: kv < table[b], "padding(lengths)")
+    length = arguments.integer("padding", "lengths", lengths)
+    return Predicate(lambda b, h, q, kv: kv < length, f"padding({length})")
+
+
+def global_tokens(n: int) -> Mask:
+    """The first n tokens see everything and are seen by everybody. Combine with `| sliding_window(...)`.
+
+        visible = q < n or kv < n
+
+        ■ ■ ■ ■ ■ ■    n=1
+        ■ · · · · ·
+        ■ · · · · ·
+        ■ · · · · ·
+        ■ · · · · ·
+        ■ · · · · ·
+
+    Args:
+        n: tokens, at least 0.
+
+    Source: Beltagy et al., Longformer, 2020, section 3.1.
+    """
+    n = arguments.integer("global_tokens", "n", n)
+    return Predicate(lambda b, h, q, kv: q < n or kv < n, f"global_tokens({n})")
+
+
+def dilated_window(window: int, dilation: int) -> Mask:
+    """Every query sees each dilation-th key up to `window` tokens away, to both sides. Combine with causal().
+
+        visible = |q - kv| <= window and (q - kv) % dilation == 0
+
+        ■ · ■ · · ·    window=2, dilation=2
+        · ■ · ■ · ·
+        ■ · ■ · ■ ·
+        · ■ · ■ · ■
+        · · ■ · ■ ·
+        · · · ■ · ■
+
+    Args:
+        window: tokens, at least 0.
+        dilation: tokens, at least 1.
+
+    Source: Beltagy et al., Longformer, 2020, section 3.1.
+    """
+    window = arguments.integer("dilated_window", "window", window)
+    dilation = arguments.integer("dilated_window", "dilation", dilation, low=1)
+    return Predicate(
+        lambda b, h, q, kv: abs(q - kv) <= window and (q - kv) % dilation == 0,
+        f"dilated_window({window}, {dilation})",
+    )
+
+
+def natten(height: int, width: int, kernel_h: int, kernel_w: int) -> Mask:
+    """Neighbourhood attention over an image in row-major order: a kernel around each pixel, shifted in at the edges.
+
+        visible = top <= row of kv < top + kernel_h and left <= column of kv < left + kernel_w
+        top     = clamp(row of q - kernel_h // 2, 0, height - kernel_h), left likewise
+
+        ■ ■ · ■ ■ · · · ·    height=3, width=3, kernel_h=2, kernel_w=2
+        ■ ■ · ■ ■ · · · ·
+        · ■ ■ · ■ ■ · · ·
+        ■ ■ · ■ ■ · · · ·
+        ■ ■ · ■ ■ · · · ·
+        · ■ ■ · ■ ■ · · ·
+        · · · ■ ■ · ■ ■ ·
+        · · · ■ ■ · ■ ■ ·
+        · · · · ■ ■ · ■ ■
+
+    Args:
+        height: rows of the image.
+        width: columns of the image.
+        kernel_h: rows of the neighbourhood, at most height; odd to centre it.
+        kernel_w: columns of the neighbourhood, at most width.
+
+    Tokens after the image's height·width see nothing and nobody sees them; join others with `|`.
+
+    Source: Hassani et al., Neighborhood Attention Transformer, 2023, section 3.1.
+    """
+    sizes = {"height": height, "width": width, "kernel_h": kernel_h, "kernel_w": kernel_w}
+    height, width, kernel_h, kernel_w = (arguments.integer("natten", name, size, low=1) for name, size in sizes.items())
+    if kernel_h > height or kernel_w > width:
+        raise ArgumentError(
+            f"natten: the kernel is {kernel_h} x {kernel_w}, expected at most the image's {height} x {width}"
+        )
+    tokens, last_top, last_left = height * width, height - kernel_h, width - kernel_w
+
+    def neighbourhood(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        top = min(max(q // width - kernel_h // 2, 0), last_top)
+        left = min(max(q % width - kernel_w // 2, 0), last_left)
+        return 0 <= q < tokens and top <= kv // width < top + kernel_h and left <= kv % width < left + kernel_w
+
+    return Predicate(neighbourhood, f"natten({height}, {width}, {kernel_h}, {kernel_w})")
+
+
+def _document_by_ids(ids: Tensor) -> Mask:
+    if ids.ndim == 1:
+        return Predicate(lambda b, h, q, kv: ids[q] == ids[kv], "document(ids)")
+    return Predicate(lambda b, h, q, kv: ids[b, q] == ids[b, kv], "document(ids per row)")
+
+
+def _rows(name: str, lengths: Lengths) -> list[list[int]]:
+    """Lengths as one list for each batch row; a single list serves all rows."""
+    nested = isinstance(lengths, Sequence) and len(lengths) > 0 and isinstance(lengths[0], Sequence | Tensor)
+    if nested:  # rows may differ in their number of documents
+        rows = [arguments.int_table("document", name, row, (1,)).tolist() for row in lengths]
+    else:
+        table = arguments.int_table("document", name, lengths, (1, 2)).tolist()
+        rows = table if table and isinstance(table[0], list) else [table]
+    lowest = min((length for row in rows for length in row), default=0)
+    if lowest < 0:
+        raise ArgumentError(f"document: {name} holds {lowest}, expected lengths of at least 0")
+    return rows
+
+
+def _starts_to_lengths(cu_seqlens: Any) -> list[int]:
+    starts = arguments.int_table("document", "cu_seqlens", cu_seqlens, (1,)).long()
+    lengths: list[int] = starts.diff().tolist()
+    if len(starts) == 0 or starts[0] != 0 or min(lengths, default=0) < 0:
+        raise ArgumentError(
+            f"document: cu_seqlens is {_short(starts)}, expected 0, where each next document starts, and the total"
+        )
+    return lengths
+
+
+def _document_table(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The document of each token, (B, longest total) int32, and each row's total, (B,) int64."""
+    totals = torch.tensor([sum(row) for row in rows], dtype=torch.int64)
+    table = torch.full((len(rows), max(int(totals.max()), 1)), -1, dtype=torch.int32)
+    for place, row in enumerate(rows):
+        numbers = torch.arange(len(row), dtype=torch.int32)
+        table[place, : totals[place]] = numbers.repeat_interleave(torch.tensor(row, dtype=torch.int64))
+    return table, totals
+
+
+def _short(values: Tensor) -> str:
+    shown = values[:6].tolist()
+    return f"{shown}"[:-1] + (", ...]" if len(values) > 6 else "]")

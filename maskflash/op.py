@@ -1,0 +1,174 @@
+"""Tensors, and a mask as text and numbers -> out and lse: the ops torch sees, with their gradients.
+
+The schema holds nothing of this process: the mask is its canonical expression, its parameters and its tables. So a
+graph that recorded the op runs elsewhere, and lengths and parameters may be symbolic.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from maskflash import plans
+from maskflash.blocks.classify import Problem
+from maskflash.expr.evaluate import Inputs
+from maskflash.expr.nodes import Expr, parse
+from maskflash.kernels import cpu
+
+_MASK: Final = (
+    "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, str expr, int[2] block_size"
+)
+
+_library = torch.library.Library("maskflash", "DEF")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")
+_library.define(
+    "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float) -> tuple[Tensor, Tensor]:
+    """Masked attention, differentiable in q, k and v through out and lse.
+
+    Args:
+        q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16.
+        k: (B, Hkv, Skv, D).
+        v: (B, Hkv, Skv, Dv).
+        problem: the mask at these lengths.
+        scale: factor of the scores.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
+    """
+    per_row = isinstance(problem.q_offset, Tensor)
+    result: tuple[Tensor, Tensor] = torch.ops.maskflash.forward.default(
+        q,
+        k,
+        v,
+        list(problem.inputs.tables),
+        list(problem.inputs.params),
+        0 if per_row else problem.q_offset,
+        problem.q_offset if per_row else None,
+        scale,
+        problem.expr.text,
+        list(problem.block_size),
+    )
+    return result
+
+
+class _Differentiable(torch.autograd.Function):
+    """Saves q, k, v, out, lse and the mask's tensors: writing to any of them before backward is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *mask: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.maskflash.forward.default(q, k, v, tables, *mask)
+        params, q_offset, q_offsets, *rest = mask
+        ctx.save_for_backward(q, k, v, out, lse, q_offsets, *tables)
+        ctx.mask = params, q_offset, rest
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, q_offsets, *tables = ctx.saved_tensors
+        params, q_offset, rest = ctx.mask
+        if dout is None and dlse is None:
+            return (None,) * 10
+        with torch._C._AutoDispatchBelowAutograd():
+            gradients = torch.ops.maskflash.backward.default(
+                dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
+            )
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _FirstDerivative.apply(*gradients, q, k, v)  # type: ignore[no-untyped-call]
+        return *gradients, *(None,) * 7
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Gradients as they are; differentiating them again is an error, where zeros would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        raise NotImplementedError(
+            "maskflash: attention has no second derivative; detach its gradients, or use a dense mask with torch's "
+            "scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+        )
+
+
+def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+    problem, scale = _problem(q, k, *mask)
+    return cpu.forward(plans.find(problem).plan, q, k, v, scale)
+
+
+def _backward_cpu(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *mask: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem, scale = _problem(q, k, *mask)
+    dout = torch.zeros_like(out) if dout is None else dout
+    return cpu.backward(plans.find(problem).plan, dout, dlse, q, k, v, out, lse, scale)
+
+
+def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _backward_meta(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    tables: list[Tensor],
+    params: list[int],
+    q_offset: int,
+    q_offsets: Tensor | None,
+    scale: float,
+    expr: str,
+    block_size: list[int],
+) -> tuple[Problem, float]:
+    rows, columns = block_size
+    problem = Problem(
+        _parsed(expr),
+        Inputs(tuple(params), tuple(tables)),
+        q.shape[2],
+        k.shape[2],
+        q.shape[0],
+        q.shape[1],
+        (rows, columns),
+        q_offset if q_offsets is None else q_offsets,
+        q.device,
+    )
+    return problem, scale
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Expr:
+    return parse(text)
+
+
+_library.impl("forward", _forward_autograd, "Autograd")
+_library.impl("forward", _forward_cpu, "CPU")
+_library.impl("backward", _backward_cpu, "CPU")
+_library.impl("forward", _forward_meta, "Meta")
+_library.impl("backward", _backward_meta, "Meta")

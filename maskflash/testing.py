@@ -1,0 +1,291 @@
+"""Tools for testing masks and attention: one assertion, and Hypothesis strategies for masks and shapes.
+
+Hypothesis is an extra (`pip install maskflash[test]`); only the strategies import it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments
+from maskflash.api import Backend, MaskLike, attention
+from maskflash.arguments import BlockSize
+from maskflash.kernels.reference import error_budget, reference
+from maskflash.masks import presets
+from maskflash.masks.mask import Mask
+from maskflash.masks.mask import mask as as_mask
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+__all__ = ["Shape", "assert_matches_dense", "error_budget", "masks", "reference", "shapes"]
+
+RESULTS: Final = ("out", "lse", "dq", "dk", "dv")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of one attention call: q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)."""
+
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    q_len: int = 64
+    kv_len: int = 64
+    head_dim: int = 16
+    v_head_dim: int = 16
+
+    def tensors(self, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Normally distributed q, k and v that require gradients."""
+        draw = torch.Generator().manual_seed(seed)
+        sizes = (
+            (self.batch, self.heads, self.q_len, self.head_dim),
+            (self.batch, self.kv_heads, self.kv_len, self.head_dim),
+            (self.batch, self.kv_heads, self.kv_len, self.v_head_dim),
+        )
+        q, k, v = (torch.randn(size, generator=draw).to(device, dtype).requires_grad_() for size in sizes)
+        return q, k, v
+
+
+def assert_matches_dense(
+    mask: MaskLike,
+    shape: Shape | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    block_size: BlockSize = 128,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    device: str = "cpu",
+    q_offset: int | Tensor = 0,
+    seed: int = 0,
+    **mask_args: Any,
+) -> None:
+    """Assert that a mask's block map and its attention agree with evaluating every pair densely.
+
+    The map must equal brute force tile by tile. out, lse and the gradients of q, k and v, with gradients arriving at
+    both out and lse, must be as near to float64 as twice a plain computation in `dtype`, plus one rounding unit of
+    the result and of the terms it is summed from (a gradient of zero may be the difference of large terms).
+
+    Args:
+        mask: a mask or predicate.
+        shape: sizes of the call.
+        dtype: of q, k and v.
+        block_size: tokens per tile, one number or a pair.
+        scale: factor of the scores; None for 1/sqrt(D).
+        backend: as in `compile`.
+        device: of the tensors.
+        q_offset: as in a call.
+        seed: of the random tensors.
+        **mask_args: the mask's own arguments.
+
+    Raises:
+        AssertionError: naming the result, its error and its budget, or the tile and its kinds.
+
+    Example:
+        >>> assert_matches_dense(presets.sliding_window(20), Shape(q_len=100, kv_len=100), block_size=32)
+    """
+    shape = shape or Shape()
+    checked = as_mask(mask)
+    sizes: dict[str, Any] = {"batch": shape.batch, "heads": shape.heads, "q_offset": q_offset, "device": device}
+    dense = checked.dense(shape.q_len, shape.kv_len, **sizes, **mask_args)
+    _assert_map(checked, dense, arguments.block_size("assert_matches_dense", block_size), sizes, mask_args)
+    inputs = shape.tensors(dtype, seed=seed, device=device)
+    draw = torch.Generator().manual_seed(seed + 1)
+    out, lse = attention(
+        *inputs,
+        checked,
+        scale=scale,
+        block_size=block_size,
+        backend=backend,
+        q_offset=q_offset,
+        return_lse=True,
+        **mask_args,
+    )
+    dout = torch.randn(out.shape, generator=draw).to(device, dtype)
+    dlse = torch.randn(lse.shape, generator=draw).to(device)
+    factor = shape.head_dim**-0.5 if scale is None else scale
+    exact = _dense_results(inputs, dout, dlse, dense, factor, torch.float64)
+    plain = _dense_results(inputs, dout, dlse, dense, factor, dtype, backwards=True)
+    terms = _largest_terms(inputs, dout, dlse, dense, factor, exact)
+    found = (out, lse, *torch.autograd.grad((out, lse), inputs, (dout, dlse.to(lse.dtype))))
+    for name, ours, truth, simple, term in zip(RESULTS, found, exact, plain, terms, strict=True):
+        _assert_near(name, ours.detach(), truth, error_budget(simple, truth, dtype) + torch.finfo(dtype).eps * term)
+
+
+def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[Mask]:
+    """Random masks: presets and written predicates, with tables, combined by & | ^ ~ at most twice.
+
+    Args:
+        max_len: tokens that tables have room for.
+        batch: batch rows that tables have room for.
+        heads: heads that tables have room for.
+    """
+    from hypothesis import strategies as st
+
+    number = st.integers(0, max_len)
+    seeds = st.integers(0, 2**16)
+    written = st.builds(
+        _written, st.sampled_from(_WRITTEN), seeds, st.just(max_len), st.just(batch), st.just(heads), number
+    )
+    preset = st.one_of(
+        st.builds(presets.full),
+        st.builds(presets.causal),
+        st.builds(presets.sliding_window, number, number),
+        st.builds(presets.prefix_lm, number),
+        st.builds(presets.padding, number),
+        st.builds(presets.global_tokens, number),
+        st.builds(presets.dilated_window, number, st.integers(1, 5)),
+        st.builds(presets.document, st.lists(st.integers(0, max_len), min_size=1, max_size=6)),
+        st.integers(1, 8).flatmap(
+            lambda side: st.builds(presets.natten, st.just(side), st.just(side), *[st.integers(1, side)] * 2)
+        ),
+    )
+    leaves = st.booleans().flatmap(lambda own: written if own else preset)
+    joined = st.builds(
+        lambda join, x, y: join(x, y), st.sampled_from([operator.and_, operator.or_, operator.xor]), leaves, leaves
+    )
+    return st.one_of(leaves, joined, joined.map(operator.invert))
+
+
+def shapes(max_len: int = 64, max_batch: int = 2, max_heads: int = 4, max_head_dim: int = 24) -> SearchStrategy[Shape]:
+    """Random sizes of a call: ragged and empty lengths, grouped heads, v's head dim unlike k's.
+
+    Args:
+        max_len: of queries and keys.
+        max_batch: batch rows.
+        max_heads: query heads.
+        max_head_dim: of k and of v.
+    """
+    from hypothesis import strategies as st
+
+    def grouped(shape: Shape) -> SearchStrategy[Shape]:
+        divisors = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0]
+        return st.sampled_from(divisors).map(lambda kv_heads: replace(shape, kv_heads=kv_heads))
+
+    length = st.integers(0, max_len)
+    dim = st.integers(1, max_head_dim)
+    return st.builds(
+        Shape,
+        batch=st.integers(1, max_batch),
+        heads=st.integers(1, max_heads),
+        q_len=length,
+        kv_len=length,
+        head_dim=dim,
+        v_head_dim=dim,
+    ).flatmap(grouped)
+
+
+def _assert_map(
+    mask: Mask, dense: Tensor, block_size: tuple[int, int], sizes: dict[str, Any], mask_args: dict[str, Any]
+) -> None:
+    rows, columns = block_size
+    q_len, kv_len = dense.shape[2:]
+    found = mask.block_map(q_len, kv_len, block_size=block_size, **sizes, **mask_args).kinds()
+    for i, band in enumerate(dense.split(rows, 2) if dense.numel() else ()):
+        for j, tile in enumerate(band.split(columns, 3)):
+            expected = tile.flatten(2).any(2).to(torch.int8) + tile.flatten(2).all(2).to(torch.int8)
+            wrong = (found[:, :, i, j].expand_as(expected) != expected).nonzero()
+            if len(wrong):
+                b, h = wrong[0].tolist()
+                kinds = ("skip", "partial", "full")
+                got = kinds[int(found[:, :, i, j].expand_as(expected)[b, h])]
+                raise AssertionError(
+                    f"{mask}: tile ({i}, {j}) of batch row {b}, head {h} is {got}, expected {kinds[int(expected[b, h])]}"
+                )
+
+
+def _dense_results(
+    inputs: tuple[Tensor, ...],
+    dout: Tensor,
+    dlse: Tensor,
+    dense: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    backwards: bool = False,
+) -> tuple[Tensor, ...]:
+    """out, lse, dq, dk and dv; `backwards` sums over keys in reverse, so that float64, too, shows an error of its own."""
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    order = [2] if backwards else []
+    out, lse = reference(q, k.flip(order), v.flip(order), dense.flip([3] if backwards else []), scale)
+    gradients = torch.autograd.grad((out, lse), (q, k, v), (dout.to(dtype), dlse.to(lse.dtype)))
+    return out.detach(), lse.detach(), *gradients
+
+
+def _largest_terms(
+    inputs: tuple[Tensor, ...], dout: Tensor, dlse: Tensor, dense: Tensor, scale: float, exact: tuple[Tensor, ...]
+) -> tuple[float, ...]:
+    """For out, lse, dq, dk and dv the largest root of summed squares of the terms that an element is computed from.
+
+    Errors in a score and in the lse are errors in the exponent, so a probability weighs one more by their terms.
+
+    Source: the probabilistic error bound of sums, Higham and Mary, A New Approach to Probabilistic Rounding Error
+    Analysis, 2019.
+    """
+    if dense.numel() == 0 or inputs[0].shape[0] == 0:
+        return (0.0,) * len(RESULTS)
+    group = inputs[0].shape[1] // inputs[1].shape[1]
+    q, k, v = (x.detach().double() for x in inputs)
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    out, lse = exact[:2]
+    p = (q @ k.mT * scale - lse[..., None]).masked_fill(~dense, -torch.inf).exp().nan_to_num(0.0)
+    q, k, v, p, dout, dlse, out = (x.double().square() for x in (q, k, v, p, dout, dlse, out))
+    scores = q @ k.mT * scale**2
+    p = p * (1 + scores + lse.masked_fill(lse.isinf(), 0.0).square()[..., None])
+    ds = p * (dout @ v.mT + (dout * out).sum(-1, keepdim=True) + dlse[..., None]) * scale**2
+    return tuple(float(x.max()) ** 0.5 for x in (p @ v, scores, ds @ k, ds.mT @ q, p.mT @ dout))
+
+
+def _assert_near(name: str, found: Tensor, exact: Tensor, budget: float) -> None:
+    finite = exact.isfinite()
+    if not torch.equal(found.double()[~finite], exact[~finite]):
+        raise AssertionError(f"{name}: rows that see nothing should hold {exact[~finite][:1].tolist()}")
+    error = (found.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
+    if not error <= budget:
+        raise AssertionError(f"{name}: error {error:.3g} exceeds its budget of {budget:.3g}")
+
+
+def _written(make: Callable[..., Any], seed: int, max_len: int, batch: int, heads: int, n: int) -> Mask:
+    """A predicate over random tables: ids (batch, max_len) in runs, marks (max_len,) bool, spans (heads,)."""
+    draw = torch.Generator().manual_seed(seed)
+    room = max(max_len, 1)
+    ids = torch.randint(0, 2, (batch, room), generator=draw).cumsum(1) // 3
+    marks = torch.rand(room, generator=draw) < 0.3
+    spans = torch.randint(1, room + 1, (heads,), generator=draw, dtype=torch.int32)
+    return as_mask(make(ids, marks, spans, n))
+
+
+def _packed(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
+    return lambda b, h, q, kv: q >= kv and ids[b, q] == ids[b, kv]
+
+
+def _per_head_window(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
+    return lambda b, h, q, kv: abs(q - kv) < spans[h]
+
+
+def _packed_per_head(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
+    return lambda b, h, q, kv: 0 <= q - kv < spans[h] and ids[b, q] == ids[b, kv]
+
+
+def _marked(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
+    return lambda b, h, q, kv: marks[kv] or q - n <= kv <= q
+
+
+def _branching(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
+    def predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        if q < n:
+            return kv < n
+        if marks[q]:
+            return True
+        return (q - n) // 7 == (kv - n) // 7 or (q ^ kv) & 3 == 0
+
+    return predicate
+
+
+_WRITTEN = (_packed, _per_head_window, _packed_per_head, _marked, _branching)

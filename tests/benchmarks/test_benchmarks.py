@@ -1,0 +1,145 @@
+"""Each script runs and fills its rows, and the docs' tables come from stored results; no timing is asserted."""
+
+import json
+
+import pytest
+
+from benchmarks import analysis, attention, report, runner, workloads
+from benchmarks.runner import Row, Spread
+
+
+def assert_plausible(rows, titles):
+    assert {row.table for row in rows} == set(titles)
+    for row in rows:
+        for values in (row.ours, row.theirs, row.ratio):
+            assert values is None or 0 < values.p20 <= values.p50 <= values.p80
+        assert (row.theirs is None) == (row.ratio is None)
+        assert row.met is None  # a quick run measures nothing
+
+
+def test_attention_fills_every_row(tmp_path, capsys):
+    stored = tmp_path / "attention.json"
+    rows = attention.main(["--cpu", "--quick", "--json", str(stored)])
+    assert_plausible(rows, attention.TITLES)
+    cases = {(row.table, row.case, row.dtype, row.measure) for row in rows}
+    assert {
+        ("documents", "causal documents", dtype, m) for dtype in attention.DTYPES for m in attention.MEASURES
+    } < cases
+    assert {("efficiency", *key, "forward") for key in attention.EFFICIENCY_FLOORS} < cases
+    assert all(0 < row.visited <= 1 for row in rows if row.table == "efficiency")
+    result = json.loads(stored.read_text())
+    assert len(result["rows"]) == len(rows)
+    assert set(result["conditions"]["versions"]) == {"maskflash", "torch", "python"}
+    assert result["conditions"]["quick"]
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_attention_names_its_device(capsys):
+    with pytest.raises(SystemExit) as stop:
+        attention.main(["--quick"])
+    assert stop.value.code == 2
+    assert "--cpu" in capsys.readouterr().err
+
+
+def test_analysis_fills_every_row(capsys):
+    rows = analysis.main(["--quick"])
+    assert_plausible(rows, analysis.TITLES)
+    assert [row.measure for row in rows if row.table == "comparison"] == ["time", "peak memory"]
+    assert [row.case for row in rows if row.table == "start"] == ["import maskflash", "compile and first call"]
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_the_contenders_alternate_and_their_samples_stay_paired():
+    order = []
+
+    def contender(name, seconds):
+        def run():
+            order.append(name)
+            return (seconds, 2 * seconds)
+
+        return run
+
+    ours, theirs = runner.alternate(contender("ours", 1.0), contender("theirs", 3.0), 2)
+    assert order == ["ours", "theirs", "ours", "theirs", "theirs", "ours"]  # a warm-up, then two pairs
+    assert (ours, theirs) == ([[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [6.0, 6.0]])
+
+
+def test_the_spread_of_a_ratio_is_that_of_the_pairs():
+    row = runner.compared("t", "c", 1, "time", [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], visited=0.5, floor=1.0)
+    assert row.ratio == Spread(1.0, 1.0, 1.0)
+    assert row.met
+    assert runner.wanted(row) == ">= 1.00, met"
+    assert runner.wanted(runner.alone("t", "c", 1, "time", [0.2], ceiling=0.15)) == "<= 150 ms, not met"
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "text"),
+    [
+        (Spread(0.0101, 0.0123, 0.0222), "s", "12.3 ms (10.1-22.2)"),
+        (Spread(0.9, 1.5, 1.5), "s", "1.50 s (0.900-1.50)"),
+        (Spread(2.0**20, 2.0**20, 2.0**20), "B", "1.00 MiB"),
+        (Spread(99.0, 123.4, 1234.5), "x", "123x (99.0-1,234)"),
+        (Spread(0.8, 0.876, 0.9), "", "0.88 (0.80-0.90)"),
+    ],
+)
+def test_figures_show_three_digits(values, unit, text):
+    assert runner.spread(values, unit) == text
+
+
+def test_documents_fill_the_sequence():
+    lengths = workloads.document_lengths(8192, seed=0)
+    assert sum(lengths) == 8192
+    assert all(workloads.SHORTEST <= length <= workloads.LONGEST for length in lengths[:-1])
+    assert len(workloads.document_ids(8192, seed=0)) == 8192
+
+
+def test_the_docs_hold_what_the_results_say():
+    assert report.main(["--check"]) == 0
+
+
+def test_stored_results_become_tables(tmp_path):
+    ratio = Spread(11.0, 12.0, 13.0)
+    row = Row("documents", "causal documents", 8192, "forward", "float32", "s", 9, ratio, ratio, ratio, floor=10.0)
+    stored = {name: getattr(row, name) for name in Row.__slots__ if getattr(row, name) is not None}
+    plain = json.loads(json.dumps(stored, default=lambda x: {"p20": x.p20, "p50": x.p50, "p80": x.p80}))
+    result = {"question": "attention", "conditions": runner.conditions(False), "rows": [{**plain, "met": True}]}
+    (tmp_path / "attention.json").write_text(json.dumps(result))
+    text = "before\n<!-- figures: attention documents -->\nstale\n<!-- end figures -->\nafter"
+    filled = report.filled_in(text, report.load(tmp_path))
+    assert "stale" not in filled
+    assert ">= 10.0x, met" in filled
+    assert filled.startswith("before\n") and filled.endswith("\nafter")
+    assert report.MISSING in report.filled_in(text, {})
+
+
+def test_every_line_of_the_summary_can_be_found():
+    """A row that a script no longer makes would stay TBD for ever."""
+    made = {
+        "attention": [
+            Row(table, case, 8192, measure, "float32", "s", 1, Spread(1, 1, 1))
+            for table, cases, measures in (
+                ("documents", ["causal documents"], attention.MEASURES),
+                ("efficiency", workloads.masks(8192, 0), ["forward"]),
+            )
+            for case in cases
+            for measure in measures
+        ],
+        "analysis": [
+            *(Row("lengths", "causal documents", n, "time", "", "s", 1, Spread(1, 1, 1)) for n in analysis.LENGTHS),
+            *(Row("comparison", "", 0, m, "", "s", 1, Spread(1, 1, 1)) for m in ("time", "peak memory")),
+            *(
+                Row("start", c, 0, "", "", "s", 1, Spread(1, 1, 1))
+                for c in ("import maskflash", "compile and first call")
+            ),
+        ],
+    }
+    results = {question: report.Result(runner.conditions(False), rows) for question, rows in made.items()}
+    text = report.filled_in("<!-- figures: summary -->\n<!-- end figures -->", results)
+    assert report.MISSING not in text
+
+
+def test_a_quick_run_is_no_result(tmp_path):
+    result = {"question": "analysis", "conditions": runner.conditions(True), "rows": []}
+    (tmp_path / "analysis.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="quick"):
+        report.load(tmp_path)

@@ -1,0 +1,355 @@
+"""What can't become an expression is refused with file and line, the offending code and what to do instead."""
+
+import ast
+import functools
+import inspect
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from maskflash.errors import MaskflashError, MaskTraceError
+from maskflash.expr.trace import trace
+
+DOC = torch.tensor([0, 0, 1, 1, 2])
+TABLE = torch.arange(20).view(4, 5)
+FLAGS = torch.tensor([True, False, True])
+LIST = [0, 0, 1, 1, 2]
+DICT = {0: 1, 1: 2}
+ARRAY = np.arange(5)
+REALS = torch.tensor([0.5, 1.5])
+HERE = __file__
+
+
+def refuse(predicate, *words, code=None, **mask_args):
+    """Check the message of tracing a predicate: this file, its line, the code and key words of the problem and fix."""
+    with pytest.raises(MaskTraceError) as caught:
+        trace(predicate, mask_args)
+    message = str(caught.value)
+    lines, first = inspect.getsourcelines(predicate)
+    span = range(first, first + len(lines))
+    assert any(f"{predicate.__name__} ({HERE}:{line}): " in message for line in span), message
+    for word in words:
+        assert word in message, message
+    if code is not None:
+        assert f': "{code}" ' in message, message
+        (line,) = [line for line in span if f"({HERE}:{line})" in message]
+        assert code in lines[line - first], message
+    assert message.endswith((".", "?")), message
+    assert isinstance(caught.value, (MaskflashError, TypeError))
+    return message
+
+
+CONCRETE = ("needs a concrete value", "Index tensors with q or kv, not lists")
+
+
+@pytest.mark.parametrize(
+    ("predicate", "code"),
+    [
+        (lambda b, h, q, kv: int(q) > 3, "int(q)"),
+        (lambda b, h, q, kv: float(q) > kv, "float(q)"),
+        (lambda b, h, q, kv: kv in range(q), "range(q)"),
+        (lambda b, h, q, kv: LIST[q] == LIST[kv], "LIST[q]"),
+        (lambda b, h, q, kv: ARRAY[q] == ARRAY[kv], "ARRAY[q]"),
+        (lambda b, h, q, kv: any(x > 3 for x in q), None),
+        (lambda b, h, q, kv: len(q) > 3, "len(q)"),
+        (lambda b, h, q, kv: math.floor(q / 2) > kv, "math.floor(q / 2)"),
+        (lambda b, h, q, kv: math.sqrt(q) > kv, "math.sqrt(q)"),
+        (lambda b, h, q, kv: round(q / 2, 1) > kv, "round(q / 2, 1)"),
+        (lambda b, h, q, kv: 2**q > kv, "2**q"),
+        (lambda b, h, q, kv: f"{q}" == "3", None),
+        (lambda b, h, q, kv: bin(q).count("1") > 2, "bin(q)"),
+    ],
+)
+def test_what_needs_a_number_now(predicate, code):
+    refuse(predicate, *CONCRETE, code=code)
+
+
+@pytest.mark.parametrize(
+    ("predicate", "code"),
+    [
+        (lambda b, h, q, kv: q.item() > 3, "q.item()"),
+        (lambda b, h, q, kv: DOC[q].tolist() > 3, "DOC[q].tolist()"),
+        (lambda b, h, q, kv: DOC[0].item() > kv, "DOC[0].item()"),
+        (lambda b, h, q, kv: DOC.tolist()[2] > kv, "DOC.tolist()"),
+        (lambda b, h, q, kv: int(DOC[1]) > kv, "int(DOC[1])"),
+        (lambda b, h, q, kv: kv > 3 if DOC[1] > 2 and bool(DOC[0]) else DOC[0].item(), "DOC[0].item()"),
+        (lambda b, h, q, kv: any(q == d for d in DOC.numpy()), "DOC.numpy()"),
+    ],
+)
+def test_what_reads_a_tensor_now(predicate, code):
+    refuse(predicate, "needs a concrete value", "Index the tensor with q or kv", code=code)
+
+
+def test_loops_over_data():
+    def loop(b, h, q, kv, *, doc):
+        for d in doc:
+            if d == q:
+                return True
+        return False
+
+    def counting(b, h, q, kv):
+        n = 0
+        while n < q:
+            n += 1
+        return n == kv
+
+    def halving(b, h, q, kv):
+        while q > 0:
+            q = q >> 1
+        return q == kv
+
+    refuse(loop, "loops over the contents of a tensor", "Index it with q or kv", doc=DOC)
+    refuse(counting, "branches in more than 4096 ways", "`while` on q or kv")
+    refuse(halving, "branches in more than 4096 ways", "look the outcome up in a tensor")
+
+
+def test_too_many_paths():
+    def exponential(b, h, q, kv):
+        total = 0
+        for i in range(13):
+            if (q * i + kv) % 17 > 5:
+                total = total + i
+        return total > 9
+
+    refuse(exponential, "branches in more than 4096 ways", "Return one expression", "... if ... else ...")
+
+
+def test_keys():
+    cached = functools.lru_cache(lambda x: x > 3)
+    refuse(lambda b, h, q, kv: DICT[q] == kv, "uses an index as a key", "tensor instead of a dict", code="DICT[q]")
+    refuse(lambda b, h, q, kv: 3 in {q, kv}, "uses an index as a key", code="{q, kv}")
+    refuse(lambda b, h, q, kv: cached(q), "uses an index as a key", "cache")
+
+
+@pytest.mark.parametrize(
+    ("predicate", "code"),
+    [
+        (lambda b, h, q, kv, *, doc: doc[:3][q] == 1, "doc[:3]"),
+        (lambda b, h, q, kv, *, doc: doc[None, q] == 1, "doc[None, q]"),
+        (lambda b, h, q, kv, *, doc: doc[..., q] == 1, "doc[..., q]"),
+        (lambda b, h, q, kv, *, doc: doc[[0, 1]] == q, "doc[[0, 1]]"),
+        (lambda b, h, q, kv, *, doc: doc[True] == q, "doc[True]"),
+        (lambda b, h, q, kv, *, doc: doc[DOC] == q, "doc[DOC]"),
+        (lambda b, h, q, kv, *, doc: doc[doc] == q, "doc[doc]"),
+        (lambda b, h, q, kv, *, doc: DOC[doc] == q, "DOC[doc]"),
+        (lambda b, h, q, kv, *, doc: TABLE[q, 1:] == q, "TABLE[q, 1:]"),
+    ],
+)
+def test_several_elements_at_once(predicate, code):
+    fix = ("slices a tensor or takes several elements", "one integer index per dimension")
+    refuse(predicate, *fix, code=code, doc=DOC)
+
+
+@pytest.mark.parametrize(
+    ("predicate", "code"),
+    [
+        (lambda b, h, q, kv, *, doc: doc == q, "doc == q"),
+        (lambda b, h, q, kv, *, doc: q + doc > 3, "q + doc"),
+        (lambda b, h, q, kv, *, doc: abs(doc) > 3, "abs(doc)"),
+        (lambda b, h, q, kv, *, doc: doc and q > kv, None),
+        (lambda b, h, q, kv, *, doc: torch.where(q > kv, doc, q) > 3, "torch.where(q > kv, doc, q)"),
+        (lambda b, h, q, kv, *, doc: DOC + q > 3, "DOC + q"),
+        (lambda b, h, q, kv, *, doc: TABLE[q] == 3, "TABLE[q] == 3"),
+        (lambda b, h, q, kv, *, doc: q == TABLE[kv], "q == TABLE[kv]"),
+    ],
+)
+def test_whole_tensors(predicate, code):
+    fix = "one index per dimension"
+    message = refuse(predicate, fix, code=code, doc=DOC)
+    assert "computes with a whole tensor of shape" in message or "of its dimensions not indexed" in message
+
+
+def test_new_tensors():
+    new = ("computes a new value", "would be frozen", "Compute it outside the predicate")
+    refuse(lambda b, h, q, kv: (DOC + 1)[q] == kv, *new, code="DOC + 1")
+    refuse(lambda b, h, q, kv: DOC.max() > kv, *new, code="DOC.max()")
+    refuse(lambda b, h, q, kv: DOC.max(0).values > kv, *new, code="DOC.max(0)")
+    refuse(lambda b, h, q, kv: DOC.cumsum(0)[q] > kv, *new, code="DOC.cumsum(0)")
+    refuse(lambda b, h, q, kv: torch.arange(5)[q] > kv, *new, code="torch.arange(5)")
+    refuse(lambda b, h, q, kv: torch.equal(DOC, DOC) and q > kv, *new, code="torch.equal(DOC, DOC)")
+    refuse(lambda b, h, q, kv: 2 in DOC and q > kv, *new)
+    refuse(lambda b, h, q, kv: q.new_ones((3,)) > kv, "makes a tensor inside the predicate", code="q.new_ones((3,))")
+    refuse(lambda b, h, q, kv, *, doc: doc.max() > kv, "asks a whole tensor for `.max`", code="doc.max", doc=DOC)
+
+
+def test_writes():
+    counter = torch.tensor(3)
+
+    def assigns(b, h, q, kv):
+        DOC[0] = 7
+        return q > kv
+
+    def assigns_argument(b, h, q, kv, *, doc):
+        doc[q] = 3
+        return q > kv
+
+    def out(b, h, q, kv):
+        torch.add(q, kv, out=counter)
+        return q > kv
+
+    writes = "writes to a tensor"
+    refuse(assigns, writes, "may only read", code="DOC[0]")
+    refuse(assigns_argument, writes, code="doc[q]", doc=DOC)
+    refuse(lambda b, h, q, kv: counter.add_(1) > q, writes, code="counter.add_(1)")
+    refuse(lambda b, h, q, kv: DOC.zero_()[q] > q, writes)
+    refuse(out, writes, "instead of `out=`", code="torch.add(q, kv, out=counter)")
+    assert DOC.tolist() == LIST
+    assert counter == 3
+
+
+@pytest.mark.parametrize(
+    ("predicate", "name"),
+    [
+        (lambda b, h, q, kv: torch.sin(q) > kv, "`sin`"),
+        (lambda b, h, q, kv: q.cumsum(0) > kv, "`.cumsum`"),
+        (lambda b, h, q, kv: torch.stack([q, kv]).max() > 3, "`stack`"),
+        (lambda b, h, q, kv: q.unsqueeze(0) > kv, "`.unsqueeze`"),
+        (lambda b, h, q, kv: torch.isin(q, DOC), "`isin`"),
+        (lambda b, h, q, kv: torch.add(q, kv, alpha=2) > 3, "`add` with these arguments"),
+        (lambda b, h, q, kv: torch.round(q / 3, decimals=1) > kv, "`round` with these arguments"),
+        (lambda b, h, q, kv: q.view(torch.int32) > kv, "`view` with these arguments"),
+        (lambda b, h, q, kv: q.type("torch.IntTensor") > kv, "`type` with these arguments"),
+        (lambda b, h, q, kv: torch.div(q, kv, rounding_mode="up") > kv, "`div` with these arguments"),
+        (lambda b, h, q, kv: torch.where(q > kv), "`where` with these arguments"),
+        (lambda b, h, q, kv: q.requires_grad, "`.requires_grad`"),
+    ],
+)
+def test_unsupported_functions(predicate, name):
+    refuse(predicate, f"uses {name}, which has no meaning in a mask expression", "Masks may use arithmetic")
+
+
+def test_kinds_of_numbers():
+    refuse(lambda b, h, q, kv: DOC[q / 2] > kv, "indexes with torch.float32", "`x // y`", code="DOC[q / 2]")
+    refuse(lambda b, h, q, kv: DOC[q > kv] > kv, "indexes with torch.bool", "`x.long()`", code="DOC[q > kv]")
+    refuse(lambda b, h, q, kv: DOC[q.byte()] > kv, "indexes with torch.uint8", code="DOC[q.byte()]")
+    refuse(lambda b, h, q, kv: (q / 2) & 1, "bit operations on floating-point", "`.long()`", code="(q / 2) & 1")
+    refuse(lambda b, h, q, kv: ~(q / 2) > 1, "bit operations on floating-point", code="~(q / 2)")
+    refuse(lambda b, h, q, kv: (q > 1) - (kv > 1) > 0, "applies `sub` to truth values", "Use `&`, `|`, `^` or `not`")
+    refuse(lambda b, h, q, kv: -FLAGS[q] > 0, "applies `neg` to truth values", code="-FLAGS[q]")
+    refuse(lambda b, h, q, kv: FLAGS[q] // FLAGS[kv], "applies `floordiv` to truth values")
+    refuse(lambda b, h, q, kv: torch.floor(FLAGS[q]) > 0, "applies `floor` to truth values")
+    refuse(lambda b, h, q, kv: q // 0 > kv, "divides by the constant zero", "Check the divisor", code="q // 0")
+    refuse(lambda b, h, q, kv, *, n: q % n > kv, "divides by the constant zero", code="q % n", n=0)
+    refuse(lambda b, h, q, kv: q > 2**70, "does not fit 64 bits", "at most 64-bit", code="q > 2**70")
+    refuse(lambda b, h, q, kv: q**0.5 > kv, "raises to a power", "else multiply", code="q**0.5")
+    refuse(lambda b, h, q, kv: q**kv > 3, "raises to a power", code="q**kv")
+    refuse(lambda b, h, q, kv: q == "3", "computes with a str", "Use numbers, tensors", code='q == "3"')
+    refuse(lambda b, h, q, kv: q * ARRAY > 3, "computes with a ndarray", code="q * ARRAY")
+    refuse(lambda b, h, q, kv: q == None, "computes with None", "`return` missing", code="q == None")  # noqa: E711
+    refuse(
+        lambda b, h, q, kv, *, z: z[q] > 1, "looks up a tensor of torch.complex64", "Convert", z=DOC.to(torch.cfloat)
+    )
+    refuse(lambda b, h, q, kv, *, z: z[q] > 1, "looks up a tensor of torch.sparse_coo", z=DOC.to_sparse())
+
+
+def test_indices():
+    refuse(lambda b, h, q, kv, *, doc: doc[b, q] > 1, "has 2 indices for 1 dimensions", code="doc[b, q]", doc=DOC)
+    refuse(lambda b, h, q, kv: DOC[q][kv] > 1, "indexes a single element", "fewer dimensions", code="DOC[q][kv]")
+
+
+@pytest.mark.parametrize(
+    ("predicate", "words"),
+    [
+        (lambda b, h, q, kv: None, ("got NoneType", "Is a `return` missing?")),
+        (lambda b, h, q, kv: q * 0.5, ("got torch.float32", "Compare, and return the truth: `return x > 0`")),
+        (lambda b, h, q, kv: 0.5, ("got float",)),
+        (lambda b, h, q, kv: 1, ("got int",)),
+        (lambda b, h, q, kv: DOC, ("got Tensor",)),
+        (lambda b, h, q, kv: REALS[0], ("got torch.float32",)),
+        (lambda b, h, q, kv: (q > kv, kv > 3), ("got tuple",)),
+        (lambda b, h, q, kv: "yes", ("got str",)),
+    ],
+)
+def test_results_that_are_no_truth(predicate, words):
+    refuse(predicate, "a mask predicate returns True or False", *words)
+
+
+def test_a_return_missing_on_one_branch():
+    def forgets(b, h, q, kv):
+        if q > kv:
+            return True
+
+    def helper_forgets(b, h, q, kv):
+        def helper(x):
+            if x > 3:
+                return x
+
+        return helper(q) > kv
+
+    refuse(forgets, "got NoneType", "Is a `return` missing?")
+    refuse(helper_forgets, "computes with None", "`return` missing in a helper", code="helper(q) > kv")
+
+
+def test_predicates_that_change():
+    calls = itertools.count()
+
+    def counts(b, h, q, kv):
+        if next(calls) % 2:
+            return q > kv
+        if q == 3 and kv > 2 and DOC[q] > 1:
+            return True
+        return kv > 3
+
+    def draws(b, h, q, kv):
+        if random.random() < 2 and q > random.random():
+            return True
+        return q > kv if kv * random.random() > 1 else False
+
+    refuse(draws, "takes other branches when it is run again", "no random numbers, counters")
+    refuse(counts, "takes other branches when it is run again")
+
+
+def test_an_index_kept_from_another_trace():
+    kept = []
+    trace(lambda b, h, q, kv: kept.append(q) is None)
+    refuse(lambda b, h, q, kv: q > kept[0], "uses an index of another trace", code="q > kept[0]")
+
+
+def test_errors_in_helpers_point_into_the_helper():
+    def helper(x):
+        return x.item() > 3
+
+    def calls(b, h, q, kv):
+        return q > kv and helper(q)
+
+    with pytest.raises(MaskTraceError) as caught:
+        trace(calls)
+    line = inspect.getsourcelines(helper)[1] + 1
+    assert f'calls ({HERE}:{line}): "x.item()" needs a concrete value' in str(caught.value)
+
+
+def test_several_lines_show_the_first():
+    def several(b, h, q, kv):
+        return (
+            q > kv
+            and DOC[q].item(
+            ) > 3
+        )  # fmt: skip
+
+    message = refuse(several, "needs a concrete value")
+    assert '"and DOC[q].item("' in message
+
+
+def test_functions_without_source_still_name_their_line():
+    scope = {"torch": torch}
+    exec(compile("\n\ndef f(b, h, q, kv):\n    x = q + 1\n    return x.item() > 3\n", "<made>", "exec"), scope)
+    with pytest.raises(MaskTraceError, match=r"f \(<made>:5\): needs a concrete value|f \(<made>:5\): .*concrete"):
+        trace(scope["f"])
+
+
+def test_the_user_s_own_errors_stay_theirs():
+    def broken(b, h, q, kv):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        trace(broken)
+
+
+def test_this_file_has_a_line_for_every_refusal():
+    """`refuse` compares lines by source: it needs every predicate's source to be found."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(refuse) or refuse))
+    assert sum(isinstance(node, ast.Lambda) for node in ast.walk(tree)) > 60

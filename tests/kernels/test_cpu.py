@@ -1,0 +1,172 @@
+"""CPU attention equals dense float64 attention within the error budget, for every mask, shape, dtype and layout."""
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+from maskflash.kernels import cpu_costs, cpu_plan
+from maskflash.kernels.reference import error_budget
+
+
+def assert_within_budget(case, got):
+    """Each result against float64, allowed twice a plain dense computation's own error plus a rounding unit or two."""
+    dtype = case.q.dtype
+    exact, plain, rounding = case.dense(torch.float64), case.dense(dtype), case.rounding()
+    if dtype.itemsize == 2:
+        plain["lse"] = case.dense(torch.float32)["lse"]  # the kernel's lse is float32, so it is held to that
+    for name, result in got.items():
+        assert result.shape == exact[name].shape
+        assert result.dtype == plain[name].dtype
+        finite = exact[name].isfinite()
+        assert torch.equal(result[~finite].double(), exact[name][~finite])
+        if finite.any():
+            budget = error_budget(plain[name], exact[name]) + 2 * rounding[name]
+            error = (result - exact[name])[finite].abs().max().item()
+            note(f"{name}: error {error:.3g}, budget {budget:.3g}")
+            assert error <= budget, name
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_results_are_within_the_error_budget_of_float64(cases, data):
+    case = data.draw(cases())
+    assert_within_budget(case, case.run())
+def long_mask(name, q_len, kv_len):
+    """Masks long enough to be cut into several calls, of every kind of call."""
+    q, kv = torch.arange(q_len)[:, None], torch.arange(kv_len)
+    ids = torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000]).repeat_interleave(torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000]))
+    return {
+        "causal": q >= kv,
+        "bottom_right": q + kv_len - q_len >= kv,
+        "anticausal": q <= kv,
+        "window": (q - kv < 100) & (q - kv >= 0),
+        "two_sided_window": (q - kv).abs() < 150,
+        "causal_documents": (q >= kv) & (ids[q] == ids[kv]),
+        "documents": ids[q] == ids[kv],
+        "prefix": (q >= kv) | (kv < 70),
+        "sinks": ((q - kv < 64) | (kv < 4)) & (q >= kv),
+        "dilated": (q - kv < 300) & (q >= kv) & ((q - kv) % 7 == 0),
+    }[name]
+
+
+LONG = ["causal", "bottom_right", "anticausal", "window", "two_sided_window", "causal_documents", "documents", "prefix"]
+
+
+@pytest.fixture(scope="session")
+def long_case(make_case):
+    """Builds a Case of a long mask."""
+
+    def build(name, q_len=1100, kv_len=1100, dtype=torch.float32, dlse=True):
+        q, dout = (torch.randn(1, 2, q_len, 8).to(dtype) for _ in range(2))
+        k, v = (torch.randn(1, 1, kv_len, 8).to(dtype) for _ in range(2))
+        mask = long_mask(name, q_len, kv_len)[None, None]
+        return make_case(mask, (64, 64), q, k, v, dout, torch.randn(1, 2, q_len) if dlse else None, 0.4)
+
+    return build
+
+
+@pytest.mark.parametrize("name", [*LONG, "sinks", "dilated"])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1100, 1100), (700, 1201)])
+def test_long_masks_are_within_the_error_budget(long_case, name, q_len, kv_len):
+    case = long_case(name, q_len, kv_len)
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("costs", [cpu_costs._NATIVE_AMX, cpu_costs._NATIVE_AVX512])
+@pytest.mark.parametrize("name", [*LONG, "sinks"])
+def test_half_types_computed_in_their_own_dtype_are_within_the_error_budget(long_case, monkeypatch, name, costs):
+    monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: (costs[pass_],))
+    case = long_case(name, dtype=torch.bfloat16, dlse=False)
+    assert case.plan().schedule("forward", torch.bfloat16, 16).native
+    assert_within_budget(case, case.run())
+
+
+def test_an_lse_gradient_is_never_computed_in_a_half_type(long_case, monkeypatch):
+    # The kernel takes it as one more column of out, where 16 bits would round it.
+    both = {p: (cpu_costs._WIDENED[p], cpu_costs._NATIVE_AVX512[p]) for p in ("forward", "backward")}
+    cheap = cpu_costs.replace(cpu_costs._NATIVE_AVX512["backward"], rates=(100.0,) * 4, call=0, column=0)
+    both["backward"] = (both["backward"][0], cheap)
+    monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: both[pass_])
+    case = long_case("causal", dtype=torch.bfloat16)
+    assert case.plan().schedule("backward", torch.bfloat16, 16).native
+    assert not case.plan().schedule("backward", torch.bfloat16, 16, widen=True).native
+    assert_within_budget(case, case.run())
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_what_nobody_sees_may_hold_anything(cases, data):
+    case = data.draw(cases(max_len=150))
+    junk = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    rows, columns = ~case.seen, ~case.used
+    dirty = case.with_tensors(
+        q=case.q.masked_fill(rows[..., None], junk),
+        dout=case.dout.masked_fill(rows[..., None], junk),
+        k=case.k.masked_fill(columns[..., None], junk),
+        v=case.v.masked_fill(columns[..., None], junk),
+        dlse=None if case.dlse is None else case.dlse.masked_fill(rows, junk),
+    )
+    # The same layouts as the clean side, so that nothing but the values differs.
+    clean = case.with_tensors(**{n: getattr(dirty, n).nan_to_num(0, 0, 0) for n in ("q", "k", "v", "dout")})
+    clean = clean.with_tensors(dlse=None if case.dlse is None else dirty.dlse.nan_to_num(0, 0, 0))
+    plan = case.plan()
+    for (name, got), want in zip(dirty.run(plan).items(), clean.run(plan).values(), strict=True):
+        assert torch.equal(got, want), name
+        assert not got.isnan().any(), name
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_rows_that_see_nothing_give_zero_and_no_gradient(cases, data):
+    case = data.draw(cases(max_len=150))
+    got = case.run()
+    assert (got["out"][~case.seen] == 0).all()
+    assert (got["lse"][~case.seen] == -torch.inf).all()
+    assert (got["dq"][~case.seen] == 0).all()
+    assert (got["dk"][~case.used] == 0).all()
+    assert (got["dv"][~case.used] == 0).all()
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_same_inputs_give_the_same_bits(cases, data):
+    case = data.draw(cases(max_len=150))
+    plan = case.plan()
+    case.run(plan)  # a used plan has schedules and shared masks that a new one has not
+    for (name, first), second in zip(case.run(plan).items(), case.run().values(), strict=True):
+        assert torch.equal(first, second), name
+
+
+@pytest.mark.parametrize("layout", ["q", "k", "v", "dout"])
+def test_a_tensor_may_be_expanded_over_its_tokens(long_case, layout):
+    # Rows at distance zero: the kernel's products refuse them, so they are copied.
+    case = long_case("causal_documents")
+    x = getattr(case, layout)
+    case = case.with_tensors(**{layout: x[:, :, :1].expand(x.shape)})
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_scores_stay_finite(long_case, dtype):
+    case = long_case("causal", dtype=dtype, dlse=False)
+    # 8 x 120 x 120 is beyond float16's 65,504
+    q, k = (torch.full_like(x, 120.0) * torch.randn(x.shape[:3] + (1,)).sign().to(dtype) for x in (case.q, case.k))
+    case = case.with_tensors(q=q, k=k, scale=1.0)
+    got = case.run()
+    exact = case.dense(torch.float64)
+    for name, result in got.items():
+        assert result.isfinite().all(), name
+        assert (result - exact[name]).abs().max() <= 1e-2 * exact[name].abs().max() + 1e-2, name
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0), (1, 1, 0, 0)])
+def test_empty_batches_and_sequences(make_case, shape):
+    batch, heads, q_len, kv_len = shape
+    q, k, v = torch.randn(batch, heads, q_len, 4), torch.randn(batch, heads, kv_len, 4), torch.randn(batch, heads, kv_len, 3)
+    dout, dlse = torch.randn(batch, heads, q_len, 3), torch.randn(batch, heads, q_len)
+    got = make_case(torch.ones(1, 1, q_len, kv_len, dtype=torch.bool), (16, 16), q, k, v, dout, dlse, 1.0).run()
+    assert got["out"].shape == (batch, heads, q_len, 3)
+    assert (got["lse"] == -torch.inf).all()
+    assert [got[n].shape for n in ("dq", "dk", "dv")] == [q.shape, k.shape, v.shape]
+    assert not any(got[n].any() for n in ("out", "dq", "dk", "dv"))

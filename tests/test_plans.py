@@ -1,0 +1,155 @@
+"""Analyses are found again exactly as long as nothing they depend on has changed."""
+
+import gc
+
+import pytest
+import torch
+
+import maskflash as mf
+from maskflash import plans
+
+Q, K, V = torch.randn(3, 2, 4, 96, 8).unbind()
+
+
+@pytest.fixture
+def analyses(monkeypatch):
+    """The problems analysed during a test."""
+    found = []
+    original = plans.analyse
+    monkeypatch.setattr(plans, "analyse", lambda problem: found.append(problem) or original(problem))
+    plans._analyses.clear()
+    return found
+
+
+@mf.mask
+def packed(b, h, q, kv, *, doc):
+    return q >= kv and doc[b, q] == doc[b, kv]
+
+
+def documents():
+    return torch.arange(192).view(2, 96) // 17
+
+
+def test_layers_of_a_model_share_an_analysis(analyses):
+    ids = documents()
+    attn, other = mf.compile(packed), mf.compile(packed, scale=1.0)
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    for op in (attn, other):
+        op(q, k, v, doc=ids).sum().backward()
+        op(q, k, v, doc=ids[:]).sum().backward()
+        op(q.double(), k.double(), v.double(), doc=ids)
+    mf.attention(q, k, v, lambda b, h, q, kv: q >= kv and ids[b, q] == ids[b, kv])
+    mf.attention(q, k, v, lambda b, h, row, col: row >= col and ids[b, row] == ids[b, col])
+    assert len(analyses) == 1
+
+
+def test_heads_and_batch_count_only_where_the_mask_looks(analyses):
+    attn = mf.compile(mf.causal())
+    attn(Q, K, V)
+    attn(Q[:1, :2], K[:1, :2], V[:1, :2])
+    assert len(analyses) == 1
+    attn(Q, K, V, q_offset=torch.tensor([0, 5]))
+    assert analyses[1].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids: ids.add_(1),
+        lambda ids: ids[0].zero_(),
+        lambda ids: ids.view(-1)[5:6].fill_(3),
+        lambda ids: ids.copy_(documents() // 2),
+        lambda ids: ids.set_(documents() // 2),
+    ],
+)
+def test_a_write_to_a_table_is_seen(analyses, change):
+    ids = documents()
+    attn = mf.compile(packed)
+    attn(Q, K, V, doc=ids)
+    change(ids)
+    expected = mf.compile(packed)(Q, K, V, doc=ids.clone())
+    assert torch.equal(attn(Q, K, V, doc=ids), expected)
+    assert len(analyses) == 3
+
+
+def test_lengths_offsets_parameters_and_views_are_told_apart(analyses):
+    ids = documents()
+    attn = mf.compile(packed)
+    calls = [
+        lambda: attn(Q, K, V, doc=ids),
+        lambda: attn(Q[:, :, :50], K, V, doc=ids),
+        lambda: attn(Q, K[:, :, :50], V[:, :, :50], doc=ids),
+        lambda: attn(Q[:, :, :50], K, V, doc=ids, q_offset=3),
+        lambda: attn(Q, K, V, doc=ids.flip(0)),
+        lambda: attn(Q[:, :, :48], K[:, :, :48], V[:, :, :48], doc=ids[:, 1:]),
+        lambda: attn(Q[:, :, :48], K[:, :, :48], V[:, :, :48], doc=ids[:, ::2]),
+        lambda: mf.compile(packed, block_size=64)(Q, K, V, doc=ids),
+        lambda: mf.attention(Q, K, V, mf.sliding_window(3)),
+        lambda: mf.attention(Q, K, V, mf.sliding_window(4)),
+    ]
+    for count, call in enumerate(calls, start=1):
+        call()
+        assert len(analyses) == count
+
+
+def test_a_new_tensor_in_a_dead_one_s_place_is_not_taken_for_it(analyses):
+    attn = mf.compile(packed)
+    for n in range(1, 30):
+        ids = documents() // n
+        assert torch.equal(attn(Q, K, V, doc=ids), mf.compile(packed)(Q, K, V, doc=ids.clone()))
+        del ids
+    analyses.clear()
+    gc.collect()
+    assert not plans._analyses  # what belongs to dead tensors is gone
+
+
+def test_data_s_own_version_counter_does_not_deceive(analyses):
+    ids = documents()
+    attn = mf.compile(packed)
+    attn(Q, K, V, doc=ids.data)
+    ids.data.mul_(0)
+    assert torch.equal(attn(Q, K, V, doc=ids.data), mf.compile(mf.causal())(Q, K, V))
+
+
+def test_inference_tensors_are_compared_by_content(analyses):
+    attn = mf.compile(packed)
+    with torch.inference_mode():
+        for _ in range(2):
+            attn(Q, K, V, doc=documents())
+        assert len(analyses) == 1
+        ids = documents()
+        ids[0] = 0
+        assert torch.equal(attn(Q, K, V, doc=ids), mf.compile(packed)(Q, K, V, doc=ids.clone()))
+        assert len(analyses) == 2
+
+
+def test_a_write_behind_torch_s_back_needs_invalidate(analyses):
+    ids = documents()
+    attn, other = mf.compile(packed), mf.compile(mf.causal())
+    stale = attn(Q, K, V, doc=ids)
+    other(Q, K, V)
+    ids.numpy()[:] = 0
+    assert torch.equal(attn(Q, K, V, doc=ids), stale)
+    attn.invalidate()
+    assert torch.equal(attn(Q, K, V, doc=ids), other(Q, K, V))
+    assert len(analyses) == 3  # the other mask's analysis was kept
+
+
+def test_the_least_recently_used_goes_first(analyses, monkeypatch):
+    monkeypatch.setattr(plans, "CAPACITY", 2)
+    for window in (1, 2, 1, 3, 1, 2):
+        mf.attention(Q, K, V, mf.sliding_window(window))
+    assert [problem.inputs.params[0] for problem in analyses] == [1, 2, 3, 2]
+    assert len(plans._analyses) == 2
+
+
+def test_analyses_do_not_keep_tables_alive(analyses):
+    import weakref
+
+    ids = documents()
+    gone = weakref.ref(ids)
+    mf.compile(packed)(Q, K, V, doc=ids)
+    analyses.clear()
+    del ids
+    gc.collect()
+    assert gone() is None
