@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench figures clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -36,6 +36,11 @@ format: $(STAMP)  ## let ruff fix and format
 bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 	$(BIN)/python -m benchmarks.attention --cpu $(ARGS)
 	$(BIN)/python -m benchmarks.analysis $(ARGS)
+
+figures: $(STAMP)  ## run them, store the results and write the docs' tables
+	$(BIN)/python -m benchmarks.attention --cpu --json benchmarks/results/cpu/attention.json $(ARGS)
+	$(BIN)/python -m benchmarks.analysis --json benchmarks/results/cpu/analysis.json $(ARGS)
+	$(BIN)/python -m benchmarks.report
 
 clean:  ## remove caches and build results, keep .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

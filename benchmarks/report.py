@@ -47,22 +47,22 @@ _DOCUMENTS: Final = {"table": "documents"}
 _EFFICIENCY: Final = {"table": "efficiency", "tokens": 8192}
 SUMMARY: Final = (
     Line(
-        "forward over SDPA with the dense mask, causal documents, 8,192 tokens",
+        "SDPA with the dense mask / maskflash, causal documents, 8,192 tokens: forward",
         "attention",
         _DOCUMENTS | {"measure": "forward"},
     ),
-    Line("forward + backward, likewise", "attention", _DOCUMENTS | {"measure": "forward + backward"}),
-    Line("efficiency¹ at 8,192 tokens, causal", "attention", _EFFICIENCY | {"case": "causal"}),
-    Line("efficiency¹, causal documents", "attention", _EFFICIENCY | {"case": "causal documents"}),
-    Line("efficiency¹, causal window of 512 tokens", "attention", _EFFICIENCY | {"case": "causal window S/16"}),
-    Line("block map of causal documents, 16,384 tokens", "analysis", {"table": "lengths", "tokens": 16384}),
-    Line("the same, 131,072 tokens", "analysis", {"table": "lengths", "tokens": 131072}),
+    Line("the same: forward + backward", "attention", _DOCUMENTS | {"measure": "forward + backward"}),
+    Line("efficiency¹, 8,192 tokens: causal", "attention", _EFFICIENCY | {"case": "causal"}),
+    Line("efficiency¹, 8,192 tokens: causal documents", "attention", _EFFICIENCY | {"case": "causal documents"}),
+    Line("efficiency¹, 8,192 tokens: causal window of 512", "attention", _EFFICIENCY | {"case": "causal window S/16"}),
+    Line("block map of causal documents: 16,384 tokens", "analysis", {"table": "lengths", "tokens": 16384}),
+    Line("the same: 131,072 tokens", "analysis", {"table": "lengths", "tokens": 131072}),
     Line(
-        "FlexAttention's eager `create_block_mask` over ours, 16,384 tokens, time",
+        "FlexAttention's eager `create_block_mask` / ours, 16,384 tokens: time",
         "analysis",
         {"table": "comparison", "measure": "time"},
     ),
-    Line("the same, peak memory", "analysis", {"table": "comparison", "measure": "peak memory"}),
+    Line("the same: peak memory", "analysis", {"table": "comparison", "measure": "peak memory"}),
     Line("`import maskflash` over `import torch`", "analysis", {"table": "start", "case": "import maskflash"}),
     Line(
         "compile and first call, 1,024 tokens, imports aside",

@@ -12,15 +12,17 @@ from torch import Tensor
 from maskflash import arguments, op, plans
 from maskflash.arguments import BlockSize
 from maskflash.blocks.classify import Problem
+from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
 from maskflash.explain import Explanation
+from maskflash.kernels import triton
 from maskflash.masks.mask import Mask, mask
 from maskflash.masks.presets import full
 
 MaskLike = Mask | Callable[..., Any]
-Backend = Literal["auto", "cpu", "triton"]
+BackendChoice = Literal["auto", "cpu", "triton"]
 
-_BACKENDS: Final = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
+_BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -43,7 +45,7 @@ class Attention:
         mask: Mask,
         scale: float | None,
         block_size: tuple[int, int],
-        backend: Backend,
+        backend: BackendChoice,
         deterministic: bool,
     ) -> None:
         self.mask = mask
@@ -111,7 +113,7 @@ class Attention:
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
         _check_tensors(q, k, v)
-        self._backend_for(q.device)
+        backend = self._backend_for(q.device)
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
         traced, inputs = self.mask.bound("attention", mask_args)
         _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
@@ -127,9 +129,9 @@ class Attention:
             q.device,
         )
         self._expressions.add(traced.expr.text)
-        plans.find(problem)  # here, so that an error of the mask names the user's own line
+        plans.find(problem, backend)  # here, so that an error of the mask names the user's own line
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-        out, lse = op.attend(q, k, v, problem, scale)
+        out, lse = op.attend(q, k, v, problem, scale, backend)
         return (out, lse) if return_lse else out
 
     def explain(
@@ -156,15 +158,15 @@ class Attention:
 
         Example:
             >>> import maskflash as mf
-            >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))
+            >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))  # doctest: +ELLIPSIS
             sliding_window(256)
-              visible      ((q - 256) <= kv) and (kv <= (q + 0))
-              reads        q, kv: one block map for all batch rows and heads
-              tiles        31 full, 63 partial, 930 skip of 128 x 128 tokens (90.8 % skipped)
-              decided      961 tiles by bounds, 63 by samples, 0 element by element
-              backend      cpu, since the tensors are on cpu
-              forward      float32: 12 calls over 1.11 x the visible pairs
-              backward     float32: 12 calls over 1.11 x the visible pairs
+              visible            ((q - 256) <= kv) and (kv <= (q + 0))
+              reads              q, kv: one block map for all batch rows and heads
+              tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
+              decided            ... tiles by bounds, ... by samples, 0 element by element
+              backend            cpu, since the tensors are on cpu
+              forward float32    ... dense calls, ... masked, 0 gathered, ... pairs
+              ...
         """
         device = torch.device(device)
         backend = self._backend_for(device)
@@ -173,30 +175,23 @@ class Attention:
         )
         traced, _ = self.mask.bound("Attention.explain", mask_args)
         why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
-        return Explanation(self.mask.name, traced.names, problem, plans.find(problem), backend, why)
+        return Explanation(self.mask.name, traced.names, problem, plans.find(problem, backend), backend, why)
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
         plans.invalidate(self._expressions)
 
-    def _backend_for(self, device: torch.device) -> str:
-        by_device = _BACKENDS.get(device.type)
-        if by_device is None:
+    def _backend_for(self, device: torch.device) -> Backend:
+        chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
+        if chosen is None or (chosen == "cpu" and device.type != "cpu"):
             raise BackendError(
-                f"attention: tensors are on {device.type}, expected {' or '.join(_BACKENDS)}; move them first"
+                f"attention: tensors are on {device.type}, expected "
+                f"{'cpu' if chosen else ' or '.join(_BACKENDS)}; move q, k and v"
             )
-        backend = by_device if self.backend == "auto" else self.backend
-        if backend != by_device:
-            raise BackendError(
-                f'attention: backend="{backend}" can\'t run on {device.type}; use backend="auto" or "{by_device}", '
-                f"or move q, k and v"
-            )
-        if backend == "triton":
-            raise BackendError(
-                "attention: the triton backend is not part of this version; move q, k and v to the CPU, or use "
-                "torch's scaled_dot_product_attention with mask.dense(...)"
-            )
-        return backend
+        problem = triton.unavailable(device) if chosen == "triton" else None
+        if problem is not None:
+            raise BackendError(f"attention: the triton backend can't run here: {problem}")
+        return chosen
 
     def __repr__(self) -> str:
         return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"
@@ -207,7 +202,7 @@ def compile(
     *,
     scale: float | None = None,
     block_size: BlockSize = 128,
-    backend: Backend = "auto",
+    backend: BackendChoice = "auto",
     deterministic: bool = True,
 ) -> Attention:
     """Compile a mask to an attention op.
@@ -247,7 +242,7 @@ def attention(
     *,
     scale: float | None = None,
     block_size: BlockSize = 128,
-    backend: Backend = "auto",
+    backend: BackendChoice = "auto",
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
     return_lse: bool = False,

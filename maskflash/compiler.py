@@ -3,7 +3,7 @@
     trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
     simplify    expr/simplify.py     the expression in normal form
     classify    blocks/classify.py   expression -> block map: bounds, then samples, then elements
-    plan        kernels/cpu_plan.py  block map -> the calls that cover what it leaves to visit
+    plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.
 """
@@ -11,9 +11,12 @@ The first two depend on the mask alone and are kept by it; the others also on le
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from maskflash.blocks.classify import Classified, Problem, classify
-from maskflash.kernels import cpu
+from maskflash.kernels import cpu, triton
+
+Backend = Literal["cpu", "triton"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,15 +24,16 @@ class Analysis:
     """What is known of a mask at given lengths before any q, k or v."""
 
     classified: Classified
-    plan: cpu.Plan
+    plan: cpu.Plan | triton.Plan
 
 
-def analyse(problem: Problem) -> Analysis:
+def analyse(problem: Problem, backend: Backend) -> Analysis:
     """Run the passes that depend on lengths and on table contents.
 
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
     classified = classify(problem)
-    plan = cpu.plan(classified.block_map, problem.visible)
-    return Analysis(classified, plan)
+    if backend == "triton":
+        return Analysis(classified, triton.plan(classified))
+    return Analysis(classified, cpu.plan(classified.block_map, problem.visible))

@@ -10,6 +10,7 @@ import torch
 from maskflash.blocks.classify import Problem
 from maskflash.compiler import Analysis
 from maskflash.expr.nodes import format_expr
+from maskflash.kernels import cpu, triton
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +25,7 @@ class Explanation:
     why: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data; `calls` says what each pass runs for float32 and for bfloat16."""
+        """The same as plain data; `passes` says what the backend runs for each."""
         problem, classified = self.problem, self.analysis.classified
         return {
             "mask": self.mask,
@@ -45,11 +46,7 @@ class Explanation:
             "backend": self.backend,
             "why": self.why,
             "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
-            "calls": {
-                f"{pass_} {str(dtype).removeprefix('torch.')}": self.analysis.plan.describe(pass_, dtype)
-                for pass_ in ("forward", "backward")
-                for dtype in (torch.float32, torch.bfloat16)
-            },
+            "passes": _passes(self.analysis.plan),
         }
 
     def __str__(self) -> str:
@@ -70,14 +67,32 @@ class Explanation:
             "decided": f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
             f"{decided['elements']} element by element",
             "backend": f"{self.backend}, {self.why}",
-            **{pass_: _calls(plan) for pass_, plan in facts["calls"].items()},
+            **{
+                name: ", ".join(f"{count:,} {what}" for what, count in facts.items())
+                for name, facts in facts["passes"].items()
+            },
         }.items():
             lines.append(f"  {label:<18} {text}")
         return "\n".join(lines)
 
 
-def _calls(plan: dict[str, Any]) -> str:
-    return (
-        f"{plan['calls']} dense calls in {plan['compute']}, {plan['masked']} masked, {plan['gathered']} gathered, "
-        f"{plan['pairs']:,} pairs"
-    )
+def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
+    """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU."""
+    if isinstance(plan, triton.Plan):
+        walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
+        return {
+            name: {"full tiles": int(work.full.tiles.sum()), "partial tiles": int(work.partial.tiles.sum())}
+            for name, work in walks.items()
+        }
+    passes: dict[str, dict[str, int | str]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("forward", "backward"):
+            facts = plan.describe(name, dtype)
+            kind = str(dtype).removeprefix("torch.")
+            passes[f"{name} {kind}"] = {
+                "dense calls": facts["calls"],
+                "masked": facts["masked"],
+                "gathered": facts["gathered"],
+                "pairs": facts["pairs"],
+            }
+    return passes

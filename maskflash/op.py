@@ -14,13 +14,12 @@ from torch import Tensor
 
 from maskflash import plans
 from maskflash.blocks.classify import Problem
+from maskflash.compiler import Backend
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr, parse
-from maskflash.kernels import cpu
+from maskflash.kernels import cpu, triton
 
-_MASK: Final = (
-    "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, str expr, int[2] block_size"
-)
+_MASK: Final = "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, str expr, int[2] block_size, str backend"
 
 _library = torch.library.Library("maskflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")
@@ -30,7 +29,7 @@ _library.define(
 )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
     """Masked attention, differentiable in q, k and v through out and lse.
 
     Args:
@@ -38,7 +37,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float) -> t
         k: (B, Hkv, Skv, D).
         v: (B, Hkv, Skv, Dv).
         problem: the mask at these lengths.
-        scale: factor of the scores.
+        scale: positive factor of the scores.
+        backend: which kernels run it.
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
@@ -55,6 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float) -> t
         scale,
         problem.expr.text,
         list(problem.block_size),
+        backend,
     )
     return result
 
@@ -77,14 +78,14 @@ class _Differentiable(torch.autograd.Function):
         q, k, v, out, lse, q_offsets, *tables = ctx.saved_tensors
         params, q_offset, rest = ctx.mask
         if dout is None and dlse is None:
-            return (None,) * 10
+            return (None,) * 11
         with torch._C._AutoDispatchBelowAutograd():
             gradients = torch.ops.maskflash.backward.default(
                 dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
             )
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _FirstDerivative.apply(*gradients, q, k, v)  # type: ignore[no-untyped-call]
-        return *gradients, *(None,) * 7
+        return *gradients, *(None,) * 8
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -107,12 +108,15 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
-    problem, scale = _problem(q, k, *mask)
-    return cpu.forward(plans.find(problem).plan, q, k, v, scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+    problem, scale, backend = _problem(q, k, *mask)
+    plan = plans.find(problem, backend).plan
+    if isinstance(plan, triton.Plan):
+        return triton.forward(plan, problem, q, k, v, scale)
+    return cpu.forward(plan, q, k, v, scale)
 
 
-def _backward_cpu(
+def _backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     q: Tensor,
@@ -122,9 +126,12 @@ def _backward_cpu(
     lse: Tensor,
     *mask: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem, scale = _problem(q, k, *mask)
+    problem, scale, backend = _problem(q, k, *mask)
     dout = torch.zeros_like(out) if dout is None else dout
-    return cpu.backward(plans.find(problem).plan, dout, dlse, q, k, v, out, lse, scale)
+    plan = plans.find(problem, backend).plan
+    if isinstance(plan, triton.Plan):
+        return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
+    return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -146,7 +153,8 @@ def _problem(
     scale: float,
     expr: str,
     block_size: list[int],
-) -> tuple[Problem, float]:
+    backend: Backend,
+) -> tuple[Problem, float, Backend]:
     rows, columns = block_size
     problem = Problem(
         _parsed(expr),
@@ -159,7 +167,7 @@ def _problem(
         q_offset if q_offsets is None else q_offsets,
         q.device,
     )
-    return problem, scale
+    return problem, scale, backend
 
 
 @lru_cache(maxsize=256)
@@ -168,7 +176,8 @@ def _parsed(text: str) -> Expr:
 
 
 _library.impl("forward", _forward_autograd, "Autograd")
-_library.impl("forward", _forward_cpu, "CPU")
-_library.impl("backward", _backward_cpu, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _device)
+    _library.impl("backward", _backward, _device)
 _library.impl("forward", _forward_meta, "Meta")
 _library.impl("backward", _backward_meta, "Meta")

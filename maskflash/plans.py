@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.classify import Problem
-from maskflash.compiler import Analysis, analyse
+from maskflash.compiler import Analysis, Backend, analyse
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
 
@@ -21,8 +21,8 @@ _lock = threading.RLock()
 _analyses: OrderedDict[Hashable, tuple[Analysis, tuple[weakref.ref[Tensor], ...]]] = OrderedDict()
 
 
-def find(problem: Problem) -> Analysis:
-    """The analysis of a problem, made now or found.
+def find(problem: Problem, backend: Backend) -> Analysis:
+    """The analysis of a problem for a backend, made now or found.
 
     A table counts as the same while it is the same tensor (or a view alike of it) at the same version, which every
     write through torch advances. Tensors of inference mode have no version: they are compared by content.
@@ -30,13 +30,13 @@ def find(problem: Problem) -> Analysis:
     tensors = problem.inputs.tables
     if isinstance(problem.q_offset, Tensor):
         tensors = (*tensors, problem.q_offset)
-    key = _key(problem, tensors)
+    key = _key(problem, backend, tensors)
     with _lock:
         found = _analyses.get(key)
         if found is not None:
             _analyses.move_to_end(key)
             return found[0]
-    analysis = analyse(problem)
+    analysis = analyse(problem, backend)
     with _lock:
         # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies.
         alive = tuple(
@@ -60,10 +60,11 @@ def _forget(key: Hashable) -> None:
         _analyses.pop(key, None)
 
 
-def _key(problem: Problem, tensors: tuple[Tensor, ...]) -> Hashable:
+def _key(problem: Problem, backend: Backend, tensors: tuple[Tensor, ...]) -> Hashable:
     offset = None if isinstance(problem.q_offset, Tensor) else problem.q_offset
     return (
         problem.expr.text,
+        backend,
         problem.inputs.params,
         problem.q_len,
         problem.kv_len,

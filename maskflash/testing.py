@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from maskflash import arguments
-from maskflash.api import Backend, MaskLike, attention
+from maskflash.api import BackendChoice, MaskLike, attention
 from maskflash.arguments import BlockSize
 from maskflash.kernels.reference import error_budget, reference
 from maskflash.masks import presets
@@ -60,7 +60,7 @@ def assert_matches_dense(
     dtype: torch.dtype = torch.float32,
     block_size: BlockSize = 128,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: BackendChoice = "auto",
     device: str = "cpu",
     q_offset: int | Tensor = 0,
     seed: int = 0,

@@ -11,7 +11,7 @@ from maskflash.testing import Shape
 def arguments(mask, q, k, v, **mask_args):
     """What the op takes for one call."""
     traced, inputs = mask.bound("test", mask_args)
-    return (q, k, v, list(inputs.tables), list(inputs.params), 0, None, 0.25, traced.expr.text, [32, 32])
+    return (q, k, v, list(inputs.tables), list(inputs.params), 0, None, 0.25, traced.expr.text, [32, 32], "cpu")
 
 
 @pytest.mark.parametrize("tables", [False, True])

@@ -16,7 +16,7 @@ def analyses(monkeypatch):
     """The problems analysed during a test."""
     found = []
     original = plans.analyse
-    monkeypatch.setattr(plans, "analyse", lambda problem: found.append(problem) or original(problem))
+    monkeypatch.setattr(plans, "analyse", lambda problem, backend: found.append(problem) or original(problem, backend))
     plans._analyses.clear()
     return found
 

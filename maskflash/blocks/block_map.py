@@ -101,8 +101,9 @@ class BlockMap:
         expected = (math.ceil(q_len / block_size[0]), math.ceil(kv_len / block_size[1]))
         if kinds.dim() != 4 or tuple(kinds.shape[2:]) != expected:
             raise ArgumentError(
-                f"BlockMap.from_kinds: kinds has shape {tuple(kinds.shape)}, expected (B, H, {expected[0]}, {expected[1]}) "
-                f"for {q_len} x {kv_len} tokens in tiles of {block_size[0]} x {block_size[1]}"
+                f"BlockMap.from_kinds: kinds has shape {tuple(kinds.shape)}, "
+                f"expected (B, H, {expected[0]}, {expected[1]}) for {q_len} x {kv_len} tokens "
+                f"in tiles of {block_size[0]} x {block_size[1]}"
             )
         batch, heads, n_q, n_kv = kinds.shape
         return BlockMap(

@@ -75,9 +75,18 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Classified:
-    """The block map, and how many tiles were settled by bounds, by samples and element by element."""
+    """The block map, and how it was found.
+
+    Attributes:
+        block_map: the map.
+        largest: a cap on the absolute values of the mask's 64-bit integers over all its pairs, before any wrapping.
+        by_bounds: tiles that bounds settled.
+        by_samples: tiles that samples settled.
+        by_elements: tiles that had to be evaluated.
+    """
 
     block_map: BlockMap
+    largest: float
     by_bounds: int
     by_samples: int
     by_elements: int
@@ -95,14 +104,16 @@ def classify(problem: Problem) -> Classified:
     kinds = torch.full(problem.shape, SKIP, dtype=torch.int8, device=problem.device)
     ranges = RangeMinima()
     by_bounds = by_samples = 0
+    largest = 0.0
     for part in _parts(problem.shape):
-        undecided, sure = _bound(problem, ranges, kinds, part)
+        undecided, sure, cap = _bound(problem, ranges, kinds, part)
+        largest = max(largest, cap)
         by_bounds += math.prod(kinds[part].shape) - len(undecided)
         undecided, found = _sample(problem, kinds, undecided, sure)
         by_samples += found
         _evaluate(problem, kinds, undecided)
     block_map = BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size)
-    return Classified(block_map, by_bounds, by_samples, kinds.numel() - by_bounds - by_samples)
+    return Classified(block_map, largest, by_bounds, by_samples, kinds.numel() - by_bounds - by_samples)
 
 
 _Part = tuple[slice, slice, slice, slice]
@@ -122,8 +133,8 @@ def _parts(shape: tuple[int, int, int, int]) -> Iterator[_Part]:
                 yield slice(b, b + batch_step), slice(h, h + head_step), slice(i, i + rows), slice(0, n_kv)
 
 
-def _bound(problem: Problem, ranges: RangeMinima, kinds: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-    """Write the kinds that bounds prove; return the others, (n, 4), and which of them may safely be sampled, (n,)."""
+def _bound(problem: Problem, ranges: RangeMinima, kinds: Tensor, part: _Part) -> tuple[Tensor, Tensor, float]:
+    """Write the kinds that bounds prove; return the others, (n, 4), which may safely be sampled, (n,), and the cap."""
     b, h, i, j = (
         torch.arange(n, device=problem.device)[cut].view([-1 if axis == place else 1 for axis in range(4)])
         for place, (n, cut) in enumerate(zip(problem.shape, part, strict=True))
@@ -140,7 +151,7 @@ def _bound(problem: Problem, ranges: RangeMinima, kinds: Tensor, part: _Part) ->
     kinds[part] = torch.where(always, FULL, SKIP).to(torch.int8)
     places = ((maybe & ~always) | faulty).nonzero()
     sure = ~faulty[tuple(places.T)]
-    return places + torch.tensor([cut.start for cut in part], device=places.device), sure
+    return places + torch.tensor([cut.start for cut in part], device=places.device), sure, verdict.largest
 
 
 def _sample(problem: Problem, kinds: Tensor, tiles: Tensor, sure: Tensor) -> tuple[Tensor, int]:

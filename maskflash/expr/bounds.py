@@ -24,6 +24,7 @@ class Verdict:
     always: Tensor
     maybe: Tensor  # False: never
     faulty: Tensor  # a look-up out of range or a division by zero could not be ruled out
+    largest: float  # a cap on the absolute values of its 64-bit integers, before any wrapping
 
 
 def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: RangeMinima | None = None) -> Verdict:
@@ -71,7 +72,8 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
         for fault, here in zip(faults, reach, strict=True):
             if fault is not None:
                 faulty = faulty | (fault & here)
-    return Verdict(truths[-1].lo, truths[-1].hi, faulty)
+    wide = (size for size, node in zip(magnitudes, expr.nodes, strict=True) if node.dtype == torch.int64)
+    return Verdict(truths[-1].lo, truths[-1].hi, faulty, max(wide, default=0.0))
 
 
 def _number(node: Node, inputs: Inputs) -> Scalar:

@@ -37,6 +37,8 @@ def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
         MaskIndexError: a look-up out of range or a division by zero that no guard excludes.
     """
     shape = np.broadcast_shapes(*(pairs[name].shape for name in INDEX_VARIABLES))
+    if 0 in shape:
+        return torch.zeros(shape, dtype=torch.bool, device=pairs["q"].device)
     values: list[Tensor | None] = []
     faulty = False
     for position, node in enumerate(expr.nodes):

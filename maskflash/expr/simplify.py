@@ -46,9 +46,9 @@ def _rewrite(builder: Builder, node: Node, args: list[int], faultless: dict[int,
 
 
 def _as_kind(builder: Builder, place: int, node: Node, faultless: dict[int, bool]) -> int:
-    """An equal node of this one's dtype and weakness, on which its users' promotion rests."""
+    """An equal node of this one's dtype and weakness, on which its users' promotion rests (but a truth's hardly)."""
     found = builder.nodes[place]
-    if (found.dtype, found.weak) == (node.dtype, node.weak):
+    if found.dtype == node.dtype and (found.weak == node.weak or node.dtype == torch.bool):
         return place
     if found.op == "const" and found.dtype == node.dtype:
         kind = builder.add("const", dtype=node.dtype, weak=node.weak, value=found.value)

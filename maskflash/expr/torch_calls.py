@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskflash.errors import MaskTraceError
-from maskflash.expr.symbols import BINARY, Symbol, Table, apply, element, position, symbol, tracer_of, truth
+from maskflash.expr.symbols import BINARY, Symbol, Table, apply, element, is_bool, position, symbol, tracer_of, truth
 from maskflash.expr.tracer import Tracer
 
 _BINARY = {
@@ -235,6 +236,8 @@ class CapturedTensors(TorchFunctionMode):
         if tracer_of(args, kwargs) is not None:
             return call(self.tracer, func, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if name == "__getitem__" and _is_element(*args):  # out of range, perhaps, on a path that is never taken
+            return _look_up(self.tracer, *args)
         if name in _METADATA or name == "__get__":
             return func(*args, **kwargs)
         if name in _CONCRETE:
@@ -258,6 +261,11 @@ class CapturedTensors(TorchFunctionMode):
     def _constant(self, made: Tensor) -> Symbol:
         place = position(self.tracer, made.item(), 0)
         return Symbol(self.tracer, self.tracer.record("cast", place, dtype=made.dtype, weak=False))
+
+
+def _is_element(tensor: Tensor, index: object) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return len(items) == tensor.ndim > 0 and all(isinstance(i, Integral) and not is_bool(i) for i in items)
 
 
 def _is_view(value: object, tensors: list[Tensor]) -> bool:

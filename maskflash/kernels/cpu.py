@@ -44,20 +44,19 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
     compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
     inputs = tuple(_prepared(x, compute, width) for x in (q, k, v))
-    for calls, (qs, ks, vs, outs, lses) in _units(schedule, plan, (*inputs, out, lse)):
-        for call in calls:
-            rows, columns = call.rows, call.columns
-            part, part_lse = _kernel(
-                rows.take(qs, 2),
-                _shared(columns.take(ks, 2), qs),
-                _shared(columns.take(vs, 2), qs),
-                0.0,
-                isinstance(call.mask, Causal),
-                attn_mask=plan.additive(call, compute),
-                scale=scale,
-            )
-            _put(outs, rows, part[..., : v.shape[3]])
-            _put(lses, rows, part_lse)
+    for call, (qs, ks, vs, outs, lses) in _units(schedule, plan, (*inputs, out, lse)):
+        queries = _take(qs, call.rows, call)
+        part, part_lse = _kernel(
+            queries,
+            _shared(_take(ks, call.columns, call), queries),
+            _shared(_take(vs, call.columns, call), queries),
+            0.0,
+            isinstance(call.mask, Causal),
+            attn_mask=plan.additive(call, compute),
+            scale=scale,
+        )
+        _put(outs, call, part[..., : v.shape[3]])
+        _put(lses, call, part_lse)
     return out, lse
 
 
@@ -104,25 +103,24 @@ def backward(
         out = torch.cat((out.to(compute), -dlse.to(compute)[..., None]), dim=3)
         v = pad(v, (0, 1))
     inputs = tuple(_prepared(x, compute, width) for x in (q, k, v, dout, out))
-    for calls, (qs, ks, vs, douts, outs, lses, dqs, dks, dvs) in _units(schedule, plan, (*inputs, lse, dq, dk, dv)):
-        for call in calls:
-            rows, columns = call.rows, call.columns
-            part_q, part_k, part_v = _kernel_backward(
-                rows.take(douts, 2),
-                rows.take(qs, 2),
-                _shared(columns.take(ks, 2), qs),
-                _shared(columns.take(vs, 2), qs),
-                rows.take(outs, 2),
-                rows.take(lses, 2),
-                0.0,
-                isinstance(call.mask, Causal),
-                attn_mask=plan.additive(call, compute),
-                scale=scale,
-            )
-            # Every row is in one call, a column may be in many.
-            _put(dqs, rows, part_q[..., : dqs.shape[3]])
-            _add(dks, columns, part_k[..., : dks.shape[3]])
-            _add(dvs, columns, part_v[..., : dvs.shape[3]])
+    for call, (qs, ks, vs, douts, outs, lses, dqs, dks, dvs) in _units(schedule, plan, (*inputs, lse, dq, dk, dv)):
+        queries = _take(qs, call.rows, call)
+        part_q, part_k, part_v = _kernel_backward(
+            _take(douts, call.rows, call),
+            queries,
+            _shared(_take(ks, call.columns, call), queries),
+            _shared(_take(vs, call.columns, call), queries),
+            _take(outs, call.rows, call),
+            _take(lses, call.rows, call),
+            0.0,
+            isinstance(call.mask, Causal),
+            attn_mask=plan.additive(call, compute),
+            scale=scale,
+        )
+        # Every row is in one call, a column may be in many.
+        _put(dqs, call, part_q[..., : dqs.shape[3]])
+        _add(dks, call, part_k[..., : dks.shape[3]])
+        _add(dvs, call, part_v[..., : dvs.shape[3]])
     return dq, dk.to(k.dtype), dv.to(k.dtype)
 
 
@@ -139,8 +137,8 @@ def _work(plan: Plan, q: Tensor, v: Tensor) -> int:
 def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     """Brings x to the compute dtype, `width` wide, with rows that are dense and don't overlap.
 
-    The kernel reads garbage from rows that are not dense, and its products refuse rows closer than their width, such
-    as those of an expanded tensor; all other strides it takes as they are.
+    The kernel reads garbage from rows that are not dense, and is 15x slower on rows closer than their width, such as
+    those of an expanded tensor; all other strides it takes as they are.
     """
     x = x.to(dtype)
     if x.shape[3] < width:
@@ -148,12 +146,12 @@ def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) >= width else x.clone(memory_format=torch.contiguous_format)
 
 
-def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Iterator[tuple[list[Call], list[Tensor]]]:
-    """Each list of calls with views of the tensors it runs over: (N, G, S, ...), or (N, 1, S, ...) for K and V's side.
+def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Iterator[tuple[Call, list[Tensor]]]:
+    """Each call with views of the tensors it runs over: (N, G, S, ...), or (N, 1, S, ...) for K and V's side.
 
     N x G are the query heads that share the mask, G of them each key head. Which side a tensor is on shows in its
-    number of heads, q's being that of tensors[0]. With G > 1 and several batch rows, each row is a unit of its own: so
-    no strides ever force a copy.
+    number of heads, q's being that of tensors[0]. With G > 1 and several batch rows, each row is a unit of its own:
+    so no strides ever force a copy. A repeated call needs N's dimension for its blocks: there N is 1.
     """
     heads, kv_heads = tensors[0].shape[1], tensors[1].shape[1]
     group = heads // kv_heads
@@ -164,32 +162,51 @@ def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Itera
             views = [x[b : b + 1] for x in views]
         if map_heads > 1:
             head = {heads: h, kv_heads: h // group}
-            yield calls, [x[:, head[x.shape[1]] : head[x.shape[1]] + 1] for x in views]
+            units = [[x[:, head[x.shape[1]] : head[x.shape[1]] + 1] for x in views]]
         elif group == 1:
-            yield calls, views
+            units = [views]
         else:
-            for row in range(views[0].shape[0]):
-                yield calls, [x[row].unflatten(0, (kv_heads, -1)) for x in views]
+            units = [[x[row].unflatten(0, (kv_heads, -1)) for x in views] for row in range(views[0].shape[0])]
+        for call in calls:
+            for unit in units:
+                if call.repeat == 1:
+                    yield call, unit
+                else:
+                    yield from ((call, [x[n : n + 1] for x in unit]) for n in range(unit[0].shape[0]))
+
+
+def _take(x: Tensor, pick: Pick, call: Call) -> Tensor:
+    """The picked tokens of x (dim 2); of a repeated call (G, blocks, tokens, ...), which may overlap."""
+    if call.repeat == 1:
+        return pick.take(x, 2)
+    size = (x.shape[1], call.repeat, len(pick), *x.shape[3:])
+    stride = (x.stride(1), len(call.rows) * x.stride(2), *x.stride()[2:])
+    return x.as_strided(size, stride, int(x.storage_offset()) + pick.start * x.stride(2))
 
 
 def _shared(x: Tensor, q: Tensor) -> Tensor:
-    """K or V (N, 1, S, D) seen by all the heads of its group, without a copy."""
-    return x.expand(-1, q.shape[1], -1, -1)
+    """K or V seen by all the heads of its group, without a copy."""
+    return x.expand(*q.shape[:2], -1, -1)
 
 
-def _put(x: Tensor, pick: Pick, part: Tensor) -> None:
-    """Writes the picked tokens of x (dim 2)."""
-    if pick.index is None:
-        pick.take(x, 2).copy_(part)
+def _put(x: Tensor, call: Call, part: Tensor) -> None:
+    """Writes the call's rows of x."""
+    if call.rows.index is None:
+        _take(x, call.rows, call).copy_(part)
     else:
-        x.index_copy_(2, pick.index, part.to(x.dtype))
+        x.index_copy_(2, call.rows.index, part.to(x.dtype))
 
 
-def _add(x: Tensor, pick: Pick, part: Tensor) -> None:
-    """Adds to the picked tokens of x (dim 2), first summing over the heads of a group."""
-    if part.shape[1] != x.shape[1]:
-        part = part.sum(1, keepdim=True, dtype=x.dtype)
-    if pick.index is None:
-        pick.take(x, 2).add_(part)
+def _add(x: Tensor, call: Call, part: Tensor) -> None:
+    """Adds to the call's columns of x, first summing over the heads of a group."""
+    heads = 1 if call.repeat == 1 else 0
+    if part.shape[heads] != x.shape[1]:
+        part = part.sum(heads, keepdim=True, dtype=x.dtype)
+    if call.columns.index is not None:
+        x.index_add_(2, call.columns.index, part.to(x.dtype))
+    elif call.repeat == 1:
+        call.columns.take(x, 2).add_(part)
     else:
-        x.index_add_(2, pick.index, part.to(x.dtype))
+        for block in range(call.repeat):
+            start = call.columns.start + block * len(call.rows)
+            x[0, :, start : start + len(call.columns)].add_(part[:, block])

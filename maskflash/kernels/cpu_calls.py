@@ -102,11 +102,21 @@ class Bits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One dense-kernel call; mask None means that every row sees every column."""
+    """One dense-kernel call; mask None means that every row sees every column.
+
+    With repeat n it computes n such blocks at once, each len(rows) rows and as many columns further than the last:
+    the way of a sliding window. Rows and columns are slices then.
+    """
 
     rows: Pick
     columns: Pick
     mask: Causal | Band | Intervals | Bits | None
+    repeat: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """How many (query, key) pairs it covers."""
+        return self.repeat * len(self.rows) * len(self.columns)
 
     @property
     def nbytes(self) -> int:

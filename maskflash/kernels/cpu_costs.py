@@ -43,11 +43,11 @@ class Costs:
     rows: tuple[int, ...]
     rates: tuple[float, ...]
 
-    def rate(self, rows: int) -> float:
+    def rate(self, rows: float) -> float:
         """Efficiency of a call of so many rows."""
         return self.rates[max(bisect_right(self.rows, rows) - 1, 0)]
 
-    def of(self, rows: int, columns: int, *, masked: bool) -> float:
+    def of(self, rows: float, columns: float, *, masked: bool) -> float:
         """Cost of one call, in pairs."""
         rate = self.rate(rows) * (self.masked if masked else 1.0)
         return self.call + self.column * columns + rows * columns / rate

@@ -129,7 +129,7 @@ class Plan:
             "calls": len(calls),
             "masked": sum(c.mask is not None for c in calls),
             "gathered": sum(c.columns.index is not None or c.rows.index is not None for c in calls),
-            "pairs": sum(len(c.rows) * len(c.columns) for c in calls),
+            "pairs": sum(c.pairs for c in calls),
             "compute": str(dtype if schedule.native else torch.float32).removeprefix("torch."),
         }
 
@@ -164,4 +164,4 @@ def _cost(call: Call, costs: Costs) -> float:
     """Predicted cost of one call, in pairs."""
     if isinstance(call.mask, Causal):
         return costs.of_causal(len(call.rows))
-    return costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
+    return call.repeat * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)

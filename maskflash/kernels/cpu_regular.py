@@ -7,7 +7,7 @@ matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -19,9 +19,10 @@ from maskflash.kernels.cpu_calls import Band, Call, Causal, Intervals, Pick
 from maskflash.kernels.cpu_costs import Costs
 
 _HEIGHTS: Final = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # of the pieces of a long segment, about
-_CUT: Final = 64  # long pieces end at multiples of it: odd numbers of columns are up to a tenth slower
+_ALIGNED: Final = 64  # columns; calls of odd numbers of columns are a tenth to a fifth slower
 _MAX_BAND_BYTES: Final = 64 << 20  # of one shared mask matrix
 _MAX_MERGED_ROWS: Final = 256
+_MAX_REPEATED: Final = 1 << 14  # columns of all blocks of a repeated call: backward holds their gradients at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +77,12 @@ def cover(segments: Segments, costs: Costs) -> list[Call]:
     group: _Group | None = None
     for segment in segments.pieces():
         pieces = _cut(segment, costs)
-        for piece in pieces:
+        repeated, rest = _repeated(pieces)
+        if repeated and group is not None:
+            calls.append(_call(group))
+            group = None
+        calls += repeated
+        for piece in rest:
             single = _Group([piece], piece.rows, [piece.columns], piece.width, piece.cost(costs))
             mergeable = group is not None and len(pieces) == 1 and piece.rows < _MAX_MERGED_ROWS
             merged = _merged(group, single, costs) if group is not None and mergeable else None
@@ -133,23 +139,59 @@ def _cut(segment: _Piece, costs: Costs) -> list[_Piece]:
     rows = segment.rows
     if segment.is_rectangle or rows <= min(_HEIGHTS):
         return [segment]
-    best, best_cost = 1, segment.cost(costs)
+    best, best_cost = [0], segment.cost(costs)
     if not segment.is_causal and _band_bytes(segment, rows) > _MAX_BAND_BYTES:
         best_cost = float("inf")
-    for count in sorted({-(-rows // height) for height in _HEIGHTS if height < rows}):
-        height = -(-rows // count)
+    for height in (_aligned_height(segment, height) for height in _HEIGHTS if height < rows):
         if height > 2 * min(_HEIGHTS) and _band_bytes(segment, height) > _MAX_BAND_BYTES:
             continue
-        # Mean number of columns of a call: what its rows see, plus the corners.
-        corner = (height - 1) * (0.5 if segment.start_step != segment.stop_step else 1.0)
-        seen = segment.stop - segment.start + (segment.stop_step - segment.start_step) * (rows - 1) / 2
-        pairs_cost = rows * (seen + corner) / (costs.rate(height) * costs.masked)
-        cost = count * (costs.call + costs.column * (seen + corner)) + pairs_cost
+        cuts = _cuts(segment, height)
+        cost = _cost_of_pieces(segment, len(cuts), rows / len(cuts), costs)
         if cost < best_cost:
-            best, best_cost = count, cost
-    step = _CUT if rows >= 3 * _CUT * best else 1
-    cuts = [round(rows * n / best / step) * step for n in range(best)]
-    return [segment.between(low, high) for low, high in pairwise([*cuts, rows])]
+            best, best_cost = cuts, cost
+    return [segment.between(low, high) for low, high in pairwise([*best, rows])]
+
+
+def _aligned_height(segment: _Piece, height: int) -> int:
+    """The height nearest to `height` that gives pieces aligned numbers of columns, where all pieces have the same."""
+    if segment.start_step != segment.stop_step or height < _ALIGNED:
+        return height
+    width = segment.stop - segment.start
+    return height + (1 - width - height + _ALIGNED // 2) % _ALIGNED - _ALIGNED // 2
+
+
+def _cuts(segment: _Piece, height: int) -> list[int]:
+    """Where pieces of about `height` rows begin, from 0 on."""
+    rows, width = segment.rows, segment.stop - segment.start
+    if segment.start_step == segment.stop_step:
+        return list(range(0, rows, height))
+    count = -(-rows // height)
+    if rows < 3 * _ALIGNED * count:
+        return [rows * n // count for n in range(count)]
+    # A piece from row low to row high has width + high - 1 columns, or width - low.
+    phase = (1 - width if segment.stop_step else width) % _ALIGNED
+    return [0, *(round((rows * n / count - phase) / _ALIGNED) * _ALIGNED + phase for n in range(1, count))]
+
+
+def _cost_of_pieces(segment: _Piece, count: int, height: float, costs: Costs) -> float:
+    """Predicted cost of `count` pieces of `height` rows, from their mean number of columns."""
+    corner = (height - 1) * (0.5 if segment.start_step != segment.stop_step else 1.0)
+    seen = segment.stop - segment.start + (segment.stop_step - segment.start_step) * (segment.rows - 1) / 2
+    return count * costs.of(height, seen + corner, masked=True)
+
+
+def _repeated(pieces: list[_Piece]) -> tuple[list[Call], list[_Piece]]:
+    """Blocks that only slide as few calls, and the pieces that are left."""
+    first = pieces[0]
+    if len(pieces) < 3 or first.start_step != first.stop_step:
+        return [], pieces
+    equal = len(pieces) - (pieces[-1].rows != first.rows)
+    most = max(_MAX_REPEATED // first.width, 1)
+    calls = []
+    for low in range(0, equal, most):
+        call = _single_call(pieces[low])
+        calls.append(replace(call, repeat=min(most, equal - low)))
+    return calls, pieces[equal:]
 
 
 def _band_bytes(segment: _Piece, height: int) -> int:

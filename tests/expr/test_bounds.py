@@ -200,6 +200,26 @@ def test_large_row_numbers_are_sound(offset):
     check_sound(traced.expr, traced.bind({}), boxes)
 
 
+def test_a_bound_that_wraps_on_the_way_is_no_bound():
+    """Each sum fits, and so does each element's total, but not the total of the greatest."""
+    table = torch.tensor([0, 2**60, 2**61])
+    zero = torch.zeros(1, dtype=torch.int64)
+    boxes = {
+        "b": Interval(zero, zero),
+        "h": Interval(zero, zero),
+        "q": Interval(zero, zero + 2),
+        "kv": Interval(zero, zero),
+    }
+    for predicate in (
+        lambda b, h, q, kv: (table[q] + table[q]) + (table[q] + table[q]) > 1,
+        lambda b, h, q, kv: (table[q] - -table[q]) - (-table[q] - table[q]) > 1,
+        lambda b, h, q, kv: (table[q] * 2) * 2 > 1,
+        lambda b, h, q, kv: table[q] << 2 > 1,
+    ):
+        traced = trace(predicate)
+        check_sound(traced.expr, traced.bind({}), boxes)
+
+
 def test_a_verdict_costs_no_more_than_it_looks_at():
     """Shapes that broadcast stay broadcast: a mask of kv alone is bounded once per column."""
     traced = trace(lambda b, h, q, kv: kv < 7)

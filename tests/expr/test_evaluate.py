@@ -1,3 +1,4 @@
+# ruff: noqa: SIM223 (predicates as users write them, one to a line)
 """Look-ups out of range and divisions by zero are errors exactly where no guard keeps them from being reached."""
 
 import inspect
@@ -39,6 +40,18 @@ def test_guarded(agree, predicate):
     agree(predicate)
 
 
+def test_a_path_never_taken_may_read_out_of_range(agree):
+    def clamped(b, h, q, kv):
+        place = 2
+        if q < 2:
+            place = 0
+        elif kv > 99:
+            place = 99
+        return SHORT[place] == 1
+
+    agree(clamped)
+
+
 def test_guards_of_statements(agree):
     def early(b, h, q, kv):
         if q >= 3:
@@ -73,7 +86,7 @@ def test_guards_of_statements(agree):
         (lambda b, h, q, kv: q < 3 and SHORT[kv] == 0, "SHORT[kv]", "at b=0, h=0, q=0, kv=3"),
         (lambda b, h, q, kv: SHORT[q] == 1 and q < 3, "SHORT[q]", "q=3"),
         (lambda b, h, q, kv: SHORT[q] == 1 if q < 4 else True, "SHORT[q]", "q=3"),
-        (lambda b, h, q, kv: WIDE[kv, q] == 1, "WIDE[kv, q]", "reads index (0, 4) of a table of shape (3, 4)"),
+        (lambda b, h, q, kv: WIDE[kv, q] == 1, "WIDE[kv, q]", "reads index (3, 0) of a table of shape (3, 4)"),
         (lambda b, h, q, kv: EMPTY[q] == 1, "EMPTY[q]", "reads index 0 of a table of shape (0,)"),
         (lambda b, h, q, kv: torch.where(q < 3, SHORT[q - 1], 0) == SHORT[q], "SHORT[q]", "q=3"),
     ],

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, note, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskflash.kernels import cpu_costs, cpu_plan
 from maskflash.kernels.reference import error_budget
 
 
-def assert_within_budget(case, got):
+def assert_within_budget(case, got, lse_error=0.0):
     """Each result against float64, allowed twice a plain dense computation's own error plus a rounding unit or two."""
     dtype = case.q.dtype
     exact, plain, rounding = case.dense(torch.float64), case.dense(dtype), case.rounding()
@@ -22,9 +22,9 @@ def assert_within_budget(case, got):
         assert torch.equal(result[~finite].double(), exact[name][~finite])
         if finite.any():
             budget = error_budget(plain[name], exact[name]) + 2 * rounding[name]
+            budget += lse_error if name == "lse" else 0.0
             error = (result - exact[name])[finite].abs().max().item()
-            note(f"{name}: error {error:.3g}, budget {budget:.3g}")
-            assert error <= budget, name
+            assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
 
 
 @settings(max_examples=200)
@@ -32,10 +32,14 @@ def assert_within_budget(case, got):
 def test_results_are_within_the_error_budget_of_float64(cases, data):
     case = data.draw(cases())
     assert_within_budget(case, case.run())
+
+
 def long_mask(name, q_len, kv_len):
     """Masks long enough to be cut into several calls, of every kind of call."""
     q, kv = torch.arange(q_len)[:, None], torch.arange(kv_len)
-    ids = torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000]).repeat_interleave(torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000]))
+    ids = torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000]).repeat_interleave(
+        torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000])
+    )
     return {
         "causal": q >= kv,
         "bottom_right": q + kv_len - q_len >= kv,
@@ -79,7 +83,7 @@ def test_half_types_computed_in_their_own_dtype_are_within_the_error_budget(long
     monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: (costs[pass_],))
     case = long_case(name, dtype=torch.bfloat16, dlse=False)
     assert case.plan().schedule("forward", torch.bfloat16, 16).native
-    assert_within_budget(case, case.run())
+    assert_within_budget(case, case.run(), lse_error=1e-4)  # its exponentials are good to 16 bits and a bit
 
 
 def test_an_lse_gradient_is_never_computed_in_a_half_type(long_case, monkeypatch):
@@ -151,22 +155,53 @@ def test_a_tensor_may_be_expanded_over_its_tokens(long_case, layout):
 def test_large_scores_stay_finite(long_case, dtype):
     case = long_case("causal", dtype=dtype, dlse=False)
     # 8 x 120 x 120 is beyond float16's 65,504
-    q, k = (torch.full_like(x, 120.0) * torch.randn(x.shape[:3] + (1,)).sign().to(dtype) for x in (case.q, case.k))
+    q, k = (torch.full_like(x, 120.0) * torch.randn((*x.shape[:3], 1)).sign().to(dtype) for x in (case.q, case.k))
     case = case.with_tensors(q=q, k=k, scale=1.0)
     got = case.run()
     exact = case.dense(torch.float64)
-    for name, result in got.items():
-        assert result.isfinite().all(), name
-        assert (result - exact[name]).abs().max() <= 1e-2 * exact[name].abs().max() + 1e-2, name
+    assert all(result.isfinite().all() for result in got.values())
+    # A float32 lse of 115,200 is a unit of 0.008 away from exact, and that is a factor of the probabilities.
+    unit = torch.finfo(dtype).eps + 115_200 * torch.finfo(torch.float32).eps
+    for name in ("out", "lse", "dv"):
+        assert (got[name] - exact[name]).abs().max() <= unit * exact[name].abs().max(), name
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0), (1, 1, 0, 0)])
 def test_empty_batches_and_sequences(make_case, shape):
     batch, heads, q_len, kv_len = shape
-    q, k, v = torch.randn(batch, heads, q_len, 4), torch.randn(batch, heads, kv_len, 4), torch.randn(batch, heads, kv_len, 3)
+    q, k, v = (
+        torch.randn(batch, heads, q_len, 4),
+        torch.randn(batch, heads, kv_len, 4),
+        torch.randn(batch, heads, kv_len, 3),
+    )
     dout, dlse = torch.randn(batch, heads, q_len, 3), torch.randn(batch, heads, q_len)
     got = make_case(torch.ones(1, 1, q_len, kv_len, dtype=torch.bool), (16, 16), q, k, v, dout, dlse, 1.0).run()
     assert got["out"].shape == (batch, heads, q_len, 3)
     assert (got["lse"] == -torch.inf).all()
     assert [got[n].shape for n in ("dq", "dk", "dv")] == [q.shape, k.shape, v.shape]
     assert not any(got[n].any() for n in ("out", "dq", "dk", "dv"))
+
+
+def test_gradients_of_half_types_are_rounded_once(long_case):
+    # The first 70 columns are in every call: their sums would be rounded once per call.
+    case = long_case("prefix", 2000, 2000, dtype=torch.bfloat16, dlse=False)
+    plan = case.plan()
+    assert plan.describe("backward", torch.bfloat16, 16)["calls"] > 4
+    exact, got = case.dense(torch.float64)["dv"], case.run(plan)["dv"]
+    assert ((got - exact).abs() <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("per_batch", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_sliding_windows_over_batches_and_heads(make_case, heads, kv_heads, per_batch, per_head):
+    # Windows are computed many blocks at once, over whichever dimensions the mask leaves.
+    planes = torch.stack([long_mask(name, 900, 900) for name in ("window", "two_sided_window")])
+    mask = planes.repeat(4, 1, 1)[: (2 if per_batch else 1) * (heads if per_head else 1)]
+    mask = mask.reshape(2 if per_batch else 1, heads if per_head else 1, 900, 900)
+    q, dout = (torch.randn(2, 900, heads, 8).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(2, kv_heads, 900, 8) for _ in range(2))
+    case = make_case(mask, (64, 64), q, k, v, dout, torch.randn(2, heads, 900), 0.4)
+    plan = case.plan()
+    assert any(call.repeat > 2 for call in plan.schedule("backward", torch.float32, 64).all_calls())
+    assert_within_budget(case, case.run(plan))

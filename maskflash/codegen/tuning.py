@@ -1,0 +1,127 @@
+"""Architecture, dtype, head dims and pass -> the kernel's tile: one table, each row with where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from maskflash.codegen.render import PassName
+from maskflash.errors import BackendError
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a kernel cuts its work: tokens per tile, warps per program, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        arch: compute capability times ten that it was chosen for: 80, 86, 90, 100.
+        pass_name: which kernel.
+        bits: of the input dtype, 16 or 32.
+        head_dim: largest power of two, of D and DV, that it serves.
+        tile: the choice.
+        source: "static gate": compiled and checked, never timed; or the device it was measured on.
+    """
+
+    arch: int
+    pass_name: PassName
+    bits: int
+    head_dim: int
+    tile: Tile
+    source: str = "static gate"
+
+
+def _rows() -> tuple[Row, ...]:
+    rows = []
+    for arch, table in _TABLE.items():
+        for (pass_name, bits), tiles in table.items():
+            rows += [Row(arch, pass_name, bits, dim, Tile(*tile)) for dim, tile in tiles.items()]
+    return tuple(rows)
+
+
+# (block_m, block_n, warps, stages) by head dim. dK/dV holds block_n keys and walks block_m queries.
+_TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, tuple[int, int, int, int]]]]] = {
+    80: {
+        ("forward", 16): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
+        ("dkdv", 16): {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 1)},
+        ("dq", 16): {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+        ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+        ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+        ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    90: {
+        ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 4, 2)},
+        ("dkdv", 16): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
+        ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
+        ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+        ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+        ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+}
+_TABLE[86] = _TABLE[80]
+_TABLE[100] = _TABLE[90]
+
+ROWS: Final = _rows()
+DELTA: Final = Tile(64, 64, 4, 1)  # bound by memory; any tile will do
+
+
+def choose(arch: int, pass_name: PassName, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]) -> Tile:
+    """The table's tile, shrunk to divide the block map's.
+
+    Args:
+        arch: compute capability times ten; the nearest family at or below it serves.
+        pass_name: which kernel.
+        dtype: of q, k and v.
+        head_dim: the power of two that holds D and DV.
+        block_size: (bq, bkv) of the block map.
+
+    Raises:
+        BackendError: an architecture before Ampere, a dtype or head dim that no row serves, or a block size that is no
+            multiple of 16.
+    """
+    families = [family for family in sorted(_TABLE) if family <= arch]
+    if not families:
+        raise BackendError(f"the triton backend needs compute capability 8.0 or later, got {arch / 10}")
+    tiles = _TABLE[families[-1]].get((pass_name, 8 * dtype.itemsize), {})
+    fitting = [dim for dim in sorted(tiles) if dim >= head_dim]
+    if not fitting:
+        kind = str(dtype).removeprefix("torch.")
+        raise BackendError(
+            f"the triton backend serves 16- and 32-bit types and head dims to 256, got {kind}, {head_dim}"
+        )
+    tile = Tile(*tiles[fitting[0]])
+    block_m, block_n = (
+        _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
+    )
+    return replace(tile, block_m=block_m, block_n=block_n)
+
+
+def shrunk(tile: Tile) -> Tile | None:
+    """The next smaller choice where a kernel did not fit the device: fewer stages, then shorter tiles."""
+    if tile.stages > 1:
+        return replace(tile, stages=tile.stages - 1)
+    if tile.block_m <= 16 and tile.block_n <= 16:
+        return None
+    if tile.block_n >= tile.block_m:
+        return replace(tile, block_n=tile.block_n // 2)
+    return replace(tile, block_m=tile.block_m // 2)
+
+
+def _dividing(side: int, size: int) -> int:
+    """The largest power of two up to `side` that divides a block size."""
+    while side >= 16 and size % side:
+        side //= 2
+    if side < 16:
+        raise BackendError(f"the triton backend needs block sizes that are multiples of 16, got {size}")
+    return side

@@ -1,0 +1,165 @@
+"""Plans: which calls a mask becomes, what they hold in memory, and for how long."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maskflash.blocks.block_map import BlockMap
+from maskflash.kernels import cpu, cpu_plan
+from maskflash.kernels.cpu_calls import Band, Bits, Causal, Intervals
+
+TILE = 128
+
+
+def causal(q, kv):
+    return q >= kv
+
+
+def window(q, kv):
+    return (q >= kv) & (q - kv < 300)
+
+
+def documents(q, kv):
+    return (q >= kv) & (q // 700 == kv // 700)
+
+
+def sinks(q, kv):
+    return (q >= kv) & ((q - kv < 200) | (kv < 4))
+
+
+def plan_of(predicate, length):
+    """Plan of a banded predicate, its kinds from the tiles' corners so that no length² tensor is needed."""
+    n = -(-length // TILE)
+    kinds = torch.zeros(1, 1, n, n, dtype=torch.int8)
+    for i in range(n):
+        q = torch.arange(i * TILE, min((i + 1) * TILE, length))[:, None]
+        visible = predicate(q, torch.arange(length)).split(TILE, dim=1)
+        kinds[0, 0, i] = torch.tensor([0 if not t.any() else 2 if t.all() else 1 for t in visible])
+    block_map = BlockMap.from_kinds(kinds, length, length, (TILE, TILE))
+    return cpu.plan(block_map, lambda b, h, q, kv: predicate(q, kv))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest storage that any operation makes, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
+        return result
+
+
+def run(plan, length, dtype=torch.float32):
+    q, k, v, dout = (torch.randn(1, 1, length, 8, dtype=dtype) for _ in range(4))
+    out, lse = cpu.forward(plan, q, k, v, 1.0)
+    cpu.backward(plan, dout, None, q, k, v, out, lse, 1.0)
+
+
+@pytest.mark.parametrize("predicate", [causal, window, documents])
+def test_memory_is_linear_in_the_sequence(predicate):
+    held, largest = [], []
+    for length in (4096, 8192):
+        with LargestTensor() as spy:
+            plan = plan_of(predicate, length)
+            spy.nbytes = 0
+            run(plan, length)
+        held.append(plan.nbytes)
+        largest.append(spy.nbytes)
+    assert 0 < held[1] <= 2.2 * held[0]
+    assert largest[1] <= 2.2 * largest[0]
+    assert largest[1] < 8192 * 8192 * 4 / 4
+
+
+def test_the_spy_sees_a_dense_mask():
+    with LargestTensor() as spy:
+        torch.ones(512, 512, dtype=torch.bool).sum()
+    assert spy.nbytes == 512 * 512
+
+
+def test_a_plan_does_not_keep_the_mask_alive():
+    def plan_and_watch():
+        ids = torch.arange(600) // 70
+        block_map = BlockMap.from_kinds(torch.ones(1, 1, 5, 5, dtype=torch.int8), 600, 600, (TILE, TILE))
+        return cpu.plan(block_map, lambda b, h, q, kv: (ids[q] == ids[kv]) & (kv % 3 > 0)), weakref.ref(ids)
+
+    plan, watch = plan_and_watch()
+    gc.collect()
+    assert watch() is None
+    assert plan.evaluate is None
+    run(plan, 600)
+
+
+def test_bits_too_many_to_keep_are_evaluated_again(monkeypatch):
+    block_map = BlockMap.from_kinds(torch.ones(1, 1, 5, 5, dtype=torch.int8), 600, 600, (TILE, TILE))
+    mask = torch.rand(600, 600) < 0.2
+    q, k, v = (torch.randn(1, 1, 600, 8) for _ in range(3))
+    kept = cpu.plan(block_map, lambda b, h, q, kv: mask[q, kv])
+    assert kept.evaluate is None
+    monkeypatch.setattr(cpu_plan, "_MAX_STORED_BITS", 30_000)
+    frugal = cpu.plan(block_map, lambda b, h, q, kv: mask[q, kv])
+    assert frugal.evaluate is not None
+    assert frugal.nbytes < kept.nbytes
+    for got, want in zip(cpu.forward(frugal, q, k, v, 1.0), cpu.forward(kept, q, k, v, 1.0), strict=True):
+        assert torch.equal(got, want)
+
+
+def masks_of(plan, pass_="forward"):
+    return [type(call.mask) for call in plan.schedule(pass_, torch.float32, 512).all_calls()]
+
+
+def test_each_mask_becomes_the_calls_it_should():
+    assert masks_of(plan_of(lambda q, kv: (q >= 0) & (kv >= 0), 1000)) == [type(None)]
+    assert masks_of(plan_of(causal, 4096)) == [Causal]
+    assert set(masks_of(plan_of(window, 2000))) == {Causal, Band}
+    assert set(masks_of(plan_of(lambda q, kv: (q >= kv) & (q // 20 == kv // 20), 2000))) == {Intervals}
+    assert Bits in masks_of(plan_of(sinks, 1000))
+    assert masks_of(plan_of(lambda q, kv: (q < 0) & (kv < 0), 500)) == []
+
+
+def test_describe_counts_what_a_pass_does():
+    about = plan_of(window, 2000).describe("forward", torch.float32)
+    assert about["calls"] == about["masked"] > 1
+    assert about["gathered"] == 0
+    assert about["compute"] == "float32"
+    assert sum(min(q + 1, 300) for q in range(2000)) < about["pairs"] < 2000 * 700
+
+
+def test_cheap_heads_get_fewer_larger_calls():
+    plan = plan_of(window, 4096)
+    calls = [plan.describe("forward", torch.float32, work)["calls"] for work in (8, 8192)]
+    assert calls[0] < calls[1]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_of, data):
+    q_len, kv_len = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
+    mask = data.draw(mask_strategy((1, 2, q_len, kv_len)))
+    block_map = BlockMap.from_kinds(kinds_of(mask, (32, 16)), q_len, kv_len, (32, 16))
+    plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
+    for pass_, work in (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000)):
+        covered = torch.zeros(mask.shape, dtype=torch.int32)
+        for (b, h), calls in plan.schedule(pass_, torch.float32, work).calls.items():
+            for call in calls:
+                visible = torch.ones(len(call.rows), len(call.columns), dtype=torch.bool)
+                if isinstance(call.mask, Causal):
+                    assert len(call.rows) == len(call.columns)
+                    visible = visible.tril()
+                elif call.mask is not None:
+                    visible = plan.additive(call, torch.float32) == 0
+                assert visible.any(1).all(), "a row that sees nothing is in a call"
+                assert visible.any(0).all(), "a column that nobody sees is in a call"
+                for block in range(call.repeat):
+                    rows, columns = (pick.tokens() + block * len(call.rows) for pick in (call.rows, call.columns))
+                    covered[b, h, rows[:, None], columns] += visible.int()
+        assert torch.equal(covered, mask.int())
