@@ -3,6 +3,7 @@
 `compile(mask)` is the front door; `mask`, the presets and `& | ^ ~` make masks. README.md has an example.
 """
 
+from maskflash import testing
 from maskflash.api import Attention, attention, compile
 from maskflash.blocks.block_map import BlockMap
 from maskflash.errors import (
@@ -54,4 +55,5 @@ __all__ = [
     "prefix_lm",
     "presets",
     "sliding_window",
+    "testing",
 ]

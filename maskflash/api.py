@@ -11,7 +11,8 @@ from torch import Tensor
 
 from maskflash import arguments, op, plans
 from maskflash.arguments import BlockSize
-from maskflash.blocks.classify import Problem
+from maskflash.blocks.classify import Problem, classify
+from maskflash.codegen.render import PASSES, PassName
 from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
 from maskflash.explain import Explanation
@@ -114,10 +115,54 @@ class Attention:
         """
         _check_tensors(q, k, v)
         backend = self._backend_for(q.device)
+        problem = self._problem(q, k, q_offset, mask_args)
+        plans.find(problem, backend)  # here, so that an error of the mask names the user's own line
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        out, lse = op.attend(q, k, v, problem, scale, backend)
+        return (out, lse) if return_lse else out
+
+    def source(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        pass_name: PassName = "forward",
+        q_offset: int | Tensor = 0,
+        **mask_args: Any,
+    ) -> str:
+        """The Triton text that a call with these tensors runs on a GPU; it can be had without one.
+
+        Args:
+            q: as in a call.
+            k: as in a call.
+            v: as in a call.
+            pass_name: "forward", "delta", "dkdv" or "dq".
+            q_offset: as in a call.
+            **mask_args: the mask's own arguments.
+
+        Raises:
+            BackendError: the mask uses an operation that Triton can't express exactly.
+
+        Example:
+            >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
+            >>> text = compile(lambda b, h, q, kv: q >= kv).source(q, k, v)
+            >>> [line.strip() for line in text.splitlines() if "x2" in line][0]
+            'x2 = q[:, None] >= kv[None, :]'
+        """
+        _check_tensors(q, k, v)
+        if pass_name not in PASSES:
+            raise ArgumentError(f"Attention.source: pass_name is {pass_name!r}, expected one of {', '.join(PASSES)}")
+        problem = self._problem(q, k, q_offset, mask_args)
+        return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
+
+    def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
+        """The mask at the lengths of a call."""
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
         traced, inputs = self.mask.bound("attention", mask_args)
         _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
-        problem = Problem(
+        self._expressions.add(traced.expr.text)
+        return Problem(
             traced.expr,
             inputs,
             q.shape[2],
@@ -128,11 +173,6 @@ class Attention:
             offset,
             q.device,
         )
-        self._expressions.add(traced.expr.text)
-        plans.find(problem, backend)  # here, so that an error of the mask names the user's own line
-        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-        out, lse = op.attend(q, k, v, problem, scale, backend)
-        return (out, lse) if return_lse else out
 
     def explain(
         self,

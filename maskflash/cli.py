@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     args = _parser().parse_args(argv)
+    if args.command == "doctor":
+        return _doctor()
     # Imported here so that --help and --version answer without loading rich.
     from maskflash.demo.job import run
 
@@ -45,7 +47,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of documents and weights (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the figures as JSON")
+    commands.add_parser(
+        "doctor",
+        help="say what this machine can run, and why not the rest",
+        description="Look at versions, backends, devices and the kernel cache, and run a small attention on each "
+        "device. Exits with 1 if something is broken; a machine without a GPU is not.",
+    )
     return parser
+
+
+def _doctor() -> int:
+    from maskflash.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'yes' if finding.works else 'no ':<4}{finding.name:<18}{finding.text}")
+    return 1 if any(not finding.works and finding.name != "triton" for finding in findings) else 0
 
 
 def _length(text: str) -> int:

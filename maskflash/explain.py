@@ -55,25 +55,28 @@ class Explanation:
         tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
         decided = facts["decided"]
         reads = ", ".join(facts["reads"]) or "nothing"
-        batch, heads = facts["shape"][:2]
-        shared = "one block map for all batch rows and heads"
-        if batch * heads > 1:
-            shared = f"{batch} x {heads} block maps (batch rows x heads)"
+        own = [name for name, letter in (("batch row", "b"), ("head", "h")) if letter in facts["reads"]]
+        shared = (
+            f"block maps of its own for each {' and '.join(own)}"
+            if own
+            else "one block map for all batch rows and heads"
+        )
         lines = [self.mask]
         for label, text in {
-            "visible": facts["visible"].replace("\n", "\n" + " " * 15),
+            "visible": facts["visible"].replace("\n", "\n" + " " * 21),
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
             "decided": f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
             f"{decided['elements']} element by element",
             "backend": f"{self.backend}, {self.why}",
-            **{
-                name: ", ".join(f"{count:,} {what}" for what, count in facts.items())
-                for name, facts in facts["passes"].items()
-            },
+            **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }.items():
             lines.append(f"  {label:<18} {text}")
         return "\n".join(lines)
+
+
+def _sentence(counts: dict[str, int | str]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
 
 
 def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:

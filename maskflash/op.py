@@ -19,7 +19,10 @@ from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr, parse
 from maskflash.kernels import cpu, triton
 
-_MASK: Final = "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, str expr, int[2] block_size, str backend"
+_MASK: Final = (
+    "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, "
+    "str expr, int[2] block_size, str backend"
+)
 
 _library = torch.library.Library("maskflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")

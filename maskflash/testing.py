@@ -194,10 +194,8 @@ def _assert_map(
             if len(wrong):
                 b, h = wrong[0].tolist()
                 kinds = ("skip", "partial", "full")
-                got = kinds[int(found[:, :, i, j].expand_as(expected)[b, h])]
-                raise AssertionError(
-                    f"{mask}: tile ({i}, {j}) of batch row {b}, head {h} is {got}, expected {kinds[int(expected[b, h])]}"
-                )
+                got, wanted = (kinds[int(x.expand_as(expected)[b, h])] for x in (found[:, :, i, j], expected))
+                raise AssertionError(f"{mask}: tile ({i}, {j}) of batch row {b}, head {h} is {got}, expected {wanted}")
 
 
 def _dense_results(
@@ -210,7 +208,7 @@ def _dense_results(
     *,
     backwards: bool = False,
 ) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk and dv; `backwards` sums over keys in reverse, so that float64, too, shows an error of its own."""
+    """out, lse, dq, dk and dv; `backwards` sums over keys in reverse, so that float64, too, has an error of its own."""
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
     order = [2] if backwards else []
     out, lse = reference(q, k.flip(order), v.flip(order), dense.flip([3] if backwards else []), scale)

@@ -179,7 +179,13 @@ def test_the_explanation_says_what_was_decided():
     assert facts["tiles"] == packed.block_map(256, 256, batch=2, block_size=64, doc=ids).counts
     assert sum(facts["decided"].values()) == sum(facts["tiles"].values()) == 32
     text = str(explained)
-    for piece in ("packed", facts["visible"], "2 x 1 block maps", "cpu, since the tensors are on cpu", "calls"):
+    for piece in (
+        "packed",
+        facts["visible"],
+        "block maps of its own for each batch row",
+        "cpu, since the tensors are on cpu",
+        "calls",
+    ):
         assert piece in text
 
 
@@ -215,7 +221,11 @@ Q, K, V = torch.zeros(3, 2, 4, 8, 16).unbind()
         (lambda: mf.compile(mf.full(), scale="1"), mf.ArgumentTypeError, "scale is '1', expected a number"),
         (lambda: mf.compile(mf.full(), scale=math.nan), mf.ArgumentError, "scale is nan, expected a finite positive"),
         (lambda: mf.compile(mf.full(), scale=-1), mf.ArgumentError, "scale is -1, .* number; negate q instead"),
-        (lambda: mf.attention(Q, K, V, backend="triton"), mf.BackendError, "run here: its kernels run on CUDA tensors, got cpu"),
+        (
+            lambda: mf.attention(Q, K, V, backend="triton"),
+            mf.BackendError,
+            "run here: its kernels run on CUDA tensors, got cpu",
+        ),
         (
             lambda: mf.attention(*[x.to("meta") for x in (Q, K, V)]),
             mf.BackendError,

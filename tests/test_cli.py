@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import maskflash as mf
-from maskflash import cli
+from maskflash import cli, doctor
 from maskflash.demo import documents, job, measure
 from maskflash.demo.checks import RESULTS
 
@@ -92,3 +92,20 @@ def test_wrong_usage_is_status_2(arguments, capsys):
 def test_the_version_is_the_distribution_s(program):
     run = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["maskflash", importlib.metadata.version("maskflash")]
+
+
+def test_the_doctor_says_what_runs_here_and_why_not(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("yes cpu")
+    assert any(line.startswith("yes kernel cache") and str(tmp_path) in line for line in lines)
+
+
+def test_the_doctor_finds_what_is_broken(capsys, monkeypatch):
+    def wrong(*arguments, **options):
+        raise AssertionError("out: error 1 exceeds its budget of 0")
+
+    monkeypatch.setattr(doctor, "assert_matches_dense", wrong)
+    assert cli.main(["doctor"]) == 1
+    assert "no  cpu               attention fails: out: error 1" in capsys.readouterr().out

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
     *("errors", "arguments", "expr", "blocks", "masks", "codegen", "kernels"),
-    *("compiler", "explain", "plans", "op", "api", "testing", "demo", "cli"),
+    *("compiler", "explain", "plans", "op", "api", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
     "expr": [
@@ -19,7 +19,18 @@ ORDER = {
     ],
     "blocks": ["block_map", "spans", "classify"],
     "masks": ["mask", "presets"],
-    "kernels": ["reference", "cpu_costs", "cpu_calls", "cpu_regular", "cpu_irregular", "cpu_plan", "cpu"],
+    "kernels": [
+        "reference",
+        "cpu_costs",
+        "cpu_calls",
+        "cpu_regular",
+        "cpu_irregular",
+        "cpu_plan",
+        "cpu",
+        "triton_work",
+        "triton",
+    ],
+    "codegen": ["emit", "render", "tuning", "module_cache"],
     "demo": ["documents", "workload", "checks", "measure", "report", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another

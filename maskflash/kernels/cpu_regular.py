@@ -174,10 +174,12 @@ def _cuts(segment: _Piece, height: int) -> list[int]:
 
 
 def _cost_of_pieces(segment: _Piece, count: int, height: float, costs: Costs) -> float:
-    """Predicted cost of `count` pieces of `height` rows, from their mean number of columns."""
+    """Cost of `count` pieces of `height` rows, from their mean number of columns. Sliding ones share calls."""
     corner = (height - 1) * (0.5 if segment.start_step != segment.stop_step else 1.0)
     seen = segment.stop - segment.start + (segment.stop_step - segment.start_step) * (segment.rows - 1) / 2
-    return count * costs.of(height, seen + corner, masked=True)
+    columns = seen + corner
+    calls = count if segment.start_step != segment.stop_step else -(-count * columns // _MAX_REPEATED)
+    return count * costs.of(height, columns, masked=True) - (count - calls) * costs.call
 
 
 def _repeated(pieces: list[_Piece]) -> tuple[list[Call], list[_Piece]]:

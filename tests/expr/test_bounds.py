@@ -53,7 +53,7 @@ def check_sound(expr, inputs, boxes):
 
 
 @given(data=st.data())
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_bounds_are_sound(data, texts, brute):
     predicate = brute.compile(data.draw(texts, label="predicate"))
     try:

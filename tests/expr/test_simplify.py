@@ -134,7 +134,7 @@ def drafts(draw):
 
 
 @given(expr=drafts())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_every_pair_keeps_its_truth_and_its_fault(expr):
     inputs = Inputs((2,), (TABLE,))
     simple = simplify(expr)

@@ -216,6 +216,7 @@ def test_captured_values(agree):
     agree(lambda b, h, q, kv: DOC[q] == DOC[kv] and DOC_INT32[kv] != 1)
     agree(lambda b, h, q, kv: q * half >= kv)
     agree(lambda b, h, q, kv: q - zero_dim >= kv)
+    agree(lambda b, h, q, kv: zero_dim.where(kv > 3, 2) == q)
     agree(lambda b, h, q, kv: zero_dim - 1 == kv or 3 / zero_dim * q > kv)
     agree(lambda b, h, q, kv: zero_dim * zero_dim - q > kv)
     agree(lambda b, h, q, kv: q >= np.int64(3) and np.float32(2.5) < kv and np.bool_(True))
@@ -339,6 +340,8 @@ def test_values_of_different_kinds_stay_what_they_are(agree):
     agree(lambda b, h, q, kv: (DOC_INT32[q] if kv > 3 else 2**40) > 1000)
     agree(lambda b, h, q, kv: (FLAGS[q] if kv > 3 else q) == 2)
     agree(lambda b, h, q, kv: not ~(q and kv > 3))
+    double = FLOATS.double()
+    agree(lambda b, h, q, kv: (double[q] if kv > 3 else 0.1) + FLOATS[kv] == FLOATS[kv] + 0.1)
     agree(lambda b, h, q, kv: min(SMALL[q], 300) == max(SMALL[q], -1) and max(FLOATS[q], 1) > kv)
     agree(lambda b, h, q, kv: max(DOC_INT32[q], 1000) > 5 + kv)
 
@@ -499,8 +502,16 @@ def test_contradictory_branches_are_pruned_by_value(agree):
                 break
         return place == kv
 
+    def downward(b, h, q, kv):
+        count = 0
+        for start in reversed(starts):
+            if kv <= start:
+                count = count + 1
+        return count % 3 == q
+
     agree(monotone)
     agree(lambda b, h, q, kv: which(q) == which(kv))
+    agree(downward)
 
 
 def test_a_row_number_below_zero_is_not_pruned(brute):
@@ -689,7 +700,11 @@ def test_divisors_belong_to_the_structure():
     def make(n):
         return lambda b, h, q, kv: q // n == kv // n
 
+    def dividend(n):
+        return lambda b, h, q, kv: n // (q + 1) == n % (kv + 1) and n << q > n >> kv
+
     assert trace(make(4)).expr.text != trace(make(8)).expr.text
+    assert trace(dividend(4)).expr.text == trace(dividend(8)).expr.text
 
     def argument(b, h, q, kv, *, n):
         return q // n == kv // n

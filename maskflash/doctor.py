@@ -1,0 +1,102 @@
+"""This machine -> what maskflash can run on it, and why not the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+import maskflash as mf
+from maskflash.codegen import module_cache
+from maskflash.codegen.render import template_folder
+from maskflash.errors import MaskflashError
+from maskflash.kernels import triton
+from maskflash.testing import Shape, assert_matches_dense
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at: whether it works, and what was found."""
+
+    name: str
+    works: bool
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Look at versions, backends, devices and the kernel cache. Runs a small attention on each device that can."""
+    findings = [
+        Finding(
+            "versions",
+            True,
+            f"maskflash {mf.__version__}, torch {torch.__version__}, {_triton_version()}, "
+            f"Python {platform.python_version()}",
+        ),
+        _attention("cpu", torch.device("cpu")),
+        _templates(),
+        _cache(),
+    ]
+    if not torch.cuda.is_available():
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        return [
+            *findings,
+            Finding("triton", False, f"{reason}; {triton.unavailable(torch.device('cpu')) or 'interpreter'}"),
+        ]
+    return [*findings, *(_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))]
+
+
+def _gpu(device: torch.device) -> Finding:
+    facts = torch.cuda.get_device_properties(device)
+    name = f"triton on {device}"
+    about = (
+        f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.multi_processor_count} multiprocessors, "
+        f"{facts.total_memory / 2**30:.0f} GiB, {getattr(facts, 'shared_memory_per_block_optin', 'unknown')} bytes of shared memory"
+    )
+    reason = triton.unavailable(device)
+    if reason is not None:
+        return Finding(name, False, f"{about}: {reason}")
+    found = _attention(name, device)
+    return Finding(name, found.works, f"{about}: {found.text}")
+
+
+def _attention(name: str, device: torch.device) -> Finding:
+    """Forward and backward of a small causal attention against dense float64."""
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    shape = Shape(batch=1, heads=2, kv_heads=1, q_len=200, kv_len=200, head_dim=64, v_head_dim=64)
+    try:
+        assert_matches_dense(mf.causal(), shape, dtype=dtype, device=str(device))
+    except (AssertionError, MaskflashError, RuntimeError) as error:
+        return Finding(name, False, f"attention fails: {error}")
+    amx = ", AMX" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else ""
+    threads = f", {torch.get_num_threads()} threads{amx}" if device.type == "cpu" else ""
+    return Finding(name, True, f"forward and backward agree with dense float64{threads}")
+
+
+def _templates() -> Finding:
+    try:
+        return Finding("templates", True, str(template_folder()))
+    except MaskflashError as error:
+        return Finding("templates", False, str(error))
+
+
+def _cache() -> Finding:
+    try:
+        module_cache.load("# written by maskflash doctor to see that kernels can be kept\n")
+    except (MaskflashError, OSError) as error:
+        return Finding("kernel cache", False, str(error))
+    source = f"from ${module_cache.VARIABLE}" if os.environ.get(module_cache.VARIABLE) else "the default"
+    return Finding("kernel cache", True, f"{module_cache.folder()} ({source})")
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no triton"
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"triton {version('triton')}"
+    except PackageNotFoundError:
+        return "triton of unknown version"
