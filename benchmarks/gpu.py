@@ -197,7 +197,7 @@ def _seconds(function: Callable[[], object]) -> float:
         function()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / RUNS
+    return float(start.elapsed_time(end)) / 1e3 / RUNS
 
 
 def _visible_pairs(case: Case) -> int:

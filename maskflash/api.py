@@ -38,7 +38,8 @@ class Attention:
         scale: factor of the scores; None for 1/sqrt(D).
         block_size: (bq, bkv), a tile in tokens.
         backend: as asked for.
-        deterministic: same inputs, same bits. The CPU's is always so.
+        deterministic: same inputs, same bits. Both backends always are.
+        tune: measure tiles at the first call of a kind (triton only).
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Attention:
         block_size: tuple[int, int],
         backend: BackendChoice,
         deterministic: bool,
+        tune: bool = False,
     ) -> None:
         self.mask = mask
         self.scale = scale
         self.block_size = block_size
         self.backend = backend
         self.deterministic = deterministic
+        self.tune = tune
         self._expressions: set[str] = set()
 
     @overload
@@ -116,8 +119,10 @@ class Attention:
         _check_tensors(q, k, v)
         backend = self._backend_for(q.device)
         problem = self._problem(q, k, q_offset, mask_args)
-        plans.find(problem, backend)  # here, so that an error of the mask names the user's own line
+        plan = plans.find(problem, backend).plan  # here, so that an error of the mask names the user's own line
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        if self.tune and isinstance(plan, triton.Plan):
+            triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
         out, lse = op.attend(q, k, v, problem, scale, backend)
         return (out, lse) if return_lse else out
 
@@ -200,7 +205,7 @@ class Attention:
             >>> import maskflash as mf
             >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))  # doctest: +ELLIPSIS
             sliding_window(256)
-              visible            ((q - 256) <= kv) and (kv <= (q + 0))
+              visible            ((q - 256) <= kv) and (kv <= q)
               reads              q, kv: one block map for all batch rows and heads
               tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
               decided            ... tiles by bounds, ... by samples, 0 element by element
@@ -244,6 +249,7 @@ def compile(
     block_size: BlockSize = 128,
     backend: BackendChoice = "auto",
     deterministic: bool = True,
+    tune: bool = False,
 ) -> Attention:
     """Compile a mask to an attention op.
 
@@ -253,6 +259,7 @@ def compile(
         block_size: tokens per tile, one number or (q_tokens, kv_tokens).
         backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
         deterministic: same inputs, same bits.
+        tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk.
 
     Returns:
         The op: `attn(q, k, v, **mask_args)`.
@@ -271,7 +278,7 @@ def compile(
     if backend not in ("auto", "cpu", "triton"):
         raise ArgumentError(f'compile: backend is {backend!r}, expected "auto", "cpu" or "triton"')
     factor = None if scale is None else arguments.scale("compile", scale)
-    return Attention(_as_mask("compile", mask), factor, size, backend, bool(deterministic))
+    return Attention(_as_mask("compile", mask), factor, size, backend, bool(deterministic), bool(tune))
 
 
 def attention(

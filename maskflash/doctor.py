@@ -51,9 +51,10 @@ def examine() -> list[Finding]:
 def _gpu(device: torch.device) -> Finding:
     facts = torch.cuda.get_device_properties(device)
     name = f"triton on {device}"
+    shared = getattr(facts, "shared_memory_per_block_optin", "unknown")
     about = (
         f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.multi_processor_count} multiprocessors, "
-        f"{facts.total_memory / 2**30:.0f} GiB, {getattr(facts, 'shared_memory_per_block_optin', 'unknown')} bytes of shared memory"
+        f"{facts.total_memory / 2**30:.0f} GiB, {shared} bytes of shared memory for a program"
     )
     reason = triton.unavailable(device)
     if reason is not None:

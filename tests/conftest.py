@@ -1,10 +1,17 @@
-"""What every test shares: reproducible Hypothesis examples and reproducible torch randomness."""
+"""What every test shares: reproducible examples and randomness, Triton's interpreter, and a kernel cache of its own."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# MASKFLASH_TEST_DEVICE=cuda runs the kernels' tests on a GPU; without it Triton interprets them on the CPU. It reads
+# the variable when it is first imported, so tests import it only after this.
+DEVICE = os.environ.get("MASKFLASH_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -16,6 +23,29 @@ settings.register_profile(
     "explore", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=_SLOW_IS_FINE
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing them")
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels run: "cuda" on a GPU, "cpu" where they are interpreted."""
+    return DEVICE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache():
+    """A cache of kernels for this run alone."""
+    with tempfile.TemporaryDirectory(prefix="maskflash-tests-") as folder:
+        before = os.environ.get("MASKFLASH_CACHE_DIR")
+        os.environ["MASKFLASH_CACHE_DIR"] = os.path.join(folder, "kernels")
+        yield
+        if before is None:
+            del os.environ["MASKFLASH_CACHE_DIR"]
+        else:
+            os.environ["MASKFLASH_CACHE_DIR"] = before
 
 
 @pytest.fixture(autouse=True)

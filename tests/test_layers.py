@@ -30,7 +30,7 @@ ORDER = {
         "triton_work",
         "triton",
     ],
-    "codegen": ["emit", "render", "tuning", "module_cache"],
+    "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
     "demo": ["documents", "workload", "checks", "measure", "report", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another

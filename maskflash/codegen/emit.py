@@ -5,12 +5,13 @@
     columns   kv                                      vectors over the tile's keys
     pairs     both                                    the tile
 
-Every node becomes one assignment, `x<position> = ...`, with torch's dtypes written out. Look-ups load under a range
-mask: what a guard excludes may be out of range and reads as 0.
+Every node becomes one assignment, `x<position> = ...`, with torch's dtypes written out and every result rounded where
+torch rounds it. Look-ups load under a range mask: what a guard excludes may be out of range and reads as 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Final, Literal
 import torch
 
 from maskflash.errors import BackendError
-from maskflash.expr.nodes import COMPARISONS, Expr, Node, operand_dtype
+from maskflash.expr.nodes import COMPARISONS, CONNECTIVES, Expr, Node, Scalar, operand_dtype
 
 Group = Literal["once", "rows", "columns", "pairs"]
 GROUPS: Final[tuple[Group, ...]] = ("once", "rows", "columns", "pairs")
@@ -27,6 +28,7 @@ GROUPS: Final[tuple[Group, ...]] = ("once", "rows", "columns", "pairs")
 _INFIX: Final = {
     **{"add": "+", "sub": "-", "mul": "*", "bitand": "&", "bitor": "|", "bitxor": "^"},
     **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="},
+    **{"and": "&", "or": "|"},
 }
 
 
@@ -94,45 +96,66 @@ class _Writer:
         self.expr = expr
         self.tables = tables
         self.narrow = narrow
-        self.expand: dict[Group, str] = (
-            {"rows": "[None, :]", "columns": "[:, None]"}
-            if transposed
-            else {
-                "rows": "[:, None]",
-                "columns": "[None, :]",
-            }
-        )
+        own, other = "[:, None]", "[None, :]"
+        self.expand: dict[Group, str] = {"rows": other if transposed else own, "columns": own if transposed else other}
         self.lines: dict[Group, list[str]] = {group: [] for group in GROUPS}
         self.groups: list[Group] = []
         self.names: list[str] = []
+        self._summed = _summed(expr)
+        self._divides = any(node.op in ("truediv", "truncdiv") for node in expr.nodes)
         self._said: dict[Group, str] = {}
 
     def write(self, position: int) -> None:
-        """Append the statement of one node; constants and indices need none."""
+        """Append the statements of one node; constants and indices need none."""
         node = self.expr.nodes[position]
         group = self._group(node)
         self.groups.append(group)
         if node.op in ("b", "h", "q", "kv"):
             self.names.append(node.op)
         elif node.op == "const":
-            self.names.append(_literal(node))
+            self.names.append("")  # written where it is used, in the dtype it is used in
         elif node.op == "param":
             self.names.append(self._number(f"p{node.value}"))
         else:
             name = f"x{position}"
-            text = self._lookup(node, name, group) if node.op == "lookup" else self._computed(node, group)
             self._comment(position, group)
+            text = self._lookup(node, name, group) if node.op == "lookup" else self._computed(position, name, group)
             self.lines[group].append(f"{name} = {text}")
             self.names.append(name)
 
-    def value(self, position: int, dtype: torch.dtype, group: Group) -> str:
-        """A node's value in a dtype, shaped for use in a group."""
-        node, name, own = self.expr.nodes[position], self.names[position], self.groups[position]
-        if node.op != "const" and self._type(node.dtype) != self._type(dtype):
-            name = f"({name} != 0)" if dtype == torch.bool else f"{name}.to({self._type(dtype)})"
-        elif node.op == "const" and dtype.is_floating_point:
-            name = repr(float(node.value or 0))
+    def value(self, position: int, dtype: torch.dtype, group: Group, *, typed: bool = False) -> str:
+        """A node's value in a dtype, shaped for use in a group; `typed` where a bare number would be misread."""
+        node, own = self.expr.nodes[position], self.groups[position]
+        if node.op == "const":
+            return self._constant(node.value or 0, dtype, typed)
+        name = self._converted(self.names[position], node.dtype, dtype)
         return name + self.expand[own] if group == "pairs" and own in self.expand else name
+
+    def _converted(self, name: str, source: torch.dtype, dtype: torch.dtype) -> str:
+        if self._type(source) == self._type(dtype):
+            return name
+        if dtype == torch.bool:
+            return f"({name} != 0)"
+        if source.is_floating_point and dtype == torch.uint8:
+            name += ".to(tl.int64)"  # as torch does, so that negative numbers wrap
+        elif dtype.is_floating_point and dtype.itemsize == 2 and source != torch.float32:
+            name += ".to(tl.float32)"  # torch goes through float32, rounding twice
+        return f"{name}.to({self._type(dtype)})"
+
+    def _constant(self, value: Scalar, dtype: torch.dtype, typed: bool) -> str:
+        """A number as Python writes it, wrapped or rounded to a dtype."""
+        stored = torch.int32 if dtype == torch.int64 and self.narrow else dtype
+        number = torch.tensor(value).to(stored).item()
+        if not dtype.is_floating_point:
+            text = f"({number})" if number < 0 else str(number)
+        elif number == 0 and math.copysign(1, number) < 0:
+            return f"(tl.full((), -1.0, {self._type(dtype)}) * 0.0)"  # Triton reads -0.0 as 0.0
+        elif not math.isfinite(number):
+            text = f'float("{number}")'
+        else:
+            text = repr(number if dtype.itemsize == 2 else float(value))
+            typed = typed or dtype != torch.float32 or 0 < abs(number) < torch.finfo(torch.float32).tiny
+        return f"tl.full((), {text}, {self._type(dtype)})" if typed else text
 
     def _group(self, node: Node) -> Group:
         if node.op in ("q", "kv"):
@@ -142,104 +165,134 @@ class _Writer:
             return "once"
         return found.pop() if len(found) == 1 else "pairs"
 
-    def _computed(self, node: Node, group: Group) -> str:
+    def _computed(self, position: int, name: str, group: Group) -> str:
+        node = self.expr.nodes[position]
         kinds = [self.expr.nodes[arg] for arg in node.args]
-        dtype = operand_dtype(node, kinds)
-        if node.op in ("and", "or", "not"):
-            dtype = torch.bool
+        bare = all(kind.op == "const" for kind in kinds)
         if node.op == "cast":
-            return self._cast(node, group)
+            return self.value(node.args[0], node.dtype, group, typed=True)
         if node.op == "select":
             condition = self.value(node.args[0], torch.bool, group)
-            x, y = (self.value(arg, node.dtype, group) for arg in node.args[1:])
-            return self._wrapped(node, f"tl.where({condition}, {x}, {y})")
-        x, *others = (self.value(arg, dtype, group) for arg in node.args)
-        if all(kind.op == "const" for kind in kinds):
-            x = f"tl.full((), {x}, {self._type(dtype)})"
-        return self._wrapped(node, self._operation(node, dtype, x, others[0] if others else ""))
+            typed = node.dtype.is_floating_point or all(kind.op == "const" for kind in kinds[1:])
+            x, y = (self.value(arg, node.dtype, group, typed=typed) for arg in node.args[1:])
+            return f"tl.where({condition}, {x}, {y})"
+        dtype = torch.bool if node.op in CONNECTIVES else operand_dtype(node, kinds)
+        typed = dtype.is_floating_point and node.op not in _INFIX
+        x, *others = (
+            self.value(arg, dtype, group, typed=typed or (bare and nth == 0)) for nth, arg in enumerate(node.args)
+        )
+        y = others[0] if others else ""
+        if dtype.is_floating_point:
+            return self._rounded(node, self._real(position, name, group, dtype, x, y))
+        return self._rounded(node, self._whole(node, name, group, dtype, x, y))
 
-    def _operation(self, node: Node, dtype: torch.dtype, x: str, y: str) -> str:
-        op, whole = node.op, not dtype.is_floating_point
-        if op in ("and", "or"):
-            return f"{x} & {y}" if op == "and" else f"{x} | {y}"
-        if op in _INFIX and not (dtype == torch.bool and op in ("add", "sub", "mul")):
+    def _whole(self, node: Node, name: str, group: Group, dtype: torch.dtype, x: str, y: str) -> str:
+        """An operation on integers or truth values."""
+        op = _ON_TRUTH.get(node.op, node.op) if dtype == torch.bool else node.op
+        if op in _INFIX:
             return f"{x} {_INFIX[op]} {y}"
-        if dtype == torch.bool and op in ("add", "mul", "max", "min"):
-            return f"{x} | {y}" if op in ("add", "max") else f"{x} & {y}"
         match op:
             case "not":
                 return f"{x} == 0"
             case "bitnot":
-                return f"{x} == 0" if dtype == torch.bool else f"~{x}"
+                return f"~{x}"
             case "neg":
                 return f"-{x}"
             case "abs":
                 return f"tl.abs({x})"
             case "min" | "max":
-                nan = "" if whole else ", propagate_nan=tl.PropagateNan.ALL"
-                return f"tl.{op}imum({x}, {y}{nan})"
-            case "shl" | "shr" if whole:
-                return self._shift(node, dtype, x)
-            case "floordiv" | "mod" | "truncdiv" | "fmod" if whole:
-                return self._division(node, dtype, x, y)
-            case "truediv":
-                return f"tl.div_rn({x}, {y})" if dtype == torch.float32 else f"{x} / {y}"
-            case "floor" | "ceil":
-                return x if whole else f"tl.{op}({x})"
-            case "trunc":
-                return x if whole else f"tl.where({x} < 0, tl.ceil({x}), tl.floor({x}))"
-            case "round" if whole:
+                return f"tl.{op}imum({x}, {y})"
+            case "shl" | "shr":
+                return self._shift(node, dtype, x, y)
+            case "floordiv" | "mod" | "truncdiv" | "fmod":
+                return self._division(node, name, group, dtype, x, y)
+            case "floor" | "ceil" | "trunc" | "round":
                 return x
+        raise self._unsupported(op, dtype)
+
+    def _real(self, position: int, name: str, group: Group, dtype: torch.dtype, x: str, y: str) -> str:
+        """An operation on floating-point numbers, rounded as IEEE 754 says."""
+        op, half = self.expr.nodes[position].op, dtype.itemsize == 2
+        if op == "mul" and position in self._summed:
+            # A product that meets a sum would be fused with it, and not be rounded. Adding 0.0 loses a zero's sign.
+            if not self._divides:
+                return f"tl.fma({x}, {y}, 0.0)"
+            self.lines[group].append(f"{name}_p = tl.fma({x}, {y}, 0.0)")
+            return f"tl.where({name}_p == 0, {x} * {y}, {name}_p)"
+        if op in _INFIX:
+            return f"{x} {_INFIX[op]} {y}"
+        if half and op in ("truediv", "sqrt", "floor", "ceil", "trunc", "round"):  # Triton's want 32 bits
+            x, y = (f"{text}.to(tl.float32)" if text else "" for text in (x, y))
+        match op:
+            case "neg":
+                return f"{x} * -1.0"  # `-x` is 0 - x, which loses the sign of a zero
+            case "abs":
+                return f"tl.abs({x})"
+            case "min" | "max":
+                return f"tl.{op}imum({x}, {y}, propagate_nan=tl.PropagateNan.ALL)"
+            case "truediv":
+                return f"{x} / {y}" if dtype == torch.float64 else f"tl.div_rn({x}, {y})"
+            case "truncdiv" if not half:
+                quotient = f"{x} / {y}" if dtype == torch.float64 else f"tl.div_rn({x}, {y})"
+                self.lines[group].append(f"{name}_d = {quotient}")
+                return f"tl.where({name}_d < 0, tl.ceil({name}_d), tl.floor({name}_d))"
             case "sqrt":
-                return f"tl.sqrt_rn({x})" if dtype == torch.float32 else f"tl.sqrt({x})"
+                return f"tl.sqrt({x})" if dtype == torch.float64 else f"tl.sqrt_rn({x})"
+            case "floor" | "ceil":
+                return f"tl.{op}({x})"
+            case "trunc":
+                return f"tl.where({x} < 0, tl.ceil({x}), tl.floor({x}))"
+            case "round":  # to the nearest, to the even one of two
+                down, over = f"{name}_f", f"{name}_d"
+                self.lines[group] += [f"{down} = tl.floor({x})", f"{over} = {x} - {down}"]
+                odd = f"tl.floor({down} * 0.5) * 2 != {down}"
+                return f"tl.where(({over} > 0.5) | (({over} == 0.5) & ({odd})), {down} + 1, {down})"
+        raise self._unsupported(op, dtype)
+
+    def _unsupported(self, op: str, dtype: torch.dtype) -> BackendError:
         kind = str(dtype).removeprefix("torch.")
-        raise BackendError(
+        return BackendError(
             f"the triton backend has no exact `{op}` for {kind}; compute it outside the mask, into a table that the "
             "mask looks up"
         )
 
-    def _shift(self, node: Node, dtype: torch.dtype, x: str) -> str:
-        count = self.expr.nodes[node.args[1]]
-        bits = 8 * dtype.itemsize
-        sign = self.expr.nodes[node.args[0]].dtype.is_signed
-        if count.op != "const":
-            y = self.value(node.args[1], dtype, self._group(node))
-            inside = f"({y} >= 0) & ({y} < {bits})"
-            beyond = "0" if node.op == "shl" or not sign else f"tl.where({x} < 0, -1, 0)"
-            shifted = f"{x} {'<<' if node.op == 'shl' else '>>'} ({y} & {bits - 1})"
-            return f"tl.where({inside}, {shifted}, {beyond})"
-        amount = int(count.value or 0)
-        width = 32 if self.narrow and bits == 64 else bits
-        if not 0 <= amount < bits or amount >= width:
-            # torch: everything is shifted out
-            return f"{x} * 0" if node.op == "shl" or not sign else f"tl.where({x} < 0, -1, 0)"
-        return f"{x} {'<<' if node.op == 'shl' else '>>'} {amount}"
+    def _shift(self, node: Node, dtype: torch.dtype, x: str, y: str) -> str:
+        """Shifts by less than 0, or by all the bits there are, leave the sign, as in torch."""
+        bits = 32 if self.narrow and dtype == torch.int64 else 8 * dtype.itemsize
+        left, sign = node.op == "shl", f"tl.where({x} < 0, -1, 0)" if dtype.is_signed else f"{x} * 0"
+        beyond = f"{x} * 0" if left else sign
+        shifted, count = f"{x} {'<<' if left else '>>'} ", self.expr.nodes[node.args[1]]
+        if count.op == "const":
+            return f"{shifted}{y}" if 0 <= int(count.value or 0) < bits else beyond
+        return f"tl.where(({y} >= 0) & ({y} < {bits}), {shifted}({y} & {bits - 1}), {beyond})"
 
-    def _division(self, node: Node, dtype: torch.dtype, x: str, y: str) -> str:
-        """Triton divides as C does, towards zero; floor semantics correct the remainder's sign."""
-        divisor = self.expr.nodes[node.args[1]]
-        positive = divisor.op == "const" and int(divisor.value or 0) > 0
-        if positive and node.op in ("floordiv", "mod"):
-            d = int(divisor.value or 0)
-            if d & (d - 1) == 0:  # an arithmetic shift and a mask round down by themselves
-                return f"{x} >> {d.bit_length() - 1}" if node.op == "floordiv" else f"{x} & {d - 1}"
-        # Where a guard excludes it, a divisor may be 0.
-        safe = y if divisor.op == "const" else f"tl.where({y} == 0, 1, {y})"
-        if node.op in ("floordiv", "mod"):
-            return f"{'floor_divide' if node.op == 'floordiv' else 'floor_remainder'}({x}, {safe})"
-        return f"{x} // {safe}" if node.op == "truncdiv" else f"{x} % {safe}"
+    def _division(self, node: Node, name: str, group: Group, dtype: torch.dtype, x: str, y: str) -> str:
+        """Triton divides as C does, towards zero; where torch rounds down, the remainder's sign tells."""
+        divisor, dividend = (self.expr.nodes[arg] for arg in node.args[::-1])
+        fixed = divisor.op == "const"
+        d = int(torch.tensor(divisor.value).to(dtype)) if fixed else 0
+        if not fixed:
+            self.lines[group].append(f"{name}_d = tl.where({y} == 0, 1, {y})")  # a guard may exclude 0
+            y = f"{name}_d"
+        elif d == 0:
+            y = "1"
+        op = {"floordiv": "//", "truncdiv": "//", "mod": "%", "fmod": "%"}[node.op]
+        floored = node.op in ("floordiv", "mod") and dtype.is_signed
+        if floored and d > 0 and d & (d - 1) == 0:  # an arithmetic shift and a mask round down by themselves
+            return f"{x} >> {d.bit_length() - 1}" if op == "//" else f"{x} & {d - 1}"
+        if not floored or (d > 0 and dividend.op in ("b", "h", "kv")):  # indices are never negative
+            return f"{x} {op} {y}"
+        remainder = f"{name}_r"
+        self.lines[group].append(f"{remainder} = {x} % {y}")
+        wrong = f"({remainder} < 0)" if d > 0 else f"({remainder} != 0) & (({remainder} < 0) != ({y} < 0))"
+        if op == "//":
+            return f"{x} // {y} - {wrong if d > 0 else f'({wrong})'}"
+        return f"tl.where({wrong}, {remainder} + {y}, {remainder})"
 
-    def _cast(self, node: Node, group: Group) -> str:
-        source = self.expr.nodes[node.args[0]]
-        if source.op == "const":
-            return f"tl.full((), {self.value(node.args[0], node.dtype, group)}, {self._type(node.dtype)})"
-        return self.value(node.args[0], node.dtype, group)
-
-    def _wrapped(self, node: Node, text: str) -> str:
+    def _rounded(self, node: Node, text: str) -> str:
         """The value in its own dtype: small integers wrap, half types round."""
-        if node.op in COMPARISONS or node.dtype in (torch.bool, torch.int64, torch.int32, torch.float32, torch.float64):
-            return text
-        return f"({text}).to({self._type(node.dtype)})"
+        wide = (torch.bool, torch.int64, torch.int32, torch.float32, torch.float64)
+        return text if node.op in COMPARISONS or node.dtype in wide else f"({text}).to({self._type(node.dtype)})"
 
     def _lookup(self, node: Node, name: str, group: Group) -> str:
         slot = int(node.value or 0)
@@ -247,12 +300,14 @@ class _Writer:
         places, inside = [], []
         for axis, arg in enumerate(node.args):
             size = self._number(f"t{slot}_size{axis}")
-            index = self.value(arg, torch.int64, group)
-            if self.expr.nodes[arg].op not in ("b", "h", "kv"):  # these are never negative
+            index = self.value(arg, torch.int64, group, typed=True)
+            if self.expr.nodes[arg].op in ("b", "h", "kv"):  # these are never negative
+                inside.append(f"({index} < {size})")
+            else:
                 self.lines[group].append(f"{name}_{axis} = tl.where({index} < 0, {index} + {size}, {index})")
                 index = f"{name}_{axis}"
+                inside.append(f"({index} >= 0) & ({index} < {size})")
             places.append(f" + {index}.to(tl.int64) * t{slot}_stride{axis}")
-            inside.append(f"({index} >= 0) & ({index} < {size})")
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
         text = f"tl.load(t{slot}{''.join(places)}{mask})"
         if kind.dtype == torch.bool:  # bytes in memory
@@ -265,9 +320,10 @@ class _Writer:
         if source is None:
             return
         line = f"{source.function} ({Path(source.filename).name}:{source.line})"
+        text = f"# {line}: {source.text}" if source.text else f"# {line}"
         if self._said.get(group) != line:
             self._said[group] = line
-            self.lines[group].append(f"# {line}: {source.text}" if source.text else f"# {line}")
+            self.lines[group].append(" ".join(text.split()))  # whatever it holds, it stays one line
 
     def _number(self, argument: str) -> str:
         """A number of the signature, in the width that the mask computes in."""
@@ -279,18 +335,23 @@ class _Writer:
         return _TYPES[dtype]
 
 
+def _summed(expr: Expr) -> set[int]:
+    """Floating-point nodes whose value goes, perhaps through others that pass it on, into a sum or a difference."""
+    found: set[int] = set()
+    for position in range(len(expr.nodes) - 1, -1, -1):
+        node = expr.nodes[position]
+        passes = position in found and node.op in ("neg", "abs", "cast", "select", "min", "max")
+        if node.dtype.is_floating_point and (node.op in ("add", "sub") or passes):
+            found.update(node.args)
+    return found
+
+
+# On truth values arithmetic is logic; torch refuses what is missing here.
+_ON_TRUTH: Final = {"add": "bitor", "max": "bitor", "mul": "bitand", "min": "bitand", "bitnot": "not"}
+
 _TYPES: Final = {
     torch.bool: "tl.int1",
     **{getattr(torch, name): f"tl.{name}" for name in ("int8", "int16", "int32", "int64")},
     **{getattr(torch, name): f"tl.{name}" for name in ("uint8", "uint16", "uint32", "uint64")},
     **{getattr(torch, name): f"tl.{name}" for name in ("float16", "bfloat16", "float32", "float64")},
 }
-
-
-def _literal(node: Node) -> str:
-    if node.dtype == torch.bool:
-        return str(int(bool(node.value)))
-    value = node.value
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return f'float("{value}")'
-    return repr(value) if not (isinstance(value, int) and value < 0) else f"({value})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,7 @@ def render(special: Specialisation, pass_name: PassName) -> str:
     """
     emitted = emit(special.expr, special.tables, narrow=special.narrow, transposed=pass_name == "dkdv")
     own = signature(special.expr, special.tables)
-    pointers = {f"t{slot}" for slot in range(len(special.tables))}
+    pointers = [f"t{slot}" for slot in range(len(special.tables))]
     typed = (f"{name}," if name in pointers else f'{name}: "i64",' for name in own)
     context: dict[str, Any] = {
         "mask": {
@@ -72,7 +73,9 @@ def render(special: Specialisation, pass_name: PassName) -> str:
         },
     }
     text = _environment().get_template(f"{pass_name}.py.jinja").render(context)
-    return _tidy(_unspecialised(text))
+    if pass_name == "delta":
+        return _tidy(_unspecialised(text, ()))
+    return _tidy(_unspecialised(text, [*pointers, "q_offset"] if special.per_row_offset else pointers))
 
 
 def _tidy(text: str) -> str:
@@ -82,14 +85,16 @@ def _tidy(text: str) -> str:
 
 
 _NOTHING: Final = "#-"
-_NUMBER: Final = re.compile(r'(\w+): "(?:i64|fp32)"')
+_NUMBER: Final = re.compile(r'(\w+): "(?:i|fp)\d+"')
 _MARK: Final = "NUMBERS"
 
 
-def _unspecialised(text: str) -> str:
-    """Name the arguments whose value Triton must not compile into the kernel: all numbers of the signature."""
-    names = ", ".join(f'"{name}"' for name in dict.fromkeys(_NUMBER.findall(text)))
-    return text.replace(_MARK, f"[{names}]")
+def _unspecialised(text: str, pointers: Sequence[str]) -> str:
+    """Name what Triton must not compile into the kernel: values of numbers, and how these pointers are aligned."""
+    before, _, after = text.partition(_MARK)
+    numbers = dict.fromkeys(_NUMBER.findall(after.partition("\n):")[0]))  # of the signature alone
+    names = ", ".join(f'"{name}"' for name in (*numbers, *pointers))
+    return f"{before}[{names}]{after}"
 
 
 def template_folder() -> Path:

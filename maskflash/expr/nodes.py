@@ -266,6 +266,8 @@ def format_expr(expr: Expr, params: tuple[object, ...] = (), tables: tuple[str, 
 
 
 def _format_node(node: Node, args: list[str], params: tuple[object, ...], tables: tuple[str, ...]) -> str:
+    if node.op in ("add", "sub") and args[1] == "0":  # a window of 0, say
+        return args[0]
     if node.op in _INFIX:
         return f"({args[0]} {_INFIX[node.op]} {args[1]})"
     match node.op:

@@ -115,6 +115,10 @@ def _select(builder: Builder, node: Node, args: list[int], faultless: dict[int, 
     if any(kind.dtype != torch.bool for kind in kinds):
         return None
     first, second = _truth(builder, x), _truth(builder, y)
+    if y == condition:  # select(c, x, c) -> c and x
+        return builder.add("and", condition, x)
+    if x == condition:  # select(c, c, y) -> c or y
+        return builder.add("or", condition, y)
     if first is True and second is False:  # select(c, True, False) -> c
         return condition
     if first is False and second is True:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from types import ModuleType
 from typing import Any, Final
 
@@ -19,12 +21,12 @@ from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.classify import Classified, Problem
-from maskflash.codegen import module_cache
+from maskflash.codegen import module_cache, tuned
 from maskflash.codegen.render import PassName, Specialisation, render, table_kind
 from maskflash.codegen.tuning import DELTA, Tile, choose, shrunk
 from maskflash.errors import BackendError
 from maskflash.expr.nodes import parse
-from maskflash.kernels.triton_work import Work, work
+from maskflash.kernels.triton_work import Work, seen, work
 
 _LOG2E: Final = 1.4426950408889634
 _NO_MASK: Final = parse("const=True:bool~()")  # delta looks at no pair
@@ -48,6 +50,7 @@ class Plan:
     columns: Work
     _orders: dict[tuple[bool, int, int], Tensor] = field(default_factory=dict)
     _tiles: dict[tuple[PassName, torch.dtype, int], Tile] = field(default_factory=dict)
+    _seen: dict[bool, Tensor | None] = field(default_factory=dict)
 
     def order(self, transposed: bool, tiles: int, per_line: int) -> Tensor:
         """The kernel's row tiles (or column tiles), those with most work first."""
@@ -55,6 +58,12 @@ class Plan:
         if key not in self._orders:
             self._orders[key] = (self.columns if transposed else self.rows).order(tiles, per_line)
         return self._orders[key]
+
+    def seen(self, problem: Problem, *, rows: bool) -> Tensor | None:
+        """Which rows see something, or which columns are seen; None where all are. See `triton_work.seen`."""
+        if rows not in self._seen:
+            self._seen[rows] = seen(problem, self.block_map, rows=rows)
+        return self._seen[rows]
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +107,20 @@ def source(problem: Problem, classified: Classified, head_dim: int, v_head_dim: 
     return render(_specialisation(problem, classified.largest < 2**31, head_dim, v_head_dim), pass_name)
 
 
-def forward(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def tune(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Measure which tiles are fastest for calls like this one, unless that is known; later calls use them.
+
+    Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
+    """
+    call = _Call(plan, problem, q, v.shape[3], 1)
+    if tuned.find(call._key("forward")) is None:
+        out, lse = forward(plan, problem, q, k, v, scale, tuning=True)
+        backward(plan, problem, out, None, q, k, v, out, lse, scale, tuning=True)
+
+
+def forward(
+    plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, *, tuning: bool = False
+) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
 
     Args:
@@ -108,6 +130,7 @@ def forward(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
         scale: positive factor of the scores.
+        tuning: measure tiles first, and keep the fastest.
 
     Returns:
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, natural logarithm; -inf, and out 0, for rows that
@@ -119,6 +142,7 @@ def forward(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or kv_len == 0:
         return out.zero_(), lse.fill_(-math.inf)
+    k, v = _without_hidden(plan.seen(problem, rows=False), k, v)
     unit, (q, k, v) = _laid_out(q, k, v)
     call = _Call(plan, problem, q, v_dim, unit)
     group = heads // kv_heads
@@ -135,6 +159,8 @@ def forward(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale
             [*call.walks("forward", tile, tiles), *numbers, tiles],
         )
 
+    if tuning:
+        call.tune("forward", launch)
     call.fitted("forward", launch)
     return out, lse
 
@@ -150,6 +176,8 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    *,
+    tuning: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward`.
 
@@ -164,6 +192,7 @@ def backward(
         out: forward's result.
         lse: forward's result.
         scale: positive factor of the scores.
+        tuning: measure tiles first, and keep the fastest.
 
     Returns:
         dq, dk, dv, shaped and typed like q, k, v. No atomics: the same inputs give the same bits.
@@ -173,6 +202,11 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if min(q.numel(), k.numel()) == 0:
         return dq.zero_(), torch.zeros_like(k), torch.zeros_like(v)
+    k, v = _without_hidden(plan.seen(problem, rows=False), k, v)
+    q, dout = _without_hidden(plan.seen(problem, rows=True), q, dout)
+    blind = lse == -math.inf
+    lse = lse.masked_fill(blind, math.inf)  # so that p = exp(s - lse) is 0
+    dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     unit, (q, k, v, dout, out) = _laid_out(q, k, v, dout, out)
     call = _Call(plan, problem, q, v_dim, unit)
     group = heads // kv_heads
@@ -208,8 +242,11 @@ def backward(
             [*call.walks("dkdv", tile, tiles), *scales, part, share_kv, q_len, kv_len, tiles],
         )
 
-    call.fitted("dkdv", launch_dkdv)
-    call.fitted("dq", launch_dq)
+    passes: dict[PassName, Callable[[Tile], None]] = {"dkdv": launch_dkdv, "dq": launch_dq}
+    for pass_name, launch in passes.items():
+        if tuning:
+            call.tune(pass_name, launch)
+        call.fitted(pass_name, launch)
     if parts == 1:
         return dq, dk[0], dv[0]
     return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
@@ -225,13 +262,11 @@ class _Call:
     v_dim: int
     unit: int
 
-    def fitted(self, pass_name: PassName, launch: Any) -> None:
-        """Launch with the table's tile, or the next smaller one that fits this device; remember which."""
-        dims = max(_power_of_two(self.q.shape[3]), _power_of_two(self.v_dim))
-        key = pass_name, self.q.dtype, dims
-        tile = self.plan._tiles.get(key)
+    def fitted(self, pass_name: PassName, launch: Callable[[Tile], None]) -> None:
+        """Launch with the tile measured or listed for this device, or the next smaller one that fits it."""
+        tile = self.plan._tiles.get(self._place(pass_name))
         if tile is None:
-            tile = choose(_arch(self.q.device), pass_name, self.q.dtype, dims, self.problem.block_size)
+            tile = tuned.find(self._key(pass_name)) or self._listed(pass_name)
         while True:
             try:
                 launch(tile)
@@ -243,8 +278,44 @@ class _Call:
                     ) from error
                 tile = smaller
             else:
-                self.plan._tiles[key] = tile
+                self.plan._tiles[self._place(pass_name)] = tile
                 return
+
+    def tune(self, pass_name: PassName, launch: Callable[[Tile], None]) -> None:
+        """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
+        rows, columns = self.problem.block_size
+        seconds: dict[Tile, float] = {}
+        for tile in tuned.candidates(self._listed(pass_name)):
+            if rows % tile.block_m == 0 and columns % tile.block_n == 0:
+                with contextlib.suppress(_triton().runtime.errors.OutOfResources):
+                    seconds[tile] = _seconds(partial(launch, tile), self.q.device)
+        if seconds:
+            best = min(seconds, key=lambda tile: seconds[tile])
+            tuned.keep(self._key(pass_name), best)
+            self.plan._tiles[self._place(pass_name)] = best
+
+    def _listed(self, pass_name: PassName) -> Tile:
+        return choose(_arch(self.q.device), pass_name, self.q.dtype, self._dims(), self.problem.block_size)
+
+    def _dims(self) -> int:
+        return max(_power_of_two(self.q.shape[3]), _power_of_two(self.v_dim))
+
+    def _place(self, pass_name: PassName) -> tuple[PassName, torch.dtype, int]:
+        return pass_name, self.q.dtype, self._dims()
+
+    def _key(self, pass_name: PassName) -> tuple[str, ...]:
+        """What a measured tile holds for: see `tuned`."""
+        device = torch.cuda.get_device_name(self.q.device) if self.q.device.type == "cuda" else self.q.device.type
+        dims, sizes = (self.q.shape[3], self.v_dim), self.problem.block_size
+        return (
+            device,
+            _triton().__version__,
+            pass_name,
+            str(self.q.dtype),
+            str(dims),
+            str(sizes),
+            self.problem.expr.text,
+        )
 
     def walks(self, pass_name: PassName, tile: Tile, tiles: int) -> list[Tensor]:
         """The order of the kernel's tiles, then the full and the partial walk."""
@@ -338,6 +409,18 @@ def _mask_arguments(problem: Problem) -> list[Any]:
     return values
 
 
+def _without_hidden(seen: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """Tensors (B, heads, tokens, n) with zeros for the tokens that nobody sees: 0 * NaN would be NaN in the kernels.
+
+    See docs/decisions/0007 for what keeping them out inside the kernels costs.
+    """
+    if seen is None:
+        return list(tensors)
+    if seen.shape[1] > 1:  # query heads of a group share a key head: one that sees a token is enough
+        seen = seen.unflatten(1, (tensors[0].shape[1], -1)).any(2)
+    return [torch.where(seen[..., None], x, 0.0) for x in tensors]
+
+
 def _laid_out(*tensors: Tensor) -> tuple[int, list[Tensor]]:
     """Tensors whose last dimension is dense, and the unit that all their other strides are multiples of."""
     unit = _UNIT if all(x.shape[3] % _UNIT == 0 for x in tensors) else 1
@@ -385,6 +468,16 @@ def _arch(device: torch.device) -> int:
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    """The median of a few runs, after one that compiles."""
+    if device.type != "cuda":  # the interpreter
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    found: float = _triton().testing.do_bench(function, warmup=10, rep=50, return_mode="median") / 1e3
+    return found
 
 
 @cache

@@ -1,13 +1,20 @@
-"""Runs of a block map -> what the Triton kernels walk: full and partial tiles apart, and the order to take lines in."""
+"""Runs of a block map -> what the Triton kernels walk: full and partial tiles apart, and the order to take lines in.
+
+And a mask with its block map -> which of the rows and columns that the kernels load are seen by nobody.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from maskflash.blocks.block_map import Runs
+from maskflash.blocks.block_map import BlockMap, Runs
+from maskflash.blocks.classify import Problem
+
+_PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,3 +102,48 @@ def _walk(line: Tensor, start: Tensor, stop: Tensor, lines: int) -> Walk:
         torch.cat((start, end)).int(),
         torch.cat((stop, end)).int(),
     )
+
+
+def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
+    """Whether each row sees anything, or each column is seen: what nobody sees must be zeros before the kernels run.
+
+    A full tile settles all of its rows and columns; the others take a few samples, then all their pairs.
+
+    Args:
+        problem: the mask.
+        block_map: of the mask.
+        rows: rows, else columns.
+
+    Returns:
+        (B, H, q_len or kv_len) bool with the map's own B and H, True also where no visited tile is; None where all of
+        it is True.
+    """
+    batch, heads, *counts = block_map.shape
+    axis = 0 if rows else 1
+    n, size, step = counts[axis], block_map.block_size[axis], block_map.block_size[1 - axis]
+    lengths = (block_map.q_len, block_map.kv_len)
+    runs = block_map.rows if rows else block_map.columns
+    known = torch.ones(batch * heads * n, size, dtype=torch.bool, device=block_map.device)
+    line, position = runs.tiles(full=False)
+    known[line] = False
+    known[runs.lines()[runs.full]] = True
+    inside = torch.arange(n * size, device=known.device).view(n, size) < lengths[axis]
+    known |= ~inside.repeat(batch * heads, 1)
+
+    own, other = torch.arange(size, device=known.device), torch.arange(step, device=known.device)
+    # The ends of a tile's other side, and its diagonal: enough for most masks.
+    ends = other[[0, -1]].expand(size, 2)
+    samples = torch.cat((ends, (own * step // size)[:, None]), 1)
+    for places in (samples, other.expand(size, step)):
+        open_tiles = ~known[line].all(1)
+        line, position = line[open_tiles], position[open_tiles]
+        for some, at in zip(*(x.split(max(1, _PAIRS_AT_ONCE // places.numel())) for x in (line, position)), strict=True):
+            b, h = (some // n // heads)[:, None, None], (some // n % heads)[:, None, None]
+            mine = (some % n * size)[:, None, None] + own[:, None]
+            theirs = at[:, None, None] * step + places
+            mine, theirs = mine.clamp(max=lengths[axis] - 1), theirs.clamp(max=lengths[1 - axis] - 1)
+            q, kv = (mine, theirs) if rows else (theirs, mine)
+            bits = problem.visible(b, h, q, kv).expand(len(some), *places.shape).any(2)
+            # Tiles of one line may lie in one piece: add, since writes to one place would race.
+            known |= torch.zeros(known.shape, dtype=torch.int32, device=known.device).index_add_(0, some, bits.int()) > 0
+    return None if bool(known.all()) else known.view(batch, heads, n * size)[..., : lengths[axis]]

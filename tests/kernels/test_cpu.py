@@ -27,7 +27,7 @@ def assert_within_budget(case, got, lse_error=0.0):
             assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_results_are_within_the_error_budget_of_float64(cases, data):
     case = data.draw(cases())

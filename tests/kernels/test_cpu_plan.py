@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskflash.blocks.block_map import BlockMap
-from maskflash.kernels import cpu, cpu_plan
+from maskflash.kernels import cpu, cpu_plan, cpu_regular
 from maskflash.kernels.cpu_calls import Band, Bits, Causal, Intervals
 
 TILE = 128
@@ -163,3 +163,25 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
                     rows, columns = (pick.tokens() + block * len(call.rows) for pick in (call.rows, call.columns))
                     covered[b, h, rows[:, None], columns] += visible.int()
         assert torch.equal(covered, mask.int())
+
+
+def test_the_limit_on_kept_bits_is_for_all_heads_together(monkeypatch):
+    monkeypatch.setattr(cpu_plan, "_MAX_STORED_BITS", 50_000)
+    mask = torch.rand(3, 600, 600) < 0.2  # 45,000 bytes of bits a head
+    block_map = BlockMap.from_kinds(torch.ones(1, 3, 5, 5, dtype=torch.int8), 600, 600, (TILE, TILE))
+    plan = cpu.plan(block_map, lambda b, h, q, kv: mask[h, q, kv])
+    kept = [call.mask.packed for calls in plan.strips.values() for call in calls]
+    assert 40_000 < sum(bits.nbytes for bits in kept if bits is not None) <= 50_000
+
+
+def test_shared_masks_stay_within_their_limit(monkeypatch):
+    def heights(plan):
+        calls = plan.schedule("forward", torch.float32, 512).all_calls()
+        return [len(call.rows) for call in calls if isinstance(call.mask, Band)]
+
+    def prefix(q, kv):
+        return (q >= kv) | (kv < 600)
+
+    assert max(heights(plan_of(prefix, 3000))) > 64
+    monkeypatch.setattr(cpu_regular, "_MAX_BAND_BYTES", 100_000)
+    assert max(heights(plan_of(prefix, 3000))) <= 64

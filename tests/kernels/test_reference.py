@@ -46,7 +46,7 @@ def test_it_is_attention_by_the_definition(heads, kv_heads):
 
 
 def test_its_gradients_are_those_of_finite_differences():
-    q, k, v, mask = problem()
+    q, k, v, mask = problem(q_len=4, kv_len=6, heads=2, kv_heads=1)
     seen = mask.any(-1)
 
     def visible(q, k, v):
