@@ -31,6 +31,7 @@ from maskflash.kernels.triton_work import Work, seen, work
 _LOG2E: Final = 1.4426950408889634
 _NO_MASK: Final = parse("const=True:bool~()")  # delta looks at no pair
 _UNIT: Final = 8  # elements: strides that are multiples of it let the compiler load whole vectors
+_LARGEST_STEP: Final = 2**23  # elements from token to token
 
 
 @dataclass(slots=True, eq=False)
@@ -422,11 +423,16 @@ def _without_hidden(seen: Tensor | None, *tensors: Tensor) -> list[Tensor]:
 
 
 def _laid_out(*tensors: Tensor) -> tuple[int, list[Tensor]]:
-    """Tensors whose last dimension is dense, and the unit that all their other strides are multiples of."""
+    """Tensors as the kernels address them, and the unit that all their strides but the last are multiples of.
+
+    Their last dimension is dense, and offsets inside a tile (128 tokens at most) fit 32 bits.
+    """
     unit = _UNIT if all(x.shape[3] % _UNIT == 0 for x in tensors) else 1
-    return unit, [
-        x if x.stride(3) == 1 and all(step % unit == 0 for step in x.stride()[:3]) else x.contiguous() for x in tensors
-    ]
+
+    def fits(x: Tensor) -> bool:
+        return x.stride(3) == 1 and x.stride(2) < _LARGEST_STEP and all(step % unit == 0 for step in x.stride()[:3])
+
+    return unit, [x if fits(x) else x.contiguous() for x in tensors]
 
 
 def _strides(unit: int, *tensors: Tensor) -> list[int]:

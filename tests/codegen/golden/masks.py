@@ -1,0 +1,28 @@
+"""Masks whose kernels are kept as text beside this file. Their line numbers are in it: append, don't insert."""
+
+import torch
+
+import maskflash as mf
+
+SPANS = torch.tensor([64, 128, 256, 512], dtype=torch.int32)
+
+
+@mf.mask
+def packed(b, h, q, kv, *, doc):
+    """Causal attention within documents, their numbers given at each call."""
+    return q >= kv and doc[b, q] == doc[b, kv]
+
+
+@mf.mask
+def per_head(b, h, q, kv):
+    """A causal window of each head's own."""
+    return 0 <= q - kv < SPANS[h]
+
+
+MASKS = {
+    "causal": mf.causal(),
+    "packed": packed,
+    "sliding_window": mf.sliding_window(256),
+    "natten": mf.natten(32, 32, 7, 7),
+    "per_head": per_head,
+}
