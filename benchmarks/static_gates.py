@@ -211,7 +211,7 @@ def _specialisation(mask: str) -> Specialisation:
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.mask(_flashmask), dict.fromkeys(("lts", "lte", "uts", "ute"), columns)),
     }[mask]
-    traced, inputs = made.bound("static_gates", tables)
+    traced, inputs = made.bound("static_gates", tables, torch.device("cpu"))
     reads = traced.expr.reads
     return Specialisation(
         traced.expr,

@@ -164,7 +164,7 @@ class Attention:
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
         """The mask at the lengths of a call."""
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
-        traced, inputs = self.mask.bound("attention", mask_args)
+        traced, inputs = self.mask.bound("attention", mask_args, q.device)
         _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
         self._expressions.add(traced.expr.text)
         return Problem(
@@ -218,7 +218,7 @@ class Attention:
         problem = self.mask.problem(
             "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
         )
-        traced, _ = self.mask.bound("Attention.explain", mask_args)
+        traced, _ = self.mask.bound("Attention.explain", mask_args, device)
         why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
         return Explanation(self.mask.name, traced.names, problem, plans.find(problem, backend), backend, why)
 

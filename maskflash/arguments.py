@@ -48,7 +48,7 @@ def block_size(operation: str, value: Any) -> tuple[int, int]:
 
 
 def q_offset(operation: str, value: Any, batch: int) -> int | Tensor:
-    """An int, or an int64 tensor (batch,)."""
+    """An int, or an integer tensor (batch,)."""
     if not isinstance(value, Tensor):
         return integer(operation, "q_offset", value, low=None)
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
@@ -58,7 +58,7 @@ def q_offset(operation: str, value: Any, batch: int) -> int | Tensor:
             f"{operation}: q_offset has shape {tuple(value.shape)}, expected ({batch},), one for each batch row; "
             "pass an int where all rows share it"
         )
-    return value.to(torch.int64)
+    return value
 
 
 def int_table(operation: str, name: str, value: Any, dims: Sequence[int]) -> Tensor:

@@ -18,7 +18,7 @@ ORDER = {
         *("branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": ["block_map", "spans", "classify"],
-    "masks": ["mask", "presets"],
+    "masks": ["tables", "mask", "presets"],
     "kernels": [
         "reference",
         "cpu_costs",

@@ -10,7 +10,7 @@ from maskflash.testing import Shape
 
 def arguments(mask, q, k, v, **mask_args):
     """What the op takes for one call."""
-    traced, inputs = mask.bound("test", mask_args)
+    traced, inputs = mask.bound("test", mask_args, q.device)
     return (q, k, v, list(inputs.tables), list(inputs.params), 0, None, 0.25, traced.expr.text, [32, 32], "cpu")
 
 

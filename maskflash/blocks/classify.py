@@ -39,7 +39,7 @@ class Problem:
         batch: batch rows; the map has one where neither the mask nor the offset looks at them.
         heads: query heads; likewise.
         block_size: (bq, bkv) in tokens.
-        q_offset: added to row numbers, an int or an int64 tensor (batch,).
+        q_offset: added to row numbers, an int or an integer tensor (batch,).
         device: where the map is wanted.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -87,6 +88,7 @@ def _tidy(text: str) -> str:
 _NOTHING: Final = "#-"
 _NUMBER: Final = re.compile(r'(\w+): "(?:i|fp)\d+"')
 _MARK: Final = "NUMBERS"
+_INDENT: Final = 4 * " "
 
 
 def _unspecialised(text: str, pointers: Sequence[str]) -> str:
@@ -94,7 +96,7 @@ def _unspecialised(text: str, pointers: Sequence[str]) -> str:
     before, _, after = text.partition(_MARK)
     numbers = dict.fromkeys(_NUMBER.findall(after.partition("\n):")[0]))  # of the signature alone
     names = ", ".join(f'"{name}"' for name in (*numbers, *pointers))
-    return f"{before}[{names}]{after}"
+    return f"{before}[\n{textwrap.fill(names, 116, initial_indent=_INDENT, subsequent_indent=_INDENT)},\n]{after}"
 
 
 def template_folder() -> Path:

@@ -42,6 +42,9 @@ class Row:
     source: str = "static gate"
 
 
+_Numbers = tuple[int, int, int, int]
+
+
 def _rows() -> tuple[Row, ...]:
     rows = []
     for arch, table in _TABLE.items():
@@ -51,33 +54,55 @@ def _rows() -> tuple[Row, ...]:
 
 
 # (block_m, block_n, warps, stages) by head dim. dK/dV holds block_n keys and walks block_m queries.
-_TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, tuple[int, int, int, int]]]]] = {
+_FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
+    ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+_TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     80: {
-        ("forward", 16): {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
-        ("dkdv", 16): {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 1)},
-        ("dq", 16): {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
-        ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-        ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-        ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+        ("forward", 16): {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        **_FLOAT32,
+    },
+    86: {
+        ("forward", 16): {64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        **_FLOAT32,
     },
     90: {
+        ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        ("dkdv", 16): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
+        ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
+        **_FLOAT32,
+    },
+    100: {
         ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 4, 2)},
         ("dkdv", 16): {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
-        ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
-        ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+        **_FLOAT32,
     },
 }
-_TABLE[86] = _TABLE[80]
-_TABLE[100] = _TABLE[90]
 
 ROWS: Final = _rows()
 DELTA: Final = Tile(64, 64, 4, 1)  # bound by memory; any tile will do
 
 
-def choose(arch: int, pass_name: PassName, dtype: torch.dtype, head_dim: int, block_size: tuple[int, int]) -> Tile:
-    """The table's tile, shrunk to divide the block map's.
+# Bytes of shared memory that one program may ask for, by compute capability times ten.
+SHARED_LIMITS: Final = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+
+
+def choose(
+    arch: int,
+    pass_name: PassName,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+    shared_limit: int | None = None,
+) -> Tile:
+    """The table's tile, shrunk to divide the block map's and to fit the device's shared memory.
 
     Args:
         arch: compute capability times ten; the nearest family at or below it serves.
@@ -85,6 +110,7 @@ def choose(arch: int, pass_name: PassName, dtype: torch.dtype, head_dim: int, bl
         dtype: of q, k and v.
         head_dim: the power of two that holds D and DV.
         block_size: (bq, bkv) of the block map.
+        shared_limit: bytes that one program may have; None for what the family's devices have.
 
     Raises:
         BackendError: an architecture before Ampere, a dtype or head dim that no row serves, or a block size that is no
@@ -104,7 +130,29 @@ def choose(arch: int, pass_name: PassName, dtype: torch.dtype, head_dim: int, bl
     block_m, block_n = (
         _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
     )
-    return replace(tile, block_m=block_m, block_n=block_n)
+    tile = replace(tile, block_m=block_m, block_n=block_n)
+    limit = SHARED_LIMITS[families[-1]] if shared_limit is None else shared_limit
+    while shared_bytes(pass_name, tile, dtype.itemsize, head_dim) > limit:
+        smaller = shrunk(tile)
+        if smaller is None:
+            break  # an estimate from above: the launch will tell
+        tile = smaller
+    return tile
+
+
+def shared_bytes(pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
+    """An estimate, from above, of the shared memory of one program.
+
+    What it holds throughout, the stages of what it walks over, P and dS on their way to a product, and the mask's
+    look-ups.
+    """
+    own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
+    held = own if pass_name == "forward" else 2 * own
+    elements = (held + 2 * tile.stages * walked) * head_dim + tile.block_m * tile.block_n
+    return itemsize * elements + _MASK_BYTES
+
+
+_MASK_BYTES: Final = 4096
 
 
 def shrunk(tile: Tile) -> Tile | None:

@@ -137,7 +137,8 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
     for places in (samples, other.expand(size, step)):
         open_tiles = ~known[line].all(1)
         line, position = line[open_tiles], position[open_tiles]
-        for some, at in zip(*(x.split(max(1, _PAIRS_AT_ONCE // places.numel())) for x in (line, position)), strict=True):
+        pieces = (x.split(max(1, _PAIRS_AT_ONCE // places.numel())) for x in (line, position))
+        for some, at in zip(*pieces, strict=True):
             b, h = (some // n // heads)[:, None, None], (some // n % heads)[:, None, None]
             mine = (some % n * size)[:, None, None] + own[:, None]
             theirs = at[:, None, None] * step + places
@@ -145,5 +146,6 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
             q, kv = (mine, theirs) if rows else (theirs, mine)
             bits = problem.visible(b, h, q, kv).expand(len(some), *places.shape).any(2)
             # Tiles of one line may lie in one piece: add, since writes to one place would race.
-            known |= torch.zeros(known.shape, dtype=torch.int32, device=known.device).index_add_(0, some, bits.int()) > 0
+            counted = torch.zeros(known.shape, dtype=torch.int32, device=known.device).index_add_(0, some, bits.int())
+            known |= counted > 0
     return None if bool(known.all()) else known.view(batch, heads, n * size)[..., : lengths[axis]]

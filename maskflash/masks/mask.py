@@ -18,6 +18,8 @@ from maskflash.errors import ArgumentTypeError
 from maskflash.expr.combine import combine
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.trace import Traced, keyword_arguments, trace
+from maskflash.expr.tracer import Argument
+from maskflash.masks import tables
 
 _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
 
@@ -47,11 +49,16 @@ class Mask:
         """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds."""
         raise NotImplementedError
 
-    def bound(self, operation: str, given: dict[str, Any]) -> tuple[Traced, Inputs]:
-        """The expression and the run-time values of its slots, from the keyword arguments of a call."""
+    def bound(self, operation: str, given: dict[str, Any], device: torch.device) -> tuple[Traced, Inputs]:
+        """The expression, and its slots from a call's keyword arguments; captured tables on the call's device."""
         values = arguments.mask_args(operation, given, self.keywords, self.defaults)
         traced = self.traced(values)
-        return traced, traced.bind(values)
+        inputs = traced.bind(values)
+        held = zip(traced.tables, inputs.tables, strict=True)
+        return traced, Inputs(
+            inputs.params,
+            tuple(table if isinstance(slot, Argument) else tables.on(table, device) for slot, table in held),
+        )
 
     def dense(
         self,
@@ -157,11 +164,10 @@ class Mask:
             arguments.integer(operation, name, value) for name, value in {"batch": batch, "heads": heads}.items()
         )
         offset = arguments.q_offset(operation, q_offset, batch)
-        traced, inputs = self.bound(operation, mask_args)
-        tables = tuple(table.to(device) for table in inputs.tables)
+        traced, inputs = self.bound(operation, mask_args, device)
         return Problem(
             traced.expr,
-            Inputs(inputs.params, tables),
+            Inputs(inputs.params, tuple(table.to(device) for table in inputs.tables)),
             q_len,
             kv_len,
             batch,

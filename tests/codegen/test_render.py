@@ -96,7 +96,7 @@ def test_a_table_named_like_a_mark_changes_nothing():
     expr = trace(lambda b, h, q, kv: NUMBERS[q] < 3 + NUMBERS[kv]).expr
     text = render(Specialisation(expr, (TableKind(torch.float32, 1),)), "forward")
     assert "NUMBERS[q]" in text  # in the comment, as the user wrote it
-    assert 'do_not_specialize=["q_b", ' in text
+    assert 'do_not_specialize=[\n    "q_b", ' in text
 
 
 def test_what_a_template_misses_is_an_error(monkeypatch, tmp_path):

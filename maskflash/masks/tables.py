@@ -1,0 +1,24 @@
+"""Tensors that a mask has captured -> the same on the device of a call, copied once and again when written to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # table -> {device: (version, copy)}
+
+
+def on(table: Tensor, device: torch.device) -> Tensor:
+    """A captured table on a device; the same object for as long as the table stays as it is.
+
+    The copy goes when the table does. Tensors of inference mode have no version: they are copied at each call.
+    """
+    if table.device == device:
+        return table
+    if table.is_inference():
+        return table.to(device)
+    held: dict[torch.device, tuple[int, Tensor]] = _copies.setdefault(table, {})
+    if device not in held or held[device][0] != table._version:
+        held[device] = table._version, table.detach().to(device)
+    return held[device][1]

@@ -1,0 +1,32 @@
+"""A captured table follows the call to its device, and its copy is new exactly when the table has been written to."""
+
+import gc
+
+import torch
+
+from maskflash.masks import tables
+
+META = torch.device("meta")
+
+
+def test_a_table_is_copied_once_for_each_version():
+    table = torch.arange(5)
+    assert tables.on(table, table.device) is table
+    copy = tables.on(table, META)
+    assert (copy.device, copy.shape, copy.dtype) == (META, table.shape, table.dtype)
+    assert tables.on(table, META) is copy
+    table[0] = 7
+    assert tables.on(table, META) is not copy
+
+
+def test_an_equal_table_is_another():
+    assert tables.on(torch.arange(5), META) is not tables.on(torch.arange(5), META)
+
+
+def test_the_copy_goes_with_the_table():
+    table = torch.arange(5)
+    tables.on(table, META)
+    held = len(tables._copies)
+    del table
+    gc.collect()
+    assert len(tables._copies) == held - 1
