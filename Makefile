@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench figures clean
+.PHONY: help demo test lint format bench figures gpu clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -41,6 +41,15 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.attention --cpu --json benchmarks/results/cpu/attention.json $(ARGS)
 	$(BIN)/python -m benchmarks.analysis --json benchmarks/results/cpu/analysis.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
+
+# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network, about 8 minutes.
+GPU_PYTHON ?= python3
+GPU_RESULTS ?= benchmarks/results/gpu
+
+gpu:  ## on a GPU: the kernels' tests on the device, then the benchmark beside FlexAttention and SDPA
+	PYTHONPATH=. MASKFLASH_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -x tests/test_gpu.py tests/kernels/test_triton.py
+	PYTHONPATH=. $(GPU_PYTHON) -m maskflash doctor
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)/attention.json $(ARGS)
 
 clean:  ## remove caches and build results, keep .venv
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -121,9 +121,7 @@ def table_cases(quick: bool) -> list[Case]:
     for number, row in enumerate(ROWS):
         masks = [MASKS[number % len(MASKS)]] if quick else MASKS
         archs = SERVED[row.arch][:1] if quick else SERVED[row.arch]
-        cases += [
-            Case(arch, row.pass_name, mask, row.bits, row.head_dim, row.tile) for arch in archs for mask in masks
-        ]
+        cases += [Case(arch, row.pass_name, mask, row.bits, row.head_dim, row.tile) for arch in archs for mask in masks]
     for arch in (arch for family in SERVED.values() for arch in (family[:1] if quick else family)):
         cases += [Case(arch, "delta", "causal", bits, 256, DELTA) for bits in DTYPES]
     return cases
@@ -298,7 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n  ".join(json.dumps(row) for row in stored.pop("rows"))
-        options.json.write_text(f'{json.dumps(stored, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+        options.json.write_text(
+            f'{json.dumps(stored, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8"
+        )
     return 1 if failed else 0
 
 
@@ -315,7 +315,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"where to store (default, if all ran: {RESULTS})")
     options = parser.parse_args(argv)
-    whole = not any((options.quick, options.arch, options.passes, options.mask, options.bits, options.dim, options.tile))
+    whole = not any(
+        (options.quick, options.arch, options.passes, options.mask, options.bits, options.dim, options.tile)
+    )
     if whole and options.json is None:
         options.json = RESULTS
     return options

@@ -346,6 +346,20 @@ def test_a_comment_is_one_line_whatever_the_source_holds():
     assert text.pairs == ("# f (a.py:3): q >= kv import os", "x2 = q[:, None] >= kv[None, :]")
 
 
+def test_what_a_guard_excludes_is_neither_read_nor_divided_by():
+    """Both sides of `and` are computed, so a kernel must not leave a table, nor divide by zero (undefined in LLVM)."""
+    table = torch.ones(4)
+    text, _ = emitted(lambda b, h, q, kv: (q < 4 and table[q] > 0 and kv < 4 and table[kv] > 0) or (kv > 0 and q // kv > 1))
+    rows, columns = ([line for line in lines if "tl.load" in line] for lines in (text.rows, text.columns))
+    assert [re.search(r"mask=(.*), other=0", line)[1] for line in rows + columns] == [
+        f"({rows[0].split(' = ')[0]}_0 >= 0) & ({rows[0].split(' = ')[0]}_0 < t0_size0_32)",
+        "(kv < t0_size0_32)",  # a column is never negative
+    ]
+    (divisor,) = (line for line in text.pairs if "== 0, 1," in line)
+    assert re.fullmatch(r"(x\d+_d) = tl\.where\(kv\[None, :\] == 0, 1, kv\[None, :\]\)", divisor)
+    assert all("// kv" not in line and "% kv" not in line for line in text.pairs if not line.startswith("#"))
+
+
 def test_another_number_is_the_same_text():
     def window(n):
         return lambda b, h, q, kv: q - kv < n
