@@ -4,9 +4,11 @@ Every row is compiled for each of three masks. A row fails the gate when its ker
 float32: more than 600 bytes), misses the tensor cores it is meant for, or needs more shared memory than its devices
 have. Nothing here runs or times a kernel.
 
-    python -m benchmarks.static_gates                                            all rows, all masks
-    python -m benchmarks.static_gates --quick                                    each row once
-    python -m benchmarks.static_gates --arch 90 --pass dq --bits 16 --dim 128 --tile 128,64,8,2    a tile not in the table
+    python -m benchmarks.static_gates            all rows, all masks
+    python -m benchmarks.static_gates --quick    each row once
+    python -m benchmarks.static_gates --arch 90 --pass dq --bits 16 --dim 128 --tile 64,64,4,2
+
+The last tries a tile that is not in the table.
 """
 
 from __future__ import annotations
@@ -178,9 +180,10 @@ def measure(case: Case) -> Resources:
 
 
 def programs_at_once(arch: int, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
-    """How many programs fit a multiprocessor: the least of what registers, shared memory, warps and columns of tensor
-    memory (512) allow. Registers come by eights to a thread, and in four banks of 16,384; a program's shared memory
-    costs another KiB.
+    """How many programs fit a multiprocessor: the least of what its limits allow.
+
+    Registers come by eights to a thread, and in four banks of 16,384; a program's shared memory costs another KiB;
+    tensor memory has 512 columns.
     """
     processor = PROCESSORS[arch]
     by_registers = 4 * (16384 // (32 * -(-registers // 8) * 8)) // warps
@@ -252,7 +255,7 @@ def _tried(case: Case) -> tuple[Case, Resources | None, list[str]]:
 
 
 def _start(folder: str) -> None:
-    """A worker's surroundings: caches of its own run, and compiled kernels even where tests ask for interpreted ones."""
+    """A worker's surroundings: caches of this run alone, and kernels compiled even where tests interpret them."""
     os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
     os.environ[module_cache.VARIABLE] = os.path.join(folder, "maskflash")
     os.environ.pop("TRITON_INTERPRET", None)

@@ -158,6 +158,8 @@ class Attention:
         _check_tensors(q, k, v)
         if pass_name not in PASSES:
             raise ArgumentError(f"Attention.source: pass_name is {pass_name!r}, expected one of {', '.join(PASSES)}")
+        if q.is_meta:
+            raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
         problem = self._problem(q, k, q_offset, mask_args)
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 

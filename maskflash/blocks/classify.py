@@ -79,7 +79,7 @@ class Classified:
 
     Attributes:
         block_map: the map.
-        largest: a cap on the absolute values of the mask's 64-bit integers over all its pairs, before any wrapping.
+        largest: a cap on the mask's 64-bit integers over all its pairs, before any wrapping, and on its tables' sizes.
         by_bounds: tiles that bounds settled.
         by_samples: tiles that samples settled.
         by_elements: tiles that had to be evaluated.
@@ -104,7 +104,7 @@ def classify(problem: Problem) -> Classified:
     kinds = torch.full(problem.shape, SKIP, dtype=torch.int8, device=problem.device)
     ranges = RangeMinima()
     by_bounds = by_samples = 0
-    largest = 0.0
+    largest = float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
     for part in _parts(problem.shape):
         undecided, sure, cap = _bound(problem, ranges, kinds, part)
         largest = max(largest, cap)

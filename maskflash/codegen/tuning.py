@@ -105,7 +105,7 @@ def choose(
     """The table's tile, shrunk to divide the block map's and to fit the device's shared memory.
 
     Args:
-        arch: compute capability times ten; the nearest family at or below it serves.
+        arch: compute capability times ten; see the table's families.
         pass_name: which kernel.
         dtype: of q, k and v.
         head_dim: the power of two that holds D and DV.
@@ -116,10 +116,8 @@ def choose(
         BackendError: an architecture before Ampere, a dtype or head dim that no row serves, or a block size that is no
             multiple of 16.
     """
-    families = [family for family in sorted(_TABLE) if family <= arch]
-    if not families:
-        raise BackendError(f"the triton backend needs compute capability 8.0 or later, got {arch / 10}")
-    tiles = _TABLE[families[-1]].get((pass_name, 8 * dtype.itemsize), {})
+    family = _family(arch)
+    tiles = _TABLE[family].get((pass_name, 8 * dtype.itemsize), {})
     fitting = [dim for dim in sorted(tiles) if dim >= head_dim]
     if not fitting:
         kind = str(dtype).removeprefix("torch.")
@@ -131,8 +129,8 @@ def choose(
         _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
     )
     tile = replace(tile, block_m=block_m, block_n=block_n)
-    limit = SHARED_LIMITS[families[-1]] if shared_limit is None else shared_limit
-    while shared_bytes(pass_name, tile, dtype.itemsize, head_dim) > limit:
+    limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
+    while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim) > limit:
         smaller = shrunk(tile)
         if smaller is None:
             break  # an estimate from above: the launch will tell
@@ -140,16 +138,18 @@ def choose(
     return tile
 
 
-def shared_bytes(pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
+def shared_bytes(arch: int, pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
     """An estimate, from above, of the shared memory of one program.
 
-    What it holds throughout, the stages of what it walks over, P and dS on their way to a product, and the mask's
-    look-ups.
+    What it holds throughout, the buffers of the two tensors it walks over, P and dS on their way to a product, and the
+    mask's look-ups. Hopper's products read their buffers while the next are filled, so there every stage has one;
+    before, one less. Without a pipeline a tile that is used both ways round is there twice.
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
     held = own if pass_name == "forward" else 2 * own
-    elements = (held + 2 * tile.stages * walked) * head_dim + tile.block_m * tile.block_n
-    return itemsize * elements + _MASK_BYTES
+    buffers = 3 if tile.stages == 1 else 2 * (tile.stages if arch >= 90 else tile.stages - 1)
+    weights = (2 if pass_name == "dkdv" else 1) * tile.block_m * tile.block_n
+    return itemsize * ((held + buffers * walked) * head_dim + weights) + _MASK_BYTES
 
 
 _MASK_BYTES: Final = 4096
@@ -164,6 +164,17 @@ def shrunk(tile: Tile) -> Tile | None:
     if tile.block_n >= tile.block_m:
         return replace(tile, block_n=tile.block_n // 2)
     return replace(tile, block_m=tile.block_m // 2)
+
+
+def _family(arch: int) -> int:
+    """The family that serves an architecture: the nearest at or below it.
+
+    Consumer Blackwell (12.x) has the products and the shared memory of consumer Ampere, not of 10.0.
+    """
+    below = [family for family in sorted(_TABLE) if family <= arch]
+    if not below:
+        raise BackendError(f"the triton backend needs compute capability 8.0 or later, got {arch / 10}")
+    return 86 if arch >= 120 else below[-1]
 
 
 def _dividing(side: int, size: int) -> int:

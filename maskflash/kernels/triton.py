@@ -296,7 +296,8 @@ class _Call:
             self.plan._tiles[self._place(pass_name)] = best
 
     def _listed(self, pass_name: PassName) -> Tile:
-        return choose(_arch(self.q.device), pass_name, self.q.dtype, self._dims(), self.problem.block_size)
+        device, sizes = self.q.device, self.problem.block_size
+        return choose(_arch(device), pass_name, self.q.dtype, self._dims(), sizes, _shared_limit(device))
 
     def _dims(self) -> int:
         return max(_power_of_two(self.q.shape[3]), _power_of_two(self.v_dim))
@@ -333,7 +334,7 @@ class _Call:
         problem, dim = self.problem, self.q.shape[3]
         special = _specialisation(problem, self.plan.narrow, dim, self.v_dim)
         kernel = _kernel(special, pass_name)
-        offset = problem.q_offset
+        offset = problem.q_offset.contiguous() if isinstance(problem.q_offset, Tensor) else problem.q_offset
         own, step = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
         own_size, step_size = problem.block_size[::-1] if pass_name == "dkdv" else problem.block_size
         with _on(self.q.device):
@@ -470,6 +471,13 @@ def _arch(device: torch.device) -> int:
         return 80  # the interpreter: any family's tiles will do
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _shared_limit(device: torch.device) -> int | None:
+    """Bytes of shared memory that one program may ask for; None for what the architecture has."""
+    if device.type != "cuda":
+        return None
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

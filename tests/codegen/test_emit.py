@@ -349,7 +349,9 @@ def test_a_comment_is_one_line_whatever_the_source_holds():
 def test_what_a_guard_excludes_is_neither_read_nor_divided_by():
     """Both sides of `and` are computed, so a kernel must not leave a table, nor divide by zero (undefined in LLVM)."""
     table = torch.ones(4)
-    text, _ = emitted(lambda b, h, q, kv: (q < 4 and table[q] > 0 and kv < 4 and table[kv] > 0) or (kv > 0 and q // kv > 1))
+    text, _ = emitted(
+        lambda b, h, q, kv: (q < 4 and table[q] > 0 and kv < 4 and table[kv] > 0) or (kv > 0 and q // kv > 1)
+    )
     rows, columns = ([line for line in lines if "tl.load" in line] for lines in (text.rows, text.columns))
     assert [re.search(r"mask=(.*), other=0", line)[1] for line in rows + columns] == [
         f"({rows[0].split(' = ')[0]}_0 >= 0) & ({rows[0].split(' = ')[0]}_0 < t0_size0_32)",
@@ -358,6 +360,15 @@ def test_what_a_guard_excludes_is_neither_read_nor_divided_by():
     (divisor,) = (line for line in text.pairs if "== 0, 1," in line)
     assert re.fullmatch(r"(x\d+_d) = tl\.where\(kv\[None, :\] == 0, 1, kv\[None, :\]\)", divisor)
     assert all("// kv" not in line and "% kv" not in line for line in text.pairs if not line.startswith("#"))
+
+
+@pytest.mark.parametrize(("narrow", "bits"), [(True, 32), (False, 64)])
+def test_a_shift_stays_below_the_bits_there_are(narrow, bits):
+    """Beyond them it is undefined in LLVM, though numpy knows an answer."""
+    text, _ = emitted(lambda b, h, q, kv: q << kv > q >> kv, narrow=narrow)
+    shifts = [line for line in text.pairs if not line.startswith("#") and ("<<" in line or ">>" in line)]
+    assert len(shifts) == 2
+    assert all(f"(kv[None, :] < {bits})" in line and f"(kv[None, :] & {bits - 1})" in line for line in shifts)
 
 
 def test_another_number_is_the_same_text():
@@ -450,19 +461,27 @@ F, U, M, H = torch.ones(16), torch.ones(16, dtype=torch.uint8), torch.ones(16, d
 """
 
 
-def test_products_are_rounded_before_they_are_summed(tmp_path):
-    """ptxas and LLVM fuse a product into a sum wherever they see one; torch rounds in between."""
+def test_real_numbers_are_computed_by_the_instructions_that_torch_means(tmp_path):
+    """What the interpreter's numpy does by itself, and a GPU only if told to."""
     out = compile_in_a_process(
         """
-        print("FUSED", compiled(lambda b, h, q, kv: F[q] * F[kv] + F[b] < 0))
+        print("PRODUCT", compiled(lambda b, h, q, kv: F[q] * F[kv] + F[b] < 0))
+        print("SMALLER", compiled(lambda b, h, q, kv: torch.minimum(F[q], F[kv]) < 0))
+        print("BYTE", compiled(lambda b, h, q, kv: F[q].to(torch.uint8) < 3))
+        print("RATIO", compiled(lambda b, h, q, kv: torch.sqrt(F[q] / F[kv]) < 3))
         """,
         tmp_path,
     )
-    body = out.split("FUSED")[1]
-    products, sums = (re.findall(rf"\b{name}\.(?:rn\.)?f32\b.*", body) for name in ("(?:mul|fma)", "add"))
+    product, smaller, byte, ratio = re.split("PRODUCT|SMALLER|BYTE|RATIO", out)[1:]
+    # LLVM and ptxas fuse a product into a sum wherever they see one; torch rounds in between.
+    products, sums = (re.findall(rf"\b{name}\.(?:rn\.)?f32\b.*", product) for name in ("(?:mul|fma)", "add"))
     assert products
     assert len(products) == len(sums)
     assert all(line.startswith("fma") and line.endswith(", 0f00000000;") for line in products)
+    assert "min.NaN.f32" in smaller
+    assert "cvt.rzi.s64.f32" in byte  # straight to unsigned, negative numbers would become 0
+    assert "div.rn.f32" in ratio
+    assert "sqrt.rn.f32" in ratio
 
 
 def test_every_kind_of_statement_compiles_for_a_gpu(tmp_path):
