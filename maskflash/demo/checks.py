@@ -69,16 +69,22 @@ def check_block_map(block_map: mf.BlockMap, mask: Tensor) -> Check:
 
 
 def _add_dense_head(into: tuple[Tensor, ...], work: Workload, mask: Tensor, head: int, dtype: torch.dtype) -> None:
-    """Add one head's dense out, lse, dq, dk and dv, computed in `dtype` a band of rows at a time."""
+    """Add one head's dense out, lse, dq, dk and dv, computed in `dtype` a band of rows at a time.
+
+    Columns before the first and after the last that a band sees are left out: they add exactly nothing.
+    """
     one = slice(head, head + 1)
-    k, v = (t[:, one].detach().to(dtype).requires_grad_() for t in (work.k, work.v))
     for rows in _bands(work.q.shape[2]):
+        seen = mask[0, 0, rows].any(0).nonzero()
+        columns = slice(int(seen.min()), int(seen.max()) + 1) if len(seen) else slice(0, 0)
         q = work.q[:, one, rows].detach().to(dtype).requires_grad_()
-        out, lse = reference(q, k, v, mask[:, :, rows], SCALE)
+        k, v = (t[:, one, columns].detach().to(dtype).requires_grad_() for t in (work.k, work.v))
+        out, lse = reference(q, k, v, mask[:, :, rows, columns], SCALE)
         arriving = work.dout[:, one, rows].to(out.dtype), work.dlse[:, one, rows].to(lse.dtype)
         dq, dk, dv = torch.autograd.grad((out, lse), (q, k, v), arriving)
-        for whole, part, place in zip(into, (out, lse, dq, dk, dv), (rows, rows, rows, ..., ...), strict=True):
-            whole[:, head][:, place] += part[:, 0].detach()  # type: ignore[index]  # `...` is an index too
+        places = (rows, rows, rows, columns, columns)
+        for whole, part, place in zip(into, (out, lse, dq, dk, dv), places, strict=True):
+            whole[:, head, place] += part[:, 0].detach()
 
 
 def _bands(length: int) -> Iterator[slice]:
