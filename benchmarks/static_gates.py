@@ -212,11 +212,11 @@ def _specialisation(mask: str) -> Specialisation:
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.mask(_flashmask), dict.fromkeys(("lts", "lte", "uts", "ute"), columns)),
     }[mask]
-    traced, inputs = made.bound("static_gates", tables, torch.device("cpu"))
-    reads = traced.expr.reads
+    problem = made.problem("static_gates", 8, 8, 1, 1, (BLOCK, BLOCK), 0, torch.device("cpu"), tables)
+    reads = problem.expr.reads
     return Specialisation(
-        traced.expr,
-        tuple(table_kind(table) for table in inputs.tables),
+        problem.expr,
+        tuple(table_kind(table) for table in problem.inputs.tables),
         map_batch="b" in reads,
         map_heads="h" in reads,
     )

@@ -16,6 +16,7 @@ from maskflash.errors import (
 )
 from maskflash.explain import Explanation
 from maskflash.masks import presets
+from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask, mask
 from maskflash.masks.presets import (
     causal,
@@ -37,6 +38,7 @@ __all__ = [
     "Attention",
     "BackendError",
     "BlockMap",
+    "ColumnIntervals",
     "Explanation",
     "Mask",
     "MaskIndexError",

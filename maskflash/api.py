@@ -11,13 +11,14 @@ from torch import Tensor
 
 from maskflash import arguments, op, plans
 from maskflash.arguments import BlockSize
-from maskflash.blocks.classify import Problem, classify
+from maskflash.blocks.classify import classify
+from maskflash.blocks.problem import Problem
 from maskflash.codegen.render import PASSES, PassName
 from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
 from maskflash.explain import Explanation
 from maskflash.kernels import triton
-from maskflash.masks.mask import Mask, mask
+from maskflash.masks.mask import Call, Mask, mask
 from maskflash.masks.presets import full
 
 MaskLike = Mask | Callable[..., Any]
@@ -166,7 +167,8 @@ class Attention:
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
         """The mask at the lengths of a call."""
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
-        traced, inputs = self.mask.bound("attention", mask_args, q.device)
+        call = Call("attention", q.shape[2], k.shape[2], q.shape[0], q.shape[1], offset, q.device)
+        traced, inputs = self.mask.bound(call, mask_args)
         _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
         self._expressions.add(traced.expr.text)
         return Problem(
@@ -179,6 +181,7 @@ class Attention:
             self.block_size,
             offset,
             q.device,
+            traced.names,
         )
 
     def explain(
@@ -220,9 +223,8 @@ class Attention:
         problem = self.mask.problem(
             "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
         )
-        traced, _ = self.mask.bound("Attention.explain", mask_args, device)
         why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
-        return Explanation(self.mask.name, traced.names, problem, plans.find(problem, backend), backend, why)
+        return Explanation(self.mask.name, problem, plans.find(problem, backend), backend, why)
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""

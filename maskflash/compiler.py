@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from maskflash.blocks.classify import Classified, Problem, classify
+from maskflash.blocks.classify import Classified, classify
+from maskflash.blocks.problem import Problem
 from maskflash.kernels import cpu, triton
 
 Backend = Literal["cpu", "triton"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from maskflash.blocks.classify import Problem
+from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis
 from maskflash.expr.nodes import format_expr
 from maskflash.kernels import cpu, triton
@@ -18,7 +18,6 @@ class Explanation:
     """What became of a mask at given lengths: str() for people, to_dict() for tools."""
 
     mask: str
-    tables: tuple[str, ...]
     problem: Problem
     analysis: Analysis
     backend: str
@@ -29,9 +28,11 @@ class Explanation:
         problem, classified = self.problem, self.analysis.classified
         return {
             "mask": self.mask,
-            "visible": format_expr(problem.expr, problem.inputs.params, self.tables),
+            "visible": format_expr(problem.expr, problem.inputs.params, problem.names),
             "reads": [name for name in ("b", "h", "q", "kv") if name in problem.expr.reads],
-            "tables": {name: list(table.shape) for name, table in zip(self.tables, problem.inputs.tables, strict=True)},
+            "tables": {
+                name: list(table.shape) for name, table in zip(problem.names, problem.inputs.tables, strict=True)
+            },
             "q_len": problem.q_len,
             "kv_len": problem.kv_len,
             "block_size": list(problem.block_size),

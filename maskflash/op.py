@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskflash import plans
-from maskflash.blocks.classify import Problem
+from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr, parse

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.blocks.classify import Problem
+from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first

@@ -17,8 +17,8 @@ ORDER = {
         *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "paths", "tracer", "symbols"),
         *("branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
-    "blocks": ["block_map", "spans", "classify"],
-    "masks": ["tables", "mask", "presets"],
+    "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify"],
+    "masks": ["tables", "mask", "columns", "presets"],
     "kernels": [
         "reference",
         "cpu_costs",

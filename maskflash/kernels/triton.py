@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.classify import Classified, Problem
+from maskflash.blocks.classify import Classified
+from maskflash.blocks.problem import Problem
 from maskflash.codegen import module_cache, tuned
 from maskflash.codegen.render import PassName, Specialisation, render, table_kind
 from maskflash.codegen.tuning import DELTA, Tile, choose, shrunk

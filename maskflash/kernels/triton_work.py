@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap, Runs
-from maskflash.blocks.classify import Problem
+from maskflash.blocks.problem import Problem
 
 _PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from maskflash import arguments
 from maskflash.arguments import BlockSize
 from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.classify import Problem, classify
+from maskflash.blocks.classify import classify
+from maskflash.blocks.problem import Problem
 from maskflash.errors import ArgumentTypeError
 from maskflash.expr.combine import combine
 from maskflash.expr.evaluate import Inputs
@@ -22,6 +24,29 @@ from maskflash.expr.tracer import Argument
 from maskflash.masks import tables
 
 _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a mask may know of the call it serves, already checked.
+
+    Attributes:
+        operation: what messages call it.
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        batch: batch rows.
+        heads: query heads.
+        q_offset: added to row numbers, an int or an integer tensor (batch,).
+        device: where it runs.
+    """
+
+    operation: str
+    q_len: int
+    kv_len: int
+    batch: int
+    heads: int
+    q_offset: int | Tensor
+    device: torch.device
 
 
 class Mask:
@@ -34,12 +59,16 @@ class Mask:
         name: what messages call it.
         keywords: names of the arguments it takes at run time.
         defaults: values of those that may be left out.
+        implied_names: arguments that follow from a call, by names that nobody can pass.
     """
 
-    def __init__(self, name: str, keywords: tuple[str, ...], defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, keywords: tuple[str, ...], defaults: dict[str, Any], implied_names: tuple[str, ...] = ()
+    ) -> None:
         self.name = name
         self.keywords = keywords
         self.defaults = defaults
+        self.implied_names = implied_names
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible, for numbers, tensors or the symbols of a trace."""
@@ -49,15 +78,23 @@ class Mask:
         """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds."""
         raise NotImplementedError
 
-    def bound(self, operation: str, given: dict[str, Any], device: torch.device) -> tuple[Traced, Inputs]:
+    def implied(self, call: Call) -> dict[str, int]:
+        """The values of `implied_names` in a call.
+
+        Raises:
+            ArgumentError: the mask has sizes of its own, and the call doesn't fit them.
+        """
+        return {}
+
+    def bound(self, call: Call, given: dict[str, Any]) -> tuple[Traced, Inputs]:
         """The expression, and its slots from a call's keyword arguments; captured tables on the call's device."""
-        values = arguments.mask_args(operation, given, self.keywords, self.defaults)
+        values = arguments.mask_args(call.operation, given, self.keywords, self.defaults) | self.implied(call)
         traced = self.traced(values)
         inputs = traced.bind(values)
         held = zip(traced.tables, inputs.tables, strict=True)
         return traced, Inputs(
             inputs.params,
-            tuple(table if isinstance(slot, Argument) else tables.on(table, device) for slot, table in held),
+            tuple(table if isinstance(slot, Argument) else tables.on(table, call.device) for slot, table in held),
         )
 
     def dense(
@@ -164,7 +201,8 @@ class Mask:
             arguments.integer(operation, name, value) for name, value in {"batch": batch, "heads": heads}.items()
         )
         offset = arguments.q_offset(operation, q_offset, batch)
-        traced, inputs = self.bound(operation, mask_args, device)
+        call = Call(operation, q_len, kv_len, batch, heads, offset, device)
+        traced, inputs = self.bound(call, mask_args)
         return Problem(
             traced.expr,
             Inputs(inputs.params, tuple(table.to(device) for table in inputs.tables)),
@@ -175,6 +213,7 @@ class Mask:
             block_size,
             offset.to(device) if isinstance(offset, Tensor) else offset,
             device,
+            traced.names,
         )
 
     def __and__(self, other: Mask) -> Mask:
@@ -209,7 +248,7 @@ class Predicate(Mask):
         super().__init__(name, keywords, defaults)
         functools.update_wrapper(self, function, updated=())
         self.function = function
-        self._traces = _Traces()
+        self._traces = Traces()
         if not keywords:
             self.traced({})
 
@@ -231,7 +270,7 @@ class Combination(Mask):
     def __init__(self, op: str, *parts: Mask) -> None:
         self.op = op
         self.parts = parts
-        self._traces = _Traces()
+        self._traces = Traces()
         names = [f"({part})" if isinstance(part, Combination) and part.op != "not" else f"{part}" for part in parts]
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
@@ -239,7 +278,9 @@ class Combination(Mask):
             for name, value in part.defaults.items():
                 if all(name not in other.keywords or name in other.defaults for other in parts):
                     defaults.setdefault(name, value)
-        super().__init__(f"~{names[0]}" if op == "not" else f" {_SYMBOLS[op]} ".join(names), keywords, defaults)
+        name = f"~{names[0]}" if op == "not" else f" {_SYMBOLS[op]} ".join(names)
+        implied = tuple(dict.fromkeys(name for part in parts for name in part.implied_names))
+        super().__init__(name, keywords, defaults, implied)
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The parts' answers, joined."""
@@ -252,6 +293,10 @@ class Combination(Mask):
             case "bitor":
                 return x | others[0]
         return x ^ others[0]
+
+    def implied(self, call: Call) -> dict[str, int]:
+        """What any part's call implies."""
+        return {name: value for part in self.parts for name, value in part.implied(call).items()}
 
     def traced(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
@@ -290,7 +335,7 @@ def mask(function: Callable[..., Any] | Mask) -> Mask:
     return function if isinstance(function, Mask) else Predicate(function)
 
 
-class _Traces:
+class Traces:
     """Traces of one mask by the kinds of its arguments, and by the value of those a trace depends on."""
 
     def __init__(self) -> None:
@@ -298,6 +343,7 @@ class _Traces:
         self._specialised: dict[object, frozenset[str]] = {}
 
     def get(self, mask_args: dict[str, Any], make: Callable[[], Traced]) -> Traced:
+        """The trace for arguments like these, made now or found."""
         kinds = tuple(map(_kind, mask_args.values()))
         traced = self._traces.get(self._key(kinds, mask_args))
         if traced is None:
@@ -323,4 +369,4 @@ def _value(value: Any) -> object:
 
 def _own(part: Mask, mask_args: dict[str, Any]) -> dict[str, Any]:
     """The arguments that one of the joined masks takes."""
-    return {name: mask_args[name] for name in part.keywords if name in mask_args}
+    return {name: mask_args[name] for name in (*part.keywords, *part.implied_names) if name in mask_args}

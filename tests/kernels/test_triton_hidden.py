@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.blocks.classify import Problem, classify
+from maskflash.blocks.classify import classify
 from maskflash.kernels.triton_work import seen
 from maskflash.testing import Shape, masks
 
@@ -15,8 +15,7 @@ from maskflash.testing import Shape, masks
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (16, 32), (32, 16)]))
 def test_seen_is_brute_force_over_visited_tiles(mask, q_len, kv_len, block_size):
     dense = mask.dense(q_len, kv_len, batch=2, heads=4)
-    traced, inputs = mask.bound("test", {}, torch.device("cpu"))
-    problem = Problem(traced.expr, inputs, q_len, kv_len, 2, 4, block_size)
+    problem = mask.problem("test", q_len, kv_len, 2, 4, block_size, 0, torch.device("cpu"), {})
     block_map = classify(problem).block_map
     visited = (block_map.kinds() != 0).repeat_interleave(block_size[0], 2).repeat_interleave(block_size[1], 3)
     visited = visited[:, :, :q_len, :kv_len]

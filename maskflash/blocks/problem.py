@@ -1,0 +1,63 @@
+"""A mask expression, the values of its slots and the lengths of a call: the question that analysis answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from maskflash.expr.evaluate import Inputs, evaluate
+from maskflash.expr.nodes import Expr
+
+_CPU: Final = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """What is to be classified.
+
+    Attributes:
+        expr: the mask.
+        inputs: values of its params and tables, all on `device`.
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        batch: batch rows; the map has one where neither the mask nor the offset looks at them.
+        heads: query heads; likewise.
+        block_size: (bq, bkv) in tokens.
+        q_offset: added to row numbers, an int or an integer tensor (batch,).
+        device: where the map is wanted.
+        names: what the user calls each table, for people.
+    """
+
+    expr: Expr
+    inputs: Inputs
+    q_len: int
+    kv_len: int
+    batch: int = 1
+    heads: int = 1
+    block_size: tuple[int, int] = (128, 128)
+    q_offset: int | Tensor = 0
+    device: torch.device = _CPU
+    names: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, nQ, nKV) of the map."""
+        per_row = isinstance(self.q_offset, Tensor)
+        return (
+            self.batch if per_row or "b" in self.expr.reads else 1,
+            self.heads if "h" in self.expr.reads else 1,
+            math.ceil(self.q_len / self.block_size[0]),
+            math.ceil(self.kv_len / self.block_size[1]),
+        )
+
+    def visible(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""
+        return evaluate(self.expr, self.inputs, {"b": b, "h": h, "q": q + self.offset_of(b), "kv": kv})
+
+    def offset_of(self, b: Tensor) -> int | Tensor:
+        """The offset of each batch row in b."""
+        return self.q_offset[b] if isinstance(self.q_offset, Tensor) else self.q_offset

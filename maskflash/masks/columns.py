@@ -1,0 +1,235 @@
+"""FlashMask's column vectors -> a mask: for every key, the rows that do not see it, as at most two intervals.
+
+    hidden(i, j)  =  lts[j] <= i < lte[j]   or   uts[j] <= i < ute[j]   or, with causal, i < j - (kv_len - q_len)
+
+i is a row of the query tensor, j a column. A missing lte means to the end, a missing uts from the start.
+Source: Wang et al., FlashMask: Efficient and Rich Mask Extension of FlashAttention, 2024 (arXiv 2410.01359).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.expr.trace import Traced, trace
+from maskflash.masks.mask import Call, Mask, Traces
+
+_SHIFT: Final = "kv_len - q_len"  # of an argument that the call implies: no identifier, so nobody can pass it
+_VECTORS: Final = ("lts", "lte", "uts", "ute")
+_LAYOUTS: Final[dict[tuple[bool, int], tuple[str, ...]]] = {
+    (True, 1): ("lts",),
+    (True, 2): ("lts", "lte"),
+    (True, 4): _VECTORS,
+    (False, 2): ("lts", "ute"),
+    (False, 4): _VECTORS,
+}
+
+
+class ColumnIntervals(Mask):
+    """FlashMask's vectors as a mask: it combines with & | ^ ~, is pickled, and can be moved with `to`.
+
+        visible = not (lts <= q < lte or uts <= q < ute) and (q >= kv - (kv_len - q_len) if causal)
+
+        ■ · · · · ·    lts=[3, 3, 3, 6, 6, 6], causal: two documents of three tokens
+        ■ ■ · · · ·
+        ■ ■ ■ · · ·
+        · · · ■ · ·
+        · · · ■ ■ ·
+        · · · ■ ■ ■
+
+    Rows are the query tensor's own, so it takes no q_offset. Intervals are sets of rows: ends beyond the rows are
+    clipped, an empty one (start >= end) hides nothing, and two may overlap.
+
+    Attributes:
+        lts: (kv_len,), (B, kv_len) or (B, Hm, kv_len) int32, first row of the lower interval. B or Hm of 1 serves all;
+            otherwise Hm divides the query heads, and query head h reads mask head h // (heads / Hm).
+        lte: likewise, one past its last row; None for the last row of all.
+        uts: likewise, first row of the upper interval; None for the first row of all.
+        ute: likewise, one past its last row; None where there is no upper interval.
+        causal: also hide, aligned to the bottom right, what lies after each row.
+
+    Raises:
+        ArgumentTypeError: something that holds no integers.
+        ArgumentError: shapes or devices that differ, a number beyond 32 bits, uts without ute.
+
+    Example:
+        >>> ColumnIntervals(torch.tensor([2, 2, 4, 4]), causal=True).dense(4, 4)[0, 0].int()
+        tensor([[1, 0, 0, 0],
+                [1, 1, 0, 0],
+                [0, 0, 1, 0],
+                [0, 0, 1, 1]], dtype=torch.int32)
+    """
+
+    def __init__(
+        self,
+        lts: Tensor,
+        lte: Tensor | None = None,
+        uts: Tensor | None = None,
+        ute: Tensor | None = None,
+        causal: bool = False,
+    ) -> None:
+        given = {name: x for name, x in zip(_VECTORS, (lts, lte, uts, ute), strict=True) if x is not None}
+        if "lts" not in given:
+            raise ArgumentError("ColumnIntervals: lts is None; where nothing is hidden below, pass the number of rows")
+        if uts is not None and ute is None:
+            raise ArgumentError("ColumnIntervals: got uts without ute; pass where the upper interval ends")
+        vectors = {name: _checked(name, x) for name, x in given.items()}
+        first = vectors["lts"]
+        for name, x in vectors.items():
+            if x.shape != first.shape:
+                raise ArgumentError(
+                    f"ColumnIntervals: {name} has shape {_shape(given[name])}, expected that of lts, {_shape(lts)}"
+                )
+            if x.device != first.device:
+                raise ArgumentError(f"ColumnIntervals: {name} is on {x.device}, expected {first.device} as lts is")
+        heads = first.shape[1]
+        implied = (*((_SHIFT,) if causal else ()), *((_group(heads),) if heads > 1 else ()))
+        super().__init__(f"ColumnIntervals({', '.join(vectors)}{', causal' if causal else ''})", (), {}, implied)
+        self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
+        self.causal = bool(causal)
+        self._predicate = _predicate(self.lts, self.lte, self.uts, self.ute, self.causal)
+        self._traces = Traces()
+
+    @staticmethod
+    def from_flashmask(startend_row_indices: Tensor, causal: bool) -> ColumnIntervals:
+        """The mask of what `flashmask_attention` takes; the vectors stay views of it.
+
+        Args:
+            startend_row_indices: (B, Hm, kv_len, n) int32, the vectors side by side:
+                causal: 1 (LTS), 2 (LTS, LTE) or 4 (LTS, LTE, UTS, UTE); else 2 (LTS, UTE) or 4.
+            causal: whether what lies after a row is hidden besides.
+
+        Raises:
+            ArgumentTypeError: it holds no integers.
+            ArgumentError: its shape, or n with this `causal`, means nothing.
+        """
+        name = "startend_row_indices"
+        table = arguments.int_table("from_flashmask", name, startend_row_indices, (4,))
+        n = table.shape[3]
+        if (causal, n) not in _LAYOUTS:
+            known = "; ".join(f"{len(v)} for {', '.join(v).upper()}" for (c, _), v in _LAYOUTS.items() if c == causal)
+            raise ArgumentError(
+                f"from_flashmask: {name} has {n} vectors in its last dimension with causal={causal}, expected {known}"
+            )
+        return ColumnIntervals(**dict(zip(_LAYOUTS[causal, n], table.unbind(3), strict=True)), causal=causal)
+
+    @property
+    def startend_row_indices(self) -> Tensor:
+        """(B, Hm, kv_len, n) int32, what FlashMask takes, in the fewest vectors that say it; a copy."""
+        held = self.vectors()
+        for (causal, _), names in _LAYOUTS.items():
+            if causal == self.causal and set(held) <= set(names):
+                return torch.stack([held[name] if name in held else self._default(name) for name in names], dim=3)
+        raise AssertionError("four vectors hold any of them")
+
+    def vectors(self) -> dict[str, Tensor]:
+        """The vectors there are, by name: (B, Hm, kv_len) int32 each."""
+        named = zip(_VECTORS, (self.lts, self.lte, self.uts, self.ute), strict=True)
+        return {name: x for name, x in named if x is not None}
+
+    def to(self, device: torch.device | str) -> ColumnIntervals:
+        """The same mask with its vectors on a device; itself if they are there."""
+        moved = {name: x.to(device) for name, x in self.vectors().items()}
+        return self if moved["lts"] is self.lts else ColumnIntervals(**moved, causal=self.causal)
+
+    def implied(self, call: Call) -> dict[str, int]:
+        """How rows align with columns, and query heads with those of the vectors."""
+        batch, heads, kv_len = self.lts.shape
+        if isinstance(call.q_offset, Tensor) or call.q_offset != 0:
+            raise ArgumentError(
+                f"{call.operation}: q_offset is {_short(call.q_offset)}, expected 0: column intervals count the rows "
+                "of the query tensor itself; shift the vectors instead, or use to_flashmask(..., q_offset=...)"
+            )
+        if call.kv_len != kv_len:
+            raise ArgumentError(
+                f"{call.operation}: kv_len is {call.kv_len}, expected {kv_len}, a column for each entry of the vectors"
+            )
+        if batch not in (1, call.batch):
+            raise ArgumentError(
+                f"{call.operation}: batch is {call.batch}, expected {batch} as in the vectors; a batch of 1 serves all"
+            )
+        if heads not in (0, 1) and call.heads % heads:
+            raise ArgumentError(
+                f"{call.operation}: {call.heads} query heads, expected a multiple of the vectors' {heads}"
+            )
+        implied = {_SHIFT: call.kv_len - call.q_len} if self.causal else {}
+        return implied if heads <= 1 else {**implied, _group(heads): call.heads // heads}
+
+    def traced(self, mask_args: dict[str, Any]) -> Traced:
+        """The comparisons with the vectors; traced once for each number of query heads to one of the vectors."""
+        return self._traces.get(mask_args, lambda: trace(self._predicate, mask_args))
+
+    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
+        """Whether the pair is visible; what the call implies must be known."""
+        if any(name not in mask_args for name in self.implied_names):
+            raise ArgumentTypeError(
+                "ColumnIntervals: a predicate can't call it, since it depends on the call's lengths and heads; "
+                "combine the masks with & | ^ ~ instead"
+            )
+        return self._predicate(b, h, q, kv, **mask_args)
+
+    def _default(self, name: str) -> Tensor:
+        """A vector that changes nothing: an lte after all rows; otherwise an upper interval that is empty."""
+        return torch.full_like(self.lts, torch.iinfo(torch.int32).max if name == "lte" else 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ColumnIntervals, (self.lts, self.lte, self.uts, self.ute, self.causal)
+
+
+def _predicate(
+    lts: Tensor, lte: Tensor | None, uts: Tensor | None, ute: Tensor | None, causal: bool
+) -> Callable[..., Any]:
+    """`visible` over vectors (B, Hm, kv_len); batch rows and heads are looked at only where there are several."""
+    batch, heads, _ = lts.shape
+
+    def visible(b: Any, h: Any, q: Any, kv: Any, **implied: Any) -> Any:
+        row = b if batch > 1 else 0
+        head = h // implied[_group(heads)] if heads > 1 else 0
+        hidden = q >= lts[row, head, kv]
+        if lte is not None:
+            hidden = hidden & (q < lte[row, head, kv])
+        if ute is not None:
+            above = q < ute[row, head, kv]
+            if uts is not None:
+                above = (q >= uts[row, head, kv]) & above
+            hidden = hidden | above
+        if causal:
+            hidden = hidden | (q + implied[_SHIFT] < kv)
+        return not hidden
+
+    return visible
+
+
+def _group(heads: int) -> str:
+    return f"query heads / {heads}"
+
+
+def _checked(name: str, value: Any) -> Tensor:
+    """A vector as (B, Hm, kv_len) int32; the tensor itself, or a view of it, wherever its dtype allows."""
+    table = arguments.int_table("ColumnIntervals", name, value, (1, 2, 3))
+    if table.dtype != torch.int32:
+        limits = torch.iinfo(torch.int32)
+        beyond = (table < limits.min) | (table > limits.max)
+        if beyond.any():
+            wrong = beyond.nonzero()
+            place = tuple(wrong[wrong[:, -1].argmin()].tolist())
+            raise ArgumentError(
+                f"ColumnIntervals: {name} is {int(table[place])} at column {place[-1]}, expected a 32-bit row number; "
+                "clamp it to the number of rows"
+            )
+        table = table.int()
+    missing = 3 - table.ndim
+    return table[None, None] if missing == 2 else table[:, None] if missing else table
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(torch.as_tensor(value).shape)
+
+
+def _short(value: int | Tensor) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)
