@@ -56,7 +56,7 @@ def _time(tokens: int, pairs: int, seed: int) -> Row:
     """The same predicate for both; ours is traced anew each time."""
     predicate = workloads.document_predicate(workloads.document_ids(tokens, seed))
     theirs = partial(create_block_mask, predicate, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=workloads.TILE)
-    _assert_equal(mf.mask(predicate).block_map(tokens, tokens), theirs())
+    assert_equal(mf.mask(predicate).block_map(tokens, tokens), theirs())
     (ours,), (flex,) = runner.alternate(runner.timed(lambda: _analysed(predicate, tokens)), runner.timed(theirs), pairs)
     return runner.compared("comparison", "causal documents", tokens, "time", ours, flex, floor=TIME_FLOOR)
 
@@ -103,7 +103,7 @@ def _fresh(*words: str) -> float:
     return float(json.loads(run.stdout))
 
 
-def _assert_equal(ours: mf.BlockMap, theirs: object) -> None:
+def assert_equal(ours: mf.BlockMap, theirs: object) -> None:
     """Both found the same tiles; lengths are whole tiles, where the two projects' rules agree."""
     lists = {"full": "full_kv_num_blocks", "partial": "kv_num_blocks"}
     counts = {kind: int(torch.as_tensor(getattr(theirs, name)).sum()) for kind, name in lists.items()}

@@ -70,8 +70,8 @@ def _documents(tokens: int, dtype: str, pairs: int, seed: int) -> list[Row]:
     mask = workloads.masks(tokens, seed)["causal documents"]
     dense = mask.dense(tokens, tokens).contiguous()
     ours, theirs = runner.alternate(
-        _step(mf.compile(mask, backend="cpu"), work),
-        _step(partial(scaled_dot_product_attention, attn_mask=dense), work),
+        step(mf.compile(mask, backend="cpu"), work),
+        step(partial(scaled_dot_product_attention, attn_mask=dense), work),
         pairs,
     )
     return [
@@ -117,7 +117,7 @@ def _efficiency(tokens: int, dtype: str, pairs: int, seed: int) -> list[Row]:
     return rows
 
 
-def _step(attend: Callable[..., Tensor], work: workloads.Inputs) -> Contender:
+def step(attend: Callable[..., Tensor], work: workloads.Inputs) -> Contender:
     """Forward and backward: the seconds of each, and of both."""
 
     def run() -> tuple[float, float, float]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import runner
+from benchmarks import flashmask, runner
 from benchmarks.runner import ROOT, Row, Spread
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -22,7 +22,12 @@ FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MISSING: Final = "TBD"
 
 _BLOCK: Final = re.compile(r"(<!-- figures: (?P<name>.+?) -->\n).*?(<!-- end figures -->)", re.DOTALL)
-_QUESTIONS: Final = {"attention": ("documents", "efficiency"), "analysis": ("comparison", "lengths", "start")}
+_QUESTIONS: Final = {
+    "attention": ("documents", "efficiency"),
+    "analysis": ("comparison", "lengths", "start"),
+    "flashmask": tuple(flashmask.TITLES),
+    "flashmask_analysis": tuple(flashmask.ANALYSIS_TITLES),
+}
 
 
 class Result(NamedTuple):
@@ -121,6 +126,7 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
         blocks[f"{question} conditions"] = partial(_conditions, question)
         for table in tables:
             blocks[f"{question} {table}"] = partial(_table, question, table)
+    blocks |= {f"flashmask {dtype}": partial(_twelve, dtype) for dtype in flashmask.DTYPES}
     return blocks
 
 
@@ -147,6 +153,13 @@ def _table(question: str, table: str, results: Results) -> str:
     columns = runner.filled(rows)
     texts = [runner.cells(row) for row in rows]
     return _markdown(columns, [[text[name] for name in columns] for text in texts])
+
+
+def _twelve(dtype: str, results: Results) -> str:
+    """A line of medians for each of the FlashMask paper's masks."""
+    rows = results["flashmask"].rows if "flashmask" in results else []
+    columns, lines = flashmask.twelve(rows, dtype)
+    return _markdown(columns, lines or [[MISSING] * len(columns)])
 
 
 def _conditions(question: str, results: Results) -> str:

@@ -59,6 +59,7 @@ class Row:
         visited: fraction of 128 x 128 tiles that the mask leaves to visit, where the ratio uses it.
         floor: least median ratio wanted.
         ceiling: largest median of `ours` wanted.
+        tiles: how many are full, partial and skip, in a row about a block map.
     """
 
     table: str
@@ -74,6 +75,7 @@ class Row:
     visited: float | None = None
     floor: float | None = None
     ceiling: float | None = None
+    tiles: str | None = None
 
     @property
     def met(self) -> bool | None:
@@ -230,6 +232,7 @@ def cells(row: Row) -> dict[str, str]:
         "tokens": f"{row.tokens:,}" if row.tokens else "",
         "dtype": row.dtype,
         "measure": row.measure,
+        "full / partial / skip": row.tiles or "",
         "visited": visited,
         "maskflash": spread(row.ours, row.unit),
         "baseline": spread(row.theirs, row.unit),

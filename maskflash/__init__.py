@@ -3,7 +3,7 @@
 `compile(mask)` is the front door; `mask`, the presets and `& | ^ ~` make masks. README.md has an example.
 """
 
-from maskflash import testing
+from maskflash import presets, testing
 from maskflash.api import Attention, attention, compile
 from maskflash.blocks.block_map import BlockMap
 from maskflash.errors import (
@@ -15,10 +15,9 @@ from maskflash.errors import (
     MaskTraceError,
 )
 from maskflash.explain import Explanation
-from maskflash.masks import presets
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask, mask
-from maskflash.masks.presets import (
+from maskflash.presets.basic import (
     causal,
     dilated_window,
     document,

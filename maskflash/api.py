@@ -19,7 +19,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
 from maskflash.explain import Explanation
 from maskflash.kernels import triton
 from maskflash.masks.mask import Call, Mask, mask
-from maskflash.masks.presets import full
+from maskflash.presets.basic import full
 
 MaskLike = Mask | Callable[..., Any]
 BackendChoice = Literal["auto", "cpu", "triton"]

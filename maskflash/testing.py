@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from maskflash import arguments
+from maskflash import arguments, presets
 from maskflash.api import BackendChoice, MaskLike, attention
 from maskflash.arguments import BlockSize
 from maskflash.kernels.reference import error_budget, reference
-from maskflash.masks import presets
 from maskflash.masks.mask import Mask
 from maskflash.masks.mask import mask as as_mask
 

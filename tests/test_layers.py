@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
-    *("errors", "arguments", "expr", "blocks", "masks", "codegen", "kernels"),
+    *("errors", "arguments", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
     *("compiler", "explain", "plans", "op", "api", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
@@ -18,7 +18,8 @@ ORDER = {
         *("branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify"],
-    "masks": ["tables", "mask", "columns", "presets"],
+    "masks": ["tables", "mask", "columns"],
+    "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
     "kernels": [
         "reference",
         "cpu_costs",

@@ -1,1 +1,1 @@
-"""What users hold: masks from predicates, presets, and their combinations."""
+"""What users hold: masks from predicates and from vectors, and their combinations."""

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import analysis, attention, report, runner, workloads
+import maskflash as mf
+from benchmarks import analysis, attention, flashmask, report, runner, workloads
+from benchmarks.flex_masks import mask_mod
 from benchmarks.runner import Row, Spread
 
 
@@ -47,6 +50,67 @@ def test_analysis_fills_every_row(capsys):
     assert [row.measure for row in rows if row.table == "comparison"] == ["time", "peak memory"]
     assert [row.case for row in rows if row.table == "start"] == ["import maskflash", "compile and first call"]
     assert "a quick run" in capsys.readouterr().out
+
+
+def test_flashmask_fills_every_row(tmp_path, capsys):
+    stored = tmp_path / "flashmask.json"
+    names = ["causal", "random_eviction"]
+    rows = flashmask.main(["--quick", "--no-flex", "--details", "--masks", *names, "--json", str(stored)])
+    assert_plausible(rows, {"maps", "dense", "efficiency"})
+    assert {row.case for row in rows} == set(names)
+    assert [row.measure for row in rows if row.case == "causal" and row.table == "maps"] == list(flashmask.SOURCES)
+    for table in ("dense", "efficiency"):
+        kinds = [(row.measure, row.dtype) for row in rows if row.case == "causal" and row.table == table]
+        assert set(kinds) == set(flashmask.EFFICIENCY_FLOORS)
+    assert {row.tiles for row in rows if row.case == "causal" and row.tiles} == {"1 / 2 / 1"}
+    assert "a quick run" in capsys.readouterr().out
+    plain = json.loads(stored.read_text())
+    assert len(plain["rows"]) == len(rows)
+    plain["conditions"]["quick"] = False
+    stored.write_text(json.dumps(plain))
+    columns, *lines = flashmask_table(tmp_path)
+    assert [line[0] for line in lines] == names
+    assert all(len(line) == len(columns) for line in lines)
+    assert lines[0][columns.index("x FlexAttention, forward")] == ""
+
+
+def flashmask_table(folder):
+    """The twelve-row table of the docs, from results stored in a folder."""
+    text = report.filled_in("<!-- figures: flashmask float32 -->\n<!-- end figures -->", report.load(folder))
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:3] not in ("<!-", "| -")
+    ]
+
+
+def test_flashmask_analysis_fills_every_row(capsys):
+    rows = flashmask.main(["--quick", "--analysis", "--masks", "document", "qk_sparse"])
+    assert_plausible(rows, flashmask.ANALYSIS_TITLES)
+    cases = [(row.case, row.measure) for row in rows if row.table == "comparison"]
+    every = ["document", "qk_sparse", "all of these"]
+    assert cases == [(case, source) for case in every for source in flashmask.SOURCES]
+    total = next(row for row in rows if row.case == "all of these")
+    assert total.theirs.p50 == pytest.approx(sum(r.theirs.p50 for r in rows[:4:2]))
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_table_says_so(monkeypatch, capsys):
+    def refused(*args, **kwargs):
+        raise RuntimeError("no compiler\nmore")
+
+    monkeypatch.setattr(flashmask, "_compiled", lambda: refused)
+    rows = flashmask.main(["--quick", "--masks", "full"])
+    assert {row.ratio for row in rows if row.table == "flex"} == {None}
+    printed = capsys.readouterr()
+    assert printed.out.count(flashmask.NOT_COMPILED) == len(flashmask.DTYPES)
+    assert "FlexAttention, full, float32: no compiler\n" in printed.err
+
+
+@pytest.mark.parametrize("name", mf.presets.PAPER)
+def test_flex_attention_is_given_the_same_masks(name):
+    mask = mf.presets.paper(name, 200, seed=3, heads=2)
+    b, h, q, kv = torch.zeros(1, 1, 1, 1).long(), *torch.meshgrid(*map(torch.arange, (2, 200, 200)), indexing="ij")
+    found = mask_mod(mask)(b, h, q, kv).expand(1, 2, 200, 200)
+    assert torch.equal(found, mask.predicate.dense(200, 200, heads=2))
 
 
 def test_the_contenders_alternate_and_their_samples_stay_paired():

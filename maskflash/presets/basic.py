@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from maskflash import arguments
 from maskflash.errors import ArgumentError
 from maskflash.masks.mask import Mask, Predicate
+from maskflash.presets import documents
+from maskflash.presets.documents import Ints, Lengths
 
 __all__ = [
     "causal",
@@ -26,9 +27,6 @@ __all__ = [
     "prefix_lm",
     "sliding_window",
 ]
-
-Ints = Tensor | Sequence[int]
-Lengths = Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def full() -> Mask:
@@ -128,16 +126,16 @@ def document(
         if kv_lengths is not None:
             raise ArgumentError("document: kv_lengths goes with lengths or cu_seqlens, got ids; drop one of them")
         return _document_by_ids(arguments.int_table("document", "ids", ids, (1, 2)))
-    rows = _rows("lengths", lengths) if lengths is not None else [_starts_to_lengths(cu_seqlens)]
-    kv_rows = rows if kv_lengths is None else _rows("kv_lengths", kv_lengths)
+    rows = documents.rows("lengths", lengths) if lengths is not None else [documents.from_starts(cu_seqlens)]
+    kv_rows = rows if kv_lengths is None else documents.rows("kv_lengths", kv_lengths)
     counts, kv_counts = [len(row) for row in rows], [len(row) for row in kv_rows]
     if counts != kv_counts:
         raise ArgumentError(
             f"document: {names[0]} has {counts} documents per row and kv_lengths {kv_counts}; they must pair up"
         )
     name = f"document({sum(counts)} documents)"
-    doc, total = _document_table(rows)
-    kv_doc, kv_total = (doc, total) if kv_lengths is None else _document_table(kv_rows)
+    doc, total = documents.numbers(rows)
+    kv_doc, kv_total = (doc, total) if kv_lengths is None else documents.numbers(kv_rows)
     if len(rows) == 1:
         doc, kv_doc, n, kv_n = doc[0], kv_doc[0], int(total), int(kv_total)
         return Predicate(lambda b, h, q, kv: 0 <= q < n and kv < kv_n and doc[q] == kv_doc[kv], name)
@@ -285,42 +283,3 @@ def _document_by_ids(ids: Tensor) -> Mask:
     if ids.ndim == 1:
         return Predicate(lambda b, h, q, kv: ids[q] == ids[kv], "document(ids)")
     return Predicate(lambda b, h, q, kv: ids[b, q] == ids[b, kv], "document(ids per row)")
-
-
-def _rows(name: str, lengths: Lengths) -> list[list[int]]:
-    """Lengths as one list for each batch row; a single list serves all rows."""
-    nested = isinstance(lengths, Sequence) and len(lengths) > 0 and isinstance(lengths[0], Sequence | Tensor)
-    if nested:  # rows may differ in their number of documents
-        rows = [arguments.int_table("document", name, row, (1,)).tolist() for row in lengths]
-    else:
-        table = arguments.int_table("document", name, lengths, (1, 2)).tolist()
-        rows = table if table and isinstance(table[0], list) else [table]
-    lowest = min((length for row in rows for length in row), default=0)
-    if lowest < 0:
-        raise ArgumentError(f"document: {name} holds {lowest}, expected lengths of at least 0")
-    return rows
-
-
-def _starts_to_lengths(cu_seqlens: Any) -> list[int]:
-    starts = arguments.int_table("document", "cu_seqlens", cu_seqlens, (1,)).long()
-    lengths: list[int] = starts.diff().tolist()
-    if len(starts) == 0 or starts[0] != 0 or min(lengths, default=0) < 0:
-        raise ArgumentError(
-            f"document: cu_seqlens is {_short(starts)}, expected 0, where each next document starts, and the total"
-        )
-    return lengths
-
-
-def _document_table(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The document of each token, (B, longest total) int32, and each row's total, (B,) int64."""
-    totals = torch.tensor([sum(row) for row in rows], dtype=torch.int64)
-    table = torch.full((len(rows), max(int(totals.max()), 1)), -1, dtype=torch.int32)
-    for place, row in enumerate(rows):
-        numbers = torch.arange(len(row), dtype=torch.int32)
-        table[place, : totals[place]] = numbers.repeat_interleave(torch.tensor(row, dtype=torch.int64))
-    return table, totals
-
-
-def _short(values: Tensor) -> str:
-    shown = values[:6].tolist()
-    return f"{shown}"[:-1] + (", ...]" if len(values) > 6 else "]")
