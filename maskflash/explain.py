@@ -43,6 +43,7 @@ class Explanation:
                 "bounds": classified.by_bounds,
                 "samples": classified.by_samples,
                 "elements": classified.by_elements,
+                "columns": classified.by_columns,
             },
             "backend": self.backend,
             "why": self.why,
@@ -67,7 +68,9 @@ class Explanation:
             "visible": facts["visible"].replace("\n", "\n" + " " * 21),
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
-            "decided": f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
+            "decided": f"{decided['columns']} tiles by cutting columns"
+            if decided["columns"]
+            else f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
             f"{decided['elements']} element by element",
             "backend": f"{self.backend}, {self.why}",
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},

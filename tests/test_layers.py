@@ -14,7 +14,7 @@ LAYERS = [
 ]
 ORDER = {
     "expr": [
-        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "paths", "tracer", "symbols"),
+        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "separate", "paths", "tracer", "symbols"),
         *("branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify"],
