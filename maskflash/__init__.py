@@ -13,10 +13,13 @@ from maskflash.errors import (
     MaskflashError,
     MaskIndexError,
     MaskTraceError,
+    UnsupportedMask,
 )
 from maskflash.explain import Explanation
+from maskflash.flashmask import flashmask_attention
 from maskflash.masks import presets
 from maskflash.masks.columns import ColumnIntervals
+from maskflash.masks.compare import Comparison, equivalent, implies
 from maskflash.masks.mask import Mask, mask
 from maskflash.masks.presets import (
     causal,
@@ -39,18 +42,23 @@ __all__ = [
     "BackendError",
     "BlockMap",
     "ColumnIntervals",
+    "Comparison",
     "Explanation",
     "Mask",
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "UnsupportedMask",
     "attention",
     "causal",
     "compile",
     "dilated_window",
     "document",
+    "equivalent",
+    "flashmask_attention",
     "full",
     "global_tokens",
+    "implies",
     "mask",
     "natten",
     "padding",

@@ -101,6 +101,16 @@ def _connective(absorbing: bool) -> Callable[..., int | None]:
     return rule
 
 
+def _xor(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
+    if node.dtype != torch.bool:
+        return None
+    for x, y in (args, args[::-1]):
+        known = _truth(builder, y)
+        if known is not None:  # x ^ True -> not x, x ^ False -> x
+            return _not_of(builder, x, faultless) if known else x
+    return None
+
+
 def _select(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
     condition, x, y = args
     known = _truth(builder, condition)
@@ -166,6 +176,7 @@ _RULES: dict[str, Callable[..., int | None]] = {
     "or": _connective(True),
     "bitand": _connective(False),
     "bitor": _connective(True),
+    "bitxor": _xor,
     "bitnot": lambda builder, node, args, faultless: (
         _not(builder, node, args, faultless) if node.dtype == torch.bool else None
     ),
