@@ -14,8 +14,8 @@ LAYERS = [
 ]
 ORDER = {
     "expr": [
-        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "separate", "paths", "tracer", "symbols"),
-        *("branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
+        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "separate", "closed_form", "paths"),
+        *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify", "changes"],
     "masks": ["tables", "mask", "columns", "convert", "compare", "presets"],

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
-from maskflash.expr.nodes import COMPARISONS, Builder, Expr, Node, operand_dtype
+from maskflash.expr.nodes import COMPARISONS, OPPOSITES, Builder, Expr, Node, operand_dtype
 
-Side = Literal["neither", "rows", "columns", "both"]
+_Side = Literal["neither", "rows", "columns", "both"]
+_Terms = list[tuple[int, int]]  # signs and positions of what is summed
+_FLIPPED: Final = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
+_MOST_TERMS: Final = 64  # of a sum; a shared sub-expression counts each time it is met
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,13 @@ class Threshold:
         rows: an expression that doesn't read kv.
         columns: an expression that doesn't read q.
         after: the row that equals still belongs to the first kind.
+        hides: what the comparison alone hides, rows "above" the turn or "below" it; None where it isn't as simple.
     """
 
     rows: Expr
     columns: Expr
     after: bool
+    hides: Literal["above", "below"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,15 @@ class Separated:
         thresholds: comparisons with the column.
         switches: what depends on the row alone; truth may turn wherever one changes.
         rearranged: terms were brought to other sides, which is the same only while nothing overflows.
+        joined: the mask is its comparisons, switches and conditions joined by `and`.
+        conditions: what depends on the column alone.
     """
 
     thresholds: tuple[Threshold, ...]
     switches: tuple[Expr, ...]
     rearranged: bool
+    joined: bool
+    conditions: tuple[Expr, ...]
 
 
 @lru_cache(maxsize=256)
@@ -61,12 +70,18 @@ def separate(expr: Expr) -> Separated | None:
     parts = _Parts(expr, _sides(expr))
     if not parts.visit(len(expr.nodes) - 1):
         return None
-    return Separated(tuple(dict.fromkeys(parts.thresholds)), tuple(dict.fromkeys(parts.switches)), parts.rearranged)
+    return Separated(
+        tuple(dict.fromkeys(parts.thresholds)),
+        tuple(dict.fromkeys(parts.switches)),
+        parts.rearranged,
+        parts.joined,
+        tuple(dict.fromkeys(parts.conditions)),
+    )
 
 
-def _sides(expr: Expr) -> list[Side]:
+def _sides(expr: Expr) -> list[_Side]:
     """What each node depends on."""
-    sides: list[Side] = []
+    sides: list[_Side] = []
     for node in expr.nodes:
         if node.op in ("q", "kv"):
             sides.append("rows" if node.op == "q" else "columns")
@@ -79,71 +94,83 @@ def _sides(expr: Expr) -> list[Side]:
 @dataclass(slots=True)
 class _Parts:
     expr: Expr
-    sides: list[Side]
+    sides: list[_Side]
     thresholds: list[Threshold] = field(default_factory=list)
     switches: list[Expr] = field(default_factory=list)
+    conditions: list[Expr] = field(default_factory=list)
     rearranged: bool = False
+    joined: bool = True
 
     def visit(self, root: int) -> bool:
         """Collect what the truth of a node depends on; False where it can't be taken apart."""
-        stack, met = [root], set()
+        stack: list[tuple[int, bool]] = [(root, False)]
+        met: dict[int, bool] = {}
         while stack:
-            position = stack.pop()
+            position, negated = stack.pop()
             if position in met:
+                self.joined &= met[position] == negated
                 continue
-            met.add(position)
+            met[position] = negated
             node = self.expr.nodes[position]
-            if self.sides[position] == "rows":
-                self.switches.append(_part(self.expr, position, node.dtype))
-            elif self.sides[position] == "both":
-                kinds = {self.expr.nodes[arg].dtype for arg in node.args}
-                if node.dtype == torch.bool and kinds == {torch.bool}:
-                    stack += node.args
-                elif not (node.op in COMPARISONS and self._compare(node)):
-                    return False
+            if self.sides[position] != "both":
+                kind = self.switches if self.sides[position] == "rows" else self.conditions
+                kind.append(_part(self.expr, position, node.dtype))
+                self.joined &= not negated
+            elif node.dtype == torch.bool and {self.expr.nodes[arg].dtype for arg in node.args} == {torch.bool}:
+                turned = negated ^ (node.op in ("not", "bitnot"))
+                stack += [(arg, turned) for arg in node.args]
+                self.joined &= node.op in ("not", "bitnot") + (("or", "bitor") if negated else ("and", "bitand"))
+            elif not (node.op in COMPARISONS and self._compare(node, negated)):
+                return False
         return True
 
-    def _compare(self, node: Node) -> bool:
-        """The thresholds of a comparison; what is said of `<` and `==` holds of their opposites."""
+    def _compare(self, node: Node, negated: bool) -> bool:
+        """The thresholds of a comparison, or of its opposite; False where there are none."""
         left, right = node.args
+        compares = OPPOSITES[node.op] if negated else node.op
         dtype = operand_dtype(node, [self.expr.nodes[arg] for arg in node.args])
         if dtype.is_floating_point:  # NaN has no order
             return False
-        if {self.sides[left], self.sides[right]} == {"rows", "columns"}:
-            row, column = (left, right) if self.sides[left] == "rows" else (right, left)
-            return self._turn(node.op, left == row, _part(self.expr, row, dtype), _part(self.expr, column, dtype))
+        if self.sides[left] == "rows" and self.sides[right] == "columns":
+            return self._turn(compares, _part(self.expr, left, dtype), _part(self.expr, right, dtype))
+        if self.sides[left] == "columns" and self.sides[right] == "rows":
+            return self._turn(_FLIPPED[compares], _part(self.expr, right, dtype), _part(self.expr, left, dtype))
         if dtype != torch.int64:
             return False
         self.rearranged = True
-        for distance, limit in ((left, right), (right, left)):
+        for op, distance, limit in ((compares, left, right), (_FLIPPED[compares], right, left)):
             inner = self.expr.nodes[distance]
             if inner.op == "abs" and self.sides[limit] in ("neither", "columns"):
                 terms = self._terms(inner.args[0], 1)
-                if terms is None:
-                    return False
-                rows, columns = terms
-                # |rows - columns| against limit: a turn on either side of columns.
-                self._turn(node.op, left == distance, _sum(self.expr, rows), _sum(self.expr, [*columns, (1, limit)]))
-                below = _sum(self.expr, [*columns, (-1, limit)])
-                return self._turn(node.op, left != distance, _sum(self.expr, rows), below)
+                return terms is not None and self._compare_distance(op, *terms, limit)
         terms, others = self._terms(left, 1), self._terms(right, -1)
         if terms is None or others is None:
             return False
         rows, columns = terms[0] + others[0], terms[1] + others[1]
-        return self._turn(node.op, True, _sum(self.expr, rows), _sum(self.expr, columns))
+        return self._turn(compares, _sum(self.expr, rows), _sum(self.expr, columns))
 
-    def _turn(self, op: str, rows_first: bool, rows: Expr, columns: Expr) -> bool:
-        """Note where `rows op columns` (or `columns op rows`) turns."""
-        after = {"lt": (False,), "ge": (False,), "le": (True,), "gt": (True,)}.get(op, (False, True))
-        if not rows_first and len(after) == 1:
-            after = (not after[0],)
-        self.thresholds += [Threshold(rows, columns, each) for each in after]
+    def _compare_distance(self, op: str, rows: _Terms, columns: _Terms, limit: int) -> bool:
+        """The turns of |rows - columns| against a limit, on either side of columns."""
+        within = op in ("lt", "le")
+        far, near = (_sum(self.expr, [*columns, (sign, limit)]) for sign in (1, -1))
+        self._turn(op, _sum(self.expr, rows), far, simple=within)
+        return self._turn(_FLIPPED[op], _sum(self.expr, rows), near, simple=within)
+
+    def _turn(self, op: str, rows: Expr, columns: Expr, *, simple: bool = True) -> bool:
+        """Note where `rows op columns` turns."""
+        simple = simple and op != "ne"
+        if op in ("ge", "lt", "eq", "ne"):
+            hides: Literal["above", "below"] = "below" if op == "lt" else "above"
+            self.thresholds.append(Threshold(rows, columns, False, hides if simple else None))
+        if op in ("gt", "le", "eq", "ne"):
+            hides = "above" if op == "gt" else "below"
+            self.thresholds.append(Threshold(rows, columns, True, hides if simple else None))
         return True
 
-    def _terms(self, position: int, sign: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]] | None:
+    def _terms(self, position: int, sign: int) -> tuple[_Terms, _Terms] | None:
         """A node as (terms of the row) - (terms of the column), each (sign, position); None where it is no such sum."""
-        rows: list[tuple[int, int]] = []
-        columns: list[tuple[int, int]] = []
+        rows: _Terms = []
+        columns: _Terms = []
         stack = [(position, sign)]
         while stack:
             position, sign = stack.pop()
@@ -163,23 +190,24 @@ class _Parts:
         return rows, columns
 
 
-_MOST_TERMS = 64  # of a sum; a shared sub-expression counts each time it is met
-
-
 def _part(expr: Expr, position: int, dtype: torch.dtype) -> Expr:
     """A node of an expression, in a dtype, as an expression of its own."""
     builder = Builder()
     return builder.finish(_copy(builder, expr, position, dtype))
 
 
-def _sum(expr: Expr, terms: list[tuple[int, int]]) -> Expr:
+def _sum(expr: Expr, terms: _Terms) -> Expr:
     """The sum of signed nodes of an expression."""
     builder = Builder()
-    total = builder.add("const", dtype=torch.int64, weak=False, value=0)
-    for sign, position in terms:
+    total: int | None = None
+    for sign, position in sorted(terms, key=lambda term: -term[0]):
         term = _copy(builder, expr, position, torch.int64)
+        if total is None and sign > 0:
+            total = term
+            continue
+        total = builder.add("const", dtype=torch.int64, weak=False, value=0) if total is None else total
         total = builder.add("add" if sign > 0 else "sub", total, term, dtype=torch.int64, weak=False)
-    return builder.finish(total)
+    return builder.finish(builder.add("const", dtype=torch.int64, weak=False, value=0) if total is None else total)
 
 
 def _copy(builder: Builder, expr: Expr, position: int, dtype: torch.dtype) -> int:
