@@ -94,6 +94,7 @@ class ColumnIntervals(Mask):
         self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
         self.causal = bool(causal)
         self._form = _Form(tuple(vectors), self.causal, len(first) > 1, heads)
+        self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
 
     @staticmethod
     def from_flashmask(startend_row_indices: Tensor, causal: bool) -> ColumnIntervals:
@@ -153,18 +154,17 @@ class ColumnIntervals(Mask):
             raise ArgumentError(
                 f"{call.operation}: batch is {call.batch}, expected {batch} as in the vectors; a batch of 1 serves all"
             )
-        if heads not in (0, 1) and call.heads % heads:
+        if call.heads % heads:
             raise ArgumentError(
                 f"{call.operation}: {call.heads} query heads, expected a multiple of the vectors' {heads}"
             )
         implied = {_SHIFT: call.kv_len - call.q_len} if self.causal else {}
-        return implied if heads <= 1 else {**implied, _group(heads): call.heads // heads}
+        return implied if heads == 1 else {**implied, _group(heads): call.heads // heads}
 
     def traced(self, mask_args: dict[str, Any]) -> Traced:
         """The comparisons with the vectors; those of one form are traced once, whatever the vectors."""
         traced = _trace(self._form, mask_args.get(_group(self._form.heads), 1))
-        vectors = self.vectors()
-        return replace(traced, tables=tuple(vectors[name] for name in traced.names))
+        return replace(traced, tables=tuple(self._tables[name] for name in traced.names))
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible; what the call implies must be known."""
@@ -173,7 +173,7 @@ class ColumnIntervals(Mask):
                 "ColumnIntervals: a predicate can't call it, since it depends on the call's lengths and heads; "
                 "combine the masks with & | ^ ~ instead"
             )
-        return self._form.visible(b, h, q, kv, {**self.vectors(), **mask_args})
+        return self._form.visible(b, h, q, kv, {**self._tables, **mask_args})
 
     def _default(self, name: str) -> Tensor:
         """A vector that changes nothing: an lte after all rows; otherwise an upper interval that is empty."""
@@ -191,9 +191,18 @@ class _Form(NamedTuple):
     batched: bool
     heads: int
 
+    def squeezed(self, vector: Tensor) -> Tensor:
+        """A view of a vector (B, Hm, kv_len) without the dimensions that nothing looks at."""
+        vector = vector if self.heads > 1 else vector[:, 0]
+        return vector if self.batched else vector[0]
+
     def visible(self, b: Any, h: Any, q: Any, kv: Any, values: dict[str, Any]) -> Any:
-        """The mask over vectors (B, Hm, kv_len) and what the call implies."""
-        place = b if self.batched else 0, h // values[_group(self.heads)] if self.heads > 1 else 0, kv
+        """The mask over vectors of `squeezed` shape and what the call implies."""
+        place: tuple[Any, ...] = (kv,)
+        if self.heads > 1:
+            place = (h // values[_group(self.heads)], *place)
+        if self.batched:
+            place = (b, *place)
         hidden = q >= values["lts"][place]
         if "lte" in self.names:
             hidden = hidden & (q < values["lte"][place])
@@ -215,7 +224,8 @@ def _trace(form: _Form, group: int) -> Traced:
         return form.visible(b, h, q, kv, values)
 
     implied = {**({_SHIFT: 0} if form.causal else {}), **({_group(form.heads): group} if form.heads > 1 else {})}
-    return trace(visible, {**dict.fromkeys(form.names, torch.zeros(1, 1, 1, dtype=torch.int32)), **implied})
+    anything = torch.zeros((1,) * (1 + form.batched + (form.heads > 1)), dtype=torch.int32)
+    return trace(visible, {**dict.fromkeys(form.names, anything), **implied})
 
 
 def _group(heads: int) -> str:
@@ -236,6 +246,10 @@ def _checked(name: str, value: Any) -> Tensor:
                 "clamp it to the number of rows"
             )
         table = table.int()
+    if 0 in table.shape[:-1]:
+        raise ArgumentError(
+            f"ColumnIntervals: {name} has shape {_shape(value)}, expected batch and heads of at least 1"
+        )
     missing = 3 - table.ndim
     return table[None, None] if missing == 2 else table[:, None] if missing else table
 

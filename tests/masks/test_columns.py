@@ -101,6 +101,11 @@ def test_vectors_are_read_by_reference_and_traced_once():
             mf.ArgumentError,
             "lts is 1099511627776 at column 2, expected a 32-bit row number",
         ),
+        (
+            lambda: mf.ColumnIntervals(ENDS.view(1, 6)[:0]),
+            mf.ArgumentError,
+            r"shape \(0, 6\), expected no size of 0",
+        ),
         (lambda: mf.ColumnIntervals(ENDS).dense(6, 7), mf.ArgumentError, "kv_len is 7, expected 6"),
         (lambda: mf.ColumnIntervals(ENDS).dense(6, 6, q_offset=1), mf.ArgumentError, "q_offset is 1, expected 0"),
         (
