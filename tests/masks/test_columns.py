@@ -104,7 +104,7 @@ def test_vectors_are_read_by_reference_and_traced_once():
         (
             lambda: mf.ColumnIntervals(ENDS.view(1, 6)[:0]),
             mf.ArgumentError,
-            r"shape \(0, 6\), expected no size of 0",
+            r"shape \(0, 6\), expected batch and heads",
         ),
         (lambda: mf.ColumnIntervals(ENDS).dense(6, 7), mf.ArgumentError, "kv_len is 7, expected 6"),
         (lambda: mf.ColumnIntervals(ENDS).dense(6, 6, q_offset=1), mf.ArgumentError, "q_offset is 1, expected 0"),
