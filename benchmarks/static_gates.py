@@ -196,23 +196,18 @@ def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
     return q >= kv and doc[b, q] == doc[b, kv]
 
 
-def _flashmask(b: Any, h: Any, q: Any, kv: Any, *, lts: Any, lte: Any, uts: Any, ute: Any) -> Any:
-    hidden_below = lts[b, h, kv] <= q < lte[b, h, kv]
-    return not hidden_below and not (uts[b, h, kv] <= q < ute[b, h, kv])
-
-
 MASKS: Final = ("causal", "causal document", "flashmask")
 
 
 def _specialisation(mask: str) -> Specialisation:
     """What the kernels of a mask depend on; the contents of its tables are not among it."""
-    columns = torch.zeros(1, 2, 8, dtype=torch.int32)
+    columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
     made, tables = {
         "causal": (mf.causal(), {}),
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
-        "flashmask": (mf.mask(_flashmask), dict.fromkeys(("lts", "lte", "uts", "ute"), columns)),
+        "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
     }[mask]
-    problem = made.problem("static_gates", 8, 8, 1, 1, (BLOCK, BLOCK), 0, torch.device("cpu"), tables)
+    problem = made.problem("static_gates", 8, 8, 2, 2, (BLOCK, BLOCK), 0, torch.device("cpu"), tables)
     reads = problem.expr.reads
     return Specialisation(
         problem.expr,

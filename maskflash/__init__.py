@@ -13,9 +13,12 @@ from maskflash.errors import (
     MaskflashError,
     MaskIndexError,
     MaskTraceError,
+    UnsupportedMask,
 )
 from maskflash.explain import Explanation
+from maskflash.flashmask import flashmask_attention
 from maskflash.masks.columns import ColumnIntervals
+from maskflash.masks.compare import Comparison, equivalent, implies
 from maskflash.masks.mask import Mask, mask
 from maskflash.presets.basic import (
     causal,
@@ -38,18 +41,23 @@ __all__ = [
     "BackendError",
     "BlockMap",
     "ColumnIntervals",
+    "Comparison",
     "Explanation",
     "Mask",
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "UnsupportedMask",
     "attention",
     "causal",
     "compile",
     "dilated_window",
     "document",
+    "equivalent",
+    "flashmask_attention",
     "full",
     "global_tokens",
+    "implies",
     "mask",
     "natten",
     "padding",

@@ -211,6 +211,7 @@ class Attention:
             >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))  # doctest: +ELLIPSIS
             sliding_window(256)
               visible            ((q - 256) <= kv) and (kv <= q)
+              rows of column j   [j, j + 257)
               reads              q, kv: one block map for all batch rows and heads
               tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
               decided            ... tiles by bounds, ... by samples, 0 element by element

@@ -25,5 +25,9 @@ class MaskIndexError(MaskflashError, IndexError):
     """A mask reads a table out of range, or divides by zero, at a pair that no guard excludes."""
 
 
+class UnsupportedMask(MaskflashError, ValueError):
+    """A mask has no such form; the text says where it first departs from it."""
+
+
 class BackendError(MaskflashError, RuntimeError):
     """The requested backend can't run here; nothing falls back silently."""

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from maskflash.blocks.pieces import find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis
+from maskflash.expr.closed_form import visible_rows
 from maskflash.expr.nodes import format_expr
+from maskflash.expr.separate import separate
 from maskflash.kernels import cpu, triton
 
 
@@ -29,6 +32,7 @@ class Explanation:
         return {
             "mask": self.mask,
             "visible": format_expr(problem.expr, problem.inputs.params, problem.names),
+            "rows": self._rows(),
             "reads": [name for name in ("b", "h", "q", "kv") if name in problem.expr.reads],
             "tables": {
                 name: list(table.shape) for name, table in zip(problem.names, problem.inputs.tables, strict=True)
@@ -43,12 +47,22 @@ class Explanation:
                 "bounds": classified.by_bounds,
                 "samples": classified.by_samples,
                 "elements": classified.by_elements,
+                "columns": classified.by_columns,
             },
             "backend": self.backend,
             "why": self.why,
             "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
             "passes": _passes(self.analysis.plan),
         }
+
+    def _rows(self) -> str | None:
+        """The rows that column j sees, where they are an interval with a formula."""
+        pieces = find_pieces(self.problem)
+        if pieces is None or any(turn.sign < 0 for turn in pieces.turns):
+            return None
+        separated = separate(self.problem.expr)
+        assert separated is not None, "pieces come from what separates"
+        return visible_rows(separated, self.problem.inputs.params, self.problem.names)
 
     def __str__(self) -> str:
         facts = self.to_dict()
@@ -65,9 +79,12 @@ class Explanation:
         lines = [self.mask]
         for label, text in {
             "visible": facts["visible"].replace("\n", "\n" + " " * 21),
+            **({"rows of column j": facts["rows"]} if facts["rows"] else {}),
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
-            "decided": f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
+            "decided": f"{decided['columns']} tiles by cutting columns"
+            if decided["columns"]
+            else f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
             f"{decided['elements']} element by element",
             "backend": f"{self.backend}, {self.why}",
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},

@@ -17,13 +17,14 @@ from maskflash import arguments, presets
 from maskflash.api import BackendChoice, MaskLike, attention
 from maskflash.arguments import BlockSize
 from maskflash.kernels.reference import error_budget, reference
+from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
 from maskflash.masks.mask import mask as as_mask
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Shape", "assert_matches_dense", "error_budget", "masks", "reference", "shapes"]
+__all__ = ["Shape", "assert_matches_dense", "columns", "error_budget", "masks", "reference", "shapes"]
 
 RESULTS: Final = ("out", "lse", "dq", "dk", "dv")
 
@@ -150,6 +151,38 @@ def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[M
         lambda join, x, y: join(x, y), st.sampled_from([operator.and_, operator.or_, operator.xor]), leaves, leaves
     )
     return st.one_of(leaves, joined, joined.map(operator.invert))
+
+
+def columns(q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> SearchStrategy[ColumnIntervals]:
+    """Random column intervals, of every layout, for calls of these sizes; also empty, overlapping and clipped ones.
+
+    Args:
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        batch: batch rows; the vectors have as many, or one.
+        heads: query heads; the vectors have a divisor of it.
+    """
+    from hypothesis import strategies as st
+
+    def build(names: tuple[str, ...], causal: bool, rows: int, groups: int, near: bool, seed: int) -> ColumnIntervals:
+        draw = torch.Generator().manual_seed(seed)
+        shape = (rows, groups, kv_len)
+        vectors = {name: torch.randint(-2, q_len + 3, shape, generator=draw, dtype=torch.int32) for name in names}
+        if near:  # as documents have them: the same for many columns
+            vectors = {name: x[..., :1].clamp(min=q_len // 2).expand(shape) for name, x in vectors.items()}
+        return ColumnIntervals(**vectors, causal=causal)
+
+    layouts = [("lts",), ("lts", "lte"), ("lts", "ute"), ("lts", "lte", "ute"), ("lts", "lte", "uts", "ute")]
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+    return st.builds(
+        build,
+        st.sampled_from(layouts),
+        st.booleans(),
+        st.sampled_from(sorted({1, batch})),
+        st.sampled_from(divisors),
+        st.booleans(),
+        st.integers(0, 2**16),
+    )
 
 
 def shapes(max_len: int = 64, max_batch: int = 2, max_heads: int = 4, max_head_dim: int = 24) -> SearchStrategy[Shape]:

@@ -40,6 +40,16 @@ def test_masks_dtypes_and_shapes_match_dense_float64(name, dtype, shape):
     assert_matches_dense(MASKS[name], shape, dtype=dtype, device="cuda")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("names", [("lts",), ("lts", "lte"), ("lts", "ute"), ("lts", "lte", "uts", "ute")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_column_intervals_match_dense_float64(names, causal, dtype):
+    draw = torch.Generator().manual_seed(len(names))
+    vectors = {name: torch.randint(0, 1000, (2, 2, 1111), generator=draw, dtype=torch.int32).cuda() for name in names}
+    mask = mf.ColumnIntervals(**vectors, causal=causal)
+    assert_matches_dense(mask, Shape(2, 4, 2, 1000, 1111, 128, 128), dtype=dtype, device="cuda")
+
+
 def tensors(length=1024, dtype=torch.bfloat16, device="cuda"):
     return (x.requires_grad_() for x in torch.randn(3, 2, 4, length, 64, device=device, dtype=dtype).unbind())
 

@@ -1,7 +1,8 @@
 """A mask expression and two lengths -> its BlockMap, exactly the brute-force one, at a cost that follows its boundary.
 
 Bounds settle most tiles; a visible and a hidden pair among a few samples settle most of the rest; only the remaining
-tiles are evaluated element by element.
+tiles are evaluated element by element. Where tiles are many, or many remain, and the mask compares rows with columns,
+its columns are cut into pieces instead, which looks at no tile.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import FULL, PARTIAL, SKIP, BlockMap
+from maskflash.blocks.coverage import cover
+from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.expr.bounds import bounds
 from maskflash.expr.intervals import Interval
@@ -22,6 +25,8 @@ from maskflash.expr.ranges import RangeMinima
 
 _BOXES_AT_ONCE: Final = 1 << 17  # tiles bounded together: a few dozen int64 intermediates of this size
 _PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
+_MANY_TILES: Final = 1 << 16  # from here on, bounding each costs more than cutting the columns
+_PAIRS_FOR_A_PIECE: Final = 16  # evaluated for what a piece of a column costs
 _SAMPLES: Final = 3  # per side of a tile: its corners, the middles of its edges, its centre
 
 
@@ -35,6 +40,7 @@ class Classified:
         by_bounds: tiles that bounds settled.
         by_samples: tiles that samples settled.
         by_elements: tiles that had to be evaluated.
+        by_columns: tiles whose columns were cut into pieces; then all of them.
     """
 
     block_map: BlockMap
@@ -42,6 +48,7 @@ class Classified:
     by_bounds: int
     by_samples: int
     by_elements: int
+    by_columns: int = 0
 
 
 def classify(problem: Problem) -> Classified:
@@ -53,19 +60,30 @@ def classify(problem: Problem) -> Classified:
     Raises:
         MaskIndexError: a pair inside the lengths reads out of range, or divides by zero, and no guard excludes it.
     """
+    largest = float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
+    if math.prod(problem.shape) > _MANY_TILES and (pieces := find_pieces(problem)):
+        return _cut(pieces, largest)
     kinds = torch.full(problem.shape, SKIP, dtype=torch.int8, device=problem.device)
     ranges = RangeMinima()
     by_bounds = by_samples = 0
-    largest = float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
     for part in _parts(problem.shape):
         undecided, sure, cap = _bound(problem, ranges, kinds, part)
         largest = max(largest, cap)
         by_bounds += math.prod(kinds[part].shape) - len(undecided)
         undecided, found = _sample(problem, kinds, undecided, sure)
         by_samples += found
+        pairs = len(undecided) * math.prod(problem.block_size)
+        columns = math.prod(problem.shape[:2]) * problem.kv_len
+        if pairs > _PAIRS_FOR_A_PIECE * columns and (pieces := find_pieces(problem)):
+            return _cut(pieces, largest)
         _evaluate(problem, kinds, undecided)
     block_map = BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size)
     return Classified(block_map, largest, by_bounds, by_samples, kinds.numel() - by_bounds - by_samples)
+
+
+def _cut(pieces: Pieces, largest: float) -> Classified:
+    """The map of a problem from its columns' pieces."""
+    return Classified(cover(pieces), max(largest, pieces.largest), 0, 0, 0, math.prod(pieces.problem.shape))
 
 
 _Part = tuple[slice, slice, slice, slice]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
             if slot == len(known):
                 known.append(value)
                 if node.op == "lookup":
-                    names.append(part.names[int(node.value or 0)])
+                    names.append(_unused(part.names[int(node.value or 0)], names))
             return Node(node.op, node.args, node.dtype, node.weak, slot)
 
         return builder.append(part.expr, rename)
@@ -42,6 +43,12 @@ def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
     root = builder.add(op, *(place(part) for part in parts), dtype=torch.bool, weak=False)
     specialised = frozenset().union(*(part.specialised for part in parts))
     return compact(simplify(builder.finish(root)), slots["param"], slots["lookup"], names, specialised)
+
+
+def _unused(name: str, names: list[str]) -> str:
+    """The name, or, where another table has it, the name and a number."""
+    numbered = (f"{name}_{n}" for n in count(2))
+    return next(new for new in chain([name], numbered) if new not in names)
 
 
 def _same(x: object, y: object) -> bool:

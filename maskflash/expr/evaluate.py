@@ -39,20 +39,31 @@ def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
     shape = np.broadcast_shapes(*(pairs[name].shape for name in INDEX_VARIABLES))
     if 0 in shape:
         return torch.zeros(shape, dtype=torch.bool, device=pairs["q"].device)
+    value, faults = compute(expr, inputs, pairs)
+    if any(bool(fault.any()) for fault in faults):
+        _raise_if_reached(expr, inputs, pairs)
+    return value.to(torch.bool).expand(shape)
+
+
+def compute(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The value of an expression of any dtype, and where parts of it have none, reached or not.
+
+    Faulty places hold what a table's first or last element, or a divisor of 1, would give. Shapes broadcast to that of
+    the pairs.
+    """
     values: list[Tensor | None] = []
-    faulty = False
+    faults: list[Tensor] = []
     for position, node in enumerate(expr.nodes):
         value, fault = _compute(node, expr, values, inputs, pairs)
-        faulty = faulty or (fault is not None and bool(fault.any()))
+        if fault is not None:
+            faults.append(fault)
         values.append(value)
         for arg in node.args:
             if expr.last_use[arg] == position:
                 values[arg] = None
-    if faulty:
-        _raise_if_reached(expr, inputs, pairs)
     root = values[-1]
     assert root is not None
-    return root.to(torch.bool).expand(shape)
+    return root, faults
 
 
 def reached(expr: Expr, always: Sequence[Tensor], maybe: Sequence[Tensor]) -> list[Tensor]:

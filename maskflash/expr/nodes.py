@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 
 INDEX_VARIABLES = ("b", "h", "q", "kv")
-COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+OPPOSITES = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
+COMPARISONS = frozenset(OPPOSITES)
 CONNECTIVES = frozenset(("and", "or", "not"))
 ARITY = {
     **dict.fromkeys((*INDEX_VARIABLES, "const", "param"), 0),

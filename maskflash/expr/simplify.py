@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from maskflash.expr.nodes import Builder, Expr, Node
+from maskflash.expr.nodes import OPPOSITES, Builder, Expr, Node
 
-_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
 _FAULTS = frozenset(("lookup", "floordiv", "mod", "truncdiv", "fmod"))
 
 
@@ -72,8 +71,8 @@ def _not(builder: Builder, node: Node, args: list[int], faultless: dict[int, boo
         return inner.args[0]
     operands = [builder.nodes[arg] for arg in inner.args]
     whole = not any(operand.dtype.is_floating_point for operand in operands)
-    if inner.op in _OPPOSITE and (whole or inner.op in ("eq", "ne")):  # not x < y -> x >= y, unless NaN could be there
-        return builder.add(_OPPOSITE[inner.op], *inner.args)
+    if inner.op in OPPOSITES and (whole or inner.op in ("eq", "ne")):  # not x < y -> x >= y, unless NaN could be there
+        return builder.add(OPPOSITES[inner.op], *inner.args)
     return None
 
 
@@ -99,6 +98,16 @@ def _connective(absorbing: bool) -> Callable[..., int | None]:
         return None
 
     return rule
+
+
+def _xor(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
+    if node.dtype != torch.bool:
+        return None
+    for x, y in (args, args[::-1]):
+        known = _truth(builder, y)
+        if known is not None:  # x ^ True -> not x, x ^ False -> x
+            return _not_of(builder, x, faultless) if known else x
+    return None
 
 
 def _select(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
@@ -166,6 +175,7 @@ _RULES: dict[str, Callable[..., int | None]] = {
     "or": _connective(True),
     "bitand": _connective(False),
     "bitor": _connective(True),
+    "bitxor": _xor,
     "bitnot": lambda builder, node, args, faultless: (
         _not(builder, node, args, faultless) if node.dtype == torch.bool else None
     ),

@@ -8,8 +8,9 @@ Source: Wang et al., FlashMask: Efficient and Rich Mask Extension of FlashAttent
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from maskflash import arguments
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.trace import Traced, trace
-from maskflash.masks.mask import Call, Mask, Traces
+from maskflash.masks.mask import Call, Mask
 
 _SHIFT: Final = "kv_len - q_len"  # of an argument that the call implies: no identifier, so nobody can pass it
 _VECTORS: Final = ("lts", "lte", "uts", "ute")
@@ -92,8 +93,8 @@ class ColumnIntervals(Mask):
         super().__init__(f"ColumnIntervals({', '.join(vectors)}{', causal' if causal else ''})", (), {}, implied)
         self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
         self.causal = bool(causal)
-        self._predicate = _predicate(self.lts, self.lte, self.uts, self.ute, self.causal)
-        self._traces = Traces()
+        self._form = _Form(tuple(vectors), self.causal, len(first) > 1, heads)
+        self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
 
     @staticmethod
     def from_flashmask(startend_row_indices: Tensor, causal: bool) -> ColumnIntervals:
@@ -153,16 +154,17 @@ class ColumnIntervals(Mask):
             raise ArgumentError(
                 f"{call.operation}: batch is {call.batch}, expected {batch} as in the vectors; a batch of 1 serves all"
             )
-        if heads not in (0, 1) and call.heads % heads:
+        if call.heads % heads:
             raise ArgumentError(
                 f"{call.operation}: {call.heads} query heads, expected a multiple of the vectors' {heads}"
             )
         implied = {_SHIFT: call.kv_len - call.q_len} if self.causal else {}
-        return implied if heads <= 1 else {**implied, _group(heads): call.heads // heads}
+        return implied if heads == 1 else {**implied, _group(heads): call.heads // heads}
 
     def traced(self, mask_args: dict[str, Any]) -> Traced:
-        """The comparisons with the vectors; traced once for each number of query heads to one of the vectors."""
-        return self._traces.get(mask_args, lambda: trace(self._predicate, mask_args))
+        """The comparisons with the vectors; those of one form are traced once, whatever the vectors."""
+        traced = _trace(self._form, mask_args.get(_group(self._form.heads), 1))
+        return replace(traced, tables=tuple(self._tables[name] for name in traced.names))
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible; what the call implies must be known."""
@@ -171,7 +173,7 @@ class ColumnIntervals(Mask):
                 "ColumnIntervals: a predicate can't call it, since it depends on the call's lengths and heads; "
                 "combine the masks with & | ^ ~ instead"
             )
-        return self._predicate(b, h, q, kv, **mask_args)
+        return self._form.visible(b, h, q, kv, {**self._tables, **mask_args})
 
     def _default(self, name: str) -> Tensor:
         """A vector that changes nothing: an lte after all rows; otherwise an upper interval that is empty."""
@@ -181,28 +183,49 @@ class ColumnIntervals(Mask):
         return ColumnIntervals, (self.lts, self.lte, self.uts, self.ute, self.causal)
 
 
-def _predicate(
-    lts: Tensor, lte: Tensor | None, uts: Tensor | None, ute: Tensor | None, causal: bool
-) -> Callable[..., Any]:
-    """`visible` over vectors (B, Hm, kv_len); batch rows and heads are looked at only where there are several."""
-    batch, heads, _ = lts.shape
+class _Form(NamedTuple):
+    """What their expression depends on; batch rows and heads are looked at only where there are several."""
 
-    def visible(b: Any, h: Any, q: Any, kv: Any, **implied: Any) -> Any:
-        row = b if batch > 1 else 0
-        head = h // implied[_group(heads)] if heads > 1 else 0
-        hidden = q >= lts[row, head, kv]
-        if lte is not None:
-            hidden = hidden & (q < lte[row, head, kv])
-        if ute is not None:
-            above = q < ute[row, head, kv]
-            if uts is not None:
-                above = (q >= uts[row, head, kv]) & above
+    names: tuple[str, ...]
+    causal: bool
+    batched: bool
+    heads: int
+
+    def squeezed(self, vector: Tensor) -> Tensor:
+        """A view of a vector (B, Hm, kv_len) without the dimensions that nothing looks at."""
+        vector = vector if self.heads > 1 else vector[:, 0]
+        return vector if self.batched else vector[0]
+
+    def visible(self, b: Any, h: Any, q: Any, kv: Any, values: dict[str, Any]) -> Any:
+        """The mask over vectors of `squeezed` shape and what the call implies."""
+        place: tuple[Any, ...] = (kv,)
+        if self.heads > 1:
+            place = (h // values[_group(self.heads)], *place)
+        if self.batched:
+            place = (b, *place)
+        hidden = q >= values["lts"][place]
+        if "lte" in self.names:
+            hidden = hidden & (q < values["lte"][place])
+        if "ute" in self.names:
+            above = q < values["ute"][place]
+            if "uts" in self.names:
+                above = (q >= values["uts"][place]) & above
             hidden = hidden | above
-        if causal:
-            hidden = hidden | (q + implied[_SHIFT] < kv)
-        return not hidden
+        if self.causal:
+            hidden = hidden | (q < kv - values[_SHIFT])
+        return hidden ^ True
 
-    return visible
+
+@lru_cache(maxsize=64)
+def _trace(form: _Form, group: int) -> Traced:
+    """The expression of all masks of a form; its tables are named as the vectors."""
+
+    def visible(b: Any, h: Any, q: Any, kv: Any, **values: Any) -> Any:
+        return form.visible(b, h, q, kv, values)
+
+    implied = {**({_SHIFT: 0} if form.causal else {}), **({_group(form.heads): group} if form.heads > 1 else {})}
+    anything = torch.zeros((1,) * (1 + form.batched + (form.heads > 1)), dtype=torch.int32)
+    return trace(visible, {**dict.fromkeys(form.names, anything), **implied})
 
 
 def _group(heads: int) -> str:
@@ -223,6 +246,10 @@ def _checked(name: str, value: Any) -> Tensor:
                 "clamp it to the number of rows"
             )
         table = table.int()
+    if 0 in table.shape[:-1]:
+        raise ArgumentError(
+            f"ColumnIntervals: {name} has shape {_shape(value)}, expected batch and heads of at least 1"
+        )
     missing = 3 - table.ndim
     return table[None, None] if missing == 2 else table[:, None] if missing else table
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from maskflash.expr.evaluate import Inputs
 from maskflash.expr.trace import Traced, keyword_arguments, trace
 from maskflash.expr.tracer import Argument
 from maskflash.masks import tables
+
+if TYPE_CHECKING:
+    from maskflash.masks.columns import ColumnIntervals
 
 _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
 
@@ -47,6 +50,9 @@ class Call:
     heads: int
     q_offset: int | Tensor
     device: torch.device
+
+
+_TILE: Final = (128, 128)  # of an analysis whose tiles nobody sees
 
 
 class Mask:
@@ -181,6 +187,51 @@ class Mask:
             "Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
         )
         return classify(problem).block_map
+
+    def to_flashmask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        causal: bool | None = None,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> ColumnIntervals:
+        """FlashMask's vectors for this mask: found from its boundary, never from all pairs.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows; the vectors have one where the mask does not look at b.
+            heads: query heads; likewise with h.
+            causal: whether the vectors come with causal=True (aligned to the bottom right); None where the mask hides
+                all that causal hides.
+            q_offset: added to row numbers; the vectors are for the rows of the query tensor itself.
+            device: where to analyse, and where the vectors live.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            The same mask as column intervals; its `startend_row_indices` is what FlashMask takes.
+
+        Raises:
+            UnsupportedMask: a column hides more than two runs of rows (three with causal); the first such column.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> mask(lambda b, h, q, kv: kv <= q < kv + 2).to_flashmask(4, 4).startend_row_indices[0, 0, :, 0]
+            tensor([2, 3, 4, 4], dtype=torch.int32)
+        """
+        from maskflash.masks.convert import to_columns
+
+        return to_columns(
+            self.problem(
+                "Mask.to_flashmask", q_len, kv_len, batch, heads, _TILE, q_offset, torch.device(device), mask_args
+            ),
+            causal,
+        )
 
     def problem(
         self,

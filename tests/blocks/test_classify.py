@@ -25,9 +25,10 @@ def brute_force(dense, block_size):
 
 
 @settings(max_examples=300)
-@given(masks(), st.integers(0, 64), st.integers(0, 64), SIZES, st.integers(1, 3))
-def test_every_tile_is_what_all_its_pairs_say(mask, q_len, kv_len, block_size, parts):
+@given(masks(), st.integers(0, 64), st.integers(0, 64), SIZES, st.integers(1, 3), st.sampled_from([0, 1 << 16]))
+def test_every_tile_is_what_all_its_pairs_say(mask, q_len, kv_len, block_size, parts, many):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MANY_TILES", many)  # 0: cut columns wherever the mask can be taken apart
         patch.setattr(module, "_BOXES_AT_ONCE", 4**parts)  # cut the lattice, so that the seams are tested too
         patch.setattr(module, "_PAIRS_AT_ONCE", 1 << (5 * parts))
         found = mask.block_map(q_len, kv_len, batch=2, heads=2, block_size=block_size).kinds()
@@ -66,11 +67,11 @@ def test_the_map_has_rows_and_heads_only_where_the_mask_looks_at_them(predicate,
 def test_what_settles_a_tile():
     """Bounds settle what lies off the diagonal, samples the diagonal, and elements what samples can't see."""
     attn = mf.compile(mf.causal())
-    assert attn.explain(1024, 1024).to_dict()["decided"] == {"bounds": 56, "samples": 8, "elements": 0}
+    assert attn.explain(1024, 1024).to_dict()["decided"] == {"bounds": 56, "samples": 8, "elements": 0, "columns": 0}
     lonely = mf.compile(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33))
-    facts = lonely.explain(256, 256).to_dict()
-    assert facts["decided"] == {"bounds": 0, "samples": 0, "elements": 4}
-    assert facts["tiles"] == {"full": 0, "partial": 4, "skip": 0}
+    facts = lonely.explain(1280, 1280).to_dict()
+    assert facts["decided"] == {"bounds": 0, "samples": 0, "elements": 100, "columns": 0}
+    assert facts["tiles"] == {"full": 0, "partial": 100, "skip": 0}
 
 
 def test_an_empty_side_gives_an_empty_map():

@@ -31,6 +31,7 @@ KEPT = [
     *((name, "forward") for name in MASKS),
     *(("packed", pass_name) for pass_name in ("dkdv", "dq", "delta")),
     ("causal", "dkdv"),
+    ("columns", "dkdv"),
 ]
 
 

@@ -25,4 +25,5 @@ MASKS = {
     "sliding_window": mf.sliding_window(256),
     "natten": mf.natten(32, 32, 7, 7),
     "per_head": per_head,
+    "columns": mf.ColumnIntervals(*torch.zeros(4, 1024, dtype=torch.int32), causal=True),
 }

@@ -1,0 +1,216 @@
+"""An expression -> the comparisons of something of the row with something of the column that it is made of, if it is.
+
+Most masks are: `q >= kv`, `doc[q] == doc[kv]`, `q - kv <= window`, `lts[kv] <= q`. Where what stands on the row's side
+grows (or falls) with the row, a column turns visible or hidden only at the few rows where a comparison turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Final, Literal
+
+import torch
+
+from maskflash.expr.nodes import COMPARISONS, OPPOSITES, Builder, Expr, Node, operand_dtype
+
+_Side = Literal["neither", "rows", "columns", "both"]
+_Terms = list[tuple[int, int]]  # signs and positions of what is summed
+_FLIPPED: Final = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
+_MOST_TERMS: Final = 64  # of a sum; a shared sub-expression counts each time it is met
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Where a comparison turns: between the rows with `rows` < `columns` and the others (<= and the others if `after`).
+
+    Attributes:
+        rows: an expression that doesn't read kv.
+        columns: an expression that doesn't read q.
+        after: the row that equals still belongs to the first kind.
+        hides: what the comparison alone hides, rows "above" the turn or "below" it; None where it isn't as simple.
+    """
+
+    rows: Expr
+    columns: Expr
+    after: bool
+    hides: Literal["above", "below"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Separated:
+    """What an expression's truth depends on in a column, as the row moves.
+
+    Attributes:
+        thresholds: comparisons with the column.
+        switches: what depends on the row alone; truth may turn wherever one changes.
+        rearranged: terms were brought to other sides, which is the same only while nothing overflows.
+        joined: the mask is its comparisons, switches and conditions joined by `and`.
+        conditions: what depends on the column alone.
+    """
+
+    thresholds: tuple[Threshold, ...]
+    switches: tuple[Expr, ...]
+    rearranged: bool
+    joined: bool
+    conditions: tuple[Expr, ...]
+
+
+@lru_cache(maxsize=256)
+def separate(expr: Expr) -> Separated | None:
+    """Take an expression apart.
+
+    Args:
+        expr: the mask.
+
+    Returns:
+        What its truth depends on; None where rows and columns meet in anything but comparisons of integers, sums and
+        distances.
+    """
+    parts = _Parts(expr, _sides(expr))
+    if not parts.visit(len(expr.nodes) - 1):
+        return None
+    return Separated(
+        tuple(dict.fromkeys(parts.thresholds)),
+        tuple(dict.fromkeys(parts.switches)),
+        parts.rearranged,
+        parts.joined,
+        tuple(dict.fromkeys(parts.conditions)),
+    )
+
+
+def _sides(expr: Expr) -> list[_Side]:
+    """What each node depends on."""
+    sides: list[_Side] = []
+    for node in expr.nodes:
+        if node.op in ("q", "kv"):
+            sides.append("rows" if node.op == "q" else "columns")
+            continue
+        found = {sides[arg] for arg in node.args} - {"neither"}
+        sides.append("both" if len(found) > 1 else found.pop() if found else "neither")
+    return sides
+
+
+@dataclass(slots=True)
+class _Parts:
+    expr: Expr
+    sides: list[_Side]
+    thresholds: list[Threshold] = field(default_factory=list)
+    switches: list[Expr] = field(default_factory=list)
+    conditions: list[Expr] = field(default_factory=list)
+    rearranged: bool = False
+    joined: bool = True
+
+    def visit(self, root: int) -> bool:
+        """Collect what the truth of a node depends on; False where it can't be taken apart."""
+        stack: list[tuple[int, bool]] = [(root, False)]
+        met: dict[int, bool] = {}
+        while stack:
+            position, negated = stack.pop()
+            if position in met:
+                self.joined &= met[position] == negated
+                continue
+            met[position] = negated
+            node = self.expr.nodes[position]
+            if self.sides[position] != "both":
+                kind = self.switches if self.sides[position] == "rows" else self.conditions
+                kind.append(_part(self.expr, position, node.dtype))
+                self.joined &= not negated
+            elif node.dtype == torch.bool and {self.expr.nodes[arg].dtype for arg in node.args} == {torch.bool}:
+                turned = negated ^ (node.op in ("not", "bitnot"))
+                stack += [(arg, turned) for arg in node.args]
+                self.joined &= node.op in ("not", "bitnot") + (("or", "bitor") if negated else ("and", "bitand"))
+            elif not (node.op in COMPARISONS and self._compare(node, negated)):
+                return False
+        return True
+
+    def _compare(self, node: Node, negated: bool) -> bool:
+        """The thresholds of a comparison, or of its opposite; False where there are none."""
+        left, right = node.args
+        compares = OPPOSITES[node.op] if negated else node.op
+        dtype = operand_dtype(node, [self.expr.nodes[arg] for arg in node.args])
+        if dtype.is_floating_point:  # NaN has no order
+            return False
+        if self.sides[left] == "rows" and self.sides[right] == "columns":
+            return self._turn(compares, _part(self.expr, left, dtype), _part(self.expr, right, dtype))
+        if self.sides[left] == "columns" and self.sides[right] == "rows":
+            return self._turn(_FLIPPED[compares], _part(self.expr, right, dtype), _part(self.expr, left, dtype))
+        if dtype != torch.int64:
+            return False
+        self.rearranged = True
+        for op, distance, limit in ((compares, left, right), (_FLIPPED[compares], right, left)):
+            inner = self.expr.nodes[distance]
+            if inner.op == "abs" and self.sides[limit] in ("neither", "columns"):
+                terms = self._terms(inner.args[0], 1)
+                return terms is not None and self._compare_distance(op, *terms, limit)
+        terms, others = self._terms(left, 1), self._terms(right, -1)
+        if terms is None or others is None:
+            return False
+        rows, columns = terms[0] + others[0], terms[1] + others[1]
+        return self._turn(compares, _sum(self.expr, rows), _sum(self.expr, columns))
+
+    def _compare_distance(self, op: str, rows: _Terms, columns: _Terms, limit: int) -> bool:
+        """The turns of |rows - columns| against a limit, on either side of columns."""
+        within = op in ("lt", "le")
+        far, near = (_sum(self.expr, [*columns, (sign, limit)]) for sign in (1, -1))
+        self._turn(op, _sum(self.expr, rows), far, simple=within)
+        return self._turn(_FLIPPED[op], _sum(self.expr, rows), near, simple=within)
+
+    def _turn(self, op: str, rows: Expr, columns: Expr, *, simple: bool = True) -> bool:
+        """Note where `rows op columns` turns."""
+        simple = simple and op != "ne"
+        if op in ("ge", "lt", "eq", "ne"):
+            hides: Literal["above", "below"] = "below" if op == "lt" else "above"
+            self.thresholds.append(Threshold(rows, columns, False, hides if simple else None))
+        if op in ("gt", "le", "eq", "ne"):
+            hides = "above" if op == "gt" else "below"
+            self.thresholds.append(Threshold(rows, columns, True, hides if simple else None))
+        return True
+
+    def _terms(self, position: int, sign: int) -> tuple[_Terms, _Terms] | None:
+        """A node as (terms of the row) - (terms of the column), each (sign, position); None where it is no such sum."""
+        rows: _Terms = []
+        columns: _Terms = []
+        stack = [(position, sign)]
+        while stack:
+            position, sign = stack.pop()
+            node = self.expr.nodes[position]
+            if self.sides[position] == "rows":
+                rows.append((sign, position))
+            elif self.sides[position] != "both":
+                columns.append((-sign, position))
+            elif node.dtype != torch.int64 or len(rows) + len(columns) + len(stack) > _MOST_TERMS:
+                return None
+            elif node.op in ("add", "sub"):
+                stack += [(node.args[0], sign), (node.args[1], sign if node.op == "add" else -sign)]
+            elif node.op == "neg":
+                stack.append((node.args[0], -sign))
+            else:
+                return None
+        return rows, columns
+
+
+def _part(expr: Expr, position: int, dtype: torch.dtype) -> Expr:
+    """A node of an expression, in a dtype, as an expression of its own."""
+    builder = Builder()
+    return builder.finish(_copy(builder, expr, position, dtype))
+
+
+def _sum(expr: Expr, terms: _Terms) -> Expr:
+    """The sum of signed nodes of an expression."""
+    builder = Builder()
+    total: int | None = None
+    for sign, position in sorted(terms, key=lambda term: -term[0]):
+        term = _copy(builder, expr, position, torch.int64)
+        if total is None and sign > 0:
+            total = term
+            continue
+        total = builder.add("const", dtype=torch.int64, weak=False, value=0) if total is None else total
+        total = builder.add("add" if sign > 0 else "sub", total, term, dtype=torch.int64, weak=False)
+    return builder.finish(builder.add("const", dtype=torch.int64, weak=False, value=0) if total is None else total)
+
+
+def _copy(builder: Builder, expr: Expr, position: int, dtype: torch.dtype) -> int:
+    place = builder.append(Expr(expr.nodes[: position + 1], expr.sources[: position + 1]))
+    kept = builder.nodes[place].dtype == dtype
+    return place if kept else builder.add("cast", place, dtype=dtype, weak=False)

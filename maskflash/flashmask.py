@@ -1,0 +1,124 @@
+"""The call that FlashMask's users write -> attention under column intervals: their layout, names and rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments
+from maskflash.api import BackendChoice, attention
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.masks.columns import ColumnIntervals
+
+
+def flashmask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    startend_row_indices: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    causal: bool = False,
+    window_size: int | tuple[int, int] | None = None,
+    return_softmax_lse: bool = False,
+    training: bool = True,
+    softmax_scale: float | None = None,
+    backend: BackendChoice = "auto",
+) -> Any:
+    """Attention under FlashMask's vectors, with the arguments of `paddle.nn.functional.flashmask_attention`.
+
+    Args:
+        query: (B, Sq, Hq, D) float32, bfloat16, float16 or float64.
+        key: (B, Skv, Hkv, D), Hkv divides Hq.
+        value: (B, Skv, Hkv, Dv).
+        startend_row_indices: (B or 1, Hm, Skv, n) int32, Hm one of 1, Hkv, Hq; query head h reads h // (Hq / Hm). What
+            hides row i of column j, v being its vectors:
+                causal, n = 1: i >= v0, and what causal hides
+                causal, n = 2: v0 <= i < v1, and what causal hides
+                causal, n = 4: v0 <= i < v1 or v2 <= i < v3, and what causal hides (FlashMask has no such form)
+                else,   n = 2: i >= v0 or i < v1
+                else,   n = 4: v0 <= i < v1 or v2 <= i < v3
+            Numbers beyond the rows are clipped; an interval that ends before it starts hides nothing.
+        dropout: 0, or any with training=False.
+        causal: row i sees the columns j <= i + Skv - Sq: aligned to the bottom right.
+        window_size: instead of vectors: row i sees from `left` columns before to `right` after its own, i + Skv - Sq,
+            both ends included. One number is for both sides; with causal, right counts as 0.
+        return_softmax_lse: also return the log-sum-exp.
+        training: whether dropout applies.
+        softmax_scale: positive factor of the scores; None for 1/sqrt(D).
+        backend: as in `compile`.
+
+    Returns:
+        out: (B, Sq, Hq, Dv) in query's dtype; 0 in rows that see nothing.
+        lse: if asked for, (B, Hq, Sq) float32 (float64 for float64), -inf in rows that see nothing. Both are
+            differentiable in query, key and value.
+
+    Raises:
+        ArgumentError: shapes, devices or ranges that don't fit, or arguments that exclude one another.
+        ArgumentTypeError: types or dtypes that don't fit.
+
+    Source: Wang et al., FlashMask, 2024 (arXiv 2410.01359), section 4.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 6, 2, 16).unbind()
+        >>> ends = torch.tensor([3, 3, 3, 6, 6, 6], dtype=torch.int32)  # two documents of three tokens
+        >>> flashmask_attention(q, k, v, ends.view(1, 1, 6, 1), causal=True).shape
+        torch.Size([1, 6, 2, 16])
+    """
+    name = "flashmask_attention"
+    for what, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(f"{name}: {what} is a {type(x).__name__}, expected a tensor")
+        if x.ndim != 4:
+            raise ArgumentError(
+                f"{name}: {what} has shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)"
+            )
+    if dropout and training:
+        raise ArgumentError(f"{name}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False")
+    q_len, kv_len, heads, kv_heads = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
+    mask: ColumnIntervals | None
+    if window_size is not None:
+        if startend_row_indices is not None:
+            raise ArgumentError(f"{name}: got window_size and startend_row_indices, expected one of them")
+        mask = _window(name, window_size, causal, q_len, kv_len, query.device)
+    elif startend_row_indices is not None:
+        mask = ColumnIntervals.from_flashmask(startend_row_indices, causal)
+        given = startend_row_indices.shape
+        if given[1] not in (1, kv_heads, heads):
+            expected = " or ".join(str(n) for n in sorted({1, kv_heads, heads}))
+            raise ArgumentError(f"{name}: startend_row_indices has {given[1]} heads, expected {expected}")
+        if given[2] != kv_len or given[0] not in (1, query.shape[0]):
+            raise ArgumentError(
+                f"{name}: startend_row_indices has shape {tuple(given)}, expected batch {query.shape[0]} (or 1) and "
+                f"{kv_len} columns, one for each token of key"
+            )
+    else:
+        whole = torch.full((kv_len,), q_len, dtype=torch.int32, device=query.device)
+        mask = ColumnIntervals(whole, causal=True) if causal else None
+    out, lse = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask,
+        scale=softmax_scale,
+        backend=backend,
+        return_lse=True,
+    )
+    out = out.transpose(1, 2)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _window(
+    name: str, window_size: int | tuple[int, int], causal: bool, q_len: int, kv_len: int, device: torch.device
+) -> ColumnIntervals:
+    """A sliding window as column intervals: column j is seen from row j - shift - right to j - shift + left."""
+    pair = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
+    if len(pair) != 2:
+        raise ArgumentError(f"{name}: window_size is {window_size!r}, expected an int or (left, right)")
+    left, right = (min(arguments.integer(name, "window_size", side), q_len + kv_len) for side in pair)
+    own = torch.arange(kv_len, dtype=torch.int32, device=device) - (kv_len - q_len)
+    if causal:
+        return ColumnIntervals(own + left + 1, causal=True)
+    return ColumnIntervals(own + left + 1, ute=own - right)
