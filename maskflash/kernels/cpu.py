@@ -36,11 +36,12 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         -inf, and out 0, for rows that see nothing.
     """
     batch, heads, q_len, _ = q.shape
-    out = q.new_zeros(batch, heads, q_len, v.shape[3])
-    lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=_lse_dtype(q.dtype))
+    total = _lse_dtype(q.dtype)
+    lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=total)
     if lse.numel() == 0:
-        return out, lse
+        return q.new_zeros(batch, heads, q_len, v.shape[3]), lse
     schedule = plan.schedule("forward", q.dtype, _work(plan, q, v))
+    out = q.new_zeros((batch, heads, q_len, v.shape[3]), dtype=total if schedule.merges else q.dtype)
     compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
     inputs = tuple(_prepared(x, compute, width) for x in (q, k, v))
@@ -55,9 +56,12 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
             attn_mask=plan.additive(call, compute),
             scale=scale,
         )
-        _put(outs, call, part[..., : v.shape[3]])
-        _put(lses, call, part_lse)
-    return out, lse
+        if call.merges:
+            _merge(outs, lses, call, part[..., : v.shape[3]], part_lse)
+        else:
+            _put(outs, call, part[..., : v.shape[3]])
+            _put(lses, call, part_lse)
+    return out.to(q.dtype), lse
 
 
 def backward(
@@ -88,11 +92,11 @@ def backward(
         dq, dk, dv, shaped and typed like q, k, v. Summed in float32 (float64 for float64), cast once.
     """
     total = _lse_dtype(q.dtype)
-    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
     if lse.numel() == 0:
-        return dq, dk.to(k.dtype), dv.to(k.dtype)
+        return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype)
     schedule = plan.schedule("backward", q.dtype, _work(plan, q, v), widen=dlse is not None)
+    dq = torch.zeros(q.shape, dtype=total if schedule.merges else q.dtype)
     compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
     if dlse is not None:
@@ -117,11 +121,12 @@ def backward(
             attn_mask=plan.additive(call, compute),
             scale=scale,
         )
-        # Every row is in one call, a column may be in many.
-        _put(dqs, call, part_q[..., : dqs.shape[3]])
+        # Most rows are in one call, a column may be in many.
+        put = _add_rows if call.merges else _put
+        put(dqs, call, part_q[..., : dqs.shape[3]])
         _add(dks, call, part_k[..., : dks.shape[3]])
         _add(dvs, call, part_v[..., : dvs.shape[3]])
-    return dq, dk.to(k.dtype), dv.to(k.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype)
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -195,6 +200,25 @@ def _put(x: Tensor, call: Call, part: Tensor) -> None:
         _take(x, call.rows, call).copy_(part)
     else:
         x.index_copy_(2, call.rows.index, part.to(x.dtype))
+
+
+def _merge(outs: Tensor, lses: Tensor, call: Call, part: Tensor, part_lse: Tensor) -> None:
+    """Merges the call's rows of out and lse with the softmax over more columns.
+
+    out = (exp(lse) out + exp(part_lse) part) / (exp(lse) + exp(part_lse)), lse = log of the denominator.
+    """
+    out, lse = _take(outs, call.rows, call), _take(lses, call.rows, call)
+    weight = torch.sigmoid(part_lse - lse)[..., None]
+    _put(outs, call, torch.lerp(out, part.to(out.dtype), weight))
+    _put(lses, call, torch.logaddexp(lse, part_lse))
+
+
+def _add_rows(x: Tensor, call: Call, part: Tensor) -> None:
+    """Adds to the call's rows of x."""
+    if call.rows.index is None:
+        _take(x, call.rows, call).add_(part)
+    else:
+        x.index_add_(2, call.rows.index, part.to(x.dtype))
 
 
 def _add(x: Tensor, call: Call, part: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 
 Pass = Literal["forward", "backward"]
 
-_TABLE_WORK: Final = 8 * 64  # heads x head dim at which the table was measured
+TABLE_WORK: Final = 8 * 64  # heads x head dim at which the table was measured
 _KEY_BLOCK: Final = 512  # columns that torch's kernel takes at once
 
 
@@ -61,12 +61,13 @@ class Costs:
 
     def for_work(self, work: int) -> Costs:
         """The same costs where heads x head dim is `work`: overhead weighs more where a pair is cheaper."""
-        return replace(self, call=self.call * _TABLE_WORK / work)
+        return replace(self, call=self.call * TABLE_WORK / work)
 
 
 # Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX), calls of 32 to 1,024 rows and 128 to 2,048
 # columns whose data was not in the caches. The kernel splits rows by 32 below 192 rows, by 64 below 768, by 256 from
-# there: hence the steps. An AMD machine gave the same order with smaller steps (forward 0.92 below 192 rows, 0.97 on).
+# there: hence the steps. Below 192 rows the machines differ: 0.83 there and 0.92 on an AMD machine, but 0.5 on another
+# Xeon, whose two threads are no faster than one at that. The table is between: few rows are worth avoiding everywhere.
 _FLOAT32: Final[dict[Pass, Costs]] = {
     "forward": Costs(
         True,
@@ -74,9 +75,9 @@ _FLOAT32: Final[dict[Pass, Costs]] = {
         10,
         0.89,
         (1, 8, 16, 32, 64, 96, 160, 192, 320),
-        (0.15, 0.5, 0.65, 0.74, 0.78, 0.83, 0.87, 0.94, 0.97),
+        (0.12, 0.35, 0.45, 0.53, 0.57, 0.6, 0.64, 0.92, 0.97),
     ),
-    "backward": Costs(True, 2000, 50, 0.94, (1, 8, 16, 32, 96, 192), (0.2, 0.6, 0.8, 0.9, 0.95, 1.0)),
+    "backward": Costs(True, 2000, 50, 0.94, (1, 8, 16, 32, 96, 192, 320), (0.15, 0.4, 0.5, 0.58, 0.64, 0.92, 1.0)),
 }
 _WIDENED: Final[dict[Pass, Costs]] = {p: replace(costs, native=False) for p, costs in _FLOAT32.items()}
 # Half types in their own dtype, in pairs of the float32 kernel. Few rows are slow: products of 16-bit tiles are

@@ -1,4 +1,8 @@
-"""Turns strips (rows with holes in what they see, as exact bits) into dense-kernel calls over the columns they see."""
+"""Turns strips (rows with holes in what they see, as exact bits) into dense-kernel calls over the columns they see.
+
+Columns that all rows of a call see need no mask. Where they are many they are a call of their own, and a second one
+merges the rest: bits are kept and unpacked only for columns that some rows of the call see and some don't.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,26 @@ import torch
 
 from maskflash.blocks.spans import BoolArray, IntArray, Strip
 from maskflash.kernels.cpu_calls import Bits, Call, Pick
-from maskflash.kernels.cpu_costs import Costs, candidates
+from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, candidates
 
 _COSTS: Final[Costs] = candidates("forward", torch.float32)[0]
-_MAX_ROWS: Final = 128  # of a call: packed bits are unpacked per call
+_MAX_ROWS: Final = 512  # of a call: packed bits are unpacked per call
 _MAX_CUTS: Final = 8  # strips that change more often are cut every _FINEST_CUT rows
 _FINEST_CUT: Final = 32
+_UNPACKED: Final = 0.1  # cost of one pair's bit on its way to the kernel, in pairs of the table's work
 
 
 @dataclass(slots=True)
 class _Piece:
-    """Rows of a strip on their way into a call, without those that see nothing."""
+    """Rows on their way into a call, each of which sees something, and the columns that some or all of them see."""
 
-    rows: IntArray
-    left: int
-    bits: BoolArray
+    rows: int
+    some: BoolArray  # (kv_len,)
+    every: BoolArray  # (kv_len,)
+
+    def with_piece(self, other: _Piece) -> _Piece:
+        """Both as one."""
+        return _Piece(self.rows + other.rows, self.some | other.some, self.every & other.every)
 
 
 @dataclass(slots=True)
@@ -37,39 +46,56 @@ class StripMerger:
         h: head of the mask.
         kv_len: columns of the mask, in tokens.
         budget: bytes of packed bits left to keep.
+        work: heads x head dim that one call is expected to compute.
     """
 
     b: int
     h: int
     kv_len: int
     budget: int
+    work: int
     calls: list[Call] = field(default_factory=list)
-    pieces: list[_Piece] = field(default_factory=list)
-    rows: int = 0
-    seen: BoolArray | None = None  # (kv_len,), the columns of the pending pieces
-    cost: float = 0.0
+    rows: list[IntArray] = field(default_factory=list)
+    bits: list[tuple[int, BoolArray]] = field(default_factory=list)  # left, bits
+    pending: _Piece | None = None
+    _costs: Costs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._costs = _COSTS.for_work(self.work)
 
     def take(self, strip: Strip) -> None:
         """Adds a strip, cut where what its rows see changes abruptly."""
         for low, high in _steady(strip.bits):
-            bits = strip.bits[low:high]
-            some = bits.any(axis=1)
-            if some.any():
-                self._add(_Piece(strip.top + low + np.flatnonzero(some), strip.left, bits[some]))
+            rows = low + np.flatnonzero(strip.bits[low:high].any(axis=1))
+            if len(rows):
+                self._add(strip.top + rows, strip.left, strip.bits[rows])
 
-    def _add(self, piece: _Piece) -> None:
-        seen = np.zeros(self.kv_len, dtype=np.bool_)
-        seen[piece.left : piece.left + piece.bits.shape[1]] = piece.bits.any(axis=0)
-        cost = _COSTS.of(len(piece.rows), int(seen.sum()), masked=True)
-        if self.seen is not None:
-            rows, union = self.rows + len(piece.rows), self.seen | seen
-            together = _COSTS.of(rows, int(union.sum()), masked=True)
-            if rows <= _MAX_ROWS and together < self.cost + cost:
-                self.pieces.append(piece)
-                self.rows, self.seen, self.cost = rows, union, together
-                return
-            self._flush()
-        self.pieces, self.rows, self.seen, self.cost = [piece], len(piece.rows), seen, cost
+    def _add(self, rows: IntArray, left: int, bits: BoolArray) -> None:
+        piece = _Piece(len(rows), *(np.zeros(self.kv_len, dtype=np.bool_) for _ in range(2)))
+        # Reducing over rows is an eighth of the work on packed bits.
+        packed, columns = np.packbits(bits, axis=1), bits.shape[1]
+        for seen, of_rows in ((piece.some, np.bitwise_or), (piece.every, np.bitwise_and)):
+            seen[left : left + columns] = np.unpackbits(of_rows.reduce(packed, axis=0), count=columns)
+        if self.pending is not None:
+            both = self.pending.with_piece(piece)
+            if both.rows <= _MAX_ROWS and self._cost(both) < self._cost(self.pending) + self._cost(piece):
+                piece = both
+            else:
+                self._flush()
+        self.rows.append(rows)
+        self.bits.append((left, bits))
+        self.pending = piece
+
+    def _cost(self, piece: _Piece) -> float:
+        some, every = int(np.count_nonzero(piece.some)), int(np.count_nonzero(piece.every))
+        return min(self._masked_cost(piece.rows, some), self._split_cost(piece.rows, some, every))
+
+    def _masked_cost(self, rows: int, columns: int) -> float:
+        unpacked = _UNPACKED * TABLE_WORK / self.work
+        return self._costs.of(rows, columns, masked=True) + unpacked * rows * columns
+
+    def _split_cost(self, rows: int, some: int, every: int) -> float:
+        return self._costs.of(rows, every, masked=False) + self._masked_cost(rows, some - every)
 
     def finish(self) -> list[Call]:
         """The calls of all strips taken."""
@@ -77,20 +103,32 @@ class StripMerger:
         return self.calls
 
     def _flush(self) -> None:
-        if self.seen is None:
+        if self.pending is None:
             return
-        columns = np.flatnonzero(self.seen)
-        bits = np.zeros((self.rows, len(columns)), dtype=np.bool_)
-        top = 0
-        for piece in self.pieces:
-            low, high = np.searchsorted(columns, (piece.left, piece.left + piece.bits.shape[1]))
-            bits[top : top + len(piece.rows), low:high] = piece.bits[:, columns[low:high] - piece.left]
-            top += len(piece.rows)
-        rows = np.concatenate([piece.rows for piece in self.pieces])
-        self.calls.append(Call(Pick.of(rows), Pick.of(columns), self._mask(bits)))
-        self.pieces, self.seen = [], None
+        piece, rows = self.pending, np.concatenate(self.rows)
+        some, every = int(np.count_nonzero(piece.some)), int(np.count_nonzero(piece.every))
+        if self._split_cost(piece.rows, some, every) < self._masked_cost(piece.rows, some):
+            self.calls.append(Call(Pick.of(rows), Pick.of(np.flatnonzero(piece.every)), None))
+            self._mask(rows, np.flatnonzero(piece.some & ~piece.every), merges=True)
+        else:
+            self._mask(rows, np.flatnonzero(piece.some), merges=False)
+        self.rows, self.bits, self.pending = [], [], None
 
-    def _mask(self, bits: BoolArray) -> Bits | None:
+    def _mask(self, rows: IntArray, columns: IntArray, *, merges: bool) -> None:
+        """Adds the call over these columns, without rows that see none of them."""
+        bits = np.zeros((len(rows), len(columns)), dtype=np.bool_)
+        top = 0
+        for left, part in self.bits:
+            low, high = np.searchsorted(columns, (left, left + part.shape[1]))
+            bits[top : top + len(part), low:high] = part[:, columns[low:high] - left]
+            top += len(part)
+        seeing = np.flatnonzero(bits.any(axis=1))
+        if len(seeing) < len(rows):
+            rows, bits = rows[seeing], bits[seeing]
+        if len(rows):
+            self.calls.append(Call(Pick.of(rows), Pick.of(columns), self._packed(bits), merges=merges))
+
+    def _packed(self, bits: BoolArray) -> Bits | None:
         if bits.all():
             return None
         mask = Bits.pack(bits, self.b, self.h)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.spans import Evaluate, row_spans
-from maskflash.kernels.cpu_calls import Band, Bits, Call, Causal, Intervals, Schedule, additive
-from maskflash.kernels.cpu_costs import Costs, Pass, candidates
+from maskflash.blocks.spans import Evaluate, Strip, row_spans
+from maskflash.kernels.cpu_calls import Band, Bits, Call, Causal, Intervals, Schedule, additive, spread
+from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, Pass, candidates
 from maskflash.kernels.cpu_irregular import StripMerger
+from maskflash.kernels.cpu_layers import Layers
 from maskflash.kernels.cpu_regular import Segments, cover, find_segments
 
 _MAX_STORED_BITS: Final = 256 << 20  # bytes of packed bits per plan; beyond it, the mask is evaluated per call
@@ -28,13 +30,13 @@ class Plan:
     Attributes:
         block_map: what it was made from.
         evaluate: the mask, for calls whose bits were too many to keep; None where all were kept.
-        segments: regular rows, per (b, h) of the mask.
+        segments: regular rows, per (b, h) of the mask and layer: a row's further intervals are in further layers.
         strips: calls for irregular rows, per (b, h) of the mask.
     """
 
     block_map: BlockMap
     evaluate: Evaluate | None
-    segments: dict[tuple[int, int], Segments]
+    segments: dict[tuple[int, int], list[Segments]]
     strips: dict[tuple[int, int], list[Call]]
     _schedules: dict[tuple[Pass, bool, int], Schedule] = field(default_factory=dict)
     _band_sizes: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Plan:
         key = (pass_, costs.native and dtype.itemsize == 2, work)
         if key not in self._schedules:
             costs = costs.for_work(work)
-            calls = {unit: cover(segs, costs) + self.strips[unit] for unit, segs in self.segments.items()}
+            calls = {unit: _covered(layers, costs) + self.strips[unit] for unit, layers in self.segments.items()}
             schedule = Schedule(costs.native, calls, 0.0)
             cost = sum(_cost(call, costs) for call in schedule.all_calls())
             self._size_bands(schedule.all_calls())
@@ -75,14 +77,13 @@ class Plan:
         if isinstance(mask, Intervals):
             return additive(mask.visible(columns), dtype)
         if isinstance(mask, Bits):
-            return additive(self._bits(mask, call), dtype)
+            if mask.packed is not None:
+                return spread(mask.packed, columns, dtype)
+            return additive(self._evaluated(mask, call), dtype)
         return None
 
-    def _bits(self, mask: Bits, call: Call) -> Tensor:
+    def _evaluated(self, mask: Bits, call: Call) -> Tensor:
         """The call's visible pairs: (R, S) bool."""
-        if mask.packed is not None:
-            bits = np.unpackbits(mask.packed.numpy(), axis=1, count=len(call.columns))
-            return torch.from_numpy(bits.view(np.bool_))
         assert self.evaluate is not None, "plan() keeps the mask of a plan that has bits to evaluate"
         q, kv = call.rows.tokens()[:, None], call.columns.tokens()
         visible = self.evaluate(torch.tensor(mask.b), torch.tensor(mask.h), q, kv)
@@ -116,7 +117,7 @@ class Plan:
         calls = {id(c): c for calls in self.strips.values() for c in calls}
         calls.update((id(c), c) for s in self._schedules.values() for c in s.all_calls())
         return (
-            sum(s.nbytes for s in self.segments.values())
+            sum(s.nbytes for layers in self.segments.values() for s in layers)
             + sum(c.nbytes for c in calls.values())
             + sum(b.nbytes for b in self._bands.values())
         )
@@ -145,19 +146,35 @@ def plan(block_map: BlockMap, evaluate: Evaluate) -> Plan:
     Returns:
         A plan that forward and backward take, for any dtype and head dim.
     """
-    segments: dict[tuple[int, int], Segments] = {}
+    segments: dict[tuple[int, int], list[Segments]] = {}
     strips: dict[tuple[int, int], list[Call]] = {}
     stored = 0
+    # A mask with heads of its own is computed head by head: a guess is enough to plan strips by.
+    work = TABLE_WORK if block_map.shape[1] == 1 else TABLE_WORK // 8
     for b in range(block_map.shape[0]):
         for h in range(block_map.shape[1]):
-            merger = StripMerger(b, h, block_map.kv_len, _MAX_STORED_BITS - stored)
-            segments[b, h] = find_segments(row_spans(block_map, evaluate, b, h, merger.take))
+            layers = Layers(block_map.q_len)
+            merger = StripMerger(b, h, block_map.kv_len, _MAX_STORED_BITS - stored, work)
+            spans = row_spans(block_map, evaluate, b, h, partial(_take, layers, merger))
+            segments[b, h] = [find_segments(layer) for layer in layers.joined(spans)]
             strips[b, h] = merger.finish()
             stored += sum(call.nbytes for call in strips[b, h])
     masks = (call.mask for calls in strips.values() for call in calls)
     # A plan may outlive its mask's tensors: it holds on to the mask only where it will evaluate it again.
     again = any(isinstance(mask, Bits) and mask.packed is None for mask in masks)
     return Plan(block_map, evaluate if again else None, segments, strips)
+
+
+def _take(layers: Layers, merger: StripMerger, strip: Strip) -> None:
+    """Hands a strip to the layers if its rows see few intervals, else to the merger."""
+    if not layers.take(strip):
+        merger.take(strip)
+
+
+def _covered(layers: list[Segments], costs: Costs) -> list[Call]:
+    """Calls that cover the layers, in their order: every layer after the first merges with what is there."""
+    first, *further = (cover(segments, costs) for segments in layers)
+    return first + [replace(call, merges=True) for calls in further for call in calls]
 
 
 def _cost(call: Call, costs: Costs) -> float:

@@ -5,9 +5,6 @@ Pictures show queries downwards and keys to the right; ■ is visible.
 
 from __future__ import annotations
 
-import math
-from typing import Final
-
 from torch import Tensor
 
 from maskflash.masks.mask import Mask, Predicate
@@ -15,8 +12,6 @@ from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Segments
 
 __all__ = ["qk_sparse", "random_eviction"]
-
-_WHOLE: Final = 1024  # a table of whole tiles: one that ends in a tile's middle has its look-ups checked pair by pair
 
 
 def qk_sparse(segments: Segments) -> Mask:
@@ -38,8 +33,7 @@ def qk_sparse(segments: Segments) -> Mask:
     Large Sequences Through Sparse Flash Attention, 2023.
     """
     dropped = packing.segments("qk_sparse", segments)
-    last = dropped[-1][1] if dropped else 0
-    n = math.ceil(last / _WHOLE) * _WHOLE
+    n = dropped[-1][1] if dropped else 0
     stops, lengths, after = [], [], 0
     for start, stop in dropped:
         stops += [0, stop]

@@ -40,6 +40,8 @@ def long_mask(name, q_len, kv_len):
     ids = torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000]).repeat_interleave(
         torch.tensor([40, 3, 600, 1, 1, 90, 400, 5000])
     )
+    generator = torch.Generator().manual_seed(7)
+    evicted = torch.where(kv % 2 == 0, 5000, torch.randint(400, 1100, (kv_len,), generator=generator))
     return {
         "causal": q >= kv,
         "bottom_right": q + kv_len - q_len >= kv,
@@ -50,11 +52,15 @@ def long_mask(name, q_len, kv_len):
         "documents": ids[q] == ids[kv],
         "prefix": (q >= kv) | (kv < 70),
         "sinks": ((q - kv < 64) | (kv < 4)) & (q >= kv),
+        "global": (kv < 16) | (q < 16) | ((q - kv).abs() <= 130),
+        "shared_prefixes": (q >= kv) & (ids[q] == ids[kv]) & ((kv % 300 < 110) | (q // 70 == kv // 70)),
+        "evicted": (q >= kv) & (q < evicted),
         "dilated": (q - kv < 300) & (q >= kv) & ((q - kv) % 7 == 0),
     }[name]
 
 
 LONG = ["causal", "bottom_right", "anticausal", "window", "two_sided_window", "causal_documents", "documents", "prefix"]
+MERGED = ["sinks", "global", "shared_prefixes", "evicted"]  # rows are in several calls
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +76,7 @@ def long_case(make_case):
     return build
 
 
-@pytest.mark.parametrize("name", [*LONG, "sinks", "dilated"])
+@pytest.mark.parametrize("name", [*LONG, *MERGED, "dilated"])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1100, 1100), (700, 1201)])
 def test_long_masks_are_within_the_error_budget(long_case, name, q_len, kv_len):
     case = long_case(name, q_len, kv_len)
@@ -78,7 +84,7 @@ def test_long_masks_are_within_the_error_budget(long_case, name, q_len, kv_len):
 
 
 @pytest.mark.parametrize("costs", [cpu_costs._NATIVE_AMX, cpu_costs._NATIVE_AVX512])
-@pytest.mark.parametrize("name", [*LONG, "sinks"])
+@pytest.mark.parametrize("name", [*LONG, *MERGED])
 def test_half_types_computed_in_their_own_dtype_are_within_the_error_budget(long_case, monkeypatch, name, costs):
     monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: (costs[pass_],))
     case = long_case(name, dtype=torch.bfloat16, dlse=False)
@@ -180,6 +186,15 @@ def test_empty_batches_and_sequences(make_case, shape):
     assert (got["lse"] == -torch.inf).all()
     assert [got[n].shape for n in ("dq", "dk", "dv")] == [q.shape, k.shape, v.shape]
     assert not any(got[n].any() for n in ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_results_of_half_types_are_rounded_once_where_calls_are_merged(long_case, name):
+    case = long_case(name, dtype=torch.bfloat16, dlse=False)
+    plan = case.plan()
+    assert plan.schedule("forward", torch.bfloat16, 16).merges
+    exact, got = case.dense(torch.float64)["out"], case.run(plan)["out"]
+    assert ((got - exact).abs() <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-5).all()
 
 
 def test_gradients_of_half_types_are_rounded_once(long_case):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskflash.blocks.block_map import BlockMap
-from maskflash.kernels import cpu, cpu_plan, cpu_regular
+from maskflash.kernels import cpu, cpu_irregular, cpu_plan, cpu_regular
 from maskflash.kernels.cpu_calls import Band, Bits, Causal, Intervals
 
 TILE = 128
@@ -30,6 +31,10 @@ def documents(q, kv):
 
 def sinks(q, kv):
     return (q >= kv) & ((q - kv < 200) | (kv < 4))
+
+
+def dilated(q, kv):
+    return (q >= kv) & ((q - kv) % 3 == 0)
 
 
 def plan_of(predicate, length):
@@ -122,8 +127,21 @@ def test_each_mask_becomes_the_calls_it_should():
     assert masks_of(plan_of(causal, 4096)) == [Causal]
     assert set(masks_of(plan_of(window, 2000))) == {Causal, Band}
     assert set(masks_of(plan_of(lambda q, kv: (q >= kv) & (q // 20 == kv // 20), 2000))) == {Intervals}
-    assert Bits in masks_of(plan_of(sinks, 1000))
+    assert set(masks_of(plan_of(sinks, 1000))) == {Causal, type(None), Band}
+    assert set(masks_of(plan_of(dilated, 1000))) == {Bits}
     assert masks_of(plan_of(lambda q, kv: (q < 0) & (kv < 0), 500)) == []
+
+
+def test_columns_that_all_rows_of_a_call_see_have_no_mask():
+    def scattered(q, kv):  # every other column; of the first 16 the others too, each by a row in 21
+        return (kv % 2 == 0) | ((kv < 16) & ((q + kv // 2) % 21 == 0))
+
+    calls = list(plan_of(scattered, 1024).schedule("forward", torch.float32, 512).all_calls())
+    assert {call.mask for call in calls if not call.merges} == {None}
+    merged = [call for call in calls if call.merges]
+    assert all(isinstance(call.mask, Bits) and call.columns.stop <= 16 for call in merged)
+    # The 8 columns are seen from 8 of 21 rows: no other row is in a call with them.
+    assert sum(len(call.rows) for call in merged) == sum((q + x) % 21 == 0 for q in range(1024) for x in range(8))
 
 
 def test_describe_counts_what_a_pass_does():
@@ -135,7 +153,7 @@ def test_describe_counts_what_a_pass_does():
 
 
 def test_cheap_heads_get_fewer_larger_calls():
-    plan = plan_of(window, 4096)
+    plan = plan_of(documents, 4096)
     calls = [plan.describe("forward", torch.float32, work)["calls"] for work in (8, 8192)]
     assert calls[0] < calls[1]
 
@@ -146,7 +164,10 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
     q_len, kv_len = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
     mask = data.draw(mask_strategy((1, 2, q_len, kv_len)))
     block_map = BlockMap.from_kinds(kinds_of(mask, (32, 16)), q_len, kv_len, (32, 16))
-    plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):  # columns that all rows see are then always a call of their own
+            patch.setattr(cpu_irregular, "_COSTS", replace(cpu_irregular._COSTS, call=0, column=0))
+        plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
     for pass_, work in (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000)):
         covered = torch.zeros(mask.shape, dtype=torch.int32)
         for (b, h), calls in plan.schedule(pass_, torch.float32, work).calls.items():
@@ -161,6 +182,8 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
                 assert visible.any(0).all(), "a column that nobody sees is in a call"
                 for block in range(call.repeat):
                     rows, columns = (pick.tokens() + block * len(call.rows) for pick in (call.rows, call.columns))
+                    merges = covered[b, h, rows].any(1)
+                    assert (merges == call.merges).all(), "results are written over, or merged with none"
                     covered[b, h, rows[:, None], columns] += visible.int()
         assert torch.equal(covered, mask.int())
 
