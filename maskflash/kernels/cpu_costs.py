@@ -66,8 +66,8 @@ class Costs:
 
 # Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX), calls of 32 to 1,024 rows and 128 to 2,048
 # columns whose data was not in the caches. The kernel splits rows by 32 below 192 rows, by 64 below 768, by 256 from
-# there: hence the steps. Below 192 rows the machines differ: 0.83 there and 0.92 on an AMD machine, but 0.5 on another
-# Xeon, whose two threads are no faster than one at that. The table is between: few rows are worth avoiding everywhere.
+# there: hence the steps. Below 192 rows measurements differ: 0.83 of full speed when this was first measured, 0.45 to
+# 0.5 when measured again, 0.92 on an AMD machine. The table is between: few rows are worth avoiding everywhere.
 _FLOAT32: Final[dict[Pass, Costs]] = {
     "forward": Costs(
         True,
