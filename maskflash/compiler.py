@@ -2,7 +2,7 @@
 
     trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
     simplify    expr/simplify.py     the expression in normal form
-    classify    blocks/classify.py   expression -> block map: bounds, then samples, then elements
+    classify    blocks/classify.py   expression -> block map: bounds, samples, elements; or columns cut into pieces
     plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.

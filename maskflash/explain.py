@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskflash.blocks.pieces import find_pieces
 from maskflash.blocks.problem import Problem
@@ -56,7 +57,10 @@ class Explanation:
         }
 
     def _rows(self) -> str | None:
-        """The rows that column j sees, where they are an interval with a formula."""
+        """The rows that column j sees, where they are an interval with a formula, and start at 0."""
+        offset = self.problem.q_offset
+        if isinstance(offset, Tensor) or offset != 0:
+            return None
         pieces = find_pieces(self.problem)
         if pieces is None or any(turn.sign < 0 for turn in pieces.turns):
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import torch
@@ -61,7 +62,8 @@ def classify(problem: Problem) -> Classified:
         MaskIndexError: a pair inside the lengths reads out of range, or divides by zero, and no guard excludes it.
     """
     largest = float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
-    if math.prod(problem.shape) > _MANY_TILES and (pieces := find_pieces(problem)):
+    find = cache(find_pieces)  # once, for however many parts of the lattice
+    if math.prod(problem.shape) > _MANY_TILES and (pieces := find(problem)):
         return _cut(pieces, largest)
     kinds = torch.full(problem.shape, SKIP, dtype=torch.int8, device=problem.device)
     ranges = RangeMinima()
@@ -74,7 +76,7 @@ def classify(problem: Problem) -> Classified:
         by_samples += found
         pairs = len(undecided) * math.prod(problem.block_size)
         columns = math.prod(problem.shape[:2]) * problem.kv_len
-        if pairs > _PAIRS_FOR_A_PIECE * columns and (pieces := find_pieces(problem)):
+        if pairs > _PAIRS_FOR_A_PIECE * columns and (pieces := find(problem)):
             return _cut(pieces, largest)
         _evaluate(problem, kinds, undecided)
     block_map = BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size)

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.nodes import Expr
 
+TILE: Final = (128, 128)  # (bq, bkv) in tokens, where nobody asks for another
 _CPU: Final = torch.device("cpu")
 
 
@@ -38,7 +39,7 @@ class Problem:
     kv_len: int
     batch: int = 1
     heads: int = 1
-    block_size: tuple[int, int] = (128, 128)
+    block_size: tuple[int, int] = TILE
     q_offset: int | Tensor = 0
     device: torch.device = _CPU
     names: tuple[str, ...] = ()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskflash.blocks.changes import find_changes
+from maskflash.blocks.problem import TILE
 from maskflash.masks.mask import Mask, mask
-
-_TILE: Final = (128, 128)  # of an analysis whose tiles nobody sees
 
 Pair = tuple[int, int, int, int]
 
@@ -111,7 +110,7 @@ def _nothing(
 ) -> Comparison:
     """Whether a mask shows nothing; else the first pair of the first column that shows one."""
     problem = difference.problem(
-        operation, q_len, kv_len, batch, heads, _TILE, q_offset, torch.device(device), mask_args
+        operation, q_len, kv_len, batch, heads, TILE, q_offset, torch.device(device), mask_args
     )
     changes = find_changes(problem)
     if not len(changes.column):

@@ -15,7 +15,7 @@ from maskflash import arguments
 from maskflash.arguments import BlockSize
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.classify import classify
-from maskflash.blocks.problem import Problem
+from maskflash.blocks.problem import TILE, Problem
 from maskflash.errors import ArgumentTypeError
 from maskflash.expr.combine import combine
 from maskflash.expr.evaluate import Inputs
@@ -50,9 +50,6 @@ class Call:
     heads: int
     q_offset: int | Tensor
     device: torch.device
-
-
-_TILE: Final = (128, 128)  # of an analysis whose tiles nobody sees
 
 
 class Mask:
@@ -228,7 +225,7 @@ class Mask:
 
         return to_columns(
             self.problem(
-                "Mask.to_flashmask", q_len, kv_len, batch, heads, _TILE, q_offset, torch.device(device), mask_args
+                "Mask.to_flashmask", q_len, kv_len, batch, heads, TILE, q_offset, torch.device(device), mask_args
             ),
             causal,
         )
