@@ -162,12 +162,13 @@ def _rays(start: Tensor, visible: Tensor, line: Tensor, rows: int, n_q: int) -> 
 
     A ray from row s adds, to its own tile, the tile's rows from s on; to every later tile, all of its rows.
     """
-    weight = visible.long()
-    weight[1:] -= visible[:-1].long()
-    tile = start >> rows.bit_length() - 1 if rows & (rows - 1) == 0 else start // rows  # a shift is ten times faster
+    # In place wherever it can be: fresh memory costs as much as the arithmetic.
+    weight = visible.to(torch.int8)
+    weight[1:] -= visible[:-1].view(torch.int8)
+    keys = start >> rows.bit_length() - 1 if rows & (rows - 1) == 0 else start // rows  # a shift is ten times faster
     # Rays and their rows in their own tile are summed in one number, the rays above _SHARE_BITS.
-    rays = weight * ((tile + 1) * rows - start + (1 << _SHARE_BITS))
-    keys, rays = _merged((line * (n_q + 2) + tile).flatten(), rays.flatten())
+    rays = torch.add(rows + (1 << _SHARE_BITS), keys, alpha=rows).sub_(start).mul_(weight)
+    keys, rays = _merged(keys.add_(line * (n_q + 2)).flatten(), rays.flatten())
     weight = (rays + (1 << _SHARE_BITS - 1)) >> _SHARE_BITS
     share = rays - (weight << _SHARE_BITS)
     keys, order = torch.cat((keys, keys + 1)).sort()

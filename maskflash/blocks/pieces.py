@@ -63,9 +63,11 @@ class Pieces:
             "kv": torch.arange(columns.start, columns.stop, device=device),
         }
         shape = torch.broadcast_shapes(*(x.shape for x in at.values()))
-        turns = [turn.row(problem, at, b, h).expand(shape) for turn in self.turns]
+        found = (turn.row(problem, at, b, h) for turn in self.turns)
+        # A turn outside the rows, such as an end of S, cuts nothing.
+        turns = [row.expand(shape) for row in found if int(row.max()) > 0 and int(row.min()) < problem.q_len]
         first = torch.zeros((), dtype=torch.int64, device=device).expand(shape)
-        start = torch.stack(_ascending([first, *turns, *(row.expand(shape) for row in self.always)]))
+        start = _ascending([first, *turns, *(row.expand(shape) for row in self.always)])
         row = start.clamp(max=problem.q_len - 1)
         return start, problem.visible(at["b"], at["h"], row, at["kv"])
 
@@ -172,11 +174,13 @@ def _changes(values: Tensor) -> Tensor:
     return changed.nonzero()[:, 0] + 1
 
 
-def _ascending(rows: list[Tensor]) -> list[Tensor]:
-    """Tensors sorted element by element: an insertion network, since there are few."""
-    rows = list(rows)
-    for top in range(1, len(rows)):
-        for place in range(top, 0, -1):
-            low, high = rows[place - 1], rows[place]
-            rows[place - 1], rows[place] = torch.minimum(low, high), torch.maximum(low, high)
-    return rows
+def _ascending(rows: list[Tensor]) -> Tensor:
+    """Tensors of one shape, the first of them lowest, stacked and sorted by element: an insertion network."""
+    stack = torch.stack(rows)
+    low = torch.empty_like(stack[0])
+    for top in range(2, len(rows)):
+        for place in range(top, 1, -1):
+            torch.minimum(stack[place - 1], stack[place], out=low)
+            torch.maximum(stack[place - 1], stack[place], out=stack[place])
+            stack[place - 1].copy_(low)
+    return stack
