@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from maskflash import arguments
 from maskflash.api import BackendChoice, attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.masks.columns import ColumnIntervals
+from maskflash.masks.mask import Mask
+from maskflash.presets import basic
 
 
 def flashmask_attention(
@@ -62,6 +64,7 @@ def flashmask_attention(
     Source: Wang et al., FlashMask, 2024 (arXiv 2410.01359), section 4.
 
     Example:
+        >>> import torch
         >>> q, k, v = torch.randn(3, 1, 6, 2, 16).unbind()
         >>> ends = torch.tensor([3, 3, 3, 6, 6, 6], dtype=torch.int32)  # two documents of three tokens
         >>> flashmask_attention(q, k, v, ends.view(1, 1, 6, 1), causal=True).shape
@@ -78,11 +81,13 @@ def flashmask_attention(
     if dropout and training:
         raise ArgumentError(f"{name}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False")
     q_len, kv_len, heads, kv_heads = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
-    mask: ColumnIntervals | None
+    mask: Mask | None = _causal() if causal else None
+    offset = kv_len - q_len  # aligned to the bottom right, as column intervals are by themselves
     if window_size is not None:
         if startend_row_indices is not None:
             raise ArgumentError(f"{name}: got window_size and startend_row_indices, expected one of them")
-        mask = _window(name, window_size, causal, q_len, kv_len, query.device)
+        left, right = _sides(name, window_size)
+        mask = _window(left, 0 if causal else right)
     elif startend_row_indices is not None:
         mask = ColumnIntervals.from_flashmask(startend_row_indices, causal)
         given = startend_row_indices.shape
@@ -94,9 +99,7 @@ def flashmask_attention(
                 f"{name}: startend_row_indices has shape {tuple(given)}, expected batch {query.shape[0]} (or 1) and "
                 f"{kv_len} columns, one for each token of key"
             )
-    else:
-        whole = torch.full((kv_len,), q_len, dtype=torch.int32, device=query.device)
-        mask = ColumnIntervals(whole, causal=True) if causal else None
+        offset = 0
     out, lse = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -104,21 +107,22 @@ def flashmask_attention(
         mask,
         scale=softmax_scale,
         backend=backend,
+        q_offset=offset,
         return_lse=True,
     )
     out = out.transpose(1, 2)
     return (out, lse) if return_softmax_lse else out
 
 
-def _window(
-    name: str, window_size: int | tuple[int, int], causal: bool, q_len: int, kv_len: int, device: torch.device
-) -> ColumnIntervals:
-    """A sliding window as column intervals: column j is seen from row j - shift - right to j - shift + left."""
+def _sides(name: str, window_size: int | tuple[int, int]) -> tuple[int, int]:
+    """How far a window reaches to the left and to the right."""
     pair = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
     if len(pair) != 2:
         raise ArgumentError(f"{name}: window_size is {window_size!r}, expected an int or (left, right)")
-    left, right = (min(arguments.integer(name, "window_size", side), q_len + kv_len) for side in pair)
-    own = torch.arange(kv_len, dtype=torch.int32, device=device) - (kv_len - q_len)
-    if causal:
-        return ColumnIntervals(own + left + 1, causal=True)
-    return ColumnIntervals(own + left + 1, ute=own - right)
+    left, right = (arguments.integer(name, "window_size", side) for side in pair)
+    return left, right
+
+
+# Traced once, since a call makes no mask of its own.
+_causal: Final = cache(basic.causal)
+_window: Final = lru_cache(maxsize=64)(basic.sliding_window)
