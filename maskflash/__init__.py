@@ -3,7 +3,10 @@
 `compile(mask)` is the front door; `mask`, the presets and `& | ^ ~` make masks. README.md has an example.
 """
 
-from maskflash import presets, testing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from maskflash import presets
 from maskflash.api import Attention, attention, compile
 from maskflash.blocks.block_map import BlockMap
 from maskflash.errors import (
@@ -15,10 +18,7 @@ from maskflash.errors import (
     MaskTraceError,
     UnsupportedMask,
 )
-from maskflash.explain import Explanation
-from maskflash.flashmask import flashmask_attention
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.compare import Comparison, equivalent, implies
 from maskflash.masks.mask import Mask, mask
 from maskflash.presets.basic import (
     causal,
@@ -31,6 +31,12 @@ from maskflash.presets.basic import (
     prefix_lm,
     sliding_window,
 )
+
+if TYPE_CHECKING:
+    from maskflash import testing
+    from maskflash.explain import Explanation
+    from maskflash.flashmask import flashmask_attention
+    from maskflash.masks.compare import Comparison, equivalent, implies
 
 __version__ = "0.1.0"
 
@@ -66,3 +72,24 @@ __all__ = [
     "sliding_window",
     "testing",
 ]
+
+# Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
+_LATER: Final = {
+    "Comparison": "maskflash.masks.compare",
+    "Explanation": "maskflash.explain",
+    "equivalent": "maskflash.masks.compare",
+    "flashmask_attention": "maskflash.flashmask",
+    "implies": "maskflash.masks.compare",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module("maskflash.testing")
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Final, Literal, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from maskflash import arguments, op, plans
 from maskflash.arguments import BlockSize
 from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
-from maskflash.codegen.render import PASSES, PassName
 from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
-from maskflash.explain import Explanation
-from maskflash.kernels import triton
+from maskflash.kernels import cpu
 from maskflash.masks.mask import Call, Mask, mask
 from maskflash.presets.basic import full
+
+if TYPE_CHECKING:
+    from maskflash.codegen.render import PassName
+    from maskflash.explain import Explanation
 
 MaskLike = Mask | Callable[..., Any]
 BackendChoice = Literal["auto", "cpu", "triton"]
@@ -122,7 +124,9 @@ class Attention:
         problem = self._problem(q, k, q_offset, mask_args)
         plan = plans.find(problem, backend).plan  # here, so that an error of the mask names the user's own line
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-        if self.tune and isinstance(plan, triton.Plan):
+        if self.tune and not isinstance(plan, cpu.Plan):
+            from maskflash.kernels import triton
+
             triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
         out, lse = op.attend(q, k, v, problem, scale, backend)
         return (out, lse) if return_lse else out
@@ -156,6 +160,9 @@ class Attention:
             >>> [line.strip() for line in text.splitlines() if "x2" in line][0]
             'x2 = q[:, None] >= kv[None, :]'
         """
+        from maskflash.codegen.render import PASSES
+        from maskflash.kernels import triton
+
         _check_tensors(q, k, v)
         if pass_name not in PASSES:
             raise ArgumentError(f"Attention.source: pass_name is {pass_name!r}, expected one of {', '.join(PASSES)}")
@@ -219,6 +226,8 @@ class Attention:
               forward float32    ... dense calls, ... masked, 0 gathered, ... pairs
               ...
         """
+        from maskflash.explain import Explanation
+
         device = torch.device(device)
         backend = self._backend_for(device)
         problem = self.mask.problem(
@@ -238,9 +247,12 @@ class Attention:
                 f"attention: tensors are on {device.type}, expected "
                 f"{'cpu' if chosen else ' or '.join(_BACKENDS)}; move q, k and v"
             )
-        problem = triton.unavailable(device) if chosen == "triton" else None
-        if problem is not None:
-            raise BackendError(f"attention: the triton backend can't run here: {problem}")
+        if chosen == "triton":
+            from maskflash.kernels import triton
+
+            problem = triton.unavailable(device)
+            if problem is not None:
+                raise BackendError(f"attention: the triton backend can't run here: {problem}")
         return chosen
 
     def __repr__(self) -> str:

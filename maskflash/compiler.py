@@ -11,11 +11,14 @@ The first two depend on the mask alone and are kept by it; the others also on le
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from maskflash.blocks.classify import Classified, classify
 from maskflash.blocks.problem import Problem
-from maskflash.kernels import cpu, triton
+from maskflash.kernels import cpu
+
+if TYPE_CHECKING:
+    from maskflash.kernels import triton
 
 Backend = Literal["cpu", "triton"]
 
@@ -36,5 +39,7 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
     """
     classified = classify(problem)
     if backend == "triton":
+        from maskflash.kernels import triton  # with all that writes kernels: not before somebody wants it
+
         return Analysis(classified, triton.plan(classified))
     return Analysis(classified, cpu.plan(classified.block_map, problem.visible))

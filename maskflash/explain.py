@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from maskflash.compiler import Analysis
 from maskflash.expr.closed_form import visible_rows
 from maskflash.expr.nodes import format_expr
 from maskflash.expr.separate import separate
-from maskflash.kernels import cpu, triton
+from maskflash.kernels import cpu
+
+if TYPE_CHECKING:
+    from maskflash.kernels import triton
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +106,7 @@ def _sentence(counts: dict[str, int | str]) -> str:
 
 def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
     """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU."""
-    if isinstance(plan, triton.Plan):
+    if not isinstance(plan, cpu.Plan):
         walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
         return {
             name: {"full tiles": int(work.full.tiles.sum()), "partial tiles": int(work.partial.tiles.sum())}

@@ -17,7 +17,7 @@ from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr, parse
-from maskflash.kernels import cpu, triton
+from maskflash.kernels import cpu
 
 _MASK: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, "
@@ -114,7 +114,9 @@ def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
     problem, scale, backend = _problem(q, k, *mask)
     plan = plans.find(problem, backend).plan
-    if isinstance(plan, triton.Plan):
+    if not isinstance(plan, cpu.Plan):
+        from maskflash.kernels import triton
+
         return triton.forward(plan, problem, q, k, v, scale)
     return cpu.forward(plan, q, k, v, scale)
 
@@ -132,7 +134,9 @@ def _backward(
     problem, scale, backend = _problem(q, k, *mask)
     dout = torch.zeros_like(out) if dout is None else dout
     plan = plans.find(problem, backend).plan
-    if isinstance(plan, triton.Plan):
+    if not isinstance(plan, cpu.Plan):
+        from maskflash.kernels import triton
+
         return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
     return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
 

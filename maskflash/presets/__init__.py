@@ -1,6 +1,8 @@
 """Masks ready to use: predicates by name, column intervals (`vectors`), and the FlashMask paper's twelve (`paper`)."""
 
-from maskflash.presets import vectors
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from maskflash.presets.basic import (
     causal,
     dilated_window,
@@ -12,9 +14,12 @@ from maskflash.presets.basic import (
     prefix_lm,
     sliding_window,
 )
-from maskflash.presets.flashmask import PAPER, PaperMask, paper
 from maskflash.presets.packed import causal_blockwise, prefix_lm_document, share_question
 from maskflash.presets.sparse import qk_sparse, random_eviction
+
+if TYPE_CHECKING:
+    from maskflash.presets import vectors
+    from maskflash.presets.flashmask import PAPER, PaperMask, paper
 
 __all__ = [
     "PAPER",
@@ -36,3 +41,16 @@ __all__ = [
     "sliding_window",
     "vectors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What few need, imported when it is first asked for."""
+    if name in ("PAPER", "PaperMask", "paper"):
+        return getattr(import_module("maskflash.presets.flashmask"), name)
+    if name == "vectors":
+        return import_module("maskflash.presets.vectors")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
