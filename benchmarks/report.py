@@ -61,7 +61,7 @@ SUMMARY: Final = (
     Line("efficiency¹, 8,192 tokens: causal documents", "attention", _EFFICIENCY | {"case": "causal documents"}),
     Line("efficiency¹, 8,192 tokens: causal window of 512", "attention", _EFFICIENCY | {"case": "causal window S/16"}),
     Line("block map of causal documents: 16,384 tokens", "analysis", {"table": "lengths", "tokens": 16384}),
-    Line("the same: 131,072 tokens", "analysis", {"table": "lengths", "tokens": 131072}),
+    Line("the same: 1,048,576 tokens", "analysis", {"table": "lengths", "tokens": 1 << 20}),
     Line(
         "FlexAttention's eager `create_block_mask` / ours, 16,384 tokens: time",
         "analysis",
