@@ -35,7 +35,7 @@ def _one(pick: str, bounds: list[str], nothing: str) -> str:
 
 def _row(threshold: Threshold, params: tuple[object, ...], tables: tuple[str, ...]) -> str:
     """The row at which a comparison turns."""
-    columns = _text(threshold.columns, params, tables)
+    columns = _text(threshold.columns, params, tables).replace(" - -", " + ")
     shift = _shift(threshold.rows, params)
     if shift is None:
         sign = ">" if threshold.after else ">="

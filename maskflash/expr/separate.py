@@ -147,6 +147,9 @@ class _Parts:
         if terms is None or others is None:
             return False
         rows, columns = terms[0] + others[0], terms[1] + others[1]
+        if all(sign < 0 for sign, _ in rows):  # -q < -c is q > c
+            rows, columns = ([(-sign, at) for sign, at in side] for side in (rows, columns))
+            compares = _FLIPPED[compares]
         return self._turn(compares, _sum(self.expr, rows), _sum(self.expr, columns))
 
     def _compare_distance(self, op: str, rows: _Terms, columns: _Terms, limit: int) -> bool:

@@ -212,7 +212,7 @@ class _Form(NamedTuple):
                 above = (q >= values["uts"][place]) & above
             hidden = hidden | above
         if self.causal:
-            hidden = hidden | (q < kv - values[_SHIFT])
+            hidden = hidden | (kv - q > values[_SHIFT])
         return hidden ^ True
 
 

@@ -23,6 +23,7 @@ def formula(mask, q_len=50, kv_len=50, **sizes):
         (mf.sliding_window(4, 2), "[j - 2, j + 5)"),
         (lambda b, h, q, kv: abs(q - kv) <= 4, "[j - 4, j + 5)"),
         (lambda b, h, q, kv: 0 <= q - kv < 4, "[j, j + 4)"),
+        (lambda b, h, q, kv: -4 < kv - q <= 0, "[j, j + 4)"),
         (lambda b, h, q, kv: not (q < kv or q - 3 > kv), "[j, j + 4)"),
         (lambda b, h, q, kv: kv < 9 and q >= kv, "[j, q_len) where j < 9"),
         (
