@@ -212,7 +212,7 @@ class _Form(NamedTuple):
                 above = (q >= values["uts"][place]) & above
             hidden = hidden | above
         if self.causal:
-            hidden = hidden | (kv - q > values[_SHIFT])
+            hidden = hidden | (q + values[_SHIFT] < kv)
         return hidden ^ True
 
 
