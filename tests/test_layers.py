@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
     *("errors", "arguments", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
-    *("compiler", "explain", "plans", "op", "api", "flashmask", "testing", "demo", "doctor", "cli"),
+    *("compiler", "explain", "plans", "op", "api", "flashmask", "integrations", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
     "expr": [
@@ -18,7 +18,7 @@ ORDER = {
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify", "changes"],
-    "masks": ["tables", "mask", "columns", "convert", "compare"],
+    "masks": ["tables", "mask", "columns", "convert", "compare", "flex"],
     "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
     "kernels": [
         "reference",
@@ -33,12 +33,13 @@ ORDER = {
         "triton",
     ],
     "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
+    "integrations": ["closures", "transformers"],
     "demo": ["documents", "workload", "checks", "measure", "report", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
 FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo
 TRITON_AT_HOME = ["kernels/triton.py"]
-LATE = {("masks/mask.py", "convert"), ("masks/mask.py", "columns")}  # what a method of every mask returns
+LATE = {("masks/mask.py", name) for name in ("convert", "columns", "flex")}  # what a method of every mask returns
 
 
 def imports(source: str) -> list[str]:
