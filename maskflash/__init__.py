@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from maskflash.explain import Explanation
     from maskflash.flashmask import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
+    from maskflash.masks.flex import from_flex
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_flex",
     "full",
     "global_tokens",
     "implies",
@@ -79,6 +81,7 @@ _LATER: Final = {
     "Explanation": "maskflash.explain",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask",
+    "from_flex": "maskflash.masks.flex",
     "implies": "maskflash.masks.compare",
 }
 

@@ -103,9 +103,10 @@ def register(name: str = NAME) -> str:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(32, 16, 32, 1, 2, attn_implementation=register())
-        >>> LlamaForCausalLM(config)(torch.arange(8)[None]).logits.shape
-        torch.Size([1, 8, 32])
+        >>> sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 64}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation=register()))
+        >>> model(torch.arange(8)[None]).logits.shape
+        torch.Size([1, 8, 64])
     """
     if "flash" in name:
         raise ArgumentError(

@@ -24,6 +24,8 @@ from maskflash.expr.tracer import Argument
 from maskflash.masks import tables
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from maskflash.masks.columns import ColumnIntervals
 
 _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
@@ -228,6 +230,50 @@ class Mask:
                 "Mask.to_flashmask", q_len, kv_len, batch, heads, TILE, q_offset, torch.device(device), mask_args
             ),
             causal,
+        )
+
+    def to_block_mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        block_size: BlockSize = 128,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> BlockMask:
+        """FlexAttention's BlockMask of this mask, at the cost of a block map: for its kernel, without its wait.
+
+        Args:
+            q_len: rows in tokens, at least 1.
+            kv_len: columns in tokens, at least 1.
+            batch: batch rows; the BlockMask has one where the mask does not look at b.
+            heads: query heads; likewise with h.
+            block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+            q_offset: added to row numbers; an int, or an int tensor (batch,).
+            device: where the BlockMask lives.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            What `create_block_mask` would make: the same full and partial tiles, and a mask_mod for the latter.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> flex = mask(lambda b, h, q, kv: q >= kv).to_block_mask(512, 512)
+            >>> flex.kv_num_blocks.tolist(), flex.full_kv_num_blocks.tolist()
+            ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
+        """
+        from maskflash.masks.flex import to_block_mask
+
+        size = arguments.block_size("Mask.to_block_mask", block_size)
+        return to_block_mask(
+            self.problem(
+                "Mask.to_block_mask", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
+            )
         )
 
     def problem(
