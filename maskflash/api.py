@@ -236,6 +236,44 @@ class Attention:
         why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
         return Explanation(self.mask.name, problem, plans.find(problem, backend), backend, why)
 
+    def prepare(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> None:
+        """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
+
+        It needs no q, k or v, so it can run in a thread while the step before is computed.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: as in a call.
+            device: where the calls will run.
+            **mask_args: the mask's own arguments, the very tensors of the calls.
+
+        Raises:
+            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
+
+        Example:
+            >>> import maskflash as mf
+            >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
+            >>> attn.prepare(512, 512)
+        """
+        device = torch.device(device)
+        problem = self.mask.problem(
+            "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+        )
+        plans.find(problem, self._backend_for(device))
+
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
         plans.invalidate(self._expressions)

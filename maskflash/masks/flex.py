@@ -47,8 +47,8 @@ def from_flex(block_mask: BlockMask) -> Mask:
 
         visible = tile in the full list, or tile in the partial list and mask_mod(b, h, q, kv)
 
-    Where the lists are those of mask_mod, as `create_block_mask` makes them, the mask is mask_mod itself. (FlexAttention
-    without torch.compile looks at mask_mod alone, whatever the lists say.)
+    Where the lists are those of mask_mod, as `create_block_mask` makes them, the mask is mask_mod itself. Without
+    torch.compile, FlexAttention looks at mask_mod alone, whatever the lists say.
 
     Args:
         block_mask: with a mask_mod that can be traced, and tensors on one device.
@@ -95,7 +95,9 @@ class _FlexMask(Predicate):
                 "one of that size, or use its mask_mod"
             )
         if isinstance(call.q_offset, Tensor) or call.q_offset:
-            raise ArgumentError(f"{call.operation}: q_offset is {call.q_offset}, expected 0: a BlockMask has its own rows")
+            raise ArgumentError(
+                f"{call.operation}: q_offset is {call.q_offset}, expected 0: a BlockMask has its own rows"
+            )
         return {}
 
 

@@ -153,7 +153,9 @@ def test_a_block_mask_is_for_its_size():
     found = mf.from_flex(create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 64, 64, device="cpu"))
     q = torch.randn(3, 2, 64, 16)
     assert mf.attention(q, q, q, found & mf.causal()).shape == q.shape
-    with pytest.raises(mf.ArgumentError, match=r"attention: the BlockMask is for .* \(1, 1, 64, 64\), got \(3, 2, 63, 64"):
+    with pytest.raises(
+        mf.ArgumentError, match=r"attention: the BlockMask is for .* \(1, 1, 64, 64\), got \(3, 2, 63, 64"
+    ):
         mf.attention(q[:, :, :63], q, q, found)
     with pytest.raises(mf.ArgumentError, match="q_offset is 1, expected 0"):
         mf.attention(q, q, q, found, q_offset=1)
