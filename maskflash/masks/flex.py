@@ -33,9 +33,13 @@ def to_block_mask(problem: Problem) -> BlockMask:
     for axis, length, size in zip((2, 3), (problem.q_len, problem.kv_len), problem.block_size, strict=True):
         if length % size:
             kinds.narrow(axis, length // size, 1).clamp_(max=PARTIAL)
-    lists = (found for kind in (PARTIAL, FULL) for found in _listed(kinds == kind))
+    count, indices = _listed(kinds == PARTIAL)
+    full_count, full_indices = _listed(kinds == FULL)
     return BlockMask.from_kv_blocks(
-        *lists,
+        count,
+        indices,
+        full_count,
+        full_indices,
         BLOCK_SIZE=problem.block_size,
         mask_mod=_mask_mod(problem),
         seq_lengths=(problem.q_len, problem.kv_len),
