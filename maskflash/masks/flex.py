@@ -150,9 +150,10 @@ def _kinds(block_mask: BlockMask) -> Tensor:
 
 
 def _chosen(count: Tensor, indices: Tensor) -> Tensor:
-    """The inverse of `_listed`."""
+    """The inverse of `_listed`; what follows the chosen ones in a row may be anything."""
     counted = torch.arange(indices.shape[-1], device=indices.device) < count[..., None]
-    chosen = torch.zeros_like(indices, dtype=torch.bool).scatter_(-1, indices.long(), counted)
+    places = indices.long().where(counted, 0)
+    chosen = torch.zeros_like(indices).scatter_add_(-1, places, counted.to(indices.dtype)) > 0
     return chosen.view((1,) * (4 - chosen.ndim) + chosen.shape)
 
 

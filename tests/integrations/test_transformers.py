@@ -36,7 +36,7 @@ LAYERS = ["sliding_attention", "full_attention"]
 MODELS = {
     "Llama": {},
     "Qwen3": {"head_dim": 16},
-    "Gemma3": {"head_dim": 16, "sliding_window": WINDOW, "layer_types": LAYERS, "query_pre_attn_scalar": 16},
+    "Gemma3": {"head_dim": 16, "sliding_window": WINDOW, "layer_types": LAYERS, "query_pre_attn_scalar": 20},
     "Mistral": {"head_dim": 8, "sliding_window": WINDOW},
 }
 CASES = ["causal", "padded left", "padded right", "packed"]
@@ -255,6 +255,16 @@ def test_a_mask_of_transformers_keeps_the_bits_of_numbers_apart():
     assert one[0] is not true[0]
     again = closures.lifted(masking_utils.sliding_window_overlay(1), masking_utils)
     assert again[0] is one[0]
+
+
+def test_a_function_of_the_user_is_read_at_each_forward_pass():
+    """It may read globals that have changed."""
+    space = {"limit": 2}
+    exec("def below(b, h, q, kv): return kv < limit", space)
+    for limit in (2, 3):
+        space["limit"] = limit
+        found = integration.layer_mask(1, 4, 4, mask_function=space["below"])
+        assert found.mask.dense(4, 4, **found.mask_args).sum() == 4 * limit
 
 
 def test_what_maskflash_does_not_compute_is_refused_by_name():

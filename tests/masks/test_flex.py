@@ -95,13 +95,48 @@ def test_lists_that_say_more_than_the_function_count(seed, mask, q_len, kv_len, 
     lists = []
     for kind in (1, 2):
         chosen = (kinds == kind).int()
-        lists += [chosen.sum(3, dtype=torch.int32), chosen.argsort(dim=3, descending=True, stable=True).int()]
+        order = chosen.argsort(dim=3, descending=True, stable=True).int()
+        lists += [chosen.sum(3, dtype=torch.int32), order * chosen.gather(3, order.long())]  # then zeros, or anything
     dense = mask.dense(q_len, kv_len, batch=2, heads=2)
     flex = BlockMask.from_kv_blocks(
         *lists, BLOCK_SIZE=(rows, columns), mask_mod=written(dense), seq_lengths=(q_len, kv_len)
     )
     found = mf.from_flex(flex)
     assert torch.equal(found.dense(q_len, kv_len, batch=2, heads=2), pairs_of(flex, 2, 2))
+
+
+def test_lists_for_all_rows_hold_where_the_function_tells_them_apart():
+    """FlexAttention looks at the function in partial tiles alone."""
+    ends = torch.tensor([[20, 5], [40, 60]])
+    flex = create_block_mask(lambda b, h, q, kv: kv < ends[b, h], None, None, 64, 64, device="cpu", BLOCK_SIZE=16)
+    found = mf.from_flex(flex).dense(64, 64, batch=2, heads=2)
+    assert torch.equal(found, pairs_of(flex, 2, 2))
+    assert found[..., 0, :].sum(2).tolist() == [[20, 16], [32, 32]]
+
+
+def test_the_function_reads_tables_as_the_mask_does():
+    """Negative indices wrap; what a guard excludes may be out of range, on either side."""
+    table, short = torch.arange(40) % 3 == 0, torch.tensor([True, False, True, True])
+
+    @mf.mask
+    def mask(b, h, q, kv):
+        return (
+            table[q - 20] or (4 <= q < 8 and short[kv % 4] and short[q - 4]) or (kv // (q - 3) == 1 if q > 3 else False)
+        )
+
+    found = mask.to_block_mask(40, 40, block_size=8)
+    assert torch.equal(pairs_of(found, 1, 1), mask.dense(40, 40))
+    made = create_block_mask(found.mask_mod, None, None, 40, 40, device="cpu", BLOCK_SIZE=8)
+    assert torch.equal(made.kv_indices, found.kv_indices)
+
+
+def test_a_function_may_be_out_of_range_where_no_tile_is_listed():
+    short = torch.arange(16)
+    one, first = torch.ones(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 2, dtype=torch.int32)
+    lists = BlockMask.from_kv_blocks(one, first, BLOCK_SIZE=16, mask_mod=lambda b, h, q, kv: short[kv] <= q)
+    found = mf.from_flex(lists).dense(32, 32)[0, 0]
+    assert found[:, 16:].sum() == 0
+    assert torch.equal(found[:, :16], short <= torch.arange(32)[:, None])
 
 
 def test_lists_that_say_nothing_leave_the_function_alone():
