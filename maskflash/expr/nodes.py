@@ -104,6 +104,19 @@ class Expr:
         """Where the user wrote this node, if known."""
         return self.sources[position] if self.sources else None
 
+    def part(self, root: int) -> Expr:
+        """A node as an expression of its own, at the cost of what it is made of."""
+        needed, stack = {root}, [root]
+        while stack:
+            fresh = set(self.nodes[stack.pop()].args) - needed
+            needed |= fresh
+            stack += fresh
+        order = sorted(needed)
+        place = {old: new for new, old in enumerate(order)}
+        nodes = (self.nodes[old] for old in order)
+        kept = tuple(Node(n.op, tuple(place[a] for a in n.args), n.dtype, n.weak, n.value) for n in nodes)
+        return Expr(kept, tuple(self.source(old) for old in order))
+
     def __str__(self) -> str:
         return format_expr(self)
 
@@ -166,15 +179,7 @@ class Builder:
 
     def finish(self, root: int) -> Expr:
         """The part of what was built that `root` needs, in order."""
-        needed = {root}
-        for position in range(root, -1, -1):
-            if position in needed:
-                needed.update(self.nodes[position].args)
-        order = sorted(needed)
-        place = {old: new for new, old in enumerate(order)}
-        nodes = (self.nodes[old] for old in order)
-        kept = tuple(Node(n.op, tuple(place[a] for a in n.args), n.dtype, n.weak, n.value) for n in nodes)
-        return Expr(kept, tuple(self.sources[old] for old in order))
+        return Expr(tuple(self.nodes), tuple(self.sources)).part(root)
 
     def append(self, expr: Expr, rename: Callable[[Node], Node] = lambda node: node) -> int:
         """Copy an expression in (its slots renamed) and return its root's position here."""
