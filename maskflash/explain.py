@@ -12,7 +12,7 @@ from maskflash.blocks.pieces import find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis
 from maskflash.expr.closed_form import visible_rows
-from maskflash.expr.nodes import format_expr
+from maskflash.expr.format import format_expr
 from maskflash.expr.separate import separate
 from maskflash.kernels import cpu
 

@@ -72,7 +72,7 @@ def _not(builder: Builder, node: Node, args: list[int], faultless: dict[int, boo
     operands = [builder.nodes[arg] for arg in inner.args]
     whole = not any(operand.dtype.is_floating_point for operand in operands)
     if inner.op in OPPOSITES and (whole or inner.op in ("eq", "ne")):  # not x < y -> x >= y, unless NaN could be there
-        return builder.add(OPPOSITES[inner.op], *inner.args)
+        return builder.add(OPPOSITES[inner.op], *inner.args, source=builder.sources[args[0]])
     return None
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskflash.errors import MaskTraceError
-from maskflash.expr.nodes import Builder, Expr, Node, Source, format_expr, parse, promote, result_type
+from maskflash.expr.format import format_expr
+from maskflash.expr.nodes import Builder, Expr, Node, Source, parse, promote, result_type
 from maskflash.expr.trace import trace
 
 DOC = torch.tensor([0, 0, 1])
