@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from maskflash import html
 from maskflash.blocks.pieces import find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis
@@ -72,6 +73,14 @@ class Explanation:
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
 
     def __str__(self) -> str:
+        told = {name: text.replace("\n", "\n" + " " * 21) for name, text in self._told().items()}
+        return "\n".join([self.mask, *(f"  {name:<18} {text}" for name, text in told.items())])
+
+    def _repr_html_(self) -> str:
+        return html.facts(self.mask, self._told()) + self.analysis.classified.block_map._repr_html_()
+
+    def _told(self) -> dict[str, str]:
+        """The facts as people read them."""
         facts = self.to_dict()
         rows, columns = facts["block_size"]
         tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
@@ -83,9 +92,8 @@ class Explanation:
             if own
             else "one block map for all batch rows and heads"
         )
-        lines = [self.mask]
-        for label, text in {
-            "visible": facts["visible"].replace("\n", "\n" + " " * 21),
+        return {
+            "visible": facts["visible"],
             **({"rows of column j": facts["rows"]} if facts["rows"] else {}),
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
@@ -95,9 +103,7 @@ class Explanation:
             f"{decided['elements']} element by element",
             "backend": f"{self.backend}, {self.why}",
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
-        }.items():
-            lines.append(f"  {label:<18} {text}")
-        return "\n".join(lines)
+        }
 
 
 def _sentence(counts: dict[str, int | str]) -> str:

@@ -68,7 +68,8 @@ def _format_node(node: Node, args: list[str], params: tuple[object, ...], tables
             name = tables[int(node.value or 0)] if tables else f"table{node.value}"
             return f"{name}[{', '.join(map(_unwrap, args))}]" if args else name
         case "select":
-            return f"({args[1]} if {_unwrap(args[0])} else {args[2]})"
+            condition = args[0] if " if " in args[0] else _unwrap(args[0])
+            return f"({args[1]} if {condition} else {args[2]})"
         case "not":
             return f"(not {args[0]})"
         case "neg":
