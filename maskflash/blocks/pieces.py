@@ -159,13 +159,13 @@ def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
 def _ascend(values: Tensor) -> tuple[Tensor, bool, int] | None:
     """Values of rows in ascending order, whether by steps of one, and the sign that made them so."""
     values = values.to(torch.int64)
-    steps = values.diff(dim=-1)
-    if not bool((steps >= 0).all()):
-        if not bool((steps <= 0).all()) or bool((values == torch.iinfo(torch.int64).min).any()):
+    before, after = values[..., :-1], values[..., 1:]  # compared, not subtracted: far apart, that overflows
+    sign = 1
+    if not bool((before <= after).all()):
+        if not bool((before >= after).all()) or bool((values == torch.iinfo(torch.int64).min).any()):
             return None
-        values, steps = -values, -steps
-        return values, bool((steps == 1).all()), -1
-    return values, bool((steps == 1).all()), 1
+        values, sign = -values, -1
+    return values, bool((values.diff(dim=-1) == 1).all()), sign
 
 
 def _changes(values: Tensor) -> Tensor:

@@ -132,4 +132,4 @@ def test_promotion_is_torch_s(x):
 
 def test_a_condition_that_is_an_if_itself_keeps_its_parentheses():
     expr = trace(lambda b, h, q, kv: (q if (kv > 1 if q > 2 else kv > 3) else b) > 4).expr
-    assert format_expr(expr, (2, 1, 3, 4)) == "(q if ((kv > 1) if (q > 2) else (kv > 3)) else b) > 4"
+    assert format_expr(expr, (2, 1, 3, 4)) == "(q if ((kv > 1) if q > 2 else (kv > 3)) else b) > 4"
