@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from maskflash.explain import Explanation
     from maskflash.flashmask import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
+    from maskflash.masks.why import Why
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "MaskTraceError",
     "MaskflashError",
     "UnsupportedMask",
+    "Why",
     "attention",
     "causal",
     "compile",
@@ -77,6 +79,7 @@ __all__ = [
 _LATER: Final = {
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.explain",
+    "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask",
     "implies": "maskflash.masks.compare",

