@@ -135,6 +135,7 @@ def mask(function: Callable[..., Any] | Mask) -> Mask:
         ArgumentError: it does not take (b, h, q, kv).
 
     Example:
+        >>> import torch
         >>> @mask
         ... def packed(b, h, q, kv, *, doc):
         ...     return q >= kv and doc[b, q] == doc[b, kv]
