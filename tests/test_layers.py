@@ -14,10 +14,12 @@ LAYERS = [
 ]
 ORDER = {
     "expr": [
-        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "separate", "closed_form", "paths"),
+        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "separate", "closed_form", "cuts", "paths"),
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
-    "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify", "changes"],
+    "blocks": [
+        *("runs", "block_map", "spans", "problem", "formula", "pieces", "coverage", "tiles", "classify", "changes"),
+    ],
     "masks": ["tables", "mask", "columns", "convert", "compare"],
     "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
     "kernels": [

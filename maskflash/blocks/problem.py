@@ -9,10 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from maskflash.expr.bounds import bounds
 from maskflash.expr.evaluate import Inputs, evaluate
+from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Expr
 
 TILE: Final = (128, 128)  # (bq, bkv) in tokens, where nobody asks for another
+LARGEST_SUM: Final = 2.0**62  # where all its integers stay below it, a mask's comparisons may be rearranged
 _CPU: Final = torch.device("cpu")
 
 
@@ -58,6 +61,16 @@ class Problem:
     def visible(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""
         return evaluate(self.expr, self.inputs, {"b": b, "h": h, "q": q + self.offset_of(b), "kv": kv})
+
+    def largest(self) -> float:
+        """A cap on the mask's 64-bit integers over all pairs, before any wrapping."""
+        last = {"b": self.batch, "h": self.heads, "q": self.q_len, "kv": self.kv_len}
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        boxes = {name: Interval(zero, zero + size - 1) for name, size in last.items()}
+        offset = self.q_offset
+        low, high = (offset.min(), offset.max()) if isinstance(offset, Tensor) else (offset, offset)
+        boxes["q"] = Interval(boxes["q"].lo + low, boxes["q"].hi + high)
+        return bounds(self.expr, self.inputs, boxes).largest
 
     def offset_of(self, b: Tensor) -> int | Tensor:
         """The offset of each batch row in b."""
