@@ -7,6 +7,7 @@ row: no pair, tile or look-up costs anything, and a row of tiles costs a few add
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -55,6 +56,16 @@ class Formula:
         q, kv = (problem.q_len, problem.block_size[0]), (problem.kv_len, problem.block_size[1])
         rows, columns = (_runs(*args, problem.device) for args in ((self.rows, *q, *kv), (self.columns, *kv, *q)))
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
+
+    def intervals(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What rows see, band by band: starts and stops (intervals, rows), empty where start is not below stop."""
+        for (top, bottom), strips in self.rows.items():
+            row = torch.arange(top, bottom, device=self.problem.device)
+            if strips:
+                seen = _seen(strips, row, row)
+                yield seen.start, seen.stop
+            else:
+                yield torch.zeros_like(row)[None], torch.zeros_like(row)[None]
 
 
 def find_formula(problem: Problem) -> Formula | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -72,6 +73,19 @@ class Problem:
         boxes["q"] = Interval(boxes["q"].lo + low, boxes["q"].hi + high)
         return bounds(self.expr, self.inputs, boxes).largest
 
+    def turned(self) -> Problem | None:
+        """The problem with the roles of rows and columns swapped; None where rows have an offset."""
+        if isinstance(self.q_offset, Tensor) or self.q_offset:
+            return None
+        return replace(self, expr=_turned(self.expr), q_len=self.kv_len, kv_len=self.q_len)
+
     def offset_of(self, b: Tensor) -> int | Tensor:
         """The offset of each batch row in b."""
         return self.q_offset[b] if isinstance(self.q_offset, Tensor) else self.q_offset
+
+
+@lru_cache(maxsize=256)
+def _turned(expr: Expr) -> Expr:
+    """The expression of q and kv swapped."""
+    other = {"q": "kv", "kv": "q"}
+    return Expr(tuple(replace(node, op=other.get(node.op, node.op)) for node in expr.nodes), expr.sources)
