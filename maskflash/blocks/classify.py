@@ -64,7 +64,7 @@ def classify(problem: Problem) -> Classified:
         return Classified(BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size), largest)
     formula = find_formula(problem)
     if formula is not None:
-        return Classified(formula.block_map(), max(largest, problem.largest()), by_formula=count)
+        return Classified(formula.block_map(), max(largest, formula.largest), by_formula=count)
     find = cache(find_pieces)
     if count > _MANY_TILES and (pieces := find(problem)):
         return _cut(pieces, largest)

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.problem import LARGEST_SUM, Problem
-from maskflash.blocks.runs import FULL, PARTIAL, Runs
+from maskflash.blocks.runs import Runs
 from maskflash.expr.cuts import find_cuts
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
+
+_Ints = npt.NDArray[np.int64]
 
 
 class Strip(NamedTuple):
@@ -42,11 +46,13 @@ class Formula:
 
     Attributes:
         problem: what was asked.
+        largest: a cap on the mask's 64-bit integers.
         rows: bands of rows, q counted from the call's first row.
         columns: bands of columns; a strip's "column" is then a row.
     """
 
     problem: Problem
+    largest: float
     rows: Bands
     columns: Bands
 
@@ -60,12 +66,10 @@ class Formula:
     def intervals(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What rows see, band by band: starts and stops (intervals, rows), empty where start is not below stop."""
         for (top, bottom), strips in self.rows.items():
-            row = torch.arange(top, bottom, device=self.problem.device)
-            if strips:
-                seen = _seen(strips, row, row)
-                yield seen.start, seen.stop
-            else:
-                yield torch.zeros_like(row)[None], torch.zeros_like(row)[None]
+            row = np.arange(top, bottom)
+            seen = _seen(strips or (Strip(0, 0, 0, 0),), row, row)
+            device = self.problem.device
+            yield torch.from_numpy(seen.start).to(device), torch.from_numpy(seen.stop).to(device)
 
 
 def find_formula(problem: Problem) -> Formula | None:
@@ -73,7 +77,7 @@ def find_formula(problem: Problem) -> Formula | None:
     if 0 in problem.shape or isinstance(problem.q_offset, Tensor):
         return None
     cuts = find_cuts(problem.expr, problem.inputs.params)
-    if cuts is None or problem.largest() >= LARGEST_SUM:
+    if cuts is None or (largest := problem.largest()) >= LARGEST_SUM:
         return None
     offset, q_len, kv_len = problem.q_offset, problem.q_len, problem.kv_len
     rows = _between([q - offset for q in cuts.rows], 0, q_len)
@@ -109,7 +113,7 @@ def find_formula(problem: Problem) -> Formula | None:
         )
         for c, column in enumerate(columns)
     }
-    return Formula(problem, of_rows, of_columns)
+    return Formula(problem, largest, of_rows, of_columns)
 
 
 def _between(cuts: list[int], start: int, stop: int) -> list[tuple[int, int]]:
@@ -128,9 +132,8 @@ def _joined(strips: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-@dataclass(slots=True, eq=False)
-class _Seen:
-    """What groups of lines see, interval by interval: all (strips, groups) int64, empty where start is not below stop.
+class _Seen(NamedTuple):
+    """What groups of lines see, interval by interval: all (strips, groups), empty where start is not below stop.
 
     Attributes:
         start: first column that some line of the group sees.
@@ -139,89 +142,84 @@ class _Seen:
         inner_stop: one past the last.
     """
 
-    start: Tensor
-    stop: Tensor
-    inner_start: Tensor
-    inner_stop: Tensor
+    start: _Ints
+    stop: _Ints
+    inner_start: _Ints
+    inner_stop: _Ints
 
 
-def _seen(strips: tuple[Strip, ...], first: Tensor, last: Tensor) -> _Seen:
+def _seen(strips: tuple[Strip, ...], first: _Ints, last: _Ints) -> _Seen:
     """What lines first to last (groups,) of one band see. Strips that all lines see to their common edge are joined."""
-    left, right, low, high = torch.tensor(strips, device=first.device).view(-1, 4).T[:, :, None]
-    start, stop = torch.maximum(left, first - high), torch.minimum(right, last - low + 1)
-    inner_start, inner_stop = torch.maximum(left, last - high), torch.minimum(right, first - low + 1)
+    left, right, low, high = np.array(strips, dtype=np.int64).reshape(-1, 4).T[:, :, None]
+    start, stop = np.maximum(left, first - high), np.minimum(right, last - low + 1)
+    inner_start, inner_stop = np.maximum(left, last - high), np.minimum(right, first - low + 1)
     for place in range(1, len(strips)):
         before = place - 1
         joins = (inner_start[place] < inner_stop[place]) & (inner_start[before] < inner_stop[before])
         joins &= inner_start[place] == inner_stop[before]
         for starts, stops in ((start, stop), (inner_start, inner_stop)):
-            starts[place] = torch.where(joins, starts[before], starts[place])
-            stops[before] = torch.where(joins, starts[before], stops[before])
+            starts[place] = np.where(joins, starts[before], starts[place])
+            stops[before] = np.where(joins, starts[before], stops[before])
     return _Seen(start, stop, inner_start, inner_stop)
 
 
 def _runs(bands: Bands, length: int, block: int, across: int, width: int, device: torch.device) -> Runs:
     """Runs of tiles: `length` tokens in lines of `block` over `across` tokens in tiles of `width`."""
     lines = -(-length // block)
-    parts = [_torn(bands, length, block, across, width, device)]
+    parts = list(_torn(bands, length, block, across, width))
     for (top, bottom), strips in bands.items():
         # Whole lines of tiles; the last line may be ragged.
-        whole = range(-(-top // block), lines if bottom == length else bottom // block)
-        if whole and strips:
-            line = torch.arange(whole.start, whole.stop, device=device)
-            seen = _seen(strips, line * block, (line * block + block).clamp(max=length) - 1)
-            parts.append(_segments(line, _tiles(seen, across, width)))
-    return Runs.from_segments(lines, *(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        line = np.arange(-(-top // block), max(-(-top // block), lines if bottom == length else bottom // block))
+        seen = _seen(strips, line * block, np.minimum(line * block + block, length) - 1)
+        parts.append(_segments(line, _tiles(seen, across, width)))
+    columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+    return Runs.from_segments(lines, *(column.to(device) for column in columns))
 
 
 def _tiles(seen: _Seen, across: int, width: int) -> _Seen:
     """The same in tiles: start and stop of those to visit, no tile twice, and of those that are full."""
     some = seen.start < seen.stop
-    stop = torch.where(some, -(-seen.stop // width), 0)
-    start = torch.where(some, seen.start // width, stop)
-    earlier = torch.cat((torch.zeros_like(stop[:1]), stop.cummax(0).values[:-1]))
-    inner_stop = torch.where(seen.inner_stop == across, -(-across // width), seen.inner_stop // width)
-    return _Seen(torch.maximum(start, earlier), stop, -(-seen.inner_start // width), inner_stop)
+    stop = np.where(some, -(-seen.stop // width), 0)
+    start = np.where(some, seen.start // width, stop)
+    start[1:] = np.maximum(start[1:], np.maximum.accumulate(stop)[:-1])
+    inner_stop = np.where(seen.inner_stop == across, -(-across // width), seen.inner_stop // width)
+    return _Seen(start, stop, -(-seen.inner_start // width), inner_stop)
 
 
-_Segments = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Stretches of tiles of one kind, some of them empty: line, start, stop, full."""
+class _Segments(NamedTuple):
+    """Stretches of tiles of one kind, some of them empty, as Runs.from_segments takes them."""
+
+    line: _Ints
+    start: _Ints
+    stop: _Ints
+    full: npt.NDArray[np.bool_]
 
 
-def _segments(line: Tensor, tiles: _Seen) -> _Segments:
-    """The stretches of lines of tiles that belong to one band."""
-    some = tiles.inner_start < tiles.inner_stop
-    before, after = (torch.where(some, end, tiles.stop) for end in (tiles.inner_start, tiles.inner_stop))
-    # (line, strip, stretch): in the order of runs
-    start, stop = (
-        torch.stack(ends).permute(2, 1, 0) for ends in ((tiles.start, before, after), (before, after, tiles.stop))
-    )
-    full = torch.tensor([False, True, False], device=line.device).expand_as(start)
-    return line[:, None, None].expand_as(start).flatten(), start.flatten(), stop.flatten(), full.flatten()
+def _segments(line: _Ints, tiles: _Seen) -> _Segments:
+    """The stretches of lines of tiles that belong to one band, in order."""
+    full = tiles.inner_start < tiles.inner_stop
+    before, after = (np.where(full, end, tiles.stop) for end in (tiles.inner_start, tiles.inner_stop))
+    # (line, strip, stretch)
+    start, stop = (np.stack(ends).T for ends in ((tiles.start, before, after), (before, after, tiles.stop)))
+    kinds = np.broadcast_to([False, True, False], start.shape)
+    lines = np.broadcast_to(line[:, None, None], start.shape)
+    return _Segments(lines.reshape(-1), start.reshape(-1), stop.reshape(-1), kinds.reshape(-1))
 
 
-def _torn(bands: Bands, length: int, block: int, across: int, width: int, device: torch.device) -> _Segments:
+def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[_Segments]:
     """The stretches of lines of tiles that belong to several bands: a few, each drawn on a line of its own."""
     n = -(-across // width)
-    torn = sorted({edge // block for edge, _ in bands if edge % block})
-    if not torn:
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return nothing, nothing, nothing, nothing.bool()
-    kinds = torch.zeros(len(torn), n, dtype=torch.int8, device=device)
-    for place, line in enumerate(torn):
-        some = torch.zeros(n, dtype=torch.bool, device=device)
-        every = torch.ones(n, dtype=torch.bool, device=device)
+    for line in sorted({edge // block for edge, _ in bands if edge % block}):
+        some, every = np.zeros(n, dtype=np.bool_), np.ones(n, dtype=np.bool_)
         for (top, bottom), strips in bands.items():
             first, last = max(top, line * block), min(bottom, line * block + block, length) - 1
             if first <= last:
-                ends = (torch.tensor([x], device=device) for x in (first, last))
-                segments = _segments(torch.zeros(1, device=device), _tiles(_seen(strips, *ends), across, width))
-                inner = torch.zeros(n, dtype=torch.bool, device=device)
-                for start, stop, full in zip(*(x.tolist() for x in segments[1:]), strict=True):
+                seen = _seen(strips, np.array([first]), np.array([last]))
+                inner = np.zeros(n, dtype=np.bool_)
+                for _, start, stop, full in zip(*_segments(np.array([line]), _tiles(seen, across, width)), strict=True):
                     some[start:stop] = True
                     inner[start:stop] |= full
                 every &= inner
-        kinds[place] = torch.where(every, FULL, some * PARTIAL)
-    runs = Runs.from_lattice(kinds)
-    lines = torch.tensor(torn, dtype=torch.int64, device=device)
-    return lines[runs.lines()], runs.start.long(), runs.stop.long(), runs.full
+        edges = np.flatnonzero(np.diff(some.view(np.int8) + every, prepend=-1, append=-1))
+        start, stop = edges[:-1], edges[1:]
+        yield _Segments(np.full_like(start, line), start, np.where(some[start], stop, start), every[start])
