@@ -53,6 +53,7 @@ class Explanation:
                 "samples": classified.by_samples,
                 "elements": classified.by_elements,
                 "columns": classified.by_columns,
+                "formula": classified.by_formula,
             },
             "backend": self.backend,
             "why": self.why,
@@ -84,7 +85,6 @@ class Explanation:
         facts = self.to_dict()
         rows, columns = facts["block_size"]
         tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
-        decided = facts["decided"]
         reads = ", ".join(facts["reads"]) or "nothing"
         own = [name for name, letter in (("batch row", "b"), ("head", "h")) if letter in facts["reads"]]
         shared = (
@@ -97,13 +97,19 @@ class Explanation:
             **({"rows of column j": facts["rows"]} if facts["rows"] else {}),
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
-            "decided": f"{decided['columns']} tiles by cutting columns"
-            if decided["columns"]
-            else f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
-            f"{decided['elements']} element by element",
+            "decided": _decided(facts["decided"]),
             "backend": f"{self.backend}, {self.why}",
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }
+
+
+def _decided(decided: dict[str, int]) -> str:
+    if decided["formula"]:
+        return f"{decided['formula']} tiles by formulas"
+    if decided["columns"]:
+        return f"{decided['columns']} tiles by cutting columns"
+    bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))
+    return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
 
 
 def _sentence(counts: dict[str, int | str]) -> str:

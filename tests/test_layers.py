@@ -14,22 +14,14 @@ LAYERS = [
 ]
 ORDER = {
     "expr": [
-        *(
-            "nodes",
-            "format",
-            "evaluate",
-            "reasons",
-            "intervals",
-            "ranges",
-            "bounds",
-            "simplify",
-            "separate",
-            "closed_form",
-            "paths",
-        ),
+        *("nodes", "format", "evaluate", "reasons", "intervals", "ranges", "bounds", "simplify", "separate"),
+        *("closed_form", "cuts", "paths"),
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
-    "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify", "changes"],
+    "blocks": [
+        *("runs", "block_map", "problem", "formula", "pieces", "hulls", "spans", "coverage", "tiles", "classify"),
+        "changes",
+    ],
     "masks": [
         *("tables", "traces", "fingerprint", "call", "lines", "base", "combination", "mask", "columns", "convert"),
         *("compare", "why"),

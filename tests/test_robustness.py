@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.blocks.block_map import FULL
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.pieces import find_pieces
+from maskflash.blocks.runs import FULL
 from maskflash.expr import tracer
 from maskflash.testing import Shape, assert_matches_dense
 

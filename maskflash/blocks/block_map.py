@@ -14,54 +14,12 @@ import torch
 from torch import Tensor
 
 from maskflash import html
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError
-
-SKIP: Final = 0
-PARTIAL: Final = 1
-FULL: Final = 2
 
 _TEXT_SIDE: Final = 32  # cells of a picture; larger maps are shrunk to at most this
 _DRAWN_SIDE: Final = 64  # of one in a notebook
 _SHADES: Final = "·▒█"  # by kind
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Runs:
-    """Runs of visited tiles along the lines (rows or columns) of a lattice, in compressed-row form.
-
-    Line l = (b*H + h)*n + i owns the runs offsets[l] to offsets[l+1] (half open), ascending and disjoint.
-
-    Attributes:
-        offsets: (B*H*n + 1,) int32, where each line's runs begin.
-        start: (runs,) int32, first tile of the run.
-        stop: (runs,) int32, one past its last tile.
-        full: (runs,) bool, whether its tiles are full; else they are partial.
-    """
-
-    offsets: Tensor
-    start: Tensor
-    stop: Tensor
-    full: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the four tensors."""
-        return sum(t.nbytes for t in (self.offsets, self.start, self.stop, self.full))
-
-    def lines(self) -> Tensor:
-        """The line of each run: (runs,) int64, ascending."""
-        owned = self.offsets.diff().long()
-        return torch.repeat_interleave(torch.arange(len(owned), device=owned.device), owned)
-
-    def tiles(self, *, full: bool) -> tuple[Tensor, Tensor]:
-        """Line and position of every full (or every partial) tile: two (tiles,) int64, in order."""
-        chosen = self.full if full else ~self.full
-        start = self.start[chosen].long()
-        length = self.stop[chosen].long() - start
-        # Tile number n of the selection lies n - (tiles before its run) after its run's start.
-        first = start - (length.cumsum(0) - length)
-        position = torch.repeat_interleave(first, length) + torch.arange(int(length.sum()), device=start.device)
-        return torch.repeat_interleave(self.lines()[chosen], length), position
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,8 +71,8 @@ class BlockMap:
             kv_len=kv_len,
             block_size=(int(block_size[0]), int(block_size[1])),
             shape=(batch, heads, n_q, n_kv),
-            rows=_runs(kinds.reshape(batch * heads * n_q, n_kv)),
-            columns=_runs(kinds.transpose(2, 3).reshape(batch * heads * n_kv, n_q)),
+            rows=Runs.from_lattice(kinds.reshape(batch * heads * n_q, n_kv)),
+            columns=Runs.from_lattice(kinds.transpose(2, 3).reshape(batch * heads * n_kv, n_q)),
         )
 
     def kinds(self) -> Tensor:
@@ -175,19 +133,6 @@ class BlockMap:
             f"{counts['full']} full, {counts['partial']} partial, {counts['skip']} skip, "
             f"{100 * self.sparsity:.1f} % skipped, {self.nbytes} bytes"
         )
-
-
-def _runs(kinds: Tensor) -> Runs:
-    """Runs along the last axis of a (lines, n) lattice of kinds."""
-    outside = kinds.new_full((kinds.shape[0], 1), -1)
-    changes = torch.cat((outside, kinds, outside), dim=1).diff(dim=1) != 0
-    visited = kinds != SKIP
-    # Both lists are in row-major order and every run has one start and one end, so they pair up.
-    line, start = (visited & changes[:, :-1]).nonzero(as_tuple=True)
-    last = (visited & changes[:, 1:]).nonzero(as_tuple=True)[1]
-    offsets = torch.zeros(kinds.shape[0] + 1, dtype=torch.int32, device=kinds.device)
-    offsets[1:] = torch.bincount(line, minlength=kinds.shape[0]).cumsum(0)
-    return Runs(offsets, start.int(), (last + 1).int(), kinds[line, start] == FULL)
 
 
 def _picture(block_map: BlockMap) -> list[str]:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskflash.blocks import block_map as module
-from maskflash.blocks.block_map import FULL, PARTIAL, SKIP, BlockMap
+from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError
 
 
@@ -125,7 +126,7 @@ def test_a_picture_is_drawn_from_runs_alone(monkeypatch):
     n = 1 << 23  # tokens; a lattice of its tiles would take 4 GB
     line = torch.arange(n // 128, dtype=torch.int32)
     offsets = torch.arange(n // 128 + 1, dtype=torch.int32)
-    runs = module.Runs(offsets, line, line + 1, torch.zeros(n // 128, dtype=torch.bool))
+    runs = Runs(offsets, line, line + 1, torch.zeros(n // 128, dtype=torch.bool))
     block_map = BlockMap(n, n, (128, 128), (1, 1, n // 128, n // 128), runs, runs)
     picture = str(block_map).splitlines()[2:]
     assert picture == ["·" * i + "▒" + "·" * (31 - i) for i in range(32)]
