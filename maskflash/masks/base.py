@@ -30,11 +30,6 @@ class Mask(Bindable):
 
     A mask is equal to itself alone: `equivalent` compares what masks show, `fingerprint` how they are written. It can
     be pickled and deep-copied: see docs/questions.md for what becomes of its function.
-
-    Attributes:
-        name: what messages call it.
-        keywords: names of the arguments it takes at run time.
-        defaults: values of those that may be left out.
     """
 
     def dense(
