@@ -18,9 +18,10 @@ from maskflash.expr.lower import python_code
 from maskflash.expr.trace import Traced, keyword_arguments, trace
 from maskflash.masks.base import Mask
 from maskflash.masks.call import Call
+from maskflash.masks.combination import Combination
 from maskflash.masks.traces import Traces
 
-__all__ = ["Call", "Mask", "Predicate", "Recorded", "mask"]
+__all__ = ["Call", "Combination", "Mask", "Predicate", "Recorded", "mask"]
 
 
 class Predicate(Mask):
