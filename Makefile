@@ -43,6 +43,7 @@ bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.attention --cpu --json benchmarks/results/cpu/attention.json $(ARGS)
 	$(BIN)/python -m benchmarks.analysis --json benchmarks/results/cpu/analysis.json $(ARGS)
+	$(BIN)/python -m benchmarks.analysis --million --json benchmarks/results/cpu/million.json $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask --json benchmarks/results/cpu/flashmask.json $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask --analysis --json benchmarks/results/cpu/flashmask_analysis.json $(ARGS)
 	$(BIN)/python -m benchmarks.flex --json benchmarks/results/cpu/flex.json $(ARGS)

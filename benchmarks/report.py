@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, flex, runner, train_packed
+from benchmarks import flashmask, flex, million, runner, train_packed
 from benchmarks.runner import ROOT, Row, Spread
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -25,6 +25,7 @@ _BLOCK: Final = re.compile(r"(<!-- figures: (?P<name>.+?) -->\n).*?(<!-- end fig
 _QUESTIONS: Final = {
     "attention": ("documents", "efficiency"),
     "analysis": ("comparison", "lengths", "start"),
+    "million": tuple(million.TITLES),
     "flashmask": tuple(flashmask.TITLES),
     "flashmask_analysis": tuple(flashmask.ANALYSIS_TITLES),
     "train_packed": tuple(train_packed.TITLES),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from maskflash.flashmask import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.flex import from_flex
+    from maskflash.masks.why import Why
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "MaskTraceError",
     "MaskflashError",
     "UnsupportedMask",
+    "Why",
     "attention",
     "causal",
     "compile",
@@ -79,6 +81,7 @@ __all__ = [
 _LATER: Final = {
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.explain",
+    "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask",
     "from_flex": "maskflash.masks.flex",

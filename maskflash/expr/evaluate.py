@@ -154,14 +154,20 @@ def _lookup(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor | None
     return table[tuple(safe)], fault
 
 
-def _raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
-    """Evaluate once more, keeping everything, and report the first fault that no guard excludes."""
+def every_value(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The value of every node, and where it has none (None: nowhere); like `compute`, but keeping everything."""
     values: list[Tensor] = []
     faults: list[Tensor | None] = []
     for node in expr.nodes:
         value, fault = _compute(node, expr, values, inputs, pairs, _lookup)
         values.append(value)
         faults.append(fault)
+    return values, faults
+
+
+def _raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
+    """Evaluate once more and report the first fault that no guard excludes."""
+    values, faults = every_value(expr, inputs, pairs)
     truth = [value.to(torch.bool) for value in values]
     for position, (fault, reach) in enumerate(zip(faults, reached(expr, truth, truth), strict=True)):
         if fault is None:

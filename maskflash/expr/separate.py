@@ -214,6 +214,6 @@ def _sum(expr: Expr, terms: _Terms) -> Expr:
 
 
 def _copy(builder: Builder, expr: Expr, position: int, dtype: torch.dtype) -> int:
-    place = builder.append(Expr(expr.nodes[: position + 1], expr.sources[: position + 1]))
+    place = builder.append(expr.part(position))
     kept = builder.nodes[place].dtype == dtype
     return place if kept else builder.add("cast", place, dtype=dtype, weak=False)

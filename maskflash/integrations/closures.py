@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from maskflash.expr.trace import Traced, trace
-from maskflash.masks.mask import Mask, Traces
+from maskflash.masks.base import Mask
+from maskflash.masks.traces import Traces
 
 
 class Unknown(Exception):

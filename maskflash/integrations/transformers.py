@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.integrations.closures import Unknown, lifted
-from maskflash.masks.mask import Mask, Predicate
+from maskflash.masks.base import Mask
+from maskflash.masks.mask import Predicate
 from maskflash.presets.basic import causal
 
 NAME: Final = "mf"  # Transformers takes every name with "flash" in it for a FlashAttention of its own

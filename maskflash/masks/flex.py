@@ -18,7 +18,9 @@ from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskIndexError
 from maskflash.expr.evaluate import compute
-from maskflash.masks.mask import Call, Mask, Predicate, mask
+from maskflash.masks.base import Mask
+from maskflash.masks.call import Call
+from maskflash.masks.mask import Predicate, mask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

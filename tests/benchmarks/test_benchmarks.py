@@ -6,7 +6,18 @@ import pytest
 import torch
 
 import maskflash as mf
-from benchmarks import analysis, attention, flashmask, flex, packed_model, report, runner, train_packed, workloads
+from benchmarks import (
+    analysis,
+    attention,
+    flashmask,
+    flex,
+    million,
+    packed_model,
+    report,
+    runner,
+    train_packed,
+    workloads,
+)
 from benchmarks.flex_masks import mask_mod
 from benchmarks.runner import Row, Spread
 
@@ -49,6 +60,13 @@ def test_analysis_fills_every_row(capsys):
     assert_plausible(rows, analysis.TITLES)
     assert [row.measure for row in rows if row.table == "comparison"] == ["time", "peak memory"]
     assert [row.case for row in rows if row.table == "start"] == ["import maskflash", "compile and first call"]
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_million_fills_every_row(capsys):
+    rows = analysis.main(["--million", "--quick"])
+    assert_plausible(rows, million.TITLES)
+    assert {row.case for row in rows if row.table == "million"} == set(million.TIME_CEILINGS)
     assert "a quick run" in capsys.readouterr().out
 
 
