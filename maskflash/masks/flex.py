@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from maskflash.blocks.block_map import FULL, PARTIAL, SKIP
 from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskIndexError
 from maskflash.expr.evaluate import compute
 from maskflash.masks.base import Mask
