@@ -221,7 +221,7 @@ class Attention:
               rows of column j   [j, j + 257)
               reads              q, kv: one block map for all batch rows and heads
               tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
-              decided            ... tiles by bounds, ... by samples, 0 element by element
+              decided            1024 tiles by formulas
               backend            cpu, since the tensors are on cpu
               forward float32    ... dense calls, ... masked, 0 gathered, ... pairs
               ...

@@ -14,7 +14,7 @@ from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis
 from maskflash.expr.closed_form import visible_rows
 from maskflash.expr.format import format_expr
-from maskflash.expr.separate import separate
+from maskflash.expr.separate import obstacle, separate
 from maskflash.kernels import cpu
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Explanation:
                 "columns": classified.by_columns,
                 "formula": classified.by_formula,
             },
+            "evaluated_for": self._obstacle() if classified.by_elements else None,
             "backend": self.backend,
             "why": self.why,
             "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
@@ -72,6 +73,16 @@ class Explanation:
         separated = separate(self.problem.expr)
         assert separated is not None, "pieces come from what separates"
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
+
+    def _obstacle(self) -> str:
+        """What kept the columns from being cut, so that tiles had to be evaluated."""
+        expr = self.problem.expr
+        position = obstacle(expr)
+        if position is None:
+            return "rows whose values go up and down, or change too often to cut columns"
+        text = format_expr(expr.part(position), self.problem.inputs.params, self.problem.names)
+        source = expr.source(position)
+        return f"{text}\nin {source}" if source else text
 
     def __str__(self) -> str:
         told = {name: text.replace("\n", "\n" + " " * 21) for name, text in self._told().items()}
@@ -98,6 +109,7 @@ class Explanation:
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
             "decided": _decided(facts["decided"]),
+            **({"evaluated for": facts["evaluated_for"]} if facts["evaluated_for"] else {}),
             "backend": f"{self.backend}, {self.why}",
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }

@@ -81,6 +81,19 @@ def test_what_settles_a_tile():
     assert lonely.block_map(1280, 1280).counts == {"full": 0, "partial": 100, "skip": 0}
 
 
+def test_what_was_evaluated_for():
+    """explain() names the condition that kept columns from being cut, with its source line."""
+
+    def told(predicate):
+        return mf.compile(predicate).explain(1280, 1280).to_dict()["evaluated_for"]
+
+    hashed = told(lambda b, h, q, kv: q >= kv and (q - kv) * (q + 1) % 4096 != 4095)
+    assert "% 4096) != 4095\nin <lambda> (" in hashed and "test_classify.py" in hashed
+    assert told(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33)).startswith("rows whose values go up and down")
+    assert told(mf.causal()) is None
+    assert told(lambda b, h, q, kv: (q - kv) % 3 == 0) is None  # samples see it
+
+
 def test_samples_see_what_is_spread():
     """A mask that is visible here and there in every tile needs no tile evaluated."""
     assert decided(mf.mask(lambda b, h, q, kv: (q * 7 + kv * 13) % 29 < 3), 2048) == {"samples": 256}
