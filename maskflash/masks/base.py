@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -21,14 +22,17 @@ if TYPE_CHECKING:
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.why import Why
 
+Joinable = Callable[..., Any]
+"""A mask, or a predicate `(b, h, q, kv)`."""
+
 _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
 
 
 class Mask(Bindable):
     """Which query may see which key.
 
-    Masks combine with `&`, `|`, `^` and `~`; keyword arguments of the same name are the same argument. A mask is
-    itself a predicate `(b, h, q, kv)`, so another predicate may call it.
+    Masks combine with one another, and with predicates, by `&`, `|`, `^` and `~`; keyword arguments of the same name
+    are the same argument. A mask is itself a predicate `(b, h, q, kv)`, so another predicate may call it.
 
     A mask is equal to itself alone: `equivalent` compares what masks show, `fingerprint` how they are written. It can
     be pickled and deep-copied: see docs/questions.md for what becomes of its function.
@@ -328,19 +332,35 @@ class Mask(Bindable):
             )
         )
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: Joinable) -> Mask:
         return self._joined("bitand", other)
 
-    def __or__(self, other: Mask) -> Mask:
+    def __or__(self, other: Joinable) -> Mask:
         return self._joined("bitor", other)
 
-    def __xor__(self, other: Mask) -> Mask:
+    def __xor__(self, other: Joinable) -> Mask:
         return self._joined("bitxor", other)
 
-    def __invert__(self) -> Mask:
-        return self._joined("not")
+    def __rand__(self, other: Joinable) -> Mask:
+        return self._joined("bitand", other, last=True)
 
-    def _joined(self, op: str, *others: Mask) -> Mask:
+    def __ror__(self, other: Joinable) -> Mask:
+        return self._joined("bitor", other, last=True)
+
+    def __rxor__(self, other: Joinable) -> Mask:
+        return self._joined("bitxor", other, last=True)
+
+    def __invert__(self) -> Mask:
         from maskflash.masks.combination import Combination
 
-        return Combination(op, self, *others) if all(isinstance(x, Mask) for x in others) else NotImplemented
+        return Combination("not", self)
+
+    def _joined(self, op: str, other: Joinable, *, last: bool = False) -> Mask:
+        """This mask and another, or a predicate, joined by a connective."""
+        from maskflash.masks.combination import Combination
+        from maskflash.masks.mask import mask
+
+        if not callable(other):  # as masks are too
+            return NotImplemented
+        parts = (mask(other), self) if last else (self, mask(other))
+        return Combination(op, *parts)

@@ -154,9 +154,27 @@ def test_a_mask_has_no_truth_value(use):
             r"shape \(2,\), expected \(1,\)",
         ),
         (lambda: mf.mask(lambda b, h, q: True), mf.ArgumentError, r"takes \(b, h, q, kv\), got \(b, h, q\)"),
-        (lambda: mf.causal() & (lambda b, h, q, kv: True), TypeError, "unsupported operand"),
     ],
 )
 def test_wrong_arguments_are_told(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_masks_join_predicates():
+    """Mask functions written for FlexAttention join masks as they are, on either side."""
+
+    def even(b, h, q, kv):
+        return kv % 2 == 0
+
+    for joined, expected in (
+        (mf.causal() & even, lambda b, h, q, kv: q >= kv and kv % 2 == 0),
+        (even | mf.causal(), lambda b, h, q, kv: q >= kv or kv % 2 == 0),
+        (mf.causal() ^ even, lambda b, h, q, kv: (q >= kv) != (kv % 2 == 0)),
+        (even & mf.causal() & even, lambda b, h, q, kv: q >= kv and kv % 2 == 0),
+    ):
+        assert mf.equivalent(joined, expected, 40, 40)
+    assert repr(even & mf.causal()) == "even & causal()"
+    for other in (3, torch.ones(2, 2), None):
+        with pytest.raises(TypeError):
+            mf.causal() & other
