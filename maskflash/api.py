@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, overload
 import torch
 from torch import Tensor
 
-from maskflash import arguments, op, plans
+from maskflash import arguments, op, plans  # noqa: F401
 from maskflash.arguments import BlockSize
 from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
-from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
-from maskflash.kernels import cpu
+from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError, MaskIndexError
+from maskflash.expr.evaluate import Inputs
 from maskflash.masks.mask import Call, Mask, mask
+from maskflash.masks.slots import Slots, aside, slots_of
 from maskflash.presets.basic import full
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ class Attention:
         self.backend = backend
         self.deterministic = deterministic
         self.tune = tune
-        self._expressions: set[str] = set()
 
     @overload
     def __call__(
@@ -119,16 +119,32 @@ class Attention:
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
+        q, k, v = _cast_by_autocast(q, k, v)
         _check_tensors(q, k, v)
         backend = self._backend_for(q.device)
-        problem = self._problem(q, k, q_offset, mask_args)
-        plan = plans.find(problem, backend).plan  # here, so that an error of the mask names the user's own line
-        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-        if self.tune and not isinstance(plan, cpu.Plan):
-            from maskflash.kernels import triton
-
-            triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
-        out, lse = op.attend(q, k, v, problem, scale, backend)
+        offset = arguments.q_offset("attention", q_offset, q.shape[0])
+        slots, params, tables = self._bound(q, k, offset, mask_args)
+        per_row = isinstance(offset, Tensor)
+        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
+        if self.tune and backend == "triton" and not torch.compiler.is_compiling():
+            self._tune(q, k, v, offset, mask_args, scale)
+        try:
+            out, lse = torch.ops.maskflash.forward.default(
+                q,
+                k,
+                v,
+                tables,
+                params,
+                0 if per_row else offset,
+                offset if per_row else None,
+                scale,
+                slots.text,
+                self.block_size,
+                backend,
+            )
+        except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
+            classify(self._problem(q, k, q_offset, mask_args))
+            raise
         return (out, lse) if return_lse else out
 
     def source(
@@ -171,16 +187,27 @@ class Attention:
         problem = self._problem(q, k, q_offset, mask_args)
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 
+    def _bound(
+        self, q: Tensor, k: Tensor, offset: int | Tensor, mask_args: dict[str, Any]
+    ) -> tuple[Slots, list[int], list[Tensor]]:
+        """The mask's expression, and its numbers and tables in a call."""
+        mask = self.mask
+        call = Call("attention", q.shape[2], k.shape[2], q.shape[0], q.shape[1], offset, q.device)
+        values = mask.implied(call)
+        if mask_args or mask.keywords:
+            values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
+        slots = slots_of(mask, values)
+        params, tables = slots.filled(values, q.device)
+        _check_devices(q, slots.names, tables, offset)
+        return slots, params, tables
+
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
         """The mask at the lengths of a call."""
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
-        call = Call("attention", q.shape[2], k.shape[2], q.shape[0], q.shape[1], offset, q.device)
-        traced, inputs = self.mask.bound(call, mask_args)
-        _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
-        self._expressions.add(traced.expr.text)
+        slots, params, tables = self._bound(q, k, offset, mask_args)
         return Problem(
-            traced.expr,
-            inputs,
+            slots.expr,
+            Inputs(tuple(params), tuple(tables)),
             q.shape[2],
             k.shape[2],
             q.shape[0],
@@ -188,8 +215,19 @@ class Attention:
             self.block_size,
             offset,
             q.device,
-            traced.names,
+            slots.names,
         )
+
+    def _tune(
+        self, q: Tensor, k: Tensor, v: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any], scale: float
+    ) -> None:
+        """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
+        from maskflash.kernels import triton
+
+        problem = self._problem(q, k, q_offset, mask_args)
+        plan = plans.find(problem, "triton").plan
+        assert isinstance(plan, triton.Plan), "the backend's own"
+        triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
 
     def explain(
         self,
@@ -238,7 +276,7 @@ class Attention:
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
-        plans.invalidate(self._expressions)
+        plans.invalidate(self.mask.known.texts)
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
@@ -295,7 +333,10 @@ def compile(
     if backend not in ("auto", "cpu", "triton"):
         raise ArgumentError(f'compile: backend is {backend!r}, expected "auto", "cpu" or "triton"')
     factor = None if scale is None else arguments.scale("compile", scale)
-    return Attention(_as_mask("compile", mask), factor, size, backend, bool(deterministic), bool(tune))
+    whole = _as_mask("compile", mask)
+    if not (whole.keywords or whole.implied_names):
+        slots_of(whole, {})
+    return Attention(whole, factor, size, backend, bool(deterministic), bool(tune))
 
 
 def attention(
@@ -333,9 +374,13 @@ def attention(
     return attn(q, k, v, q_offset=q_offset, return_lse=return_lse, **mask_args)
 
 
-@cache
+_full: Final = cache(full)
+
+
+@aside
 def _everything() -> Mask:
-    return full()
+    """The mask of calls without one; traced at the first."""
+    return _full()
 
 
 def _as_mask(operation: str, value: Any) -> Mask:
@@ -382,11 +427,24 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_devices(q: Tensor, tables: dict[str, Tensor], offset: int | Tensor) -> None:
-    held = {**tables, "q_offset": offset} if isinstance(offset, Tensor) else tables
-    for name, tensor in held.items():
+def _check_devices(q: Tensor, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor) -> None:
+    held = [*zip(names, tables, strict=True)]
+    if isinstance(offset, Tensor):
+        held.append(("q_offset", offset))
+    for name, tensor in held:
         if tensor.device != q.device:
             raise ArgumentError(
                 f"attention: the mask's {name} is on {tensor.device}, expected q's {q.device}; move it once, before "
                 f"the call: {name}.to({str(q.device)!r})"
             )
+
+
+def _cast_by_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as autocast has torch's own attention take them: in its dtype, but for float64."""
+    if isinstance(q, Tensor) and q.device.type in _BACKENDS and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+    return q, k, v

@@ -18,7 +18,7 @@ BlockSize = int | tuple[int, int]
 def integer(operation: str, name: str, value: Any, *, low: int | None = 0) -> int:
     """An int (also numpy's) that is at least `low`; a bool is not one."""
     try:
-        number = operator.index(value)
+        number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, (bool, Tensor)):

@@ -6,7 +6,6 @@ graph that recorded the op runs elsewhere, and lengths and parameters may be sym
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -16,8 +15,8 @@ from maskflash import plans
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.expr.evaluate import Inputs
-from maskflash.expr.nodes import Expr, parse
 from maskflash.kernels import cpu
+from maskflash.masks.slots import expression
 
 _MASK: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, "
@@ -30,37 +29,6 @@ _library.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
-    """Masked attention, differentiable in q, k and v through out and lse.
-
-    Args:
-        q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16.
-        k: (B, Hkv, Skv, D).
-        v: (B, Hkv, Skv, Dv).
-        problem: the mask at these lengths.
-        scale: positive factor of the scores.
-        backend: which kernels run it.
-
-    Returns:
-        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
-    """
-    per_row = isinstance(problem.q_offset, Tensor)
-    result: tuple[Tensor, Tensor] = torch.ops.maskflash.forward.default(
-        q,
-        k,
-        v,
-        list(problem.inputs.tables),
-        list(problem.inputs.params),
-        0 if per_row else problem.q_offset,
-        problem.q_offset if per_row else None,
-        scale,
-        problem.expr.text,
-        list(problem.block_size),
-        backend,
-    )
-    return result
 
 
 class _Differentiable(torch.autograd.Function):
@@ -164,7 +132,7 @@ def _problem(
 ) -> tuple[Problem, float, Backend]:
     rows, columns = block_size
     problem = Problem(
-        _parsed(expr),
+        expression(expr),
         Inputs(tuple(params), tuple(tables)),
         q.shape[2],
         k.shape[2],
@@ -175,11 +143,6 @@ def _problem(
         q.device,
     )
     return problem, scale, backend
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Expr:
-    return parse(text)
 
 
 _library.impl("forward", _forward_autograd, "Autograd")

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -16,13 +17,26 @@ from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
+MEMORY: Final = 1 << 30  # bytes of them; likewise, but the latest stays, however large
 
-_lock = threading.RLock()
-_analyses: OrderedDict[Hashable, tuple[Analysis, tuple[weakref.ref[Tensor], ...]]] = OrderedDict()
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """An analysis, its bytes when it was last weighed, and what tells when one of its tables dies."""
+
+    analysis: Analysis
+    nbytes: int
+    alive: tuple[weakref.ref[Tensor], ...]
+
+
+_lock = threading.RLock()  # of what follows; never held while a mask is analysed
+_entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+_turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
+_latest: Hashable = None
 
 
 def find(problem: Problem, backend: Backend) -> Analysis:
-    """The analysis of a problem for a backend, made now or found.
+    """The analysis of a problem for a backend, made now or found; threads that want the same one make it once.
 
     A table counts as the same while it is the same tensor (or a view alike of it) at the same version, which every
     write through torch advances. Tensors of inference mode have no version: they are compared by content.
@@ -31,33 +45,58 @@ def find(problem: Problem, backend: Backend) -> Analysis:
     if isinstance(problem.q_offset, Tensor):
         tensors = (*tensors, problem.q_offset)
     key = _key(problem, backend, tensors)
+    found = _get(key)
+    if found is not None:
+        return found
     with _lock:
-        found = _analyses.get(key)
-        if found is not None:
-            _analyses.move_to_end(key)
-            return found[0]
-    analysis = analyse(problem, backend)
-    with _lock:
-        # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies.
-        alive = tuple(
-            weakref.ref(_owner(tensor), lambda _: _forget(key)) for tensor in tensors if not tensor.is_inference()
-        )
-        _analyses[key] = analysis, alive
-        while len(_analyses) > CAPACITY:
-            _analyses.popitem(last=False)
-    return analysis
+        turn = _turns.setdefault(key, threading.Lock())
+    with turn:
+        found = _get(key)
+        if found is None:
+            try:
+                found = analyse(problem, backend)
+                _keep(key, found, tensors)
+            finally:
+                with _lock:
+                    _turns.pop(key, None)
+    return found
 
 
 def invalidate(expressions: set[str]) -> None:
     """Forget the analyses of these expressions (canonical texts)."""
     with _lock:
-        for key in [key for key in _analyses if isinstance(key, tuple) and key[0] in expressions]:
-            del _analyses[key]
+        for key in [key for key in _entries if isinstance(key, tuple) and key[0] in expressions]:
+            del _entries[key]
+
+
+def _get(key: Hashable) -> Analysis | None:
+    with _lock:
+        entry = _entries.get(key)
+        if entry is None:
+            return None
+        _entries.move_to_end(key)
+        return entry.analysis
+
+
+def _keep(key: Hashable, analysis: Analysis, tensors: tuple[Tensor, ...]) -> None:
+    """Store an analysis, and drop those used least recently until count and bytes are within bounds."""
+    global _latest
+    with _lock:
+        # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies.
+        alive = tuple(
+            weakref.ref(_owner(tensor), lambda _: _forget(key)) for tensor in tensors if not tensor.is_inference()
+        )
+        if _latest in _entries:  # it has made schedules since
+            _entries[_latest].nbytes = _entries[_latest].analysis.nbytes
+        _entries[key], _latest = _Entry(analysis, analysis.nbytes, alive), key
+        held = sum(entry.nbytes for entry in _entries.values())
+        while len(_entries) > CAPACITY or (held > MEMORY and len(_entries) > 1):
+            held -= _entries.popitem(last=False)[1].nbytes
 
 
 def _forget(key: Hashable) -> None:
     with _lock:
-        _analyses.pop(key, None)
+        _entries.pop(key, None)
 
 
 def _key(problem: Problem, backend: Backend, tensors: tuple[Tensor, ...]) -> Hashable:

@@ -17,7 +17,7 @@ def analyses(monkeypatch):
     found = []
     original = plans.analyse
     monkeypatch.setattr(plans, "analyse", lambda problem, backend: found.append(problem) or original(problem, backend))
-    plans._analyses.clear()
+    plans._entries.clear()
     return found
 
 
@@ -100,7 +100,7 @@ def test_a_new_tensor_in_a_dead_one_s_place_is_not_taken_for_it(analyses):
         del ids
     analyses.clear()
     gc.collect()
-    assert not plans._analyses  # what belongs to dead tensors is gone
+    assert not plans._entries  # what belongs to dead tensors is gone
 
 
 def test_data_s_own_version_counter_does_not_deceive(analyses):
@@ -140,7 +140,7 @@ def test_the_least_recently_used_goes_first(analyses, monkeypatch):
     for window in (1, 2, 1, 3, 1, 2):
         mf.attention(Q, K, V, mf.sliding_window(window))
     assert [problem.inputs.params[0] for problem in analyses] == [1, 2, 3, 2]
-    assert len(plans._analyses) == 2
+    assert len(plans._entries) == 2
 
 
 def test_analyses_do_not_keep_tables_alive(analyses):

@@ -21,7 +21,7 @@ from maskflash.expr.combine import combine
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.trace import Traced, keyword_arguments, trace
 from maskflash.expr.tracer import Argument
-from maskflash.masks import tables
+from maskflash.masks import slots, tables
 
 if TYPE_CHECKING:
     from maskflash.masks.columns import ColumnIntervals
@@ -63,6 +63,7 @@ class Mask:
         keywords: names of the arguments it takes at run time.
         defaults: values of those that may be left out.
         implied_names: arguments that follow from a call, by names that nobody can pass.
+        known: its traces so far, as the op takes them.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Mask:
         self.keywords = keywords
         self.defaults = defaults
         self.implied_names = implied_names
+        self.known = slots.Known()
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible, for numbers, tensors or the symbols of a trace."""
@@ -80,6 +82,16 @@ class Mask:
     def traced(self, mask_args: dict[str, Any]) -> Traced:
         """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds."""
         raise NotImplementedError
+
+    @slots.aside
+    def specialised(self, kinds: tuple[slots.Kind, ...]) -> tuple[str, ...]:
+        """The arguments whose values (or shapes) traces for these kinds are known to depend on."""
+        return slots.specialised(self, kinds)
+
+    @slots.aside
+    def slots_name(self, kinds: tuple[slots.Kind, ...], exact: slots.Exact) -> str | None:
+        """Where `known` has the slots for these kinds and values; None if a trace depends on further values."""
+        return slots.slots_name(self, kinds, exact)
 
     def implied(self, call: Call) -> dict[str, int]:
         """The values of `implied_names` in a call.
