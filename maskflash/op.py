@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from maskflash import plans
 from maskflash.blocks.problem import Problem
@@ -23,6 +25,8 @@ _MASK: Final = (
     "str expr, int[2] block_size, str backend"
 )
 
+_DENSE: Final = "use a dense mask with torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+
 _library = torch.library.Library("maskflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")
 _library.define(
@@ -31,13 +35,16 @@ _library.define(
 )
 
 
-class _Differentiable(torch.autograd.Function):
+# What autograd.Function is made of, for the kernels of an op: by then torch.func has unwrapped all levels but its own.
+_Function: Any = torch.autograd.function._SingleLevelFunction
+
+
+class _Forward(_Function):  # type: ignore[misc]
     """Saves q, k, v, out, lse and the mask's tensors: writing to any of them before backward is an error."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *mask: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.maskflash.forward.default(q, k, v, tables, *mask)
+        out, lse = _below_autograd(torch.ops.maskflash.forward.default, q, k, v, tables, *mask)
         params, q_offset, q_offsets, *rest = mask
         ctx.save_for_backward(q, k, v, out, lse, q_offsets, *tables)
         ctx.mask = params, q_offset, rest
@@ -50,33 +57,58 @@ class _Differentiable(torch.autograd.Function):
         params, q_offset, rest = ctx.mask
         if dout is None and dlse is None:
             return (None,) * 11
-        with torch._C._AutoDispatchBelowAutograd():
-            gradients = torch.ops.maskflash.backward.default(
-                dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
-            )
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _FirstDerivative.apply(*gradients, q, k, v)  # type: ignore[no-untyped-call]
+        gradients = torch.ops.maskflash.backward.default(
+            dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
+        )
         return *gradients, *(None,) * 8
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
 
-class _FirstDerivative(torch.autograd.Function):
-    """Gradients as they are; differentiating them again is an error, where zeros would be silently wrong."""
+
+class _Backward(_Function):  # type: ignore[misc]
+    """Refuses to be differentiated, where zeros would be silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor] = _below_autograd(torch.ops.maskflash.backward.default, *args)
+        return gradients
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> Any:
-        raise NotImplementedError(
-            "maskflash: attention has no second derivative; detach its gradients, or use a dense mask with torch's "
-            "scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
-        )
+        raise NotImplementedError(f"maskflash: attention has no second derivative; detach its gradients, or {_DENSE}")
+
+    jvp = backward
 
 
-def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _Differentiable.apply(*args)  # type: ignore[no-untyped-call]
-    return result
+def _differentiated(function: Any) -> Any:
+    """The autograd kernel of a Function."""
+
+    def run(*args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        with enable_single_level_autograd_function():  # torch.func's own levels are its dispatcher's business
+            return function.apply(*args)
+
+    return run
+
+
+def _below_autograd(op: Any, *args: Any) -> Any:
+    """An op's result from the kernels below autograd."""
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    # The next level down of torch.func differentiates for itself, which a Function's forward would keep it from.
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op(*args)
+
+
+def _batched(*args: Any) -> Any:
+    raise NotImplementedError(
+        "maskflash: attention can't be vmapped; make what is mapped over its batch (its first dimension), or call it "
+        "once for each element"
+    )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -145,9 +177,13 @@ def _problem(
     return problem, scale, backend
 
 
-_library.impl("forward", _forward_autograd, "Autograd")
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
-_library.impl("forward", _forward_meta, "Meta")
-_library.impl("backward", _backward_meta, "Meta")
+for _name, _implementations in {
+    "forward": (_forward, _forward_meta, _Forward),
+    "backward": (_backward, _backward_meta, _Backward),
+}.items():
+    _run, _meta, _function = _implementations
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _key)
+    _library.impl(_name, _meta, "Meta")
+    _library.impl(_name, _differentiated(_function), "Autograd")
+    _library.impl(_name, _batched, "FuncTorchBatched")
