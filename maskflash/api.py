@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, overload
 import torch
 from torch import Tensor
 
-from maskflash import arguments, op, plans  # noqa: F401
+from maskflash import arguments, op, plans
 from maskflash.arguments import BlockSize
 from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
@@ -124,24 +124,11 @@ class Attention:
         backend = self._backend_for(q.device)
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
-        per_row = isinstance(offset, Tensor)
         scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
         if self.tune and backend == "triton" and not torch.compiler.is_compiling():
             self._tune(q, k, v, offset, mask_args, scale)
         try:
-            out, lse = torch.ops.maskflash.forward.default(
-                q,
-                k,
-                v,
-                tables,
-                params,
-                0 if per_row else offset,
-                offset if per_row else None,
-                scale,
-                slots.text,
-                self.block_size,
-                backend,
-            )
+            out, lse = op.attend(q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend)
         except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
             classify(self._problem(q, k, q_offset, mask_args))
             raise
@@ -428,10 +415,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_devices(q: Tensor, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor) -> None:
-    held = [*zip(names, tables, strict=True)]
     if isinstance(offset, Tensor):
-        held.append(("q_offset", offset))
-    for name, tensor in held:
+        names, tables = (*names, "q_offset"), [*tables, offset]
+    for name, tensor in zip(names, tables, strict=True):
         if tensor.device != q.device:
             raise ArgumentError(
                 f"attention: the mask's {name} is on {tensor.device}, expected q's {q.device}; move it once, before "

@@ -6,6 +6,7 @@ graph that recorded the op runs elsewhere, and lengths and parameters may be sym
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -27,12 +28,63 @@ _MASK: Final = (
 
 _DENSE: Final = "use a dense mask with torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
 
+_PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))  # subclasses may dispatch for themselves
+
 _library = torch.library.Library("maskflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")
 _library.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    params: list[int],
+    q_offset: int | Tensor,
+    scale: float,
+    expr: str,
+    block_size: tuple[int, int],
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Masked attention, differentiable in q, k and v through out and lse.
+
+    Args:
+        q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16.
+        k: (B, Hkv, Skv, D).
+        v: (B, Hkv, Skv, Dv).
+        tables: values of the mask's table slots.
+        params: values of its integer slots.
+        q_offset: added to row numbers; an int, or an int tensor (B,).
+        scale: positive factor of the scores.
+        expr: the mask's canonical text.
+        block_size: (bq, bkv), a tile in tokens.
+        backend: which kernels run it.
+
+    Returns:
+        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
+    """
+    number, tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
+    mask = tables, params, number, tensor, scale, expr, block_size, backend
+    result: tuple[Tensor, Tensor]
+    if torch.compiler.is_compiling() or _watched(q, k, v):
+        result = torch.ops.maskflash.forward.default(q, k, v, *mask)
+    else:
+        result = _Forward.apply(q, k, v, *mask)
+    return result
+
+
+def _watched(*tensors: Tensor) -> bool:
+    """Whether anything but autograd may want to see the op; if nothing does, dispatching it is 40 us for nothing."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or not all(type(x) in _PLAIN for x in tensors)
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 # What autograd.Function is made of, for the kernels of an op: by then torch.func has unwrapped all levels but its own.
@@ -44,7 +96,10 @@ class _Forward(_Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *mask: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd(torch.ops.maskflash.forward.default, q, k, v, tables, *mask)
+        if torch.compiler.is_compiling() or _watched(q, k, v):
+            out, lse = _below_autograd(torch.ops.maskflash.forward.default, q, k, v, tables, *mask)
+        else:
+            out, lse = _forward(q, k, v, tables, *mask)
         params, q_offset, q_offsets, *rest = mask
         ctx.save_for_backward(q, k, v, out, lse, q_offsets, *tables)
         ctx.mask = params, q_offset, rest
@@ -159,7 +214,7 @@ def _problem(
     q_offsets: Tensor | None,
     scale: float,
     expr: str,
-    block_size: list[int],
+    block_size: Sequence[int],
     backend: Backend,
 ) -> tuple[Problem, float, Backend]:
     rows, columns = block_size
