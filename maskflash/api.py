@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, Literal, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class Attention:
         q, k, v = _cast_by_autocast(q, k, v)
         _check_tensors(q, k, v)
         backend = self._backend_for(q.device)
-        offset = arguments.q_offset("attention", q_offset, q.shape[0])
+        offset = q_offset if type(q_offset) is int else arguments.q_offset("attention", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
         scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
         if self.tune and backend == "triton" and not torch.compiler.is_compiling():
@@ -178,14 +178,15 @@ class Attention:
         self, q: Tensor, k: Tensor, offset: int | Tensor, mask_args: dict[str, Any]
     ) -> tuple[Slots, list[int], list[Tensor]]:
         """The mask's expression, and its numbers and tables in a call."""
-        mask = self.mask
-        call = Call("attention", q.shape[2], k.shape[2], q.shape[0], q.shape[1], offset, q.device)
-        values = mask.implied(call)
+        mask, device = self.mask, q.device
+        batch, heads, q_len, _ = q.shape
+        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
         if mask_args or mask.keywords:
             values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
         slots = slots_of(mask, values)
-        params, tables = slots.filled(values, q.device)
-        _check_devices(q, slots.names, tables, offset)
+        params, tables = slots.filled(values, device)
+        if tables or isinstance(offset, Tensor):
+            _check_devices(device, slots.names, tables, offset)
         return slots, params, tables
 
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
@@ -379,6 +380,34 @@ def _as_mask(operation: str, value: Any) -> Mask:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise an error that says what is wrong with them, if anything is."""
+    if not _fit(q, k, v):
+        _refuse(q, k, v)
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    if not (q.ndim == k.ndim == v.ndim == 4 and q.layout == k.layout == v.layout == torch.strided):
+        return False
+    batch, heads, _, dim = q.shape
+    k_batch, k_heads, k_len, k_dim = k.shape
+    v_batch, v_heads, v_len, v_dim = v.shape
+    return (
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in _DTYPES
+        and q.device == k.device == v.device
+        and batch == k_batch == v_batch
+        and (k_heads, k_len, k_dim) == (v_heads, v_len, dim)
+        and dim > 0
+        and v_dim > 0
+        and heads > 0
+        and k_heads > 0
+        and heads % k_heads == 0
+    )
+
+
+def _refuse(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"attention: {name} is a {type(x).__name__}, expected a tensor")
@@ -408,20 +437,19 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: k has {k.shape[1]} heads of {k.shape[2]} tokens and v {v.shape[1]} of {v.shape[2]}; "
             "expected the same"
         )
-    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ArgumentError(
-            f"attention: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's"
-        )
+    raise ArgumentError(f"attention: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's")
 
 
-def _check_devices(q: Tensor, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor) -> None:
+def _check_devices(
+    device: torch.device, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor
+) -> None:
     if isinstance(offset, Tensor):
         names, tables = (*names, "q_offset"), [*tables, offset]
     for name, tensor in zip(names, tables, strict=True):
-        if tensor.device != q.device:
+        if tensor.device != device:
             raise ArgumentError(
-                f"attention: the mask's {name} is on {tensor.device}, expected q's {q.device}; move it once, before "
-                f"the call: {name}.to({str(q.device)!r})"
+                f"attention: the mask's {name} is on {tensor.device}, expected q's {device}; move it once, before "
+                f"the call: {name}.to({str(device)!r})"
             )
 
 

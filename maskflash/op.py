@@ -6,8 +6,9 @@ graph that recorded the op runs elsewhere, and lengths and parameters may be sym
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from maskflash.expr.evaluate import Inputs
 from maskflash.kernels import cpu
 from maskflash.masks.slots import expression
 
+if TYPE_CHECKING:
+    from maskflash.kernels import triton
+
 _MASK: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, "
     "str expr, int[2] block_size, str backend"
@@ -28,6 +32,7 @@ _MASK: Final = (
 
 _DENSE: Final = "use a dense mask with torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
 
+_Mask = tuple[Any, ...]  # what the schema has of it
 _PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))  # subclasses may dispatch for themselves
 
 _library = torch.library.Library("maskflash", "DEF")
@@ -73,7 +78,7 @@ def attend(
     if torch.compiler.is_compiling() or _watched(q, k, v):
         result = torch.ops.maskflash.forward.default(q, k, v, *mask)
     else:
-        result = _Forward.apply(q, k, v, *mask)
+        result = _Forward.apply(_forward_at_once, q, k, v, mask)
     return result
 
 
@@ -82,12 +87,12 @@ def _watched(*tensors: Tensor) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not all(type(x) in _PLAIN for x in tensors)
         or torch._C._get_tracing_state() is not None
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
-# What autograd.Function is made of, for the kernels of an op: by then torch.func has unwrapped all levels but its own.
+# What autograd.Function is made of, without what that does about torch.func: the op's dispatcher does it.
 _Function: Any = torch.autograd.function._SingleLevelFunction
 
 
@@ -95,12 +100,11 @@ class _Forward(_Function):  # type: ignore[misc]
     """Saves q, k, v, out, lse and the mask's tensors: writing to any of them before backward is an error."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *mask: Any) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling() or _watched(q, k, v):
-            out, lse = _below_autograd(torch.ops.maskflash.forward.default, q, k, v, tables, *mask)
-        else:
-            out, lse = _forward(q, k, v, tables, *mask)
-        params, q_offset, q_offsets, *rest = mask
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, mask: _Mask
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = run(q, k, v, *mask)
+        tables, params, q_offset, q_offsets, *rest = mask
         ctx.save_for_backward(q, k, v, out, lse, q_offsets, *tables)
         ctx.mask = params, q_offset, rest
         ctx.set_materialize_grads(False)
@@ -111,11 +115,11 @@ class _Forward(_Function):  # type: ignore[misc]
         q, k, v, out, lse, q_offsets, *tables = ctx.saved_tensors
         params, q_offset, rest = ctx.mask
         if dout is None and dlse is None:
-            return (None,) * 11
+            return (None,) * 5
         gradients = torch.ops.maskflash.backward.default(
             dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
         )
-        return *gradients, *(None,) * 8
+        return None, *gradients, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -137,16 +141,33 @@ class _Backward(_Function):  # type: ignore[misc]
     jvp = backward
 
 
-def _differentiated(function: Any) -> Any:
-    """The autograd kernel of a Function."""
+def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+    with _own_level():
+        result: tuple[Tensor, Tensor] = _Forward.apply(_forward_below, q, k, v, mask)
+        return result
 
-    def run(*args: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
-            return function.apply(*args)
-        with enable_single_level_autograd_function():  # torch.func's own levels are its dispatcher's business
-            return function.apply(*args)
 
-    return run
+def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with _own_level():
+        result: tuple[Tensor, Tensor, Tensor] = _Backward.apply(*args)
+        return result
+
+
+def _own_level() -> AbstractContextManager[None]:
+    """Lets a Function run in a transform of torch.func, of which the dispatcher has left it one level."""
+    if torch._C._are_functorch_transforms_active():
+        return enable_single_level_autograd_function()
+    return nullcontext()
+
+
+def _forward_at_once(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*args)
+
+
+def _forward_below(*args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _below_autograd(torch.ops.maskflash.forward.default, *args)
+    return result
 
 
 def _below_autograd(op: Any, *args: Any) -> Any:
@@ -167,13 +188,13 @@ def _batched(*args: Any) -> Any:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
-    problem, scale, backend = _problem(q, k, *mask)
-    plan = plans.find(problem, backend).plan
-    if not isinstance(plan, cpu.Plan):
-        from maskflash.kernels import triton
+    plan, problem = _analysed(q, k, *mask)
+    scale = mask[4]
+    if isinstance(plan, cpu.Plan):
+        return cpu.forward(plan, q, k, v, scale)
+    from maskflash.kernels import triton
 
-        return triton.forward(plan, problem, q, k, v, scale)
-    return cpu.forward(plan, q, k, v, scale)
+    return triton.forward(plan, problem(), q, k, v, scale)
 
 
 def _backward(
@@ -186,14 +207,14 @@ def _backward(
     lse: Tensor,
     *mask: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem, scale, backend = _problem(q, k, *mask)
+    plan, problem = _analysed(q, k, *mask)
+    scale = mask[4]
     dout = torch.zeros_like(out) if dout is None else dout
-    plan = plans.find(problem, backend).plan
-    if not isinstance(plan, cpu.Plan):
-        from maskflash.kernels import triton
+    if isinstance(plan, cpu.Plan):
+        return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
+    from maskflash.kernels import triton
 
-        return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
-    return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
+    return triton.backward(plan, problem(), dout, dlse, q, k, v, out, lse, scale)
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -205,40 +226,42 @@ def _backward_meta(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _problem(
+def _analysed(
     q: Tensor,
     k: Tensor,
     tables: list[Tensor],
     params: list[int],
-    q_offset: int,
+    number: int,
     q_offsets: Tensor | None,
     scale: float,
-    expr: str,
+    text: str,
     block_size: Sequence[int],
     backend: Backend,
-) -> tuple[Problem, float, Backend]:
+) -> tuple[cpu.Plan | triton.Plan, Callable[[], Problem]]:
+    """The plan of a call; and its problem, made only where it is needed."""
+    expr = expression(text)
+    batch, heads, q_len, _ = q.shape
+    kv_len = k.shape[2]
     rows, columns = block_size
-    problem = Problem(
-        expression(expr),
-        Inputs(tuple(params), tuple(tables)),
-        q.shape[2],
-        k.shape[2],
-        q.shape[0],
-        q.shape[1],
-        (rows, columns),
-        q_offset if q_offsets is None else q_offsets,
-        q.device,
-    )
-    return problem, scale, backend
+    size = rows, columns
+    q_offset = number if q_offsets is None else q_offsets
+    device = q.device
+
+    def problem() -> Problem:
+        inputs = Inputs(tuple(params), tuple(tables))
+        return Problem(expr, inputs, q_len, kv_len, batch, heads, size, q_offset, device)
+
+    key = plans.key_of(expr, params, tables, q_len, kv_len, batch, heads, size, q_offset, device, backend)
+    return (plans.get(key) or plans.make(key, problem(), backend)).plan, problem
 
 
 for _name, _implementations in {
-    "forward": (_forward, _forward_meta, _Forward),
-    "backward": (_backward, _backward_meta, _Backward),
+    "forward": (_forward, _forward_meta, _forward_autograd),
+    "backward": (_backward, _backward_meta, _backward_autograd),
 }.items():
-    _run, _meta, _function = _implementations
+    _run, _meta, _autograd = _implementations
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
     _library.impl(_name, _meta, "Meta")
-    _library.impl(_name, _differentiated(_function), "Autograd")
+    _library.impl(_name, _autograd, "Autograd")
     _library.impl(_name, _batched, "FuncTorchBatched")

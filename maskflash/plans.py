@@ -6,7 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
+from maskflash.expr.nodes import Expr
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
 MEMORY: Final = 1 << 30  # bytes of them; likewise, but the latest stays, however large
@@ -41,21 +42,72 @@ def find(problem: Problem, backend: Backend) -> Analysis:
     A table counts as the same while it is the same tensor (or a view alike of it) at the same version, which every
     write through torch advances. Tensors of inference mode have no version: they are compared by content.
     """
-    tensors = problem.inputs.tables
-    if isinstance(problem.q_offset, Tensor):
-        tensors = (*tensors, problem.q_offset)
-    key = _key(problem, backend, tensors)
-    found = _get(key)
-    if found is not None:
-        return found
+    key = key_of(
+        problem.expr,
+        problem.inputs.params,
+        problem.inputs.tables,
+        problem.q_len,
+        problem.kv_len,
+        problem.batch,
+        problem.heads,
+        problem.block_size,
+        problem.q_offset,
+        problem.device,
+        backend,
+    )
+    return get(key) or make(key, problem, backend)
+
+
+def key_of(
+    expr: Expr,
+    params: Sequence[int],
+    tables: Sequence[Tensor],
+    q_len: int,
+    kv_len: int,
+    batch: int,
+    heads: int,
+    block_size: tuple[int, int],
+    q_offset: int | Tensor,
+    device: torch.device,
+    backend: Backend,
+) -> Hashable:
+    """All that an analysis depends on; batch rows and heads count only where they are looked at."""
+    per_row = isinstance(q_offset, Tensor)
+    return (
+        expr.text,
+        backend,
+        *params,
+        q_len,
+        kv_len,
+        batch if per_row or "b" in expr.reads else 1,
+        heads if "h" in expr.reads else 1,
+        block_size,
+        _fingerprint(q_offset) if per_row else q_offset,
+        device,
+        *map(_fingerprint, tables),
+    )
+
+
+def get(key: Hashable) -> Analysis | None:
+    """The analysis stored under a key."""
+    with _lock:
+        entry = _entries.get(key)
+        if entry is None:
+            return None
+        _entries.move_to_end(key)
+        return entry.analysis
+
+
+def make(key: Hashable, problem: Problem, backend: Backend) -> Analysis:
+    """Analyse a problem, or wait for the thread that does, and store the result under its key."""
     with _lock:
         turn = _turns.setdefault(key, threading.Lock())
     with turn:
-        found = _get(key)
+        found = get(key)
         if found is None:
             try:
                 found = analyse(problem, backend)
-                _keep(key, found, tensors)
+                _keep(key, found, problem)
             finally:
                 with _lock:
                     _turns.pop(key, None)
@@ -69,18 +121,12 @@ def invalidate(expressions: set[str]) -> None:
             del _entries[key]
 
 
-def _get(key: Hashable) -> Analysis | None:
-    with _lock:
-        entry = _entries.get(key)
-        if entry is None:
-            return None
-        _entries.move_to_end(key)
-        return entry.analysis
-
-
-def _keep(key: Hashable, analysis: Analysis, tensors: tuple[Tensor, ...]) -> None:
+def _keep(key: Hashable, analysis: Analysis, problem: Problem) -> None:
     """Store an analysis, and drop those used least recently until count and bytes are within bounds."""
     global _latest
+    tensors = problem.inputs.tables
+    if isinstance(problem.q_offset, Tensor):
+        tensors = (*tensors, problem.q_offset)
     with _lock:
         # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies.
         alive = tuple(
@@ -97,22 +143,6 @@ def _keep(key: Hashable, analysis: Analysis, tensors: tuple[Tensor, ...]) -> Non
 def _forget(key: Hashable) -> None:
     with _lock:
         _entries.pop(key, None)
-
-
-def _key(problem: Problem, backend: Backend, tensors: tuple[Tensor, ...]) -> Hashable:
-    offset = None if isinstance(problem.q_offset, Tensor) else problem.q_offset
-    return (
-        problem.expr.text,
-        backend,
-        problem.inputs.params,
-        problem.q_len,
-        problem.kv_len,
-        problem.shape[:2],
-        problem.block_size,
-        offset,
-        problem.device,
-        tuple(_fingerprint(tensor) for tensor in tensors),
-    )
 
 
 def _fingerprint(tensor: Tensor) -> Hashable:
