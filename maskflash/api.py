@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, overload
 
 import torch
@@ -16,6 +15,7 @@ from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError, MaskIndexError
 from maskflash.expr.evaluate import Inputs
+from maskflash.masks.dense import dense_mask
 from maskflash.masks.mask import Call, Mask, mask
 from maskflash.masks.slots import Slots, aside, slots_of
 from maskflash.presets.basic import full
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from maskflash.codegen.render import PassName
     from maskflash.explain import Explanation
 
-MaskLike = Mask | Callable[..., Any]
+MaskLike = Mask | Callable[..., Any] | Tensor
 BackendChoice = Literal["auto", "cpu", "triton"]
 
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
@@ -352,8 +352,11 @@ def attention(
         >>> attention(q, k, v, mf.causal() & mf.document([200, 312])).shape
         torch.Size([1, 4, 512, 64])
     """
+    if mask is None:
+        _prepare_full()
+        mask = _Standing.full
     attn = compile(
-        _everything() if mask is None else mask,
+        _as_mask("attention", mask),
         scale=scale,
         block_size=block_size,
         backend=backend,
@@ -362,19 +365,32 @@ def attention(
     return attn(q, k, v, q_offset=q_offset, return_lse=return_lse, **mask_args)
 
 
-_full: Final = cache(full)
+class _Standing:
+    """The mask of calls without one, traced at the first; an attribute, which dynamo can read."""
+
+    full: Mask | None = None
 
 
 @aside
-def _everything() -> Mask:
-    """The mask of calls without one; traced at the first."""
-    return _full()
+def _prepare_full() -> None:
+    if _Standing.full is None:
+        _Standing.full = full()
 
 
 def _as_mask(operation: str, value: Any) -> Mask:
-    if not (isinstance(value, Mask) or callable(value)):
+    if isinstance(value, Mask):
+        return value
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(
+            f"maskflash.{operation} was given a mask to trace, which torch.compile can't look into: make it outside of "
+            "what is compiled, with mf.mask or mf.compile; what varies goes in by keyword"
+        )
+    if isinstance(value, Tensor):
+        return dense_mask(operation, value)
+    if not callable(value):
         raise ArgumentTypeError(
-            f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv) or a mask"
+            f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "
+            "of bool"
         )
     return mask(value)
 

@@ -18,7 +18,7 @@ ORDER = {
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify", "changes"],
-    "masks": ["tables", "slots", "mask", "columns", "convert", "compare"],
+    "masks": ["tables", "slots", "mask", "dense", "columns", "convert", "compare"],
     "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
     "kernels": [
         "reference",

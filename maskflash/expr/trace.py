@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -77,6 +78,12 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
         MaskTraceError: something that can't be an expression, with file, line and the fix.
     """
     mask_args = mask_args or {}
+    if "torch._dynamo" in sys.modules:  # a mask made in compiled code: dynamo would look into the very frames we look at
+        return torch.compiler.disable(_attempt)(predicate, mask_args)
+    return _attempt(predicate, mask_args)
+
+
+def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:
     with contextlib.suppress(Exception):  # it may lie on a path that the values of constants rule out
         return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
     try:
