@@ -281,6 +281,10 @@ class Attention:
                 raise BackendError(f"attention: the triton backend can't run here: {problem}")
         return chosen
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attention:
+        """Another op under the same mask: a copy of a model still sees what is written to captured tensors."""
+        return Attention(self.mask, self.scale, self.block_size, self.backend, self.deterministic, self.tune)
+
     def __repr__(self) -> str:
         return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from maskflash.compiler import Backend
 from maskflash.expr.evaluate import Inputs
 from maskflash.kernels import cpu
 from maskflash.masks.slots import expression
-
-if TYPE_CHECKING:
-    from maskflash.kernels import triton
 
 _MASK: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, "
@@ -188,13 +185,13 @@ def _batched(*args: Any) -> Any:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
-    plan, problem = _analysed(q, k, *mask)
-    scale = mask[4]
+    problem, scale, backend = _problem(q, k, *mask)
+    plan = plans.find(problem, backend).plan
     if isinstance(plan, cpu.Plan):
         return cpu.forward(plan, q, k, v, scale)
     from maskflash.kernels import triton
 
-    return triton.forward(plan, problem(), q, k, v, scale)
+    return triton.forward(plan, problem, q, k, v, scale)
 
 
 def _backward(
@@ -207,14 +204,14 @@ def _backward(
     lse: Tensor,
     *mask: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan, problem = _analysed(q, k, *mask)
-    scale = mask[4]
+    problem, scale, backend = _problem(q, k, *mask)
     dout = torch.zeros_like(out) if dout is None else dout
+    plan = plans.find(problem, backend, saved=True).plan
     if isinstance(plan, cpu.Plan):
         return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
     from maskflash.kernels import triton
 
-    return triton.backward(plan, problem(), dout, dlse, q, k, v, out, lse, scale)
+    return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -226,33 +223,32 @@ def _backward_meta(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _analysed(
+def _problem(
     q: Tensor,
     k: Tensor,
     tables: list[Tensor],
     params: list[int],
-    number: int,
+    q_offset: int,
     q_offsets: Tensor | None,
     scale: float,
-    text: str,
+    expr: str,
     block_size: Sequence[int],
     backend: Backend,
-) -> tuple[cpu.Plan | triton.Plan, Callable[[], Problem]]:
-    """The plan of a call; and its problem, made only where it is needed."""
-    expr = expression(text)
+) -> tuple[Problem, float, Backend]:
     batch, heads, q_len, _ = q.shape
-    kv_len = k.shape[2]
     rows, columns = block_size
-    size = rows, columns
-    q_offset = number if q_offsets is None else q_offsets
-    device = q.device
-
-    def problem() -> Problem:
-        inputs = Inputs(tuple(params), tuple(tables))
-        return Problem(expr, inputs, q_len, kv_len, batch, heads, size, q_offset, device)
-
-    key = plans.key_of(expr, params, tables, q_len, kv_len, batch, heads, size, q_offset, device, backend)
-    return (plans.get(key) or plans.make(key, problem(), backend)).plan, problem
+    problem = Problem(
+        expression(expr),
+        Inputs(tuple(params), tuple(tables)),
+        q_len,
+        k.shape[2],
+        batch,
+        heads,
+        (rows, columns),
+        q_offset if q_offsets is None else q_offsets,
+        q.device,
+    )
+    return problem, scale, backend
 
 
 for _name, _implementations in {

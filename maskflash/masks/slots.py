@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
@@ -181,7 +182,7 @@ def _kind(name: str, value: Any) -> Kind:
 
 
 def _exact(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else int(value)
+    return tuple([index(size) for size in value.shape]) if isinstance(value, Tensor) else index(value)
 
 
 def _stand_in(what: Any, detail: Any, exact: Any = None) -> Any:
