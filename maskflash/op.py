@@ -27,16 +27,19 @@ _MASK: Final = (
     "str expr, int[2] block_size, str backend"
 )
 
+# A recorded CUDA graph would keep the block map of the tables that it was recorded with.
+_TAGS: Final = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 _DENSE: Final = "use a dense mask with torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
 
 _Mask = tuple[Any, ...]  # what the schema has of it
 _PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))  # subclasses may dispatch for themselves
 
 _library = torch.library.Library("maskflash", "DEF")
-_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_TAGS,
 )
 
 

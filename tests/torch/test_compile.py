@@ -84,7 +84,7 @@ def test_no_more_recompiles_on_new_lengths_than_torch_s_own():
 def test_no_recompile_at_all_with_dynamic_lengths():
     model = Attend(packed)
     fast, counter = compiled(model, dynamic=True)
-    for length in (64, 80, 2, 300):
+    for length in (60, 80, 2, 300):  # not 64, which torch would take for the width
         check(model, fast, tokens(length, 2), doc=documents(length, 7, 2))
     assert counter.frame_count == 1
 
