@@ -37,6 +37,7 @@ bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 	$(BIN)/python -m benchmarks.attention --cpu $(ARGS)
 	$(BIN)/python -m benchmarks.analysis $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask $(ARGS)
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.attention --cpu --json benchmarks/results/cpu/attention.json $(ARGS)

@@ -1,7 +1,7 @@
 """What does a call cost beside torch's own attention where there is next to nothing to compute?
 
-Small tensors with gradients enabled, forward only, calls by turns; analyses are found. The difference is of medians of
-pairs, so that a machine that slows down slows both.
+Small tensors with gradients enabled, forward only, calls by turns, one thread; analyses are found. The difference is
+that of each pair, so that a machine that slows down slows both.
 
 Run: python -m benchmarks.overhead
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
 from benchmarks import runner
-from benchmarks.runner import Row, Spread
+from benchmarks.runner import Row
 
 TITLES: Final = {"overhead": "One call on small tensors, gradients enabled: maskflash beside SDPA with the same mask"}
 TOKENS: Final = 64
@@ -42,10 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     torch.set_num_threads(1)
     pairs = 3 if options.quick else options.pairs
     q, k, v = (torch.randn(1, HEADS, TOKENS, HEAD_DIM, requires_grad=True) for _ in range(3))
-    rows = [
-        over(case, ours, lambda dense=dense: scaled_dot_product_attention(q, k, v, **dense), pairs)
-        for case, ours, dense in cases(q, k, v)
-    ]
+    rows: list[Row] = []
+    for case, ours, dense in cases(q, k, v):
+        rows += rows_of(case, ours, partial(scaled_dot_product_attention, q, k, v, **dense), pairs)
     return runner.finish(str(__doc__).partition("\n")[0], TITLES, rows, options)
 
 
@@ -66,14 +66,14 @@ def cases(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, Callable[[], Tenso
     ]
 
 
-def over(case: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], pairs: int) -> Row:
-    """A row of one case whose `ours` is what we take longer than SDPA does."""
-    mine, other = runner.alternate(runner.timed(ours), runner.timed(theirs), pairs)
-    longer = [a - b for a, b in zip(mine[0], other[0], strict=True)]
-    return Row(
-        "overhead", case, TOKENS, "time over SDPA's", "float32", "s", pairs, Spread.of(longer), Spread.of(other[0]),
-        ceiling=CEILING,
-    )  # fmt: skip
+def rows_of(case: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], pairs: int) -> list[Row]:
+    """Both times, and by how much ours is longer."""
+    (mine,), (other,) = runner.alternate(runner.timed(ours), runner.timed(theirs), pairs)
+    longer = [a - b for a, b in zip(mine, other, strict=True)]
+    return [
+        runner.compared("overhead", case, TOKENS, "forward", mine, other, dtype="float32"),
+        runner.alone("overhead", case, TOKENS, "longer by", longer, ceiling=CEILING),
+    ]
 
 
 if __name__ == "__main__":

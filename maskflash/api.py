@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from maskflash.codegen.render import PassName
     from maskflash.explain import Explanation
 
-MaskLike = Mask | Callable[..., Any] | Tensor
+MaskLike = Mask | Callable[..., Any]
 BackendChoice = Literal["auto", "cpu", "triton"]
 
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Attention:
@@ -98,6 +97,8 @@ class Attention:
     ) -> Any:
         """Attend: out = softmax(scale · q kᵀ over the visible keys) v.
 
+        Under autocast q, k and v are cast as for torch's own attention. torch.compile takes the call whole.
+
         Args:
             q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0.
             k: (B, Hkv, Skv, D), Hkv divides Hq (grouped queries share a key head without a copy); Skv may be 0.
@@ -119,8 +120,8 @@ class Attention:
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
-        q, k, v = _cast_by_autocast(q, k, v)
-        _check_tensors(q, k, v)
+        q, k, v = arguments.as_autocast(q, k, v)
+        arguments.tensors(q, k, v)
         backend = self._backend_for(q.device)
         offset = q_offset if type(q_offset) is int else arguments.q_offset("attention", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
@@ -166,7 +167,7 @@ class Attention:
         from maskflash.codegen.render import PASSES
         from maskflash.kernels import triton
 
-        _check_tensors(q, k, v)
+        arguments.tensors(q, k, v)
         if pass_name not in PASSES:
             raise ArgumentError(f"Attention.source: pass_name is {pass_name!r}, expected one of {', '.join(PASSES)}")
         if q.is_meta:
@@ -186,7 +187,7 @@ class Attention:
         slots = slots_of(mask, values)
         params, tables = slots.filled(values, device)
         if tables or isinstance(offset, Tensor):
-            _check_devices(device, slots.names, tables, offset)
+            arguments.same_device(device, slots.names, tables, offset)
         return slots, params, tables
 
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
@@ -290,7 +291,7 @@ class Attention:
 
 
 def compile(
-    mask: MaskLike,
+    mask: MaskLike | Tensor,
     *,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -301,12 +302,14 @@ def compile(
     """Compile a mask to an attention op.
 
     Args:
-        mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~.
+        mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~; or a tensor of bool as
+            torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all.
         scale: positive factor of the scores; None for 1/sqrt(D).
         block_size: tokens per tile, one number or (q_tokens, kv_tokens).
         backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
         deterministic: same inputs, same bits.
-        tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk.
+        tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a
+            compiled graph uses what was found, and measures nothing.
 
     Returns:
         The op: `attn(q, k, v, **mask_args)`.
@@ -335,7 +338,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: MaskLike | None = None,
+    mask: MaskLike | Tensor | None = None,
     *,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -397,88 +400,3 @@ def _as_mask(operation: str, value: Any) -> Mask:
             "of bool"
         )
     return mask(value)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise an error that says what is wrong with them, if anything is."""
-    if not _fit(q, k, v):
-        _refuse(q, k, v)
-
-
-def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return False
-    if not (q.ndim == k.ndim == v.ndim == 4 and q.layout == k.layout == v.layout == torch.strided):
-        return False
-    batch, heads, _, dim = q.shape
-    k_batch, k_heads, k_len, k_dim = k.shape
-    v_batch, v_heads, v_len, v_dim = v.shape
-    return (
-        q.dtype == k.dtype == v.dtype
-        and q.dtype in _DTYPES
-        and q.device == k.device == v.device
-        and batch == k_batch == v_batch
-        and (k_heads, k_len, k_dim) == (v_heads, v_len, dim)
-        and dim > 0
-        and v_dim > 0
-        and heads > 0
-        and k_heads > 0
-        and heads % k_heads == 0
-    )
-
-
-def _refuse(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ArgumentTypeError(f"attention: {name} is a {type(x).__name__}, expected a tensor")
-        if x.ndim != 4:
-            raise ArgumentError(
-                f"attention: {name} has shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, tokens, head_dim)"
-            )
-        if x.dtype not in _DTYPES:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected one of {expected}")
-        if x.layout != torch.strided:
-            raise ArgumentTypeError(f"attention: {name} has layout {x.layout}, expected a dense tensor")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected q's {q.dtype}")
-        if x.device != q.device:
-            raise ArgumentError(f"attention: {name} is on {x.device}, expected q's {q.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ArgumentError(f"attention: {name} has batch {x.shape[0]}, expected q's {q.shape[0]}")
-    if q.shape[3] != k.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
-        raise ArgumentError(
-            f"attention: head_dim is {q.shape[3]} for q, {k.shape[3]} for k and {v.shape[3]} for v; expected at least "
-            "1, and the same for q and k"
-        )
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ArgumentError(
-            f"attention: k has {k.shape[1]} heads of {k.shape[2]} tokens and v {v.shape[1]} of {v.shape[2]}; "
-            "expected the same"
-        )
-    raise ArgumentError(f"attention: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's")
-
-
-def _check_devices(
-    device: torch.device, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor
-) -> None:
-    if isinstance(offset, Tensor):
-        names, tables = (*names, "q_offset"), [*tables, offset]
-    for name, tensor in zip(names, tables, strict=True):
-        if tensor.device != device:
-            raise ArgumentError(
-                f"attention: the mask's {name} is on {tensor.device}, expected q's {device}; move it once, before "
-                f"the call: {name}.to({str(device)!r})"
-            )
-
-
-def _cast_by_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as autocast has torch's own attention take them: in its dtype, but for float64."""
-    if isinstance(q, Tensor) and q.device.type in _BACKENDS and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )
-    return q, k, v

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from maskflash import plans
 from maskflash.blocks.problem import Problem

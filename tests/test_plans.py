@@ -177,12 +177,14 @@ def test_no_key_outlives_its_analysis(analyses):
 
 def test_what_backward_is_given_is_found_by_its_storage(analyses):
     ids = documents()
-    problem = packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": ids})
-    other = packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": ids.detach()})
-    assert other.inputs.tables[0]._base is None  # a detached view says nothing of what it is a view of
-    assert plans.find(other, "cpu", saved=True) is not plans.find(problem, "cpu")
-    found = plans.find(packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": ids.detach()}), "cpu", saved=True)
-    assert found is plans.find(problem, "cpu")
+    detached = ids.detach()
+    assert detached._base is None  # nothing says what it is a view of
+    given, saved = (
+        packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": doc}) for doc in (ids, detached)
+    )
+    forward = plans.find(given, "cpu")
+    assert plans.find(saved, "cpu", saved=True) is forward
+    assert plans.find(saved, "cpu") is not forward
 
 
 def test_threads_that_want_one_analysis_make_it_once(monkeypatch):

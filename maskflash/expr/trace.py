@@ -78,9 +78,10 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
         MaskTraceError: something that can't be an expression, with file, line and the fix.
     """
     mask_args = mask_args or {}
-    if "torch._dynamo" in sys.modules:  # a mask made in compiled code: dynamo would look into the very frames we look at
-        return torch.compiler.disable(_attempt)(predicate, mask_args)
-    return _attempt(predicate, mask_args)
+    # In compiled code that makes a mask, dynamo would look into the very frames that a trace looks at.
+    attempt = torch.compiler.disable(_attempt) if "torch._dynamo" in sys.modules else _attempt
+    traced: Traced = attempt(predicate, mask_args)
+    return traced
 
 
 def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:

@@ -39,15 +39,15 @@ class DenseMask(Mask):
     def __init__(self, operation: str, tensor: Tensor) -> None:
         if tensor.dtype != torch.bool:
             fix = (
-                "; a mask that is added to the scores is `mask == 0` where it holds 0 and -inf, and has no other form here"
+                "; one that is added to the scores is `mask == 0` if it holds 0 and -inf, else it has no form here"
                 if tensor.dtype.is_floating_point
                 else "; pass mask.bool() if nonzero means visible"
             )
             raise ArgumentTypeError(f"{operation}: mask has dtype {tensor.dtype}, expected torch.bool{fix}")
         if not 2 <= tensor.ndim <= 4:
             raise ArgumentError(
-                f"{operation}: mask has shape {tuple(tensor.shape)}, expected (q_len, kv_len), or (batch, heads, q_len, "
-                "kv_len) where 1 serves all"
+                f"{operation}: mask has shape {tuple(tensor.shape)}, expected (q_len, kv_len), or (batch, heads, "
+                "q_len, kv_len) where 1 serves all"
             )
         shape = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
         stride = (0,) * (4 - tensor.ndim) + tensor.stride()
@@ -77,8 +77,8 @@ class DenseMask(Mask):
         """Nothing, if the call has the tensor's sizes."""
         if isinstance(call.q_offset, Tensor) or call.q_offset != 0:
             raise ArgumentError(
-                f"{call.operation}: got a q_offset with a dense mask, whose rows are those of q; take the rows instead: "
-                "mask[..., offset : offset + q_len, :]"
+                f"{call.operation}: got a q_offset with a dense mask, whose rows are those of q; take the rows "
+                "instead: mask[..., offset : offset + q_len, :]"
             )
         wanted = (call.batch, call.heads, call.q_len, call.kv_len)
         if any(size not in (1, needed) for size, needed in zip(self._shape, wanted, strict=True)):
@@ -95,8 +95,8 @@ def dense_mask(operation: str, tensor: Tensor) -> DenseMask:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"{operation}: got a dense mask: every pair of it is kept and read. Write it as a predicate f(b, h, q, kv), "
-            "or as a preset such as mf.causal() & mf.document(lengths), and no pair is. (This is said once.)",
+            f"{operation}: got a dense mask: every pair of it is kept and read. Write it as a predicate f(b, h, q, "
+            "kv), or as a preset such as mf.causal() & mf.document(lengths), and no pair is. (This is said once.)",
             DenseMaskWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""A mask and the arguments of a call -> what the op is given of it: text, numbers and tables; also inside torch.compile.
+"""A mask and the arguments of a call -> what the op is given of it: text, numbers and tables; in torch.compile too.
 
 Dynamo can't follow the trace of a predicate. So that is done aside, on stand-ins for the arguments, and dynamo reads
 the result off the mask as plain data: it guards the text, and makes tables and numbers inputs of its graph.
@@ -60,8 +60,8 @@ class Slots:
 class Known:
     """The slots of one mask, each an attribute: dynamo guards an attribute that it reads by itself, but a dict whole.
 
-    Its name stands for kinds of arguments and values of some: the same in every mask, so that what was compiled with one
-    mask runs with another that has the same slots there.
+    Its name stands for kinds of arguments and values of some. It is the same in every mask, so that what was compiled
+    with one mask runs with another that has the same slots there.
 
     Attributes:
         plain: the slots where there are no arguments.

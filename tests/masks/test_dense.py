@@ -84,6 +84,6 @@ def test_an_offset_is_told():
 
 def test_too_many_pairs_are_told_before_any_is_read(monkeypatch):
     monkeypatch.setattr(dense, "MOST_PAIRS", 30 * 30 - 1)
-    with pytest.raises(mf.ArgumentError, match="attention: mask holds 900 pairs, more than 899; write it as a predicate"):
+    with pytest.raises(mf.ArgumentError, match="mask holds 900 pairs, more than 899; write it as a predicate"):
         mf.attention(Q, Q, Q, torch.ones(30, 30, dtype=torch.bool))
     mf.attention(Q, Q, Q, torch.ones(30, 1, dtype=torch.bool).expand(30, 30))
