@@ -210,7 +210,7 @@ def _take(x: Tensor, pick: Pick, call: Call) -> Tensor:
 
 def _shared(x: Tensor, q: Tensor) -> Tensor:
     """K or V seen by all the heads of its group, without a copy."""
-    return x if x.shape[1] == q.shape[1] else x.expand(*q.shape[:2], -1, -1)
+    return x if x.shape[:2] == q.shape[:2] else x.expand(*q.shape[:2], -1, -1)
 
 
 def _put(x: Tensor, call: Call, part: Tensor) -> None:
