@@ -38,12 +38,17 @@ bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 	$(BIN)/python -m benchmarks.analysis $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask $(ARGS)
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.flex $(ARGS)
+	$(BIN)/python -m benchmarks.train_packed $(ARGS)
 
 figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.attention --cpu --json benchmarks/results/cpu/attention.json $(ARGS)
 	$(BIN)/python -m benchmarks.analysis --json benchmarks/results/cpu/analysis.json $(ARGS)
+	$(BIN)/python -m benchmarks.analysis --million --json benchmarks/results/cpu/million.json $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask --json benchmarks/results/cpu/flashmask.json $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask --analysis --json benchmarks/results/cpu/flashmask_analysis.json $(ARGS)
+	$(BIN)/python -m benchmarks.flex --json benchmarks/results/cpu/flex.json $(ARGS)
+	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network, about 8 minutes.

@@ -1,15 +1,13 @@
 """What does it cost before the first result? Analysis beside FlexAttention's, import time, time to the first result.
 
-Run: python -m benchmarks.analysis. What only a fresh process shows (peak memory, start-up) comes from
-`benchmarks/fresh.py`.
+Run: python -m benchmarks.analysis              the comparison at 16,384 tokens, lengths, start-up
+     python -m benchmarks.analysis --million    how it grows to a million tokens: benchmarks/million.py
+
+What only a fresh process shows (peak memory, start-up) comes from `benchmarks/fresh.py`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 import maskflash as mf
-from benchmarks import fresh, runner, workloads
+from benchmarks import fresh, million, runner, workloads
 from benchmarks.runner import Row
 
 TITLES = {
@@ -39,7 +37,12 @@ FIRST_CEILING = 0.150
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
-    options = runner.arguments("Measure what is done before the first result.").parse_args(argv)
+    parser = runner.arguments("Measure what is done before the first result.")
+    parser.add_argument("--million", action="store_true", help="how analysis grows, up to 1,048,576 tokens")
+    options = parser.parse_args(argv)
+    if options.million:
+        rows = list(million.rows(1 if options.quick else options.pairs, options.seed, options.quick))
+        return runner.finish("million", million.TITLES, rows, options)
     quick, seed = options.quick, options.seed
     tokens = 512 if quick else TOKENS
     slow, pairs = (1, 1) if quick else (min(SLOW_PAIRS, options.pairs), options.pairs)
@@ -63,7 +66,7 @@ def _time(tokens: int, pairs: int, seed: int) -> Row:
 
 def _memory(tokens: int, pairs: int, seed: int) -> Row:
     ours, flex = (
-        [_fresh("memory", side, str(tokens), str(seed)) for _ in range(pairs)] for side in ("maskflash", "flex")
+        [fresh.run("memory", side, str(tokens), str(seed)) for _ in range(pairs)] for side in ("maskflash", "flex")
     )
     return runner.compared(
         "comparison", "causal documents", tokens, "peak memory", ours, flex, unit="B", floor=MEMORY_FLOOR
@@ -79,10 +82,10 @@ def _alone(tokens: int, samples: int, seed: int) -> Row:
 
 def _start(samples: int, seed: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as cache:  # byte code, as an installed package has it
-        _fresh("import", cache)
-        _fresh("first", cache, str(FIRST_TOKENS), str(seed))
-        imports = [_fresh("import", cache) for _ in range(samples)]
-        firsts = [_fresh("first", cache, str(FIRST_TOKENS), str(seed)) for _ in range(samples)]
+        fresh.run("import", cache)
+        fresh.run("first", cache, str(FIRST_TOKENS), str(seed))
+        imports = [fresh.run("import", cache) for _ in range(samples)]
+        firsts = [fresh.run("first", cache, str(FIRST_TOKENS), str(seed)) for _ in range(samples)]
     return [
         runner.alone("start", "import maskflash", 0, "time", imports, ceiling=IMPORT_CEILING),
         runner.alone("start", "compile and first call", FIRST_TOKENS, "time", firsts, ceiling=FIRST_CEILING),
@@ -91,16 +94,6 @@ def _start(samples: int, seed: int) -> list[Row]:
 
 def _analysed(predicate: object, tokens: int) -> mf.BlockMap:
     return mf.Mask.block_map(mf.mask(predicate), tokens, tokens, block_size=workloads.TILE)  # type: ignore[arg-type]
-
-
-def _fresh(*words: str) -> float:
-    """One measurement in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(runner.ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "benchmarks.fresh", *words]
-    run = subprocess.run(command, env=environment, cwd=runner.ROOT, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-    return float(json.loads(run.stdout))
 
 
 def assert_equal(ours: mf.BlockMap, theirs: object) -> None:

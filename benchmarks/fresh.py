@@ -4,6 +4,7 @@
     python -m benchmarks.fresh first CACHE TOKENS SEED         seconds of compile and first call, imports aside
     python -m benchmarks.fresh memory maskflash TOKENS SEED    bytes that the block map adds to the process's peak
     python -m benchmarks.fresh memory flex TOKENS SEED         the same for FlexAttention
+    python -m benchmarks.fresh memory CASE TOKENS SEED         the same for a mask of benchmarks/million.py
 
 CACHE is a folder for maskflash's byte code: an installed package has it, a checkout whose environment forbids writing
 it would compile its sources at every import.
@@ -11,13 +12,17 @@ it would compile its sources at every import.
 
 import contextlib
 import ctypes
+import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 STATUS = Path("/proc/self/status")  # Linux's account of a process's memory
 RESOLUTION = 2**20  # bytes; the system's account of resident memory is no finer
-SMALL = 256  # tokens of the step that loads code before memory is measured
+SMALL = 1024  # tokens of the step that loads code before memory is measured
 
 
 def main(measure: str, *words: str) -> float:
@@ -52,13 +57,25 @@ def _first(cache: str, tokens: int, seed: int) -> float:
     return time.perf_counter() - start
 
 
+def run(*words: str) -> float:
+    """One measurement in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "benchmarks.fresh", *words]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return float(json.loads(done.stdout))
+
+
 def _memory(side: str, tokens: int, seed: int) -> float:
     from torch.nn.attention.flex_attention import create_block_mask
 
     import maskflash as mf
-    from benchmarks import workloads
+    from benchmarks import million, workloads
 
     def analyse(length: int) -> object:
+        if side not in ("maskflash", "flex"):
+            return million.maker(side, length, seed)().block_map(length, length)
         predicate = workloads.document_predicate(workloads.document_ids(length, seed))
         if side == "maskflash":
             return mf.mask(predicate).block_map(length, length, block_size=workloads.TILE)

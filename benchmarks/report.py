@@ -14,19 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, runner
+from benchmarks import flashmask, flex, million, runner, train_packed
 from benchmarks.runner import ROOT, Row, Spread
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
-FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "integrations.md")
 MISSING: Final = "TBD"
 
 _BLOCK: Final = re.compile(r"(<!-- figures: (?P<name>.+?) -->\n).*?(<!-- end figures -->)", re.DOTALL)
 _QUESTIONS: Final = {
     "attention": ("documents", "efficiency"),
     "analysis": ("comparison", "lengths", "start"),
+    "million": tuple(million.TITLES),
     "flashmask": tuple(flashmask.TITLES),
     "flashmask_analysis": tuple(flashmask.ANALYSIS_TITLES),
+    "train_packed": tuple(train_packed.TITLES),
+    "flex": tuple(flex.TITLES),
 }
 
 

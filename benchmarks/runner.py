@@ -51,7 +51,7 @@ class Row:
         tokens: length of the sequence.
         measure: "forward", "time", "peak memory" and the like.
         dtype: of the tensors, or "".
-        unit: "s" or "B", of `ours` and `theirs`.
+        unit: "s" or "B", of `ours` and `theirs`; "x" of a growth.
         samples: how many of each side.
         ours: maskflash.
         theirs: the baseline; None where there is none.

@@ -36,12 +36,12 @@ def inputs(tokens: int, dtype: torch.dtype, seed: int) -> Inputs:
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 
 
-def document_lengths(tokens: int, seed: int) -> list[int]:
-    """Lengths drawn evenly from 100 to 2,000; the last document is cut to fit."""
+def document_lengths(tokens: int, seed: int, longest: int = LONGEST) -> list[int]:
+    """Lengths drawn evenly from 100 to `longest`; the last document is cut to fit."""
     draw = random.Random(seed)
     lengths: list[int] = []
     while sum(lengths) < tokens:
-        lengths.append(min(draw.randint(SHORTEST, LONGEST), tokens - sum(lengths)))
+        lengths.append(min(draw.randint(SHORTEST, longest), tokens - sum(lengths)))
     return lengths
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from maskflash.explain import Explanation
     from maskflash.flashmask import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
+    from maskflash.masks.flex import from_flex
+    from maskflash.masks.why import Why
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ __all__ = [
     "MaskTraceError",
     "MaskflashError",
     "UnsupportedMask",
+    "Why",
     "attention",
     "causal",
     "compile",
@@ -63,6 +66,7 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_flex",
     "full",
     "global_tokens",
     "implies",
@@ -79,8 +83,10 @@ __all__ = [
 _LATER: Final = {
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.explain",
+    "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask",
+    "from_flex": "maskflash.masks.flex",
     "implies": "maskflash.masks.compare",
 }
 

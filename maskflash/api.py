@@ -248,7 +248,7 @@ class Attention:
               rows of column j   [j, j + 257)
               reads              q, kv: one block map for all batch rows and heads
               tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
-              decided            ... tiles by bounds, ... by samples, 0 element by element
+              decided            1024 tiles by formulas
               backend            cpu, since the tensors are on cpu
               forward float32    ... dense calls, ... masked, 0 gathered, ... pairs
               ...
@@ -263,9 +263,47 @@ class Attention:
         why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
         return Explanation(self.mask.name, problem, plans.find(problem, backend), backend, why)
 
+    def prepare(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> None:
+        """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
+
+        It needs no q, k or v, so it can run in a thread while the step before is computed.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: as in a call.
+            device: where the calls will run.
+            **mask_args: the mask's own arguments, the very tensors of the calls.
+
+        Raises:
+            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
+
+        Example:
+            >>> import maskflash as mf
+            >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
+            >>> attn.prepare(512, 512)
+        """
+        device = torch.device(device)
+        problem = self.mask.problem(
+            "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+        )
+        plans.find(problem, self._backend_for(device))
+
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
-        plans.invalidate(self.mask.known.texts)
+        plans.invalidate(self.mask.forms.texts)
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
@@ -281,10 +319,6 @@ class Attention:
             if problem is not None:
                 raise BackendError(f"attention: the triton backend can't run here: {problem}")
         return chosen
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Attention:
-        """Another op under the same mask: a copy of a model still sees what is written to captured tensors."""
-        return Attention(self.mask, self.scale, self.block_size, self.backend, self.deterministic, self.tune)
 
     def __repr__(self) -> str:
         return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"

@@ -2,7 +2,8 @@
 
     trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
     simplify    expr/simplify.py     the expression in normal form
-    classify    blocks/classify.py   expression -> block map: bounds, samples, elements; or columns cut into pieces
+    classify    blocks/classify.py   expression -> block map: formulas; bounds, samples, elements; or columns in pieces
+    hulls       blocks/hulls.py      expression -> what rows see, where formulas or pieces tell (CPU only)
     plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.
@@ -10,10 +11,12 @@ The first two depend on the mask alone and are kept by it; the others also on le
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from maskflash.blocks.classify import Classified, classify
+from maskflash.blocks.hulls import find_hulls
 from maskflash.blocks.problem import Problem
 from maskflash.kernels import cpu
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from maskflash.kernels import triton
 
 Backend = Literal["cpu", "triton"]
+
+_MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than hulls are found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,4 +52,7 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
         from maskflash.kernels import triton  # with all that writes kernels: not before somebody wants it
 
         return Analysis(classified, triton.plan(classified))
-    return Analysis(classified, cpu.plan(classified.block_map, problem.visible))
+    block_map = classified.block_map
+    pairs = block_map.counts["partial"] * math.prod(block_map.block_size)
+    hulls = find_hulls(problem) if pairs > _MANY_PAIRS else None
+    return Analysis(classified, cpu.plan(block_map, problem.visible, hulls))

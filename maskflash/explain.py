@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from maskflash import html
 from maskflash.blocks.pieces import find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis
 from maskflash.expr.closed_form import visible_rows
-from maskflash.expr.nodes import format_expr
-from maskflash.expr.separate import separate
+from maskflash.expr.format import format_expr
+from maskflash.expr.separate import obstacle, separate
 from maskflash.kernels import cpu
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class Explanation:
                 "samples": classified.by_samples,
                 "elements": classified.by_elements,
                 "columns": classified.by_columns,
+                "formula": classified.by_formula,
             },
+            "evaluated_for": self._obstacle() if classified.by_elements else None,
             "backend": self.backend,
             "why": self.why,
             "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
@@ -71,11 +74,28 @@ class Explanation:
         assert separated is not None, "pieces come from what separates"
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
 
+    def _obstacle(self) -> str:
+        """What kept the columns from being cut, so that tiles had to be evaluated."""
+        expr = self.problem.expr
+        position = obstacle(expr)
+        if position is None:
+            return "rows whose values go up and down, or change too often to cut columns"
+        text = format_expr(expr.part(position), self.problem.inputs.params, self.problem.names)
+        source = expr.source(position)
+        return f"{text}\nin {source}" if source else text
+
     def __str__(self) -> str:
+        told = {name: text.replace("\n", "\n" + " " * 21) for name, text in self._told().items()}
+        return "\n".join([self.mask, *(f"  {name:<18} {text}" for name, text in told.items())])
+
+    def _repr_html_(self) -> str:
+        return html.facts(self.mask, self._told()) + self.analysis.classified.block_map._repr_html_()
+
+    def _told(self) -> dict[str, str]:
+        """The facts as people read them."""
         facts = self.to_dict()
         rows, columns = facts["block_size"]
         tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
-        decided = facts["decided"]
         reads = ", ".join(facts["reads"]) or "nothing"
         own = [name for name, letter in (("batch row", "b"), ("head", "h")) if letter in facts["reads"]]
         shared = (
@@ -83,21 +103,25 @@ class Explanation:
             if own
             else "one block map for all batch rows and heads"
         )
-        lines = [self.mask]
-        for label, text in {
-            "visible": facts["visible"].replace("\n", "\n" + " " * 21),
+        return {
+            "visible": facts["visible"],
             **({"rows of column j": facts["rows"]} if facts["rows"] else {}),
             "reads": f"{reads}: {shared}",
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
-            "decided": f"{decided['columns']} tiles by cutting columns"
-            if decided["columns"]
-            else f"{decided['bounds']} tiles by bounds, {decided['samples']} by samples, "
-            f"{decided['elements']} element by element",
+            "decided": _decided(facts["decided"]),
+            **({"evaluated for": facts["evaluated_for"]} if facts["evaluated_for"] else {}),
             "backend": f"{self.backend}, {self.why}",
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
-        }.items():
-            lines.append(f"  {label:<18} {text}")
-        return "\n".join(lines)
+        }
+
+
+def _decided(decided: dict[str, int]) -> str:
+    if decided["formula"]:
+        return f"{decided['formula']} tiles by formulas"
+    if decided["columns"]:
+        return f"{decided['columns']} tiles by cutting columns"
+    bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))
+    return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
 
 
 def _sentence(counts: dict[str, int | str]) -> str:

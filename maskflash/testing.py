@@ -70,7 +70,8 @@ def assert_matches_dense(
 
     The map must equal brute force tile by tile. out, lse and the gradients of q, k and v, with gradients arriving at
     both out and lse, must be as near to float64 as twice a plain computation in `dtype`, plus one rounding unit of
-    the result and of the terms it is summed from (a gradient of zero may be the difference of large terms).
+    the result and of the terms it is summed from (a gradient of zero may be the difference of large terms), and one
+    of float64 for the truth's own rounding.
 
     Args:
         mask: a mask or predicate.
@@ -114,8 +115,9 @@ def assert_matches_dense(
     plain = _dense_results(inputs, dout, dlse, dense, factor, dtype, backwards=True)
     terms = _largest_terms(inputs, dout, dlse, dense, factor, exact)
     found = (out, lse, *torch.autograd.grad((out, lse), inputs, (dout, dlse.to(lse.dtype))))
+    unit = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps
     for name, ours, truth, simple, term in zip(RESULTS, found, exact, plain, terms, strict=True):
-        _assert_near(name, ours.detach(), truth, error_budget(simple, truth, dtype) + torch.finfo(dtype).eps * term)
+        _assert_near(name, ours.detach(), truth, error_budget(simple, truth, dtype) + unit * term)
 
 
 def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[Mask]:
@@ -151,6 +153,48 @@ def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[M
         lambda join, x, y: join(x, y), st.sampled_from([operator.and_, operator.or_, operator.xor]), leaves, leaves
     )
     return st.one_of(leaves, joined, joined.map(operator.invert))
+
+
+def affine_masks(max_len: int = 64) -> SearchStrategy[Mask]:
+    """Random masks that compare only q, kv and q - kv with numbers; they have formulas.
+
+    Args:
+        max_len: about as large as the numbers get.
+    """
+    from hypothesis import strategies as st
+
+    number = st.integers(-max_len // 2, max_len)
+    leaves = st.one_of(
+        st.builds(presets.full),
+        st.builds(_compared, st.sampled_from(_AFFINE), number, number),
+        st.builds(presets.sliding_window, *[st.integers(0, max_len)] * 2),
+        st.builds(presets.prefix_lm, st.integers(0, max_len)),
+    )
+    joins = st.sampled_from([operator.and_, operator.or_, operator.xor])
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.builds(lambda join, x, y: join(x, y), joins, inner, inner), inner.map(operator.invert)
+        ),
+        max_leaves=4,
+    )
+
+
+_AFFINE = [
+    lambda q, kv, n, m: q - kv >= n,
+    lambda q, kv, n, m: abs(q - kv - n) <= m,
+    lambda q, kv, n, m: 2 * (q - kv) != n,
+    lambda q, kv, n, m: q < n,
+    lambda q, kv, n, m: kv >= n,
+    lambda q, kv, n, m: 3 * kv - 1 > n or q == m,
+    lambda q, kv, n, m: q - kv == n if kv > m else q > 5,
+    lambda q, kv, n, m: max(min(q - n, kv), 0) <= kv - m,
+    lambda q, kv, n, m: -q < n - kv,
+]
+
+
+def _compared(compare: Callable[..., Any], n: int, m: int) -> Mask:
+    return as_mask(lambda b, h, q, kv: compare(q, kv, n, m))
 
 
 def columns(q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> SearchStrategy[ColumnIntervals]:

@@ -9,16 +9,35 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
-    *("errors", "arguments", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
-    *("compiler", "explain", "plans", "op", "api", "flashmask", "testing", "demo", "doctor", "cli"),
+    *("errors", "arguments", "html", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
+    *("compiler", "explain", "plans", "op", "api", "flashmask", "integrations", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
     "expr": [
-        *("nodes", "evaluate", "intervals", "ranges", "bounds", "simplify", "separate", "closed_form", "paths"),
+        *("nodes", "format", "evaluate", "reasons", "intervals", "ranges", "bounds", "simplify", "separate"),
+        *("closed_form", "cuts", "paths"),
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
-    "blocks": ["block_map", "spans", "problem", "pieces", "coverage", "classify", "changes"],
-    "masks": ["tables", "slots", "mask", "dense", "columns", "convert", "compare"],
+    "blocks": [
+        *("runs", "block_map", "problem", "formula", "pieces", "hulls", "spans", "coverage", "tiles", "classify"),
+        "changes",
+    ],
+    "masks": [
+        *(
+            "tables",
+            "slots",
+            "traces",
+            "fingerprint",
+            "call",
+            "lines",
+            "base",
+            "combination",
+            "mask",
+            "dense",
+            "columns",
+        ),
+        *("convert", "compare", "why", "flex"),
+    ],
     "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
     "kernels": [
         "reference",
@@ -33,12 +52,16 @@ ORDER = {
         "triton",
     ],
     "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
+    "integrations": ["closures", "transformers"],
     "demo": ["documents", "workload", "checks", "measure", "report", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
 FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo
 TRITON_AT_HOME = ["kernels/triton.py"]
-LATE = {("masks/mask.py", "convert"), ("masks/mask.py", "columns")}  # what a method of every mask returns
+LATE = {  # what a method of every mask returns, and how an expression is shown
+    *(("masks/base.py", name) for name in ("combination", "columns", "convert", "why", "flex")),
+    ("expr/nodes.py", "format"),
+}
 
 
 def imports(source: str) -> list[str]:

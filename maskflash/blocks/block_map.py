@@ -13,53 +13,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from maskflash import html
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError
 
-SKIP: Final = 0
-PARTIAL: Final = 1
-FULL: Final = 2
-
-_PICTURE_SIDE: Final = 64  # cells; larger maps are shrunk to at most this
+_TEXT_SIDE: Final = 32  # cells of a picture; larger maps are shrunk to at most this
+_DRAWN_SIDE: Final = 64  # of one in a notebook
 _SHADES: Final = "·▒█"  # by kind
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Runs:
-    """Runs of visited tiles along the lines (rows or columns) of a lattice, in compressed-row form.
-
-    Line l = (b*H + h)*n + i owns the runs offsets[l] to offsets[l+1] (half open), ascending and disjoint.
-
-    Attributes:
-        offsets: (B*H*n + 1,) int32, where each line's runs begin.
-        start: (runs,) int32, first tile of the run.
-        stop: (runs,) int32, one past its last tile.
-        full: (runs,) bool, whether its tiles are full; else they are partial.
-    """
-
-    offsets: Tensor
-    start: Tensor
-    stop: Tensor
-    full: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the four tensors."""
-        return sum(t.nbytes for t in (self.offsets, self.start, self.stop, self.full))
-
-    def lines(self) -> Tensor:
-        """The line of each run: (runs,) int64, ascending."""
-        owned = self.offsets.diff().long()
-        return torch.repeat_interleave(torch.arange(len(owned), device=owned.device), owned)
-
-    def tiles(self, *, full: bool) -> tuple[Tensor, Tensor]:
-        """Line and position of every full (or every partial) tile: two (tiles,) int64, in order."""
-        chosen = self.full if full else ~self.full
-        start = self.start[chosen].long()
-        length = self.stop[chosen].long() - start
-        # Tile number n of the selection lies n - (tiles before its run) after its run's start.
-        first = start - (length.cumsum(0) - length)
-        position = torch.repeat_interleave(first, length) + torch.arange(int(length.sum()), device=start.device)
-        return torch.repeat_interleave(self.lines()[chosen], length), position
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +71,8 @@ class BlockMap:
             kv_len=kv_len,
             block_size=(int(block_size[0]), int(block_size[1])),
             shape=(batch, heads, n_q, n_kv),
-            rows=_runs(kinds.reshape(batch * heads * n_q, n_kv)),
-            columns=_runs(kinds.transpose(2, 3).reshape(batch * heads * n_kv, n_q)),
+            rows=Runs.from_lattice(kinds.reshape(batch * heads * n_q, n_kv)),
+            columns=Runs.from_lattice(kinds.transpose(2, 3).reshape(batch * heads * n_kv, n_q)),
         )
 
     def kinds(self) -> Tensor:
@@ -163,6 +123,10 @@ class BlockMap:
     def __str__(self) -> str:
         return "\n".join((repr(self), *_picture(self)))
 
+    def _repr_html_(self) -> str:
+        cells, legend = _cells(self, _DRAWN_SIDE)
+        return html.lines(repr(self), ()) + html.tiles(cells, legend)
+
     def _summary(self) -> str:
         counts = self.counts
         return (
@@ -171,44 +135,39 @@ class BlockMap:
         )
 
 
-def _runs(kinds: Tensor) -> Runs:
-    """Runs along the last axis of a (lines, n) lattice of kinds."""
-    outside = kinds.new_full((kinds.shape[0], 1), -1)
-    changes = torch.cat((outside, kinds, outside), dim=1).diff(dim=1) != 0
-    visited = kinds != SKIP
-    # Both lists are in row-major order and every run has one start and one end, so they pair up.
-    line, start = (visited & changes[:, :-1]).nonzero(as_tuple=True)
-    last = (visited & changes[:, 1:]).nonzero(as_tuple=True)[1]
-    offsets = torch.zeros(kinds.shape[0] + 1, dtype=torch.int32, device=kinds.device)
-    offsets[1:] = torch.bincount(line, minlength=kinds.shape[0]).cumsum(0)
-    return Runs(offsets, start.int(), (last + 1).int(), kinds[line, start] == FULL)
-
-
 def _picture(block_map: BlockMap) -> list[str]:
-    """The first batch row's and head's tiles as text, shrunk so that each cell stands for side x side tiles."""
-    _, _, n_q, n_kv = block_map.shape
-    side = max(1, math.ceil(max(n_q, n_kv) / _PICTURE_SIDE))
-    lines = [_SHADES[SKIP] + " skip  " + _SHADES[PARTIAL] + " partial  " + _SHADES[FULL] + " full"]
-    if side > 1:
-        lines[0] += f"  (one cell is {side} x {side} tiles)"
-    for top in range(0, n_q, side):
-        band = _band(block_map, top, min(top + side, n_q))
-        cells = [_cell(band[:, left : left + side]) for left in range(0, n_kv, side)]
-        lines.append("".join(_SHADES[kind] for kind in cells))
-    return lines
+    """The first batch row's and head's tiles as text, under a legend."""
+    cells, legend = _cells(block_map, _TEXT_SIDE)
+    key = f"{_SHADES[SKIP]} skip  {_SHADES[PARTIAL]} partial  {_SHADES[FULL]} full"
+    return ["  ".join(filter(None, (key, legend))), *("".join(_SHADES[kind] for kind in row) for row in cells)]
 
 
-def _band(block_map: BlockMap, top: int, bottom: int) -> Tensor:
-    """Kinds of the rows of tiles top to bottom of the first batch row and head: (bottom - top, nKV)."""
-    runs = block_map.rows
-    band = torch.zeros(bottom - top, block_map.shape[3], dtype=torch.int8)
-    for i in range(top, bottom):
-        for r in range(int(runs.offsets[i]), int(runs.offsets[i + 1])):
-            band[i - top, int(runs.start[r]) : int(runs.stop[r])] = FULL if runs.full[r] else PARTIAL
-    return band
+def _cells(block_map: BlockMap, most: int) -> tuple[list[list[int]], str]:
+    """The kinds of at most `most` x `most` cells of side x side tiles of the first map, and what a cell is.
 
-
-def _cell(kinds: Tensor) -> int:
-    """The kind of a group of tiles: their common kind, else partial."""
-    lowest, highest = int(kinds.min()), int(kinds.max())
-    return lowest if lowest == highest else PARTIAL
+    A cell has the common kind of its tiles, else it is partial. Found by counting the tiles of each run in the cells it
+    crosses, so that the cost follows the runs.
+    """
+    batch, heads, n_q, n_kv = block_map.shape
+    side = max(1, math.ceil(max(n_q, n_kv) / most))
+    facts = [f"one cell is {side} x {side} tiles"] * (side > 1)
+    facts += [f"batch row 0, head 0 of {batch} x {heads}"] * (batch * heads > 1)
+    legend = f"({'; '.join(facts)})" if facts else ""
+    if math.prod(block_map.shape) == 0:
+        return [], legend
+    height, width = math.ceil(n_q / side), math.ceil(n_kv / side)
+    runs, device = block_map.rows, block_map.device
+    band = torch.arange(n_q, device=device) // side
+    held = slice(0, int(runs.offsets[n_q]))
+    first = torch.repeat_interleave(band, runs.offsets[: n_q + 1].diff().long()) * (width + 2)
+    visited, full = (torch.zeros(height * (width + 2), dtype=torch.int64, device=device) for _ in range(2))
+    for ends, sign in ((runs.start[held].long(), 1), (runs.stop[held].long(), -1)):
+        # From an end on, its own cell has side - rest tiles and each later one `side`: two steps of a running sum.
+        cell, rest = first + ends // side, ends % side
+        for place, tiles in ((cell, sign * (side - rest)), (cell + 1, sign * rest)):
+            visited.index_add_(0, place, tiles)
+            full.index_add_(0, place, tiles * runs.full[held])
+    rows, columns = ((n - torch.arange(0, n, side, device=device)).clamp(max=side) for n in (n_q, n_kv))
+    visited, full = (x.view(height, width + 2).cumsum(1)[:, :width] for x in (visited, full))
+    kinds = torch.where(full == rows[:, None] * columns, FULL, torch.where(visited == 0, SKIP, PARTIAL))
+    return kinds.tolist(), legend

@@ -12,8 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.blocks.block_map import FULL, PARTIAL, SKIP, BlockMap, Runs
+from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.pieces import Pieces
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
 
 _ROWS_AT_ONCE: Final = 1 << 18  # starts of pieces held together: a few intermediates of this size stay in the caches
 _SHARE_BITS: Final = 40  # of the rows that rays share, summed over the columns of a tile
@@ -37,71 +38,9 @@ def cover(pieces: Pieces) -> BlockMap:
         problem.kv_len,
         problem.block_size,
         problem.shape,
-        rows=transposed(columns, n_kv, n_q),
+        rows=columns.transposed(n_kv, n_q),
         columns=columns,
     )
-
-
-def transposed(runs: Runs, lines: int, across: int) -> Runs:
-    """Runs along columns of tiles as runs along rows, or the other way.
-
-    Args:
-        runs: of lines (unit, i), i < lines, each over tiles 0 to `across`.
-        lines: lines of one unit (a batch row and head).
-        across: tiles in a line.
-
-    Returns:
-        Runs of the same tiles, of lines (unit, t), t < across, each over tiles 0 to `lines`.
-    """
-    units = (len(runs.offsets) - 1) // lines
-    # Every line as (where a kind begins, the kind), with a line of nothing after each unit's last.
-    line = runs.lines()
-    line = line + line // lines
-    keys, kinds = _steps(line, runs, units * (lines + 1), across)
-    before, old = keys + across, kinds  # what stood in the line before
-    first = torch.arange(units, device=line.device) * ((lines + 1) * across)
-    inside = before % ((lines + 1) * across) >= across
-    before, old = before[inside], old[inside]
-    before, order = torch.cat((first, before)).sort(stable=True)
-    old = torch.cat((old.new_full((units,), SKIP), old))[order]
-    merged = torch.cat((keys, before)).unique()
-    new_kind = kinds[torch.searchsorted(keys, merged, right=True) - 1]
-    old_kind = old[torch.searchsorted(before, merged, right=True) - 1]
-    ends = torch.cat((merged[1:], merged.new_tensor([units * (lines + 1) * across])))
-    differ = new_kind != old_kind
-    begin, length = merged[differ], (ends - merged)[differ]
-    place = torch.repeat_interleave(begin - (length.cumsum(0) - length), length) + torch.arange(
-        int(length.sum()), device=line.device
-    )
-    new_kind, old_kind = (torch.repeat_interleave(kind[differ], length) for kind in (new_kind, old_kind))
-    unit_line, t = place // across, place % across
-    unit, i = unit_line // (lines + 1), unit_line % (lines + 1)
-    keys, order = ((unit * across + t) * (lines + 1) + i).sort()
-    new_kind, old_kind = new_kind[order], old_kind[order]
-    starts, stops = keys[new_kind != SKIP], keys[old_kind != SKIP]
-    count = torch.bincount(starts // (lines + 1), minlength=units * across)
-    offsets = torch.zeros(units * across + 1, dtype=torch.int32, device=line.device)
-    offsets[1:] = count.cumsum(0)
-    return Runs(
-        offsets,
-        (starts % (lines + 1)).int(),
-        (stops % (lines + 1)).int(),
-        new_kind[new_kind != SKIP] == FULL,
-    )
-
-
-def _steps(line: Tensor, runs: Runs, lines: int, across: int) -> tuple[Tensor, Tensor]:
-    """Lines as steps: ascending keys line * across + tile from which on a kind holds, from tile 0 of each line."""
-    start, stop = line * across + runs.start, line * across + runs.stop
-    kind = torch.where(runs.full, FULL, PARTIAL)
-    follows = torch.zeros_like(stop, dtype=torch.bool)  # another run, or the next line, starts where this one stops
-    follows[:-1] = stop[:-1] == start[1:]
-    gaps = stop[~follows & (runs.stop < across)]
-    head = torch.arange(lines, device=line.device) * across
-    head = head[~torch.isin(head, start)]
-    keys, order = torch.cat((start, gaps, head)).sort()
-    kinds = torch.cat((kind, kind.new_full((len(gaps) + len(head),), SKIP)))[order]
-    return keys, kinds
 
 
 _Part = tuple[slice, slice, slice]

@@ -11,16 +11,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.blocks.problem import Problem
-from maskflash.expr.bounds import bounds
+from maskflash.blocks.problem import LARGEST_SUM, Problem
 from maskflash.expr.evaluate import compute
-from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Expr
 from maskflash.expr.separate import separate
 
 _MOST_PIECES: Final = 32  # of a column: beyond it, tiles are cheaper
 _MOST_SWITCHES: Final = 8  # rows at which what depends on the row alone changes
-_LARGEST_SUM: Final = 2.0**62  # rearranged sums of numbers below it don't overflow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,8 +104,8 @@ def find_pieces(problem: Problem) -> Pieces | None:
     separated = separate(problem.expr)
     if separated is None or 0 in problem.shape:
         return None
-    largest = _largest(problem)
-    if separated.rearranged and largest >= _LARGEST_SUM:
+    largest = problem.largest()
+    if separated.rearranged and largest >= LARGEST_SUM:
         return None
     turns: dict[tuple[str, str, bool], Turn] = {}
     changes: list[Tensor] = []
@@ -133,17 +130,6 @@ def find_pieces(problem: Problem) -> Pieces | None:
     return pieces if len(always) <= _MOST_SWITCHES and pieces.most <= _MOST_PIECES else None
 
 
-def _largest(problem: Problem) -> float:
-    """A cap on the mask's 64-bit integers over all pairs."""
-    last = {"b": problem.batch, "h": problem.heads, "q": problem.q_len, "kv": problem.kv_len}
-    zero = torch.zeros((), dtype=torch.int64, device=problem.device)
-    boxes = {name: Interval(zero, zero + size - 1) for name, size in last.items()}
-    offset = problem.q_offset
-    low, high = (offset.min(), offset.max()) if isinstance(offset, Tensor) else (offset, offset)
-    boxes["q"] = Interval(boxes["q"].lo + low, boxes["q"].hi + high)
-    return bounds(problem.expr, problem.inputs, boxes).largest
-
-
 def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
     """An expression's values and faults at every row, each (B or 1, H or 1, q_len or 1)."""
     batch, heads = problem.shape[:2]
@@ -159,13 +145,13 @@ def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
 def _ascend(values: Tensor) -> tuple[Tensor, bool, int] | None:
     """Values of rows in ascending order, whether by steps of one, and the sign that made them so."""
     values = values.to(torch.int64)
-    steps = values.diff(dim=-1)
-    if not bool((steps >= 0).all()):
-        if not bool((steps <= 0).all()) or bool((values == torch.iinfo(torch.int64).min).any()):
+    before, after = values[..., :-1], values[..., 1:]  # compared, not subtracted: far apart, that overflows
+    sign = 1
+    if not bool((before <= after).all()):
+        if not bool((before >= after).all()) or bool((values == torch.iinfo(torch.int64).min).any()):
             return None
-        values, steps = -values, -steps
-        return values, bool((steps == 1).all()), -1
-    return values, bool((steps == 1).all()), 1
+        values, sign = -values, -1
+    return values, bool((values.diff(dim=-1) == 1).all()), sign
 
 
 def _changes(values: Tensor) -> Tensor:

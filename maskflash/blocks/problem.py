@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from maskflash.expr.bounds import bounds
 from maskflash.expr.evaluate import Inputs, evaluate
+from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Expr
 
 TILE: Final = (128, 128)  # (bq, bkv) in tokens, where nobody asks for another
+LARGEST_SUM: Final = 2.0**62  # where all its integers stay below it, a mask's comparisons may be rearranged
 _CPU: Final = torch.device("cpu")
 
 
@@ -59,6 +63,29 @@ class Problem:
         """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""
         return evaluate(self.expr, self.inputs, {"b": b, "h": h, "q": q + self.offset_of(b), "kv": kv})
 
+    def largest(self) -> float:
+        """A cap on the mask's 64-bit integers over all pairs, before any wrapping."""
+        last = {"b": self.batch, "h": self.heads, "q": self.q_len, "kv": self.kv_len}
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        boxes = {name: Interval(zero, zero + size - 1) for name, size in last.items()}
+        offset = self.q_offset
+        low, high = (offset.min(), offset.max()) if isinstance(offset, Tensor) else (offset, offset)
+        boxes["q"] = Interval(boxes["q"].lo + low, boxes["q"].hi + high)
+        return bounds(self.expr, self.inputs, boxes).largest
+
+    def turned(self) -> Problem | None:
+        """The problem with the roles of rows and columns swapped; None where rows have an offset."""
+        if isinstance(self.q_offset, Tensor) or self.q_offset:
+            return None
+        return replace(self, expr=_turned(self.expr), q_len=self.kv_len, kv_len=self.q_len)
+
     def offset_of(self, b: Tensor) -> int | Tensor:
         """The offset of each batch row in b."""
         return self.q_offset[b] if isinstance(self.q_offset, Tensor) else self.q_offset
+
+
+@lru_cache(maxsize=256)
+def _turned(expr: Expr) -> Expr:
+    """The expression of q and kv swapped."""
+    other = {"q": "kv", "kv": "q"}
+    return Expr(tuple(replace(node, op=other.get(node.op, node.op)) for node in expr.nodes), expr.sources)

@@ -2,7 +2,7 @@
 
 Most masks show every row one interval of columns, and RowSpans has its ends. A row of tiles in which some row sees
 anything else is handed over as a Strip, with its exact bits. Only partial tiles are evaluated, a bounded number at
-a time, and no strip outlives its turn: memory follows what the caller keeps.
+a time, and only where hulls don't tell; no strip outlives its turn: memory follows what the caller keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.hulls import Hulls
 
 Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """evaluate(b, h, q, kv): int64 index tensors that broadcast together -> bool of their common shape."""
@@ -70,7 +71,14 @@ class _Lines:
     tile_column: IntArray
 
 
-def row_spans(block_map: BlockMap, evaluate: Evaluate, b: int, h: int, take_strip: Callable[[Strip], None]) -> RowSpans:
+def row_spans(
+    block_map: BlockMap,
+    evaluate: Evaluate,
+    b: int,
+    h: int,
+    take_strip: Callable[[Strip], None],
+    hulls: Hulls | None = None,
+) -> RowSpans:
     """Finds what each row of one batch row and head of the map sees.
 
     Args:
@@ -79,18 +87,24 @@ def row_spans(block_map: BlockMap, evaluate: Evaluate, b: int, h: int, take_stri
         b: batch row of the map.
         h: head of the map.
         take_strip: called with each strip, from the top down.
+        hulls: of all rows, where they are known without evaluation.
 
     Returns:
         The interval of every row that is in no strip.
     """
     lines = _lines(block_map, b, h)
     n_q, bq = block_map.shape[2], block_map.block_size[0]
-    start, stop, count = _full_hulls(lines)
-    for low, high in _groups(lines):
+    if hulls is None:
+        start, stop, count = _full_hulls(lines)
+        groups = _groups(lines)
+    else:
+        start, stop, count = _given(lines, hulls)
+        groups = ((line, line + 1) for line in np.flatnonzero(_holes(start, stop, count)).tolist())
+    for low, high in groups:
         bits = _evaluate_tiles(lines, evaluate, low, high)
-        _add_partial_tiles(lines, bits, low, high, start[low:high], stop[low:high], count[low:high])
-        holes = (count[low:high] != np.maximum(stop[low:high] - start[low:high], 0)).any(axis=1)
-        for line in (low + np.flatnonzero(holes)).tolist():
+        if hulls is None:
+            _add_partial_tiles(lines, bits, low, high, start[low:high], stop[low:high], count[low:high])
+        for line in (low + np.flatnonzero(_holes(start[low:high], stop[low:high], count[low:high]))).tolist():
             within = slice(*(lines.tile_offsets[line : line + 2] - lines.tile_offsets[low]))
             take_strip(_strip(lines, bits[within], line))
             count[line] = 0
@@ -98,6 +112,22 @@ def row_spans(block_map: BlockMap, evaluate: Evaluate, b: int, h: int, take_stri
     start[empty] = stop[empty] = 0
     rows = slice(0, block_map.q_len)
     return RowSpans(start.reshape(n_q * bq)[rows], stop.reshape(n_q * bq)[rows])
+
+
+def _holes(start: IntArray, stop: IntArray, count: IntArray) -> BoolArray:
+    """Lines (n, bq) in which some row sees less than lies between its first column and its last."""
+    holes: BoolArray = (count != np.maximum(stop - start, 0)).any(axis=1)
+    return holes
+
+
+def _given(lines: _Lines, hulls: Hulls) -> tuple[IntArray, IntArray, IntArray]:
+    """Start, stop and count of each row as they are known: three (nQ, bq), 0 after the last row."""
+    n_q, bq = lines.block_map.shape[2], lines.block_map.block_size[0]
+    found = np.zeros((3, n_q * bq), dtype=np.int64)
+    for place, x in enumerate((hulls.start, hulls.stop, hulls.count)):
+        found[place, : lines.block_map.q_len] = x[lines.b, lines.h].numpy()
+    start, stop, count = found.reshape(3, n_q, bq)
+    return start, stop, count
 
 
 def _lines(block_map: BlockMap, b: int, h: int) -> _Lines:

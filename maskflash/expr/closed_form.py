@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from maskflash.expr.nodes import Expr, Node, format_expr
+from maskflash.expr.format import format_expr
+from maskflash.expr.nodes import Expr, Node
 from maskflash.expr.separate import Separated, Threshold
 
 

@@ -23,6 +23,7 @@ def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
     """
     builder = Builder()
     slots: dict[str, list[Any]] = {"param": [], "lookup": []}
+    places: dict[object, int] = {}
     names: list[str] = []
 
     def place(part: Traced) -> int:
@@ -31,7 +32,7 @@ def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
                 return node
             values = part.params if node.op == "param" else part.tables
             value, known = values[int(node.value or 0)], slots[node.op]
-            slot = next((n for n, other in enumerate(known) if _same(value, other)), len(known))
+            slot = places.setdefault((node.op, _identity(value)), len(known))
             if slot == len(known):
                 known.append(value)
                 if node.op == "lookup":
@@ -51,8 +52,8 @@ def _unused(name: str, names: list[str]) -> str:
     return next(new for new in chain([name], numbered) if new not in names)
 
 
-def _same(x: object, y: object) -> bool:
-    """Whether two slots always hold one value: the same tensor or argument. Equal ints may part ways later."""
-    if isinstance(x, Argument) or isinstance(y, Argument):
-        return type(x) is type(y) and x == y
-    return x is y and isinstance(x, Tensor)
+def _identity(value: object) -> object:
+    """What two slots share that always hold one value: a tensor or an argument. Equal ints may part ways later."""
+    if isinstance(value, Argument):
+        return value
+    return id(value) if isinstance(value, Tensor) else object()

@@ -13,6 +13,9 @@ from torch import Tensor
 from maskflash.errors import MaskIndexError
 from maskflash.expr.nodes import CONNECTIVES, INDEX_VARIABLES, Expr, Node, operand_dtype
 
+LookUp = Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
+"""A table and int64 indices into it -> what they read, and where they lie outside (None: nowhere)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -45,16 +48,18 @@ def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
     return value.to(torch.bool).expand(shape)
 
 
-def compute(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+def compute(
+    expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor], look_up: LookUp | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """The value of an expression of any dtype, and where parts of it have none, reached or not.
 
     Faulty places hold what a table's first or last element, or a divisor of 1, would give. Shapes broadcast to that of
-    the pairs.
+    the pairs. `look_up` reads tables in another way: ours looks at the indices first, which needs their values.
     """
     values: list[Tensor | None] = []
     faults: list[Tensor] = []
     for position, node in enumerate(expr.nodes):
-        value, fault = _compute(node, expr, values, inputs, pairs)
+        value, fault = _compute(node, expr, values, inputs, pairs, look_up or _lookup)
         if fault is not None:
             faults.append(fault)
         values.append(value)
@@ -92,18 +97,23 @@ def reached(expr: Expr, always: Sequence[Tensor], maybe: Sequence[Tensor]) -> li
 
 
 def _compute(
-    node: Node, expr: Expr, values: Sequence[Tensor | None], inputs: Inputs, pairs: Mapping[str, Tensor]
+    node: Node,
+    expr: Expr,
+    values: Sequence[Tensor | None],
+    inputs: Inputs,
+    pairs: Mapping[str, Tensor],
+    look_up: LookUp,
 ) -> tuple[Tensor, Tensor | None]:
     """A node's value, and where it has none (None: nowhere); faulty places hold an arbitrary value."""
     if node.op in INDEX_VARIABLES:
         return pairs[node.op], None
-    if node.op == "const":
-        return torch.tensor(node.value, dtype=node.dtype), None
-    if node.op == "param":
-        return torch.tensor(inputs.params[int(node.value or 0)], dtype=node.dtype), None
-    operands = [value for arg in node.args if (value := values[arg]) is not None]
+    if node.op in ("const", "param"):
+        number = inputs.params[int(node.value or 0)] if node.op == "param" else node.value
+        assert number is not None
+        return pairs["q"].new_full((), number, dtype=node.dtype), None
+    operands = [value for value in (values[arg] for arg in node.args) if value is not None]
     if node.op == "lookup":
-        return _lookup(inputs.tables[int(node.value or 0)], [index.to(torch.int64) for index in operands])
+        return look_up(inputs.tables[int(node.value or 0)], [index.to(torch.int64) for index in operands])
     computed: Tensor
     if node.op in CONNECTIVES:
         computed = _TORCH[node.op](*operands)
@@ -144,14 +154,20 @@ def _lookup(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor | None
     return table[tuple(safe)], fault
 
 
-def _raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
-    """Evaluate once more, keeping everything, and report the first fault that no guard excludes."""
+def every_value(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The value of every node, and where it has none (None: nowhere); like `compute`, but keeping everything."""
     values: list[Tensor] = []
     faults: list[Tensor | None] = []
     for node in expr.nodes:
-        value, fault = _compute(node, expr, values, inputs, pairs)
+        value, fault = _compute(node, expr, values, inputs, pairs, _lookup)
         values.append(value)
         faults.append(fault)
+    return values, faults
+
+
+def _raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
+    """Evaluate once more and report the first fault that no guard excludes."""
+    values, faults = every_value(expr, inputs, pairs)
     truth = [value.to(torch.bool) for value in values]
     for position, (fault, reach) in enumerate(zip(faults, reached(expr, truth, truth), strict=True)):
         if fault is None:

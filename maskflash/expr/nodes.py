@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,7 +104,28 @@ class Expr:
         """Where the user wrote this node, if known."""
         return self.sources[position] if self.sources else None
 
+    def part(self, root: int) -> Expr:
+        """A node as an expression of its own, at the cost of what it is made of."""
+        needed, stack = {root}, [root]
+        while stack:
+            fresh = set(self.nodes[stack.pop()].args) - needed
+            needed |= fresh
+            stack += fresh
+        order = sorted(needed)
+        place = {old: new for new, old in enumerate(order)}
+        nodes = (self.nodes[old] for old in order)
+        kept = tuple(Node(n.op, tuple(place[a] for a in n.args), n.dtype, n.weak, n.value) for n in nodes)
+        return Expr(kept, tuple(self.source(old) for old in order))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.text, self.sources)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Expr:
+        return self
+
     def __str__(self) -> str:
+        from maskflash.expr.format import format_expr
+
         return format_expr(self)
 
 
@@ -119,6 +140,10 @@ def parse(text: str) -> Expr:
         operands = tuple(int(arg) for arg in args.split(",") if arg)
         nodes.append(Node(op, operands, dtype, kind.endswith("~"), _parse_scalar(value, dtype) if value else None))
     return Expr(tuple(nodes))
+
+
+def _restore(text: str, sources: tuple[Source | None, ...]) -> Expr:
+    return Expr(parse(text).nodes, sources)
 
 
 def _parse_scalar(text: str, dtype: torch.dtype) -> Scalar:
@@ -166,15 +191,7 @@ class Builder:
 
     def finish(self, root: int) -> Expr:
         """The part of what was built that `root` needs, in order."""
-        needed = {root}
-        for position in range(root, -1, -1):
-            if position in needed:
-                needed.update(self.nodes[position].args)
-        order = sorted(needed)
-        place = {old: new for new, old in enumerate(order)}
-        nodes = (self.nodes[old] for old in order)
-        kept = tuple(Node(n.op, tuple(place[a] for a in n.args), n.dtype, n.weak, n.value) for n in nodes)
-        return Expr(kept, tuple(self.sources[old] for old in order))
+        return Expr(tuple(self.nodes), tuple(self.sources)).part(root)
 
     def append(self, expr: Expr, rename: Callable[[Node], Node] = lambda node: node) -> int:
         """Copy an expression in (its slots renamed) and return its root's position here."""
@@ -229,74 +246,3 @@ def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
     if op in ("neg", "abs", "floordiv", "mod", "shl", "shr", "sub") and dtype == torch.bool and weak:
         dtype = torch.int64  # Python's True is the int 1
     return dtype, weak
-
-
-_INFIX = {
-    **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "shl": "<<", "shr": ">>"},
-    **{
-        "bitand": "&",
-        "bitor": "|",
-        "bitxor": "^",
-        "eq": "==",
-        "ne": "!=",
-        "lt": "<",
-        "le": "<=",
-        "gt": ">",
-        "ge": ">=",
-    },
-    **{"and": "and", "or": "or"},
-}
-
-
-def format_expr(expr: Expr, params: tuple[object, ...] = (), tables: tuple[str, ...] = ()) -> str:
-    """The expression as one would write it in Python; nodes used more than once are named on lines of their own."""
-    uses = [0] * len(expr.nodes)
-    for node in expr.nodes:
-        for arg in node.args:
-            uses[arg] += 1
-    lines: list[str] = []
-    texts: list[str] = []
-    for position, node in enumerate(expr.nodes):
-        text = _format_node(node, [texts[arg] for arg in node.args], params, tables)
-        shared = uses[position] > 1 and node.args
-        if shared or (len(text) > 100 and position + 1 < len(expr.nodes)):
-            lines.append(f"t{position} = {_unwrap(text)}")
-            text = f"t{position}"
-        texts.append(text)
-    return "\n".join([*lines, _unwrap(texts[-1])])
-
-
-def _format_node(node: Node, args: list[str], params: tuple[object, ...], tables: tuple[str, ...]) -> str:
-    if node.op in ("add", "sub") and args[1] == "0":  # a window of 0, say
-        return args[0]
-    if node.op in _INFIX:
-        return f"({args[0]} {_INFIX[node.op]} {args[1]})"
-    match node.op:
-        case "const":
-            return str(node.value)
-        case "param":
-            return str(params[int(node.value or 0)]) if params else f"p{node.value}"
-        case "lookup":
-            name = tables[int(node.value or 0)] if tables else f"table{node.value}"
-            return f"{name}[{', '.join(map(_unwrap, args))}]" if args else name
-        case "select":
-            return f"({args[1]} if {_unwrap(args[0])} else {args[2]})"
-        case "not":
-            return f"(not {args[0]})"
-        case "neg":
-            return f"-{args[0]}"
-        case "cast":
-            return f"{str(node.dtype).removeprefix('torch.')}({_unwrap(args[0])})"
-    return f"{node.op}({', '.join(map(_unwrap, args))})" if args else node.op
-
-
-def _unwrap(text: str) -> str:
-    """Drop one pair of outer parentheses, if it is a pair."""
-    if not (text.startswith("(") and text.endswith(")")):
-        return text
-    depth = 0
-    for place, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if depth == 0 and place + 1 < len(text):
-            return text
-    return text[1:-1]

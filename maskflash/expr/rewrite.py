@@ -55,12 +55,12 @@ def _rewrite(code: CodeType) -> CodeType | None:
     source = "".join(linecache.getlines(code.co_filename))
     try:
         functions = _functions(source) if source else {}
-    except (SyntaxError, ValueError, RecursionError):
+        for node in functions.get((code.co_name, code.co_firstlineno), ()):
+            if _same_code(_compile(node, code), code):
+                new = cast("_Function", _Rewriter().generic_visit(copy.deepcopy(node)))
+                return _compile(new, code)
+    except (SyntaxError, ValueError, RecursionError):  # the last: operators nested deeper than Python's own stack
         return None
-    for node in functions.get((code.co_name, code.co_firstlineno), ()):
-        if _same_code(_compile(node, code), code):
-            new = cast("_Function", _Rewriter().generic_visit(copy.deepcopy(node)))
-            return _compile(new, code)
     return None
 
 

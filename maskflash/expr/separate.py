@@ -68,7 +68,7 @@ def separate(expr: Expr) -> Separated | None:
         distances.
     """
     parts = _Parts(expr, _sides(expr))
-    if not parts.visit(len(expr.nodes) - 1):
+    if parts.visit(len(expr.nodes) - 1) is not None:
         return None
     return Separated(
         tuple(dict.fromkeys(parts.thresholds)),
@@ -77,6 +77,11 @@ def separate(expr: Expr) -> Separated | None:
         parts.joined,
         tuple(dict.fromkeys(parts.conditions)),
     )
+
+
+def obstacle(expr: Expr) -> int | None:
+    """The position of the condition that keeps an expression from being taken apart; None where nothing does."""
+    return _Parts(expr, _sides(expr)).visit(len(expr.nodes) - 1)
 
 
 def _sides(expr: Expr) -> list[_Side]:
@@ -101,8 +106,8 @@ class _Parts:
     rearranged: bool = False
     joined: bool = True
 
-    def visit(self, root: int) -> bool:
-        """Collect what the truth of a node depends on; False where it can't be taken apart."""
+    def visit(self, root: int) -> int | None:
+        """Collect what the truth of a node depends on; the place of a condition that can't be taken apart."""
         stack: list[tuple[int, bool]] = [(root, False)]
         met: dict[int, bool] = {}
         while stack:
@@ -121,8 +126,8 @@ class _Parts:
                 stack += [(arg, turned) for arg in node.args]
                 self.joined &= node.op in ("not", "bitnot") + (("or", "bitor") if negated else ("and", "bitand"))
             elif not (node.op in COMPARISONS and self._compare(node, negated)):
-                return False
-        return True
+                return position
+        return None
 
     def _compare(self, node: Node, negated: bool) -> bool:
         """The thresholds of a comparison, or of its opposite; False where there are none."""
@@ -214,6 +219,6 @@ def _sum(expr: Expr, terms: _Terms) -> Expr:
 
 
 def _copy(builder: Builder, expr: Expr, position: int, dtype: torch.dtype) -> int:
-    place = builder.append(Expr(expr.nodes[: position + 1], expr.sources[: position + 1]))
+    place = builder.append(expr.part(position))
     kept = builder.nodes[place].dtype == dtype
     return place if kept else builder.add("cast", place, dtype=dtype, weak=False)

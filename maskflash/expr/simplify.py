@@ -72,7 +72,7 @@ def _not(builder: Builder, node: Node, args: list[int], faultless: dict[int, boo
     operands = [builder.nodes[arg] for arg in inner.args]
     whole = not any(operand.dtype.is_floating_point for operand in operands)
     if inner.op in OPPOSITES and (whole or inner.op in ("eq", "ne")):  # not x < y -> x >= y, unless NaN could be there
-        return builder.add(OPPOSITES[inner.op], *inner.args)
+        return builder.add(OPPOSITES[inner.op], *inner.args, source=builder.sources[args[0]])
     return None
 
 
@@ -169,6 +169,18 @@ def _cast(builder: Builder, node: Node, args: list[int], faultless: dict[int, bo
     return None
 
 
+def _aligned(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
+    """X - x % n -> x // n * n, for a constant n: bounds don't see that the two x are one."""
+    rest = builder.nodes[args[1]]
+    if rest.op != "mod" or rest.args[0] != args[0] or node.dtype != torch.int64 or rest.dtype != torch.int64:
+        return None
+    if not _truth(builder, rest.args[1]):
+        return None
+    quotient = builder.add("floordiv", *rest.args)
+    faultless.setdefault(quotient, faultless[args[0]])
+    return builder.add("mul", quotient, rest.args[1])
+
+
 _RULES: dict[str, Callable[..., int | None]] = {
     "not": _not,
     "and": _connective(False),
@@ -181,6 +193,7 @@ _RULES: dict[str, Callable[..., int | None]] = {
     ),
     "select": _select,
     "cast": _cast,
+    "sub": _aligned,
     **dict.fromkeys(("eq", "le", "ge"), _same(True)),
     **dict.fromkeys(("ne", "lt", "gt"), _same(False)),
 }

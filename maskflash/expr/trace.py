@@ -147,15 +147,15 @@ def compact(
     specialised: frozenset[str],
 ) -> Traced:
     """Drop the slots that an expression does not read, and number the others in the order of their first use."""
-    used: dict[str, list[int]] = {"param": [], "lookup": []}
+    used: dict[str, dict[int, int]] = {"param": {}, "lookup": {}}
     for node in expr.nodes:
-        if node.op in used and node.value not in used[node.op]:
-            used[node.op].append(int(node.value or 0))
+        if node.op in used:
+            used[node.op].setdefault(int(node.value or 0), len(used[node.op]))
 
     def renumber(node: Node) -> Node:
         if node.op not in used:
             return node
-        return Node(node.op, node.args, node.dtype, node.weak, used[node.op].index(int(node.value or 0)))
+        return Node(node.op, node.args, node.dtype, node.weak, used[node.op][int(node.value or 0)])
 
     return Traced(
         Expr(tuple(map(renumber, expr.nodes)), expr.sources),

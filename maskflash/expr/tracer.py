@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from itertools import islice
 from types import CodeType, FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from maskflash.errors import MaskTraceError
 from maskflash.expr.nodes import Builder, Node, Source
 from maskflash.expr.paths import Paths
+
+MAX_OPERATIONS: Final = 1 << 18  # recorded by one trace, over all its branches: some ten seconds
 
 _OWN = __name__.rpartition(".")[0]
 _DTYPES = frozenset(
@@ -68,9 +70,17 @@ class Tracer:
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
         self._sources: dict[tuple[CodeType, int], Source] = {}
+        self._recorded = 0
 
     def record(self, op: str, *args: int, **kwargs: Any) -> int:
         """The position of an operation on earlier nodes, noting the line of the user's code."""
+        self._recorded += 1
+        if self._recorded > MAX_OPERATIONS:
+            self.fail(
+                f"is reached after {MAX_OPERATIONS:,} operations, counting those of each branch",
+                "Return one expression built with `and`, `or` and `... if ... else ...` instead of `if` and `while` on "
+                "q or kv, or look the outcome up in a tensor.",
+            )
         return self.builder.add(op, *args, source=self.source(), **kwargs)
 
     # Slots

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.hulls import Hulls
 from maskflash.blocks.spans import Evaluate, Strip, row_spans
 from maskflash.kernels.cpu_calls import Band, Bits, Call, Causal, Intervals, Schedule, additive, spread
 from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, Pass, candidates
@@ -156,13 +157,14 @@ class Plan:
         }
 
 
-def plan(block_map: BlockMap, evaluate: Evaluate) -> Plan:
+def plan(block_map: BlockMap, evaluate: Evaluate, hulls: Hulls | None = None) -> Plan:
     """Finds the exact geometry of a mask, ready to be scheduled.
 
     Args:
         block_map: the mask's tiles.
         evaluate: evaluate(b, h, q, kv) -> bool of the broadcast shape; int64 indices, q without its offset,
             b and h below block_map.shape[:2]. Called on pairs of partial tiles inside the lengths.
+        hulls: of all rows, where they are known without evaluation.
 
     Returns:
         A plan that forward and backward take, for any dtype and head dim.
@@ -176,7 +178,7 @@ def plan(block_map: BlockMap, evaluate: Evaluate) -> Plan:
         for h in range(block_map.shape[1]):
             layers = Layers(block_map.q_len)
             merger = StripMerger(b, h, block_map.kv_len, _MAX_STORED_BITS - stored, work)
-            spans = row_spans(block_map, evaluate, b, h, partial(_take, layers, merger))
+            spans = row_spans(block_map, evaluate, b, h, partial(_take, layers, merger), hulls)
             segments[b, h] = [find_segments(layer) for layer in layers.joined(spans)]
             strips[b, h] = merger.finish()
             stored += sum(call.nbytes for call in strips[b, h])

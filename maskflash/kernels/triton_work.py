@@ -11,8 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.blocks.block_map import BlockMap, Runs
+from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.problem import Problem
+from maskflash.blocks.runs import Runs
 
 _PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
 

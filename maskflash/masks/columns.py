@@ -18,7 +18,8 @@ from torch import Tensor
 from maskflash import arguments
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.trace import Traced, trace
-from maskflash.masks.mask import Call, Mask
+from maskflash.masks.base import Mask
+from maskflash.masks.call import Call
 
 _SHIFT: Final = "kv_len - q_len"  # of an argument that the call implies: no identifier, so nobody can pass it
 _VECTORS: Final = ("lts", "lte", "uts", "ute")
@@ -90,7 +91,9 @@ class ColumnIntervals(Mask):
                 raise ArgumentError(f"ColumnIntervals: {name} is on {x.device}, expected {first.device} as lts is")
         heads = first.shape[1]
         implied = (*((_SHIFT,) if causal else ()), *((_group(heads),) if heads > 1 else ()))
-        super().__init__(f"ColumnIntervals({', '.join(vectors)}{', causal' if causal else ''})", (), {}, implied)
+        several = {"batch": len(first) > 1, "heads": heads > 1, "q_len": causal, "kv_len": True}
+        sizes = tuple(size for size, matters in several.items() if matters)
+        super().__init__(f"ColumnIntervals({', '.join(vectors)}{', causal' if causal else ''})", (), {}, implied, sizes)
         self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
         self.causal = bool(causal)
         self._form = _Form(tuple(vectors), self.causal, len(first) > 1, heads)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskflash import html
 from maskflash.blocks.changes import find_changes
 from maskflash.blocks.problem import TILE
 from maskflash.masks.mask import Mask, mask
@@ -30,6 +31,12 @@ class Comparison:
 
     def __bool__(self) -> bool:
         return self.holds
+
+    def _repr_html_(self) -> str:
+        if self.counterexample is None:
+            return html.lines("yes", ())
+        b, h, q, kv = self.counterexample
+        return html.lines("no", [f"for batch row {b}, head {h}, query {q}, key {kv}"])
 
 
 def equivalent(

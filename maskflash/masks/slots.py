@@ -78,7 +78,7 @@ class Known:
 class Traceable(Protocol):
     """What is needed of a mask."""
 
-    known: Known
+    forms: Known
 
     def traced(self, mask_args: dict[str, Any]) -> Traced:
         """The mask's expression for arguments like these."""
@@ -101,20 +101,20 @@ def aside(method: F) -> F:
 
 def slots_of(mask: Traceable, values: dict[str, Any]) -> Slots:
     """The slots of a mask for checked arguments (see `arguments.mask_args`)."""
-    if not (values or torch.compiler.is_dynamo_compiling() or mask.known.plain is None):
-        return mask.known.plain
+    if not (values or torch.compiler.is_dynamo_compiling() or mask.forms.plain is None):
+        return mask.forms.plain
     kinds = tuple([_kind(name, value) for name, value in values.items()])
     name = None
     while name is None:
         exact = tuple([(name, _exact(values[name])) for name in mask.specialised(kinds)])
         name = mask.slots_name(kinds, exact)
-    slots: Slots = getattr(mask.known, name)
+    slots: Slots = getattr(mask.forms, name)
     return slots
 
 
 def specialised(mask: Traceable, kinds: tuple[Kind, ...]) -> tuple[str, ...]:
     """The arguments whose values (or shapes) traces for these kinds are known to depend on."""
-    known = mask.known.specialised
+    known = mask.forms.specialised
     if kinds not in known:
         try:
             traced = mask.traced({name: _stand_in(what, detail) for name, what, detail in kinds})
@@ -126,8 +126,8 @@ def specialised(mask: Traceable, kinds: tuple[Kind, ...]) -> tuple[str, ...]:
 
 
 def slots_name(mask: Traceable, kinds: tuple[Kind, ...], exact: Exact) -> str | None:
-    """Where `mask.known` has the slots for these kinds and values; None if a trace depends on further values."""
-    known = mask.known
+    """Where `mask.forms` has the slots for these kinds and values; None if a trace depends on further values."""
+    known = mask.forms
     name = _names.get((kinds, exact))
     if name is not None and hasattr(known, name):
         return name

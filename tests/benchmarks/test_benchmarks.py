@@ -6,7 +6,19 @@ import pytest
 import torch
 
 import maskflash as mf
-from benchmarks import analysis, attention, flashmask, overhead, report, runner, workloads
+from benchmarks import (
+    analysis,
+    attention,
+    flashmask,
+    flex,
+    million,
+    overhead,
+    packed_model,
+    report,
+    runner,
+    train_packed,
+    workloads,
+)
 from benchmarks.flex_masks import mask_mod
 from benchmarks.runner import Row, Spread
 
@@ -65,6 +77,13 @@ def test_overhead_compares_the_same_attention():
         torch.testing.assert_close(ours(), torch.nn.functional.scaled_dot_product_attention(q, k, v, **dense))
 
 
+def test_million_fills_every_row(capsys):
+    rows = analysis.main(["--million", "--quick"])
+    assert_plausible(rows, million.TITLES)
+    assert {row.case for row in rows if row.table == "million"} == set(million.TIME_CEILINGS)
+    assert "a quick run" in capsys.readouterr().out
+
+
 def test_flashmask_fills_every_row(tmp_path, capsys):
     stored = tmp_path / "flashmask.json"
     names = ["causal", "random_eviction"]
@@ -104,6 +123,52 @@ def test_flashmask_analysis_fills_every_row(capsys):
     total = next(row for row in rows if row.case == "all of these")
     assert total.theirs.p50 == pytest.approx(sum(r.theirs.p50 for r in rows[:4:2]))
     assert "a quick run" in capsys.readouterr().out
+
+
+def test_flex_fills_its_row(capsys):
+    assert_plausible(flex.main(["--quick"]), flex.TITLES)
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_training_has_the_losses_of_dense_masks_and_independent_documents(tmp_path, capsys):
+    stored = tmp_path / "train_packed.json"
+    rows = train_packed.main(["--quick", "--json", str(stored)])
+    assert {row.table for row in rows} == set(train_packed.TITLES)
+    *curve, apart = (row for row in rows if row.table == "loss")
+    assert len(curve) == train_packed.LINES
+    assert all(row.ours.p50 == pytest.approx(row.theirs.p50, rel=1e-4) for row in curve)
+    assert curve[-1].ours.p50 < curve[0].ours.p50 - 1  # it learns
+    assert apart.ours.p50 < 1e-4
+    (independence,) = (row for row in rows if row.table == "independence")
+    assert independence.samples > 1
+    assert independence.ours == independence.theirs == Spread(0, 0, 0)
+    assert len(json.loads(stored.read_text())["rows"]) == len(rows)
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_the_check_of_independence_can_fail():
+    """Without documents in the mask, a document's bytes reach those after it."""
+    model = packed_model.Gpt(2048)
+    batch = next(packed_model.batches(2048, 0))
+    counts = train_packed._changed(model, mf.compile(mf.causal()), batch)
+    assert counts[0] > 0
+    assert counts[-1] == 0  # nothing comes after the last
+
+
+def test_packed_sequences_hold_documents_and_no_targets_across_them():
+    batch = next(packed_model.batches(2048, 0))
+    assert sum(batch.lengths) == 2048
+    ends = torch.tensor(batch.lengths).cumsum(0) - 1
+    assert (batch.targets[0, ends] == -100).all()
+    inside = batch.targets[0] != -100
+    assert int((~inside).sum()) == len(batch.lengths)
+    assert torch.equal(batch.targets[0][inside], batch.tokens[0].roll(-1)[inside])
+    assert torch.equal(batch.positions[0] == 0, torch.cat((torch.tensor([True]), batch.document().diff() > 0)))
+    text = bytes(batch.tokens[0].tolist())
+    starts = [0, *(ends + 1).tolist()[:-1]]
+    assert all(text[start:].startswith((b"def ", b"class ")) for start in starts)
+    other = next(packed_model.batches(2048, 1))
+    assert not torch.equal(other.tokens, batch.tokens)
 
 
 def test_without_a_compiler_the_table_says_so(monkeypatch, capsys):

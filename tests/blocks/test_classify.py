@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.blocks import classify as module
+from maskflash.blocks import tiles
 from maskflash.testing import masks
 
 SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -25,12 +26,15 @@ def brute_force(dense, block_size):
 
 
 @settings(max_examples=300)
-@given(masks(), st.integers(0, 64), st.integers(0, 64), SIZES, st.integers(1, 3), st.sampled_from([0, 1 << 16]))
-def test_every_tile_is_what_all_its_pairs_say(mask, q_len, kv_len, block_size, parts, many):
+@given(masks(), st.integers(0, 64), st.integers(0, 64), SIZES, st.integers(0, 3), st.sampled_from([2, 3, 8]), st.data())
+def test_every_tile_is_what_all_its_pairs_say(mask, q_len, kv_len, block_size, parts, division, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MANY_TILES", many)  # 0: cut columns wherever the mask can be taken apart
-        patch.setattr(module, "_BOXES_AT_ONCE", 4**parts)  # cut the lattice, so that the seams are tested too
-        patch.setattr(module, "_PAIRS_AT_ONCE", 1 << (5 * parts))
+        if data.draw(st.booleans(), "whatever has a formula, by other means"):
+            patch.setattr(module, "find_formula", lambda problem: None)
+        patch.setattr(module, "_MANY_TILES", data.draw(st.sampled_from([0, 1 << 16]), "0: cut columns where it can be"))
+        patch.setattr(tiles, "_DIVISION", division)
+        patch.setattr(tiles, "_SQUARES", 4**parts)  # so that there are many levels, and seams
+        patch.setattr(tiles, "_PAIRS_AT_ONCE", 1 << (5 * parts))
         found = mask.block_map(q_len, kv_len, batch=2, heads=2, block_size=block_size).kinds()
     expected = brute_force(mask.dense(q_len, kv_len, batch=2, heads=2), block_size)
     assert torch.equal(found.expand_as(expected), expected)
@@ -64,14 +68,52 @@ def test_the_map_has_rows_and_heads_only_where_the_mask_looks_at_them(predicate,
     assert mf.mask(predicate).block_map(64, 64, batch=3, heads=4).shape[:2] == (batch, heads)
 
 
+def decided(mask, q_len):
+    return {kind: n for kind, n in mf.compile(mask).explain(q_len, q_len).to_dict()["decided"].items() if n}
+
+
 def test_what_settles_a_tile():
-    """Bounds settle what lies off the diagonal, samples the diagonal, and elements what samples can't see."""
-    attn = mf.compile(mf.causal())
-    assert attn.explain(1024, 1024).to_dict()["decided"] == {"bounds": 56, "samples": 8, "elements": 0, "columns": 0}
-    lonely = mf.compile(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33))
-    facts = lonely.explain(1280, 1280).to_dict()
-    assert facts["decided"] == {"bounds": 0, "samples": 0, "elements": 100, "columns": 0}
-    assert facts["tiles"] == {"full": 0, "partial": 100, "skip": 0}
+    """Formulas, else bounds off the diagonal and samples on it, and elements where samples see nothing."""
+    assert decided(mf.causal(), 1024) == {"formula": 64}
+    assert decided(mf.mask(lambda b, h, q, kv: q * 1.0 >= kv), 1024) == {"bounds": 56, "samples": 8}
+    lonely = mf.mask(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33))
+    assert decided(lonely, 1280) == {"elements": 100}
+    assert lonely.block_map(1280, 1280).counts == {"full": 0, "partial": 100, "skip": 0}
+
+
+def test_what_was_evaluated_for():
+    """explain() names the condition that kept columns from being cut, with its source line."""
+
+    def told(predicate):
+        return mf.compile(predicate).explain(1280, 1280).to_dict()["evaluated_for"]
+
+    hashed = told(lambda b, h, q, kv: q >= kv and (q - kv) * (q + 1) % 4096 != 4095)
+    assert "% 4096) != 4095\nin <lambda> (" in hashed and "test_classify.py" in hashed
+    assert told(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33)).startswith("rows whose values go up and down")
+    assert told(mf.causal()) is None
+    assert told(lambda b, h, q, kv: (q - kv) % 3 == 0) is None  # samples see it
+
+
+def test_samples_see_what_is_spread():
+    """A mask that is visible here and there in every tile needs no tile evaluated."""
+    assert decided(mf.mask(lambda b, h, q, kv: (q * 7 + kv * 13) % 29 < 3), 2048) == {"samples": 256}
+
+
+def test_bounds_settle_squares_of_tiles(monkeypatch):
+    """What is bounded follows the boundary, not the area."""
+    boxes = []
+    bound = tiles.bounds
+    monkeypatch.setattr(
+        tiles,
+        "bounds",
+        lambda expr, inputs, at, ranges: boxes.append(at["q"].lo + at["kv"].lo) or bound(expr, inputs, at, ranges),
+    )
+    counts = {}
+    for q_len in (1 << 15, 1 << 17):
+        boxes.clear()
+        mf.mask(lambda b, h, q, kv: q * 1.0 >= kv).block_map(q_len, q_len)
+        counts[q_len] = sum(box.numel() for box in boxes)
+    assert counts[1 << 15] < (1 << 15 >> 7) ** 2 / 2 and counts[1 << 17] < 5 * counts[1 << 15]
 
 
 def test_an_empty_side_gives_an_empty_map():

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from maskflash.blocks import spans
 from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.hulls import Hulls
 from maskflash.blocks.spans import row_spans
 
 
@@ -20,7 +21,14 @@ def map_of(mask, block_size):
     return BlockMap.from_kinds(kinds, q_len, kv_len, block_size)
 
 
-def rebuilt(mask, block_size, b, h):
+def hulls_of(mask):
+    count = mask.sum(-1)
+    first = mask.int().argmax(-1) if mask.shape[-1] else count
+    stop = mask.shape[-1] - mask.flip(-1).int().argmax(-1) if mask.shape[-1] else count
+    return Hulls(first, torch.where(count > 0, stop, first), count)
+
+
+def rebuilt(mask, block_size, b, h, hulls=None):
     """One plane of the mask from its spans and strips; also which pairs were evaluated."""
     block_map = map_of(mask, block_size)
     asked = torch.zeros(mask.shape, dtype=torch.bool)
@@ -30,7 +38,7 @@ def rebuilt(mask, block_size, b, h):
         return mask[b, h, q, kv]
 
     strips = []
-    found = row_spans(block_map, evaluate, b, h, strips.append)
+    found = row_spans(block_map, evaluate, b, h, strips.append, hulls)
     columns = torch.arange(mask.shape[3])
     start, stop = torch.from_numpy(found.start)[:, None], torch.from_numpy(found.stop)[:, None]
     plane = (columns >= start) & (columns < stop)
@@ -68,7 +76,8 @@ def test_spans_and_strips_are_the_mask(problem, chunk):
     try:
         for b in range(mask.shape[0]):
             for h in range(mask.shape[1]):
-                assert torch.equal(rebuilt(mask, block_size, b, h)[0], mask[b, h])
+                for hulls in (None, hulls_of(mask)):
+                    assert torch.equal(rebuilt(mask, block_size, b, h, hulls)[0], mask[b, h])
     finally:
         spans._CHUNK_PAIRS = full_chunk
 
@@ -86,3 +95,11 @@ def test_strips_come_from_the_top_down_and_only_where_a_row_has_holes():
     mask[0, 0, 20, 3] = mask[0, 0, 70, 30] = False
     _, _, strips = rebuilt(mask, (16, 16), 0, 0)
     assert [strip.top for strip in strips] == [16, 64]
+
+
+def test_where_hulls_tell_only_rows_with_holes_are_evaluated():
+    mask = torch.ones(1, 1, 80, 60, dtype=torch.bool).tril()
+    mask[0, 0, 20, 3] = False
+    _, asked, strips = rebuilt(mask, (16, 16), 0, 0, hulls_of(mask))
+    assert [strip.top for strip in strips] == [16]
+    assert asked[0, 0].any(1).nonzero()[:, 0].tolist() == list(range(16, 32))

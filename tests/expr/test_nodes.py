@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskflash.errors import MaskTraceError
-from maskflash.expr.nodes import Builder, Expr, Node, Source, format_expr, parse, promote, result_type
+from maskflash.expr.format import format_expr
+from maskflash.expr.nodes import Builder, Expr, Node, Source, parse, promote, result_type
 from maskflash.expr.trace import trace
 
 DOC = torch.tensor([0, 0, 1])
@@ -127,3 +128,8 @@ def test_promotion_is_torch_s(x):
         expected = (tensor_of(x) * number).dtype
         assert promote(strong, node) == promote(node, strong) == (expected, False)
         assert result_type("truediv", [strong, node])[0] == (tensor_of(x) / number).dtype
+
+
+def test_a_condition_that_is_an_if_itself_keeps_its_parentheses():
+    expr = trace(lambda b, h, q, kv: (q if (kv > 1 if q > 2 else kv > 3) else b) > 4).expr
+    assert format_expr(expr, (2, 1, 3, 4)) == "(q if ((kv > 1) if q > 2 else (kv > 3)) else b) > 4"

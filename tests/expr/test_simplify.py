@@ -149,3 +149,20 @@ def test_every_pair_keeps_its_truth_and_its_fault(expr):
                 except MaskIndexError:
                     outcomes.append("fault")
             assert outcomes[0] == outcomes[1], f"{expr}\n->\n{simple}"
+
+
+@pytest.mark.parametrize("n", [1, 7, -3, 64])
+def test_a_number_less_its_remainder_is_aligned(d, n):
+    divisor = d.builder.const(n)
+    rounded = d.sub(d.q, d.mod(d.q, divisor))
+    simple = d.simplified(d.ge(d.kv, rounded))
+    assert "mod" not in {node.op for node in simple.nodes}
+    q, kv = torch.arange(-40, 200)[:, None], torch.arange(200)
+    zero = torch.tensor(0)
+    assert torch.equal(evaluate(simple, Inputs(), {"b": zero, "h": zero, "q": q, "kv": kv}), kv >= q - q % n)
+
+
+def test_a_remainder_by_zero_is_still_a_fault(d):
+    zero = d.builder.const(0)
+    simple = d.simplified(d.ge(d.kv, d.sub(d.q, d.mod(d.q, zero))))
+    assert "mod" in {node.op for node in simple.nodes}

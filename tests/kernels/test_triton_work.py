@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskflash.blocks.block_map import FULL, PARTIAL, SKIP, BlockMap
+from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP
 from maskflash.kernels.triton_work import work
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskflash as mf
+from maskflash.masks import base
 from maskflash.masks import mask as module
 from maskflash.testing import masks
 
@@ -30,7 +31,7 @@ def test_dense_is_the_predicate_of_every_pair():
 
 def test_dense_in_bands_is_the_same(monkeypatch):
     whole = packed.dense(50, 50, batch=2, doc=torch.arange(100).view(2, 50) // 7)
-    monkeypatch.setattr(module, "_PAIRS_AT_ONCE", 300)
+    monkeypatch.setattr(base, "_PAIRS_AT_ONCE", 300)
     assert torch.equal(packed.dense(50, 50, batch=2, doc=torch.arange(100).view(2, 50) // 7), whole)
 
 

@@ -1,7 +1,5 @@
 """torch.compile takes the op whole, and again for new lengths, documents, windows and offsets as rarely as it can."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -253,13 +251,3 @@ def test_a_mask_made_inside_breaks_the_graph_and_says_so():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="make it outside of what is compiled"):
         compiled(model)[0](q)
     assert torch.equal(torch.compile(model, backend="eager")(q), model(q))
-
-
-def test_a_copy_of_a_model_sees_what_its_mask_captured():
-    ids = documents(64, 9)[0]
-    model = Attend(mf.causal() & mf.document(ids=ids))
-    x = tokens(64)
-    model(x)
-    twin = copy.deepcopy(model)
-    ids.zero_()
-    assert torch.equal(twin(x), model(x))

@@ -1,0 +1,154 @@
+"""Kinds of tiles as runs: along each line of a lattice, stretches of full or of partial tiles.
+
+They leave the skipped tiles out and join neighbours of one kind, so that memory follows a mask's boundary, not its
+area.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+SKIP: Final = 0
+PARTIAL: Final = 1
+FULL: Final = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """Runs of visited tiles along the lines (rows or columns) of a lattice, in compressed-row form.
+
+    Line l = (b*H + h)*n + i owns the runs offsets[l] to offsets[l+1] (half open), ascending and disjoint.
+
+    Attributes:
+        offsets: (B*H*n + 1,) int32, where each line's runs begin.
+        start: (runs,) int32, first tile of the run.
+        stop: (runs,) int32, one past its last tile.
+        full: (runs,) bool, whether its tiles are full; else they are partial.
+    """
+
+    offsets: Tensor
+    start: Tensor
+    stop: Tensor
+    full: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the four tensors."""
+        return sum(t.nbytes for t in (self.offsets, self.start, self.stop, self.full))
+
+    def lines(self) -> Tensor:
+        """The line of each run: (runs,) int64, ascending."""
+        owned = self.offsets.diff().long()
+        return torch.repeat_interleave(torch.arange(len(owned), device=owned.device), owned)
+
+    def tiles(self, *, full: bool) -> tuple[Tensor, Tensor]:
+        """Line and position of every full (or every partial) tile: two (tiles,) int64, in order."""
+        chosen = self.full if full else ~self.full
+        start = self.start[chosen].long()
+        length = self.stop[chosen].long() - start
+        # Tile number n of the selection lies n - (tiles before its run) after its run's start.
+        first = start - (length.cumsum(0) - length)
+        position = torch.repeat_interleave(first, length) + torch.arange(int(length.sum()), device=start.device)
+        return torch.repeat_interleave(self.lines()[chosen], length), position
+
+    @staticmethod
+    def from_lattice(kinds: Tensor) -> Runs:
+        """Runs along the last axis of a (lines, n) int8 lattice of kinds."""
+        outside = kinds.new_full((kinds.shape[0], 1), -1)
+        changes = torch.cat((outside, kinds, outside), dim=1).diff(dim=1) != 0
+        visited = kinds != SKIP
+        # Both lists are in row-major order and every run has one start and one end, so they pair up.
+        line, start = (visited & changes[:, :-1]).nonzero(as_tuple=True)
+        last = (visited & changes[:, 1:]).nonzero(as_tuple=True)[1]
+        return Runs(_offsets(line, len(kinds)), start.int(), (last + 1).int(), kinds[line, start] == FULL)
+
+    @staticmethod
+    def from_segments(lines: int, line: Tensor, start: Tensor, stop: Tensor, full: Tensor) -> Runs:
+        """Runs of disjoint stretches of visited tiles, in any order; those that touch and are of one kind are joined.
+
+        Args:
+            lines: how many lines there are.
+            line: (n,) int64, the line of each stretch.
+            start: (n,) int64, its first tile.
+            stop: (n,) int64, one past its last tile; where it is not after start there is no stretch.
+            full: (n,) bool, its kind.
+        """
+        kept = (stop > start).nonzero()[:, 0]
+        line, start, stop, full = (x[kept] for x in (line, start, stop, full))
+        key = line * (int(stop.max()) + 1 if len(kept) else 1) + start
+        if not bool((key[1:] > key[:-1]).all()):
+            order = key.argsort()
+            line, start, stop, full = (x[order] for x in (line, start, stop, full))
+        begins = torch.ones_like(full)
+        begins[1:] = (line[1:] != line[:-1]) | (start[1:] != stop[:-1]) | (full[1:] != full[:-1])
+        first = begins.nonzero()[:, 0]
+        last = torch.cat((first[1:], first.new_tensor([len(full)]))) - 1
+        return Runs(_offsets(line[first], lines), start[first].int(), stop[last[: len(first)]].int(), full[first])
+
+    def transposed(self, lines: int, across: int) -> Runs:
+        """Runs along columns of tiles as runs along rows, or the other way.
+
+        Args:
+            lines: lines of one unit (a batch row and head); each is over tiles 0 to `across`.
+            across: tiles in a line.
+
+        Returns:
+            Runs of the same tiles, of lines (unit, t), t < across, each over tiles 0 to `lines`.
+        """
+        units = (len(self.offsets) - 1) // lines
+        # Every line as (where a kind begins, the kind), with a line of nothing after each unit's last.
+        line = self.lines()
+        line = line + line // lines
+        keys, kinds = _steps(line, self, units * (lines + 1), across)
+        before, old = keys + across, kinds  # what stood in the line before
+        first = torch.arange(units, device=line.device) * ((lines + 1) * across)
+        inside = before % ((lines + 1) * across) >= across
+        before, old = before[inside], old[inside]
+        before, order = torch.cat((first, before)).sort(stable=True)
+        old = torch.cat((old.new_full((units,), SKIP), old))[order]
+        merged = torch.cat((keys, before)).unique()
+        new_kind = kinds[torch.searchsorted(keys, merged, right=True) - 1]
+        old_kind = old[torch.searchsorted(before, merged, right=True) - 1]
+        ends = torch.cat((merged[1:], merged.new_tensor([units * (lines + 1) * across])))
+        differ = new_kind != old_kind
+        begin, length = merged[differ], (ends - merged)[differ]
+        place = torch.repeat_interleave(begin - (length.cumsum(0) - length), length) + torch.arange(
+            int(length.sum()), device=line.device
+        )
+        new_kind, old_kind = (torch.repeat_interleave(kind[differ], length) for kind in (new_kind, old_kind))
+        unit_line, t = place // across, place % across
+        unit, i = unit_line // (lines + 1), unit_line % (lines + 1)
+        keys, order = ((unit * across + t) * (lines + 1) + i).sort()
+        new_kind, old_kind = new_kind[order], old_kind[order]
+        starts, stops = keys[new_kind != SKIP], keys[old_kind != SKIP]
+        return Runs(
+            _offsets(starts // (lines + 1), units * across),
+            (starts % (lines + 1)).int(),
+            (stops % (lines + 1)).int(),
+            new_kind[new_kind != SKIP] == FULL,
+        )
+
+
+def _offsets(line: Tensor, lines: int) -> Tensor:
+    """Where the runs of each line begin, from each run's line."""
+    offsets = torch.zeros(lines + 1, dtype=torch.int32, device=line.device)
+    offsets[1:] = torch.bincount(line, minlength=lines).cumsum(0)
+    return offsets
+
+
+def _steps(line: Tensor, runs: Runs, lines: int, across: int) -> tuple[Tensor, Tensor]:
+    """Lines as steps: ascending keys line * across + tile from which on a kind holds, from tile 0 of each line."""
+    start, stop = line * across + runs.start, line * across + runs.stop
+    kind = torch.where(runs.full, FULL, PARTIAL)
+    follows = torch.zeros_like(stop, dtype=torch.bool)  # another run, or the next line, starts where this one stops
+    follows[:-1] = stop[:-1] == start[1:]
+    gaps = stop[~follows & (runs.stop < across)]
+    head = torch.arange(lines, device=line.device) * across
+    head = head[~torch.isin(head, start)]
+    keys, order = torch.cat((start, gaps, head)).sort()
+    kinds = torch.cat((kind, kind.new_full((len(gaps) + len(head),), SKIP)))[order]
+    return keys, kinds

@@ -1,0 +1,230 @@
+"""What a call passes -> a mask's expression with its slots filled: what every kind of mask has to say of itself."""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments, html
+from maskflash.blocks.problem import TILE, Problem
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.expr.evaluate import Inputs
+from maskflash.expr.format import format_expr
+from maskflash.expr.trace import Traced
+from maskflash.expr.tracer import Argument
+from maskflash.masks import slots, tables
+from maskflash.masks.fingerprint import fingerprint
+
+_SIZES: Final = {"b": "batch", "h": "heads", "q": "q_len", "kv": "kv_len"}  # of a call, by what they bound
+
+
+class Call(NamedTuple):
+    """What a mask may know of the call it serves, already checked.
+
+    Attributes:
+        operation: what messages call it.
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        batch: batch rows.
+        heads: query heads.
+        q_offset: added to row numbers, an int or an integer tensor (batch,).
+        device: where it runs.
+    """
+
+    operation: str
+    q_len: int
+    kv_len: int
+    batch: int
+    heads: int
+    q_offset: int | Tensor
+    device: torch.device
+
+
+class Bindable:
+    """What a mask has to say of itself.
+
+    Attributes:
+        name: what messages call it.
+        keywords: names of the arguments it takes at run time.
+        defaults: values of those that may be left out.
+        implied_names: arguments that follow from a call, by names that nobody can pass.
+        sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
+        forms: its traces so far, as the op takes them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        keywords: tuple[str, ...],
+        defaults: dict[str, Any],
+        implied_names: tuple[str, ...] = (),
+        sizes: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.keywords = keywords
+        self.defaults = defaults
+        self.implied_names = implied_names
+        self.sizes = sizes
+        self.forms = slots.Known()
+
+    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
+        """Whether the pair is visible, for numbers, tensors or the symbols of a trace."""
+        raise NotImplementedError
+
+    def traced(self, mask_args: dict[str, Any]) -> Traced:
+        """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds."""
+        raise NotImplementedError
+
+    @slots.aside
+    def specialised(self, kinds: tuple[slots.Kind, ...]) -> tuple[str, ...]:
+        """The arguments whose values (or shapes) traces for these kinds are known to depend on."""
+        return slots.specialised(self, kinds)
+
+    @slots.aside
+    def slots_name(self, kinds: tuple[slots.Kind, ...], exact: slots.Exact) -> str | None:
+        """Where `forms` has the slots for these kinds and values; None if a trace depends on further values."""
+        return slots.slots_name(self, kinds, exact)
+
+    def implied(self, call: Call) -> dict[str, int]:
+        """The values of `implied_names` in a call.
+
+        Raises:
+            ArgumentError: the mask has sizes of its own, and the call doesn't fit them.
+        """
+        return {}
+
+    def bound(self, call: Call, given: dict[str, Any]) -> tuple[Traced, Inputs]:
+        """The expression, and its slots from a call's keyword arguments; captured tables on the call's device."""
+        values = arguments.mask_args(call.operation, given, self.keywords, self.defaults) | self.implied(call)
+        traced = self.traced(values)
+        inputs = traced.bind(values)
+        held = zip(traced.tables, inputs.tables, strict=True)
+        return traced, Inputs(
+            inputs.params,
+            tuple(table if isinstance(slot, Argument) else tables.on(table, call.device) for slot, table in held),
+        )
+
+    def problem(
+        self,
+        operation: str,
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        heads: int,
+        block_size: tuple[int, int],
+        q_offset: int | Tensor,
+        device: torch.device,
+        mask_args: dict[str, Any],
+    ) -> Problem:
+        """This mask at these lengths, ready to be classified; checks what the caller passed."""
+        lengths = {"q_len": q_len, "kv_len": kv_len}
+        q_len, kv_len = (arguments.integer(operation, name, value) for name, value in lengths.items())
+        batch, heads = (
+            arguments.integer(operation, name, value) for name, value in {"batch": batch, "heads": heads}.items()
+        )
+        offset = arguments.q_offset(operation, q_offset, batch)
+        call = Call(operation, q_len, kv_len, batch, heads, offset, device)
+        traced, inputs = self.bound(call, mask_args)
+        return Problem(
+            traced.expr,
+            Inputs(inputs.params, tuple(table.to(device) for table in inputs.tables)),
+            q_len,
+            kv_len,
+            batch,
+            heads,
+            block_size,
+            offset.to(device) if isinstance(offset, Tensor) else offset,
+            device,
+            traced.names,
+        )
+
+    def problem_at(
+        self,
+        operation: str,
+        index: dict[str, int],
+        sizes: dict[str, int | None],
+        q_offset: int | Tensor,
+        device: torch.device | str,
+        mask_args: dict[str, Any],
+    ) -> Problem:
+        """This mask at sizes that hold an index; those that nobody gave reach just so far.
+
+        Args:
+            operation: what messages call it.
+            index: of some of b, h, q, kv.
+            sizes: batch, heads, q_len, kv_len.
+            q_offset: added to row numbers.
+            device: where to look at it.
+            mask_args: the mask's own arguments.
+        """
+        missing = [f"{name}=..." for name in self.sizes if sizes[name] is None]
+        if missing:
+            raise ArgumentError(
+                f"{operation}: {self.name} depends on the sizes of a call; pass {', '.join(missing)} as well"
+            )
+        if isinstance(q_offset, Tensor) and sizes["batch"] is None:
+            sizes = {**sizes, "batch": q_offset.numel()}
+        found = {}
+        for name, size in _SIZES.items():
+            at = arguments.integer(operation, name, index[name]) if name in index else 0
+            length = sizes[size]
+            found[size] = at + 1 if length is None else arguments.integer(operation, size, length)
+            if name in index and at >= found[size]:
+                raise ArgumentError(f"{operation}: {name} is {at}, expected less than {size}, {found[size]}")
+        return self.problem(
+            operation,
+            found["q_len"],
+            found["kv_len"],
+            found["batch"],
+            found["heads"],
+            TILE,
+            q_offset,
+            torch.device(device),
+            mask_args,
+        )
+
+    def fingerprint(self, **mask_args: Any) -> str:
+        """A hash of what the mask is: the same in every process, and for every mask of the same structure.
+
+        It covers the expression, its numbers and its tables' contents, but neither names nor lengths. Masks may be
+        `equivalent` and yet differ in it; those that share it are the same.
+
+        Args:
+            **mask_args: the mask's own arguments; they are hashed by value.
+
+        Example:
+            >>> from maskflash import causal, mask, sliding_window
+            >>> causal().fingerprint() == mask(lambda b, h, q, kv: q >= kv).fingerprint()
+            True
+            >>> sliding_window(100).fingerprint() == sliding_window(101).fingerprint()
+            False
+        """
+        given = arguments.mask_args("Mask.fingerprint", mask_args, self.keywords, self.defaults)
+        values = given | dict.fromkeys(self.implied_names, 1)
+        traced = self.traced(values)
+        own = (isinstance(value, Argument) and value not in self.implied_names for value in traced.params)
+        params = tuple(values[str(x)] if given else x for x, given in zip(traced.params, own, strict=True))
+        return fingerprint(traced.expr, params, traced.bind(values).tables)
+
+    def known(self) -> Traced | None:
+        """An expression of the mask: the only one, or the latest; None for a mask whose arguments nobody gave yet."""
+        return None if self.keywords else self.traced(dict.fromkeys(self.implied_names, 1))
+
+    def _repr_html_(self) -> str:
+        traced = self.known()
+        names = [f"{name}={self.defaults[name]!r}" if name in self.defaults else name for name in self.keywords]
+        rows = {
+            "visible": format_expr(traced.expr, traced.params, traced.names) if traced else "",
+            "arguments": ", ".join(names),
+        }
+        return html.facts(self.name, {label: text for label, text in rows.items() if text})
+
+    def __bool__(self) -> bool:
+        raise ArgumentTypeError(
+            f"{self.name}: a mask has no truth value; combine masks with & | ^ ~ instead of and, or, not"
+        )
+
+    def __repr__(self) -> str:
+        return self.name

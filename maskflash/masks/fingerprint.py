@@ -1,0 +1,33 @@
+"""An expression and the values of its slots -> a hash of the mask that they are, the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from maskflash.expr.nodes import Expr
+
+_FORMAT: Final = "maskflash mask 1"  # changes with whatever is hashed, and in what order
+_BYTES: Final = 16
+
+
+def fingerprint(expr: Expr, params: tuple[object, ...], tables: tuple[Tensor, ...]) -> str:
+    """Hash an expression's text, its params (numbers, or names of what a call implies), and its tables by content.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(f"{_FORMAT}\n{expr.text}\n{params}\n".encode(), digest_size=_BYTES)
+    for table in tables:
+        digest.update(f"{table.dtype} {tuple(table.shape)}\n".encode())
+        digest.update(_bytes(table))
+    return digest.hexdigest()
+
+
+def _bytes(table: Tensor) -> Any:
+    """A table's contents in row-major order."""
+    plain = table.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return plain.numpy()

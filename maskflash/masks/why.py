@@ -1,0 +1,114 @@
+"""A mask and a pair -> which of its parts and conditions hid or showed it, with their values and source lines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from maskflash import arguments, html
+from maskflash.blocks.problem import Problem
+from maskflash.expr.reasons import Reason, Reasons, find_reasons
+from maskflash.masks.base import Mask
+from maskflash.masks.combination import Combination
+
+_SHOWN: Final = 12  # reasons, and parts not looked at, that str() writes out
+_OWN: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Why:
+    """Why a query sees a key or doesn't; true where it does.
+
+    Attributes:
+        mask: the mask's name.
+        pair: (b, h, q, kv), as asked for.
+        visible: the answer.
+        reasons: the conditions that decide it, in the order they are looked at.
+        unread: conditions that were passed over, since others had settled the matter.
+    """
+
+    mask: str
+    pair: tuple[int, int, int, int]
+    visible: bool
+    reasons: tuple[Reason, ...]
+    unread: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return self.visible
+
+    def __str__(self) -> str:
+        return "\n".join((self._answer(), *(f"  {line}" for line in self._lines())))
+
+    def _repr_html_(self) -> str:
+        return html.lines(self._answer(), self._lines())
+
+    def _answer(self) -> str:
+        b, h, q, kv = self.pair
+        place = f" (batch row {b}, head {h})" if b or h else ""
+        return f"{self.mask}: query {q} {'sees' if self.visible else 'does not see'} key {kv}{place}"
+
+    def _lines(self) -> list[str]:
+        lines = []
+        for mask, own in groupby(self.reasons[:_SHOWN], lambda reason: reason.mask):
+            lines += [f"{mask}:"] * (mask != self.mask)
+            indent = "  " * (mask != self.mask)
+            lines += [f"{indent}{reason}{_written(reason)}" for reason in own]
+        if len(self.reasons) > _SHOWN:
+            lines.append(f"and {len(self.reasons) - _SHOWN} more")
+        if self.unread:
+            more = f"; and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
+            lines.append(f"not looked at: {'; '.join(self.unread[:_SHOWN])}{more}")
+        return lines
+
+
+def why(
+    mask: Mask,
+    index: dict[str, int],
+    sizes: dict[str, int | None],
+    q_offset: int | Tensor,
+    device: torch.device | str,
+    mask_args: dict[str, Any],
+) -> Why:
+    """The answer to `Mask.why`, whose arguments these are."""
+    operation = "Mask.why"
+
+    def problem(part: Mask, values: dict[str, Any]) -> Problem:
+        own = {name: values[name] for name in part.keywords if name in values}
+        return part.problem_at(operation, index, sizes, q_offset, device, own)
+
+    whole = mask.problem_at(operation, index, sizes, q_offset, device, mask_args)
+    values = arguments.mask_args(operation, mask_args, mask.keywords, mask.defaults)
+    b, h, q, kv = (index[name] for name in ("b", "h", "q", "kv"))
+    first = whole.q_offset if isinstance(whole.q_offset, int) else int(whole.q_offset[b])
+    found = _find(mask, lambda part: problem(part, values), (b, h, q + first, kv))
+    return Why(mask.name, (b, h, q, kv), *found)
+
+
+def _find(mask: Mask, problem: Callable[[Mask], Problem], pair: tuple[int, int, int, int]) -> Reasons:
+    """The reasons of a mask; of joined ones those of the parts that decide."""
+    if not isinstance(mask, Combination):
+        own = problem(mask)
+        return find_reasons(own.expr, own.inputs, own.names, pair, mask.name)
+    parts = [_find(part, problem, pair) for part in mask.parts]
+    truths = [part.truth for part in parts]
+    truth = mask.join(*truths)
+    settling = {"bitand": False, "bitor": True}.get(mask.op)
+    if truth is settling:
+        parts = [part for part in parts if part.truth is settling]
+    reasons = tuple(reason for part in parts for reason in part.reasons)
+    return Reasons(truth, reasons, tuple(text for part in parts for text in part.unread))
+
+
+def _written(reason: Reason) -> str:
+    """Where a condition was written; conditions of presets are the library's own."""
+    source = reason.source
+    if source is None or source.filename.startswith(_OWN) or not source.line:
+        return ""
+    code = f': "{source.text}"' if source.text else ""
+    return f"   [{source}{code}]"
