@@ -37,6 +37,7 @@ bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 	$(BIN)/python -m benchmarks.attention --cpu $(ARGS)
 	$(BIN)/python -m benchmarks.analysis $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask $(ARGS)
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.flex $(ARGS)
 	$(BIN)/python -m benchmarks.train_packed $(ARGS)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 import torch
@@ -14,9 +13,11 @@ from maskflash.arguments import BlockSize
 from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
-from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
-from maskflash.kernels import cpu
+from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError, MaskIndexError
+from maskflash.expr.evaluate import Inputs
+from maskflash.masks.dense import dense_mask
 from maskflash.masks.mask import Call, Mask, mask
+from maskflash.masks.slots import Slots, aside, slots_of
 from maskflash.presets.basic import full
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ MaskLike = Mask | Callable[..., Any]
 BackendChoice = Literal["auto", "cpu", "triton"]
 
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Attention:
@@ -60,7 +60,6 @@ class Attention:
         self.backend = backend
         self.deterministic = deterministic
         self.tune = tune
-        self._expressions: set[str] = set()
 
     @overload
     def __call__(
@@ -98,6 +97,8 @@ class Attention:
     ) -> Any:
         """Attend: out = softmax(scale · q kᵀ over the visible keys) v.
 
+        Under autocast q, k and v are cast as for torch's own attention. torch.compile takes the call whole.
+
         Args:
             q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0.
             k: (B, Hkv, Skv, D), Hkv divides Hq (grouped queries share a key head without a copy); Skv may be 0.
@@ -119,16 +120,19 @@ class Attention:
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
-        _check_tensors(q, k, v)
+        q, k, v = arguments.as_autocast(q, k, v)
+        arguments.tensors(q, k, v)
         backend = self._backend_for(q.device)
-        problem = self._problem(q, k, q_offset, mask_args)
-        plan = plans.find(problem, backend).plan  # here, so that an error of the mask names the user's own line
-        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-        if self.tune and not isinstance(plan, cpu.Plan):
-            from maskflash.kernels import triton
-
-            triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
-        out, lse = op.attend(q, k, v, problem, scale, backend)
+        offset = q_offset if type(q_offset) is int else arguments.q_offset("attention", q_offset, q.shape[0])
+        slots, params, tables = self._bound(q, k, offset, mask_args)
+        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
+        if self.tune and backend == "triton" and not torch.compiler.is_compiling():
+            self._tune(q, k, v, offset, mask_args, scale)
+        try:
+            out, lse = op.attend(q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend)
+        except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
+            classify(self._problem(q, k, q_offset, mask_args))
+            raise
         return (out, lse) if return_lse else out
 
     def source(
@@ -163,7 +167,7 @@ class Attention:
         from maskflash.codegen.render import PASSES
         from maskflash.kernels import triton
 
-        _check_tensors(q, k, v)
+        arguments.tensors(q, k, v)
         if pass_name not in PASSES:
             raise ArgumentError(f"Attention.source: pass_name is {pass_name!r}, expected one of {', '.join(PASSES)}")
         if q.is_meta:
@@ -171,16 +175,28 @@ class Attention:
         problem = self._problem(q, k, q_offset, mask_args)
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 
+    def _bound(
+        self, q: Tensor, k: Tensor, offset: int | Tensor, mask_args: dict[str, Any]
+    ) -> tuple[Slots, list[int], list[Tensor]]:
+        """The mask's expression, and its numbers and tables in a call."""
+        mask, device = self.mask, q.device
+        batch, heads, q_len, _ = q.shape
+        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
+        if mask_args or mask.keywords:
+            values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
+        slots = slots_of(mask, values)
+        params, tables = slots.filled(values, device)
+        if tables or isinstance(offset, Tensor):
+            arguments.same_device(device, slots.names, tables, offset)
+        return slots, params, tables
+
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
         """The mask at the lengths of a call."""
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
-        call = Call("attention", q.shape[2], k.shape[2], q.shape[0], q.shape[1], offset, q.device)
-        traced, inputs = self.mask.bound(call, mask_args)
-        _check_devices(q, dict(zip(traced.names, inputs.tables, strict=True)), offset)
-        self._expressions.add(traced.expr.text)
+        slots, params, tables = self._bound(q, k, offset, mask_args)
         return Problem(
-            traced.expr,
-            inputs,
+            slots.expr,
+            Inputs(tuple(params), tuple(tables)),
             q.shape[2],
             k.shape[2],
             q.shape[0],
@@ -188,8 +204,19 @@ class Attention:
             self.block_size,
             offset,
             q.device,
-            traced.names,
+            slots.names,
         )
+
+    def _tune(
+        self, q: Tensor, k: Tensor, v: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any], scale: float
+    ) -> None:
+        """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
+        from maskflash.kernels import triton
+
+        problem = self._problem(q, k, q_offset, mask_args)
+        plan = plans.find(problem, "triton").plan
+        assert isinstance(plan, triton.Plan), "the backend's own"
+        triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
 
     def explain(
         self,
@@ -276,7 +303,7 @@ class Attention:
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
-        plans.invalidate(self._expressions)
+        plans.invalidate(self.mask.forms.texts)
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
@@ -298,7 +325,7 @@ class Attention:
 
 
 def compile(
-    mask: MaskLike,
+    mask: MaskLike | Tensor,
     *,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -309,12 +336,14 @@ def compile(
     """Compile a mask to an attention op.
 
     Args:
-        mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~.
+        mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~; or a tensor of bool as
+            torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all.
         scale: positive factor of the scores; None for 1/sqrt(D).
         block_size: tokens per tile, one number or (q_tokens, kv_tokens).
         backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
         deterministic: same inputs, same bits.
-        tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk.
+        tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a
+            compiled graph uses what was found, and measures nothing.
 
     Returns:
         The op: `attn(q, k, v, **mask_args)`.
@@ -333,14 +362,17 @@ def compile(
     if backend not in ("auto", "cpu", "triton"):
         raise ArgumentError(f'compile: backend is {backend!r}, expected "auto", "cpu" or "triton"')
     factor = None if scale is None else arguments.scale("compile", scale)
-    return Attention(_as_mask("compile", mask), factor, size, backend, bool(deterministic), bool(tune))
+    whole = _as_mask("compile", mask)
+    if not (whole.keywords or whole.implied_names):
+        slots_of(whole, {})
+    return Attention(whole, factor, size, backend, bool(deterministic), bool(tune))
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: MaskLike | None = None,
+    mask: MaskLike | Tensor | None = None,
     *,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -361,8 +393,11 @@ def attention(
         >>> attention(q, k, v, mf.causal() & mf.document([200, 312])).shape
         torch.Size([1, 4, 512, 64])
     """
+    if mask is None:
+        _prepare_full()
+        mask = _Standing.full
     attn = compile(
-        _everything() if mask is None else mask,
+        _as_mask("attention", mask),
         scale=scale,
         block_size=block_size,
         backend=backend,
@@ -371,60 +406,31 @@ def attention(
     return attn(q, k, v, q_offset=q_offset, return_lse=return_lse, **mask_args)
 
 
-@cache
-def _everything() -> Mask:
-    return full()
+class _Standing:
+    """The mask of calls without one, traced at the first; an attribute, which dynamo can read."""
+
+    full: Mask | None = None
+
+
+@aside
+def _prepare_full() -> None:
+    if _Standing.full is None:
+        _Standing.full = full()
 
 
 def _as_mask(operation: str, value: Any) -> Mask:
-    if not (isinstance(value, Mask) or callable(value)):
+    if isinstance(value, Mask):
+        return value
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(
+            f"maskflash.{operation} was given a mask to trace, which torch.compile can't look into: make it outside of "
+            "what is compiled, with mf.mask or mf.compile; what varies goes in by keyword"
+        )
+    if isinstance(value, Tensor):
+        return dense_mask(operation, value)
+    if not callable(value):
         raise ArgumentTypeError(
-            f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv) or a mask"
+            f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "
+            "of bool"
         )
     return mask(value)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ArgumentTypeError(f"attention: {name} is a {type(x).__name__}, expected a tensor")
-        if x.ndim != 4:
-            raise ArgumentError(
-                f"attention: {name} has shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, tokens, head_dim)"
-            )
-        if x.dtype not in _DTYPES:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected one of {expected}")
-        if x.layout != torch.strided:
-            raise ArgumentTypeError(f"attention: {name} has layout {x.layout}, expected a dense tensor")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected q's {q.dtype}")
-        if x.device != q.device:
-            raise ArgumentError(f"attention: {name} is on {x.device}, expected q's {q.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ArgumentError(f"attention: {name} has batch {x.shape[0]}, expected q's {q.shape[0]}")
-    if q.shape[3] != k.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
-        raise ArgumentError(
-            f"attention: head_dim is {q.shape[3]} for q, {k.shape[3]} for k and {v.shape[3]} for v; expected at least "
-            "1, and the same for q and k"
-        )
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ArgumentError(
-            f"attention: k has {k.shape[1]} heads of {k.shape[2]} tokens and v {v.shape[1]} of {v.shape[2]}; "
-            "expected the same"
-        )
-    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ArgumentError(
-            f"attention: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's"
-        )
-
-
-def _check_devices(q: Tensor, tables: dict[str, Tensor], offset: int | Tensor) -> None:
-    held = {**tables, "q_offset": offset} if isinstance(offset, Tensor) else tables
-    for name, tensor in held.items():
-        if tensor.device != q.device:
-            raise ArgumentError(
-                f"attention: the mask's {name} is on {tensor.device}, expected q's {q.device}; move it once, before "
-                f"the call: {name}.to({str(q.device)!r})"
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 
 BlockSize = int | tuple[int, int]
 
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_AUTOCAST: Final = ("cpu", "cuda")  # device types
+
 
 def integer(operation: str, name: str, value: Any, *, low: int | None = 0) -> int:
     """An int (also numpy's) that is at least `low`; a bool is not one."""
     try:
-        number = operator.index(value)
+        number = value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, (bool, Tensor)):
@@ -26,7 +29,7 @@ def integer(operation: str, name: str, value: Any, *, low: int | None = 0) -> in
         raise ArgumentTypeError(f"{operation}: {name} is {_kind(value)}, expected an int{fix}")
     if low is not None and number < low:
         raise ArgumentError(f"{operation}: {name} is {number}, expected at least {low}")
-    return number
+    return number  # type: ignore[return-value]  # a SymInt of a compiled graph is as good as an int
 
 
 def scale(operation: str, value: Any) -> float:
@@ -100,6 +103,90 @@ def mask_args(
                 f"convert it once, before the call: torch.as_tensor({name})"
             )
     return {name: values[name] for name in keywords}
+
+
+def tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check what attention is computed of: shapes, dtypes, devices and layouts that fit."""
+    if not _fit(q, k, v):
+        _refuse(q, k, v)
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    if not (q.ndim == k.ndim == v.ndim == 4 and q.layout == k.layout == v.layout == torch.strided):
+        return False
+    batch, heads, _, dim = q.shape
+    k_batch, k_heads, k_len, k_dim = k.shape
+    v_batch, v_heads, v_len, v_dim = v.shape
+    return (
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in _DTYPES
+        and q.device == k.device == v.device
+        and batch == k_batch == v_batch
+        and (k_heads, k_len, k_dim) == (v_heads, v_len, dim)
+        and dim > 0
+        and v_dim > 0
+        and heads > 0
+        and k_heads > 0
+        and heads % k_heads == 0
+    )
+
+
+def _refuse(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(f"attention: {name} is a {type(x).__name__}, expected a tensor")
+        if x.ndim != 4:
+            raise ArgumentError(
+                f"attention: {name} has shape {tuple(x.shape)}, expected 4 dimensions (batch, heads, tokens, head_dim)"
+            )
+        if x.dtype not in _DTYPES:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected one of {expected}")
+        if x.layout != torch.strided:
+            raise ArgumentTypeError(f"attention: {name} has layout {x.layout}, expected a dense tensor")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ArgumentTypeError(f"attention: {name} has dtype {x.dtype}, expected q's {q.dtype}")
+        if x.device != q.device:
+            raise ArgumentError(f"attention: {name} is on {x.device}, expected q's {q.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ArgumentError(f"attention: {name} has batch {x.shape[0]}, expected q's {q.shape[0]}")
+    if q.shape[3] != k.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
+        raise ArgumentError(
+            f"attention: head_dim is {q.shape[3]} for q, {k.shape[3]} for k and {v.shape[3]} for v; expected at least "
+            "1, and the same for q and k"
+        )
+    if k.shape[1:3] != v.shape[1:3]:
+        raise ArgumentError(
+            f"attention: k has {k.shape[1]} heads of {k.shape[2]} tokens and v {v.shape[1]} of {v.shape[2]}; "
+            "expected the same"
+        )
+    raise ArgumentError(f"attention: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's")
+
+
+def same_device(device: torch.device, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor) -> None:
+    """Check that a mask's tables and the offset are where q is."""
+    if isinstance(offset, Tensor):
+        names, tables = (*names, "q_offset"), [*tables, offset]
+    for name, tensor in zip(names, tables, strict=True):
+        if tensor.device != device:
+            raise ArgumentError(
+                f"attention: the mask's {name} is on {tensor.device}, expected q's {device}; move it once, before "
+                f"the call: {name}.to({str(device)!r})"
+            )
+
+
+def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as autocast has torch's own attention take them: in its dtype, but for float64."""
+    if isinstance(q, Tensor) and q.device.type in _AUTOCAST and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (q, k, v)
+        )
+    return q, k, v
 
 
 def _kind(value: Any) -> str:

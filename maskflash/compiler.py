@@ -35,6 +35,11 @@ class Analysis:
     classified: Classified
     plan: cpu.Plan | triton.Plan
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held so far; a plan grows as passes first need it."""
+        return self.classified.block_map.nbytes + self.plan.nbytes
+
 
 def analyse(problem: Problem, backend: Backend) -> Analysis:
     """Run the passes that depend on lengths and on table contents.

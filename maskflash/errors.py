@@ -1,4 +1,4 @@
-"""The errors maskflash raises: one base, so that `except MaskflashError` catches all of them.
+"""The errors maskflash raises, and its warning: one base, so that `except MaskflashError` catches all errors.
 
 Each is also the built-in exception a reader would expect (ValueError, TypeError, IndexError), so code that
 knows nothing of maskflash handles them too.
@@ -31,3 +31,7 @@ class UnsupportedMask(MaskflashError, ValueError):
 
 class BackendError(MaskflashError, RuntimeError):
     """The requested backend can't run here; nothing falls back silently."""
+
+
+class DenseMaskWarning(UserWarning):
+    """A mask was given as a tensor of all its pairs; the text says what to write instead."""

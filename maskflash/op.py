@@ -6,71 +6,105 @@ graph that recorded the op runs elsewhere, and lengths and parameters may be sym
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from maskflash import plans
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.expr.evaluate import Inputs
-from maskflash.expr.nodes import Expr, parse
 from maskflash.kernels import cpu
+from maskflash.masks.slots import expression
 
 _MASK: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, float scale, "
     "str expr, int[2] block_size, str backend"
 )
 
+# A recorded CUDA graph would keep the block map of the tables that it was recorded with.
+_TAGS: Final = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_DENSE: Final = "use a dense mask with torch's scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+
+_Mask = tuple[Any, ...]  # what the schema has of it
+_PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))  # subclasses may dispatch for themselves
+
 _library = torch.library.Library("maskflash", "DEF")
-_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, {_MASK}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"{_MASK}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=_TAGS,
 )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem, scale: float, backend: Backend) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    params: list[int],
+    q_offset: int | Tensor,
+    scale: float,
+    expr: str,
+    block_size: tuple[int, int],
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
     """Masked attention, differentiable in q, k and v through out and lse.
 
     Args:
         q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16.
         k: (B, Hkv, Skv, D).
         v: (B, Hkv, Skv, Dv).
-        problem: the mask at these lengths.
+        tables: values of the mask's table slots.
+        params: values of its integer slots.
+        q_offset: added to row numbers; an int, or an int tensor (B,).
         scale: positive factor of the scores.
+        expr: the mask's canonical text.
+        block_size: (bq, bkv), a tile in tokens.
         backend: which kernels run it.
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
     """
-    per_row = isinstance(problem.q_offset, Tensor)
-    result: tuple[Tensor, Tensor] = torch.ops.maskflash.forward.default(
-        q,
-        k,
-        v,
-        list(problem.inputs.tables),
-        list(problem.inputs.params),
-        0 if per_row else problem.q_offset,
-        problem.q_offset if per_row else None,
-        scale,
-        problem.expr.text,
-        list(problem.block_size),
-        backend,
-    )
+    number, tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
+    mask = tables, params, number, tensor, scale, expr, block_size, backend
+    result: tuple[Tensor, Tensor]
+    if torch.compiler.is_compiling() or _watched(q, k, v):
+        result = torch.ops.maskflash.forward.default(q, k, v, *mask)
+    else:
+        result = _Forward.apply(_forward_at_once, q, k, v, mask)
     return result
 
 
-class _Differentiable(torch.autograd.Function):
+def _watched(*tensors: Tensor) -> bool:
+    """Whether anything but autograd may want to see the op; if nothing does, dispatching it is 40 us for nothing."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+# What autograd.Function is made of, without what that does about torch.func: the op's dispatcher does it.
+_Function: Any = torch.autograd.function._SingleLevelFunction
+
+
+class _Forward(_Function):  # type: ignore[misc]
     """Saves q, k, v, out, lse and the mask's tensors: writing to any of them before backward is an error."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *mask: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.maskflash.forward.default(q, k, v, tables, *mask)
-        params, q_offset, q_offsets, *rest = mask
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, mask: _Mask
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = run(q, k, v, *mask)
+        tables, params, q_offset, q_offsets, *rest = mask
         ctx.save_for_backward(q, k, v, out, lse, q_offsets, *tables)
         ctx.mask = params, q_offset, rest
         ctx.set_materialize_grads(False)
@@ -81,44 +115,86 @@ class _Differentiable(torch.autograd.Function):
         q, k, v, out, lse, q_offsets, *tables = ctx.saved_tensors
         params, q_offset, rest = ctx.mask
         if dout is None and dlse is None:
-            return (None,) * 11
-        with torch._C._AutoDispatchBelowAutograd():
-            gradients = torch.ops.maskflash.backward.default(
-                dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
-            )
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _FirstDerivative.apply(*gradients, q, k, v)  # type: ignore[no-untyped-call]
-        return *gradients, *(None,) * 8
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Gradients as they are; differentiating them again is an error, where zeros would be silently wrong."""
+            return (None,) * 5
+        gradients = torch.ops.maskflash.backward.default(
+            dout, dlse, q, k, v, out, lse, tables, params, q_offset, q_offsets, *rest
+        )
+        return None, *gradients, None
 
     @staticmethod
-    def forward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
+
+
+class _Backward(_Function):  # type: ignore[misc]
+    """Refuses to be differentiated, where zeros would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor] = _below_autograd(torch.ops.maskflash.backward.default, *args)
+        return gradients
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> Any:
-        raise NotImplementedError(
-            "maskflash: attention has no second derivative; detach its gradients, or use a dense mask with torch's "
-            "scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
-        )
+        raise NotImplementedError(f"maskflash: attention has no second derivative; detach its gradients, or {_DENSE}")
+
+    jvp = backward
 
 
-def _forward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = _Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+    with _own_level():
+        result: tuple[Tensor, Tensor] = _Forward.apply(_forward_below, q, k, v, mask)
+        return result
+
+
+def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with _own_level():
+        result: tuple[Tensor, Tensor, Tensor] = _Backward.apply(*args)
+        return result
+
+
+def _own_level() -> AbstractContextManager[None]:
+    """Lets a Function run in a transform of torch.func, of which the dispatcher has left it one level."""
+    if torch._C._are_functorch_transforms_active():
+        return enable_single_level_autograd_function()
+    return nullcontext()
+
+
+def _forward_at_once(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*args)
+
+
+def _forward_below(*args: Any) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _below_autograd(torch.ops.maskflash.forward.default, *args)
     return result
+
+
+def _below_autograd(op: Any, *args: Any) -> Any:
+    """An op's result from the kernels below autograd."""
+    if not torch._C._are_functorch_transforms_active():
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    # The next level down of torch.func differentiates for itself, which a Function's forward would keep it from.
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op(*args)
+
+
+def _batched(*args: Any) -> Any:
+    raise NotImplementedError(
+        "maskflash: attention can't be vmapped; make what is mapped over its batch (its first dimension), or call it "
+        "once for each element"
+    )
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
     problem, scale, backend = _problem(q, k, *mask)
     plan = plans.find(problem, backend).plan
-    if not isinstance(plan, cpu.Plan):
-        from maskflash.kernels import triton
+    if isinstance(plan, cpu.Plan):
+        return cpu.forward(plan, q, k, v, scale)
+    from maskflash.kernels import triton
 
-        return triton.forward(plan, problem, q, k, v, scale)
-    return cpu.forward(plan, q, k, v, scale)
+    return triton.forward(plan, problem, q, k, v, scale)
 
 
 def _backward(
@@ -133,12 +209,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem, scale, backend = _problem(q, k, *mask)
     dout = torch.zeros_like(out) if dout is None else dout
-    plan = plans.find(problem, backend).plan
-    if not isinstance(plan, cpu.Plan):
-        from maskflash.kernels import triton
+    plan = plans.find(problem, backend, saved=True).plan
+    if isinstance(plan, cpu.Plan):
+        return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
+    from maskflash.kernels import triton
 
-        return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
-    return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
+    return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -159,17 +235,18 @@ def _problem(
     q_offsets: Tensor | None,
     scale: float,
     expr: str,
-    block_size: list[int],
+    block_size: Sequence[int],
     backend: Backend,
 ) -> tuple[Problem, float, Backend]:
+    batch, heads, q_len, _ = q.shape
     rows, columns = block_size
     problem = Problem(
-        _parsed(expr),
+        expression(expr),
         Inputs(tuple(params), tuple(tables)),
-        q.shape[2],
+        q_len,
         k.shape[2],
-        q.shape[0],
-        q.shape[1],
+        batch,
+        heads,
         (rows, columns),
         q_offset if q_offsets is None else q_offsets,
         q.device,
@@ -177,14 +254,13 @@ def _problem(
     return problem, scale, backend
 
 
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Expr:
-    return parse(text)
-
-
-_library.impl("forward", _forward_autograd, "Autograd")
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("backward", _backward, _device)
-_library.impl("forward", _forward_meta, "Meta")
-_library.impl("backward", _backward_meta, "Meta")
+for _name, _implementations in {
+    "forward": (_forward, _forward_meta, _forward_autograd),
+    "backward": (_backward, _backward_meta, _backward_autograd),
+}.items():
+    _run, _meta, _autograd = _implementations
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _key)
+    _library.impl(_name, _meta, "Meta")
+    _library.impl(_name, _autograd, "Autograd")
+    _library.impl(_name, _batched, "FuncTorchBatched")

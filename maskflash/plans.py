@@ -7,81 +7,141 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
-
-_lock = threading.RLock()
-_analyses: OrderedDict[Hashable, tuple[Analysis, tuple[weakref.ref[Tensor], ...]]] = OrderedDict()
+MEMORY: Final = 1 << 30  # bytes of them; likewise, but the latest stays, however large
 
 
-def find(problem: Problem, backend: Backend) -> Analysis:
-    """The analysis of a problem for a backend, made now or found.
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """An analysis, its bytes when last weighed, its key for saved tensors, and weak references to what keys name."""
+
+    analysis: Analysis
+    nbytes: int
+    saved_key: Hashable
+    references: tuple[StorageWeakRef | weakref.ref[Tensor], ...]
+
+
+_lock = threading.RLock()  # of what follows; never held while a mask is analysed
+_entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+_keys: dict[Hashable, Hashable] = {}  # of entries, by their keys for saved tensors
+_turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
+_latest: Hashable = None  # key of the last analysis made
+
+
+def find(problem: Problem, backend: Backend, *, saved: bool = False) -> Analysis:
+    """The analysis of a problem for a backend, made now or found; threads that want the same one make it once.
 
     A table counts as the same while it is the same tensor (or a view alike of it) at the same version, which every
     write through torch advances. Tensors of inference mode have no version: they are compared by content.
+
+    With `saved` the tensors come from autograd, which has made sure that they are unchanged since forward, but may
+    give out others of the same storage.
     """
-    tensors = problem.inputs.tables
-    if isinstance(problem.q_offset, Tensor):
-        tensors = (*tensors, problem.q_offset)
-    key = _key(problem, backend, tensors)
-    with _lock:
-        found = _analyses.get(key)
-        if found is not None:
-            _analyses.move_to_end(key)
-            return found[0]
-    analysis = analyse(problem, backend)
-    with _lock:
-        # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies.
-        alive = tuple(
-            weakref.ref(_owner(tensor), lambda _: _forget(key)) for tensor in tensors if not tensor.is_inference()
-        )
-        _analyses[key] = analysis, alive
-        while len(_analyses) > CAPACITY:
-            _analyses.popitem(last=False)
-    return analysis
+    key = _key(problem, backend)
+    found = _get(key)
+    if found is None and saved:
+        found = _get(_keys.get(_key(problem, backend, saved=True)))
+    return _make(key, problem, backend) if found is None else found
 
 
 def invalidate(expressions: set[str]) -> None:
     """Forget the analyses of these expressions (canonical texts)."""
     with _lock:
-        for key in [key for key in _analyses if isinstance(key, tuple) and key[0] in expressions]:
-            del _analyses[key]
+        for key in [key for key in _entries if isinstance(key, tuple) and key[0] in expressions]:
+            _forget(key)
+
+
+def _get(key: Hashable) -> Analysis | None:
+    with _lock:
+        entry = _entries.get(key)
+        if entry is None:
+            return None
+        _entries.move_to_end(key)
+        return entry.analysis
+
+
+def _make(key: Hashable, problem: Problem, backend: Backend) -> Analysis:
+    """Analyse, or wait for the thread that does."""
+    with _lock:
+        turn = _turns.setdefault(key, threading.Lock())
+    with turn:
+        found = _get(key)
+        if found is None:
+            try:
+                found = analyse(problem, backend)
+                _keep(key, found, problem, backend)
+            finally:
+                with _lock:
+                    _turns.pop(key, None)
+    return found
+
+
+def _keep(key: Hashable, analysis: Analysis, problem: Problem, backend: Backend) -> None:
+    """Store an analysis, and drop those used least recently until count and bytes are within bounds."""
+    global _latest
+    tensors = problem.inputs.tables
+    if isinstance(problem.q_offset, Tensor):
+        tensors = (*tensors, problem.q_offset)
+    with _lock:
+        # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies. The
+        # address of a storage is kept from being given away by a weak reference.
+        counted = [tensor for tensor in tensors if not tensor.is_inference()]
+        alive = [weakref.ref(_owner(tensor), lambda _: _forget(key)) for tensor in counted]
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in counted]
+        if _latest in _entries:  # it has made schedules since
+            _entries[_latest].nbytes = _entries[_latest].analysis.nbytes
+        saved_key = _key(problem, backend, saved=True)
+        _entries[key] = _Entry(analysis, analysis.nbytes, saved_key, (*alive, *storages))
+        _keys[saved_key] = _latest = key
+        nbytes = sum(entry.nbytes for entry in _entries.values())
+        while len(_entries) > CAPACITY or (nbytes > MEMORY and len(_entries) > 1):
+            oldest = next(iter(_entries))
+            nbytes -= _entries[oldest].nbytes
+            _forget(oldest)
 
 
 def _forget(key: Hashable) -> None:
     with _lock:
-        _analyses.pop(key, None)
+        entry = _entries.pop(key, None)
+        if entry is not None and _keys.get(entry.saved_key) == key:
+            del _keys[entry.saved_key]
 
 
-def _key(problem: Problem, backend: Backend, tensors: tuple[Tensor, ...]) -> Hashable:
-    offset = None if isinstance(problem.q_offset, Tensor) else problem.q_offset
+def _key(problem: Problem, backend: Backend, *, saved: bool = False) -> Hashable:
+    """All that an analysis depends on; batch rows and heads count only where they are looked at."""
+    reads, offset = problem.expr.reads, problem.q_offset
+    per_row = isinstance(offset, Tensor)
     return (
         problem.expr.text,
         backend,
         problem.inputs.params,
         problem.q_len,
         problem.kv_len,
-        problem.shape[:2],
+        problem.batch if per_row or "b" in reads else 1,
+        problem.heads if "h" in reads else 1,
         problem.block_size,
-        offset,
+        _fingerprint(offset, saved) if isinstance(offset, Tensor) else offset,
         problem.device,
-        tuple(_fingerprint(tensor) for tensor in tensors),
+        *[_fingerprint(table, saved) for table in problem.inputs.tables],
     )
 
 
-def _fingerprint(tensor: Tensor) -> Hashable:
+def _fingerprint(tensor: Tensor, saved: bool) -> Hashable:
     if tensor.is_inference():
         content = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
         return tensor.dtype, tensor.shape, hashlib.blake2b(content, digest_size=16).digest()
     place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-    return id(_owner(tensor)), tensor._version, place
+    return tensor.untyped_storage()._cdata if saved else id(_owner(tensor)), tensor._version, place
 
 
 def _owner(tensor: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ def run(text, name):
     """Run a document's sessions one after the other in one namespace; return failures, and what was printed of them."""
     said = []
     test = doctest.DocTestParser().get_doctest("\n".join(SESSION.findall(text)), {}, name, name, 0)
-    return doctest.DocTestRunner(verbose=False).run(test, out=said.append).failed, "".join(said)
+    # Dynamo takes its names out of the globals of what it compiled when that goes: clearing them would be too early.
+    result = doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
+    return result.failed, "".join(said)
 
 
 @pytest.mark.parametrize("path", WITH_SESSIONS, ids=lambda path: path.name)

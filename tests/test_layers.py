@@ -23,8 +23,20 @@ ORDER = {
         "changes",
     ],
     "masks": [
-        *("tables", "traces", "fingerprint", "call", "lines", "base", "combination", "mask", "columns", "convert"),
-        *("compare", "why", "flex"),
+        *(
+            "tables",
+            "slots",
+            "traces",
+            "fingerprint",
+            "call",
+            "lines",
+            "base",
+            "combination",
+            "mask",
+            "dense",
+            "columns",
+        ),
+        *("convert", "compare", "why", "flex"),
     ],
     "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
     "kernels": [

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskflash as mf
 from maskflash.expr.nodes import parse
@@ -19,10 +21,12 @@ def arguments(mask, q, k, v, **mask_args):
 def test_the_op_keeps_torch_s_rules(tables):
     mask = mf.sliding_window(9) & mf.document([20, 30]) if tables else mf.sliding_window(9)
     shape = Shape(2, 4, 2, 50, 50, 8, 6)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.maskflash.forward.default, arguments(mask, *shape.tensors(torch.float32)), test_utils=checks
-    )
+    given = arguments(mask, *shape.tensors(torch.float32))
+    torch.library.opcheck(torch.ops.maskflash.forward.default, given)
+    given = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+    out, lse = torch.ops.maskflash.forward.default(*given)
+    for dlse in (None, torch.ones_like(lse)):
+        torch.library.opcheck(torch.ops.maskflash.backward.default, (out, dlse, *given[:3], out, lse, *given[3:]))
 
 
 def test_the_op_alone_is_differentiable_and_needs_only_the_text():
@@ -41,6 +45,39 @@ def test_shapes_are_known_without_data(dtype):
     out, lse = torch.ops.maskflash.forward.default(*arguments(mf.causal(), q, k, v))
     assert (out.shape, out.dtype) == ((2, 4, 50, 6), dtype)
     assert (lse.shape, lse.dtype) == ((2, 4, 50), torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the ops that torch dispatches."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ops.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_dispatch_sees_the_op_and_nothing_below_it():
+    q, k, v = Shape(1, 2, 2, 50, 50, 8, 8).tensors(torch.float32)
+    plain = mf.attention(q, k, v, mf.causal())
+    with Seen() as seen:
+        out = mf.attention(q, k, v, mf.causal())
+        torch.autograd.grad(out.sum(), q)
+    assert torch.equal(out, plain)
+    ours = [op for op in seen.ops if op.namespace == "maskflash"]
+    assert ours == [torch.ops.maskflash.forward.default, torch.ops.maskflash.backward.default]
+    assert torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default not in seen.ops
+
+
+def test_fake_tensors_are_told_apart():
+    attn = mf.compile(mf.causal())
+    with FakeTensorMode():
+        q = torch.empty(1, 2, 50, 8, requires_grad=True)
+        out = attn(q, q, q)
+        out.sum().backward()
+    assert (type(out), out.shape, q.grad.shape) == (FakeTensor, q.shape, q.shape)
 
 
 def test_the_text_is_the_expression():

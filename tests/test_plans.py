@@ -1,9 +1,13 @@
 """Analyses are found again exactly as long as nothing they depend on has changed."""
 
 import gc
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
 from maskflash import plans
@@ -17,7 +21,7 @@ def analyses(monkeypatch):
     found = []
     original = plans.analyse
     monkeypatch.setattr(plans, "analyse", lambda problem, backend: found.append(problem) or original(problem, backend))
-    plans._analyses.clear()
+    plans._entries.clear()
     return found
 
 
@@ -100,7 +104,7 @@ def test_a_new_tensor_in_a_dead_one_s_place_is_not_taken_for_it(analyses):
         del ids
     analyses.clear()
     gc.collect()
-    assert not plans._analyses  # what belongs to dead tensors is gone
+    assert not plans._entries  # what belongs to dead tensors is gone
 
 
 def test_data_s_own_version_counter_does_not_deceive(analyses):
@@ -140,7 +144,99 @@ def test_the_least_recently_used_goes_first(analyses, monkeypatch):
     for window in (1, 2, 1, 3, 1, 2):
         mf.attention(Q, K, V, mf.sliding_window(window))
     assert [problem.inputs.params[0] for problem in analyses] == [1, 2, 3, 2]
-    assert len(plans._analyses) == 2
+    assert len(plans._entries) == 2
+
+
+def test_bytes_are_bounded_too(analyses, monkeypatch):
+    lengths = (96, 80, 64, 48)
+    attn = mf.compile(mf.sliding_window(9))
+    for length in lengths:
+        attn(Q[:, :, :length], K[:, :, :length], V[:, :, :length])
+    weights = [entry.nbytes for entry in plans._entries.values()]
+    assert all(weights)
+    plans._entries.clear()
+    monkeypatch.setattr(plans, "MEMORY", sum(weights[-2:]) + weights[0])
+    for length in lengths:
+        attn(Q[:, :, :length], K[:, :, :length], V[:, :, :length])
+    assert 0 < len(plans._entries) < len(lengths)
+    monkeypatch.setattr(plans, "MEMORY", 1)
+    attn(Q[:, :, :7], K[:, :, :7], V[:, :, :7])
+    assert [entry.analysis.classified.block_map.q_len for entry in plans._entries.values()] == [7]
+
+
+def test_no_key_outlives_its_analysis(analyses):
+    plans._keys.clear()
+    attn = mf.compile(packed)
+    ids = documents()
+    attn(Q, K, V, doc=ids)
+    attn(Q, K, V, doc=documents())
+    assert len(plans._keys) == len(plans._entries)
+    attn.invalidate()
+    assert not plans._keys
+
+
+def test_what_backward_is_given_is_found_by_its_storage(analyses):
+    ids = documents()
+    detached = ids.detach()
+    assert detached._base is None  # nothing says what it is a view of
+    given, saved = (
+        packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": doc}) for doc in (ids, detached)
+    )
+    forward = plans.find(given, "cpu")
+    assert plans.find(saved, "cpu", saved=True) is forward
+    assert plans.find(saved, "cpu") is not forward
+
+
+def test_threads_that_want_one_analysis_make_it_once(monkeypatch):
+    made, start = [], threading.Barrier(8)
+    original = plans.analyse
+
+    def slowly(problem, backend):
+        made.append(problem)
+        time.sleep(0.05)
+        return original(problem, backend)
+
+    monkeypatch.setattr(plans, "analyse", slowly)
+    plans._entries.clear()
+    ids = documents()
+    expected = scaled_dot_product_attention(Q, K, V, packed.dense(96, 96, batch=2, doc=ids))
+    attn = mf.compile(packed)
+
+    def work(_):
+        start.wait()
+        return attn(Q, K, V, doc=ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        for out in pool.map(work, range(8)):
+            torch.testing.assert_close(out, expected)
+    assert len(made) == 1
+    assert not plans._turns
+
+
+def test_threads_with_tables_of_their_own_do_not_mix_them_up(monkeypatch):
+    monkeypatch.setattr(plans, "CAPACITY", 3)
+    attn = mf.compile(packed)
+
+    def work(seed):
+        for n in range(1, 12):
+            ids = documents() // (1 + (seed + n) % 5)
+            expected = scaled_dot_product_attention(Q, K, V, packed.dense(96, 96, batch=2, doc=ids))
+            torch.testing.assert_close(attn(Q, K, V, doc=ids), expected)
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+    assert len(plans._entries) <= 3
+
+
+def test_an_analysis_that_fails_fails_again(analyses):
+    table = torch.zeros(5)
+    attn = mf.compile(lambda b, h, q, kv: table[q] == 0)
+    for _ in range(2):
+        with pytest.raises(mf.MaskIndexError):
+            attn(Q, K, V)
+    assert not plans._turns
+    attn(Q[:, :, :5], K, V)
 
 
 def test_analyses_do_not_keep_tables_alive(analyses):

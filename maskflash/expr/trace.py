@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -77,6 +78,13 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
         MaskTraceError: something that can't be an expression, with file, line and the fix.
     """
     mask_args = mask_args or {}
+    # In compiled code that makes a mask, dynamo would look into the very frames that a trace looks at.
+    attempt = torch.compiler.disable(_attempt) if "torch._dynamo" in sys.modules else _attempt
+    traced: Traced = attempt(predicate, mask_args)
+    return traced
+
+
+def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:
     with contextlib.suppress(Exception):  # it may lie on a path that the values of constants rule out
         return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
     try:

@@ -17,7 +17,7 @@ from maskflash.kernels.cpu_plan import Plan, plan
 
 __all__ = ["Plan", "backward", "forward", "plan"]
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_kernel = torch._scaled_dot_product_flash_attention_for_cpu  # its own binding: cheaper to call than torch.ops
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -35,33 +35,30 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq), natural logarithm, float32 (float64 for float64);
         -inf, and out 0, for rows that see nothing.
     """
-    batch, heads, q_len, _ = q.shape
+    batch, heads, q_len, head_dim = q.shape
+    v_head_dim = v.shape[3]
     total = _lse_dtype(q.dtype)
-    lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=total)
-    if lse.numel() == 0:
-        return q.new_zeros(batch, heads, q_len, v.shape[3]), lse
+    if batch * heads * q_len == 0:
+        return q.new_zeros(batch, heads, q_len, v_head_dim), q.new_zeros((batch, heads, q_len), dtype=total)
     schedule = plan.schedule("forward", q.dtype, _work(plan, q, v))
-    out = q.new_zeros((batch, heads, q_len, v.shape[3]), dtype=total if schedule.merges else q.dtype)
     compute = q.dtype if schedule.native else torch.float32
-    width = max(q.shape[3], v.shape[3])
-    inputs = tuple(_prepared(x, compute, width) for x in (q, k, v))
+    width = max(head_dim, v_head_dim)
+    inputs = _prepared(q, compute, width), _prepared(k, compute, width), _prepared(v, compute, width)
+    only = schedule.only(q_len)
+    if only is not None and heads == k.shape[1]:
+        out, lse = _attend(plan, only, *inputs, scale)
+        out = out if width == v_head_dim else out[..., :v_head_dim]
+        return _as(out, q.dtype).contiguous(), _as(lse, total).contiguous()
+    lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=total)
+    out = q.new_zeros((batch, heads, q_len, v_head_dim), dtype=total if schedule.merges else q.dtype)
     for call, (qs, ks, vs, outs, lses) in _units(schedule, plan, (*inputs, out, lse)):
-        queries = _take(qs, call.rows, call)
-        part, part_lse = _kernel(
-            queries,
-            _shared(_take(ks, call.columns, call), queries),
-            _shared(_take(vs, call.columns, call), queries),
-            0.0,
-            isinstance(call.mask, Causal),
-            attn_mask=plan.additive(call, compute),
-            scale=scale,
-        )
+        part, part_lse = _attend(plan, call, qs, ks, vs, scale)
         if call.merges:
-            _merge(outs, lses, call, part[..., : v.shape[3]], part_lse)
+            _merge(outs, lses, call, part[..., :v_head_dim], part_lse)
         else:
-            _put(outs, call, part[..., : v.shape[3]])
+            _put(outs, call, part[..., :v_head_dim])
             _put(lses, call, part_lse)
-    return out.to(q.dtype), lse
+    return _as(out, q.dtype), lse
 
 
 def backward(
@@ -129,14 +126,35 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype)
 
 
+def _attend(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Runs a call: its rows of out and lse."""
+    queries = _take(q, call.rows, call)
+    result: tuple[Tensor, Tensor] = _kernel(
+        queries,
+        _shared(_take(k, call.columns, call), queries),
+        _shared(_take(v, call.columns, call), queries),
+        0.0,
+        isinstance(call.mask, Causal),
+        attn_mask=plan.additive(call, q.dtype),
+        scale=scale,
+    )
+    return result
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts; a call of `to` that does nothing takes a microsecond."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _work(plan: Plan, q: Tensor, v: Tensor) -> int:
     """Heads x head dim of one call."""
-    batch, heads = (x if m == 1 else 1 for x, m in zip(q.shape[:2], plan.block_map.shape[:2], strict=True))
-    return batch * heads * max(q.shape[3], v.shape[3])
+    own_batch, own_heads = plan.block_map.shape[:2]
+    batch, heads = q.shape[:2]
+    return (batch if own_batch == 1 else 1) * (heads if own_heads == 1 else 1) * max(q.shape[3], v.shape[3])
 
 
 def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
@@ -145,10 +163,11 @@ def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     The kernel reads garbage from rows that are not dense, and is 15x slower on rows closer than their width, such as
     those of an expanded tensor; all other strides it takes as they are.
     """
-    x = x.to(dtype)
+    x = _as(x, dtype)
     if x.shape[3] < width:
         x = pad(x, (0, width - x.shape[3]))
-    return x if x.stride(3) == 1 and x.stride(2) >= width else x.clone(memory_format=torch.contiguous_format)
+    stride = x.stride()
+    return x if stride[3] == 1 and stride[2] >= width else x.clone(memory_format=torch.contiguous_format)
 
 
 def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Iterator[tuple[Call, list[Tensor]]]:
@@ -191,7 +210,7 @@ def _take(x: Tensor, pick: Pick, call: Call) -> Tensor:
 
 def _shared(x: Tensor, q: Tensor) -> Tensor:
     """K or V seen by all the heads of its group, without a copy."""
-    return x.expand(*q.shape[:2], -1, -1)
+    return x if x.shape[:2] == q.shape[:2] else x.expand(*q.shape[:2], -1, -1)
 
 
 def _put(x: Tensor, call: Call, part: Tensor) -> None:

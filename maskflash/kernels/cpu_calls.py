@@ -33,7 +33,8 @@ class Pick:
     def take(self, x: Tensor, dim: int) -> Tensor:
         """The picked tokens of x: a view where they are a slice, else a copy."""
         if self.index is None:
-            return x.narrow(dim, self.start, self.stop - self.start)
+            whole = self.stop - self.start == x.shape[dim]
+            return x if whole else x.narrow(dim, self.start, self.stop - self.start)
         return x.index_select(dim, self.index)
 
     def tokens(self) -> Tensor:
@@ -152,6 +153,14 @@ class Schedule:
     def merges(self) -> bool:
         """Whether some rows are in several calls."""
         return any(call.merges for call in self.all_calls())
+
+    def only(self, q_len: int) -> Call | None:
+        """The one call there is, if it computes all rows of every batch row and head."""
+        if len(self.calls) == 1:
+            (calls,) = self.calls.values()
+            if len(calls) == 1 and calls[0].repeat == 1 and len(calls[0].rows) == q_len:
+                return calls[0]
+        return None
 
     def all_calls(self) -> Iterator[Call]:
         """Every call, in order."""

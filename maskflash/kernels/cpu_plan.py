@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
@@ -21,6 +21,8 @@ from maskflash.kernels.cpu_layers import Layers
 from maskflash.kernels.cpu_regular import Segments, cover, find_segments
 
 _MAX_STORED_BITS: Final = 256 << 20  # bytes of packed bits per plan; beyond it, the mask is evaluated per call
+_MAX_KEPT_PAIRS: Final = 1 << 16  # of one call whose mask is kept
+_MAX_KEPT_MASKS: Final = 16
 _MAX_SHARED_BANDS: Final = 8  # matrices kept; two-sided bands share one only with bands of their own width
 
 
@@ -40,7 +42,9 @@ class Plan:
     segments: dict[tuple[int, int], list[Segments]]
     strips: dict[tuple[int, int], list[Call]]
     _schedules: dict[tuple[Pass, bool, int], Schedule] = field(default_factory=dict)
+    _chosen: dict[tuple[Pass, torch.dtype, int, bool], Schedule] = field(default_factory=dict)
     _band_sizes: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     _bands: dict[tuple[tuple[int, int, int], torch.dtype], Tensor] = field(default_factory=dict)
 
     def schedule(self, pass_: Pass, dtype: torch.dtype, work: int, *, widen: bool = False) -> Schedule:
@@ -52,6 +56,13 @@ class Plan:
             work: heads x head dim that one call computes.
             widen: rule out computing half types in their own dtype.
         """
+        key = (pass_, dtype, work, widen)
+        found = self._chosen.get(key)
+        if found is None:
+            found = self._chosen[key] = self._choose(pass_, dtype, work, widen)
+        return found
+
+    def _choose(self, pass_: Pass, dtype: torch.dtype, work: int, widen: bool) -> Schedule:
         # Overheads matter to a factor of a few; schedules are shared between works of the same power of four.
         bucket = 4 ** max(round(np.log2(max(work, 1)) / 2), 0)
         options = [c for c in candidates(pass_, dtype) if not (widen and c.native and dtype.itemsize == 2)]
@@ -76,12 +87,22 @@ class Plan:
         if isinstance(mask, Band):
             return self._band(mask, len(call.rows), columns, dtype)
         if isinstance(mask, Intervals):
-            return additive(mask.visible(columns), dtype)
+            return self._kept(call, dtype, lambda: additive(mask.visible(columns), dtype))
         if isinstance(mask, Bits):
             if mask.packed is not None:
-                return spread(mask.packed, columns, dtype)
+                packed = mask.packed
+                return self._kept(call, dtype, lambda: spread(packed, columns, dtype))
             return additive(self._evaluated(mask, call), dtype)
         return None
+
+    def _kept(self, call: Call, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+        """The mask of a call small enough that making it again costs more than keeping it."""
+        if call.pairs > _MAX_KEPT_PAIRS or len(self._masks) >= _MAX_KEPT_MASKS:
+            return make()
+        key = (id(call), dtype)  # calls live as long as the plan
+        if key not in self._masks:
+            self._masks[key] = make()
+        return self._masks[key]
 
     def _evaluated(self, mask: Bits, call: Call) -> Tensor:
         """The call's visible pairs: (R, S) bool."""
@@ -120,7 +141,7 @@ class Plan:
         return (
             sum(s.nbytes for layers in self.segments.values() for s in layers)
             + sum(c.nbytes for c in calls.values())
-            + sum(b.nbytes for b in self._bands.values())
+            + sum(m.nbytes for m in (*self._bands.values(), *self._masks.values()))
         )
 
     def describe(self, pass_: Pass, dtype: torch.dtype, work: int = 512) -> dict[str, int | str]:

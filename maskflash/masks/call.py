@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +14,13 @@ from maskflash.expr.evaluate import Inputs
 from maskflash.expr.format import format_expr
 from maskflash.expr.trace import Traced
 from maskflash.expr.tracer import Argument
-from maskflash.masks import tables
+from maskflash.masks import slots, tables
 from maskflash.masks.fingerprint import fingerprint
 
 _SIZES: Final = {"b": "batch", "h": "heads", "q": "q_len", "kv": "kv_len"}  # of a call, by what they bound
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What a mask may know of the call it serves, already checked.
 
     Attributes:
@@ -53,6 +51,7 @@ class Bindable:
         defaults: values of those that may be left out.
         implied_names: arguments that follow from a call, by names that nobody can pass.
         sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
+        forms: its traces so far, as the op takes them.
     """
 
     def __init__(
@@ -68,6 +67,7 @@ class Bindable:
         self.defaults = defaults
         self.implied_names = implied_names
         self.sizes = sizes
+        self.forms = slots.Known()
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible, for numbers, tensors or the symbols of a trace."""
@@ -76,6 +76,16 @@ class Bindable:
     def traced(self, mask_args: dict[str, Any]) -> Traced:
         """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds."""
         raise NotImplementedError
+
+    @slots.aside
+    def specialised(self, kinds: tuple[slots.Kind, ...]) -> tuple[str, ...]:
+        """The arguments whose values (or shapes) traces for these kinds are known to depend on."""
+        return slots.specialised(self, kinds)
+
+    @slots.aside
+    def slots_name(self, kinds: tuple[slots.Kind, ...], exact: slots.Exact) -> str | None:
+        """Where `forms` has the slots for these kinds and values; None if a trace depends on further values."""
+        return slots.slots_name(self, kinds, exact)
 
     def implied(self, call: Call) -> dict[str, int]:
         """The values of `implied_names` in a call.

@@ -16,7 +16,7 @@ def on(table: Tensor, device: torch.device) -> Tensor:
     """
     if table.device == device:
         return table
-    if table.is_inference():
+    if table.is_inference() or torch.compiler.is_compiling():
         return table.to(device)
     held: dict[torch.device, tuple[int, Tensor]] = _copies.setdefault(table, {})
     if device not in held or held[device][0] != table._version:

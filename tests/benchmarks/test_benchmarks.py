@@ -12,6 +12,7 @@ from benchmarks import (
     flashmask,
     flex,
     million,
+    overhead,
     packed_model,
     report,
     runner,
@@ -61,6 +62,19 @@ def test_analysis_fills_every_row(capsys):
     assert [row.measure for row in rows if row.table == "comparison"] == ["time", "peak memory"]
     assert [row.case for row in rows if row.table == "start"] == ["import maskflash", "compile and first call"]
     assert "a quick run" in capsys.readouterr().out
+
+
+def test_overhead_fills_every_row(capsys):
+    rows = overhead.main(["--quick"])
+    assert_plausible(rows, overhead.TITLES)
+    assert [row.measure for row in rows] == ["forward", "longer by"] * 5
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_overhead_compares_the_same_attention():
+    q, k, v = (torch.randn(1, overhead.HEADS, overhead.TOKENS, overhead.HEAD_DIM) for _ in range(3))
+    for _, ours, dense in overhead.cases(q, k, v):
+        torch.testing.assert_close(ours(), torch.nn.functional.scaled_dot_product_attention(q, k, v, **dense))
 
 
 def test_million_fills_every_row(capsys):
