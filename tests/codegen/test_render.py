@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def test_the_text_is_the_golden_one(request, name, pass_name):
     given = {"doc": torch.zeros(2, 1024, dtype=torch.int32)} if name == "packed" else {}
     x = torch.zeros(2, 4, 1024, 64)
     text = mf.compile(MASKS[name]).source(x, x, x, pass_name=pass_name, **given)
+    text = re.sub(r"(\.py):\d+\)", r"\1)", text)  # the lines of masks move with whatever stands above them
     path = GOLDEN / f"{name}.{pass_name}.txt"
     if request.config.getoption("--update-golden"):
         path.write_text(text, encoding="utf-8")
