@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
     *("errors", "arguments", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
-    *("compiler", "explain", "plans", "op", "api", "flashmask", "testing", "demo", "doctor", "cli"),
+    *("compiler", "explain", "plans", "op", "api", "flashmask", "traffic", "visualize"),
+    *("testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
     "expr": [
@@ -47,6 +48,8 @@ ORDER = {
         "triton",
     ],
     "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
+    "visualize": ["cells", "style", "vectors", "figures"],
+    "cli": ["expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
     "demo": ["documents", "workload", "checks", "measure", "report", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
