@@ -7,6 +7,7 @@ anything is timed, one head of the output is held against dense float64.
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -76,9 +77,8 @@ def run(args: Namespace) -> int:
     shape = Shape(seen.batch, seen.heads, seen.heads, seen.q_len, seen.kv_len, args.head_dim, args.head_dim)
     q, k, v = (x.requires_grad_(args.backward) for x in shape.tensors(dtype, device=args.device))
     inputs = q, k, v
-    errors = Console(stderr=True)
     columns = TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("analysing and checking", total=args.rounds + 2)
         attend = mf.compile(seen.mask, block_size=args.block_size or 128)
         check = _check(attend, seen, inputs)

@@ -173,9 +173,6 @@ def _tokens(name: str, values: Sequence[Any], named: dict[str, Any]) -> int | No
                 return int(starts[-1]) if starts else _innermost(ids)
             rows = lengths if lengths and isinstance(lengths[0], list) else [lengths]
             return max(int(sum(row)) for row in rows)
-        case "padding":
-            lengths = given["lengths"]
-            return int(max(lengths)) if isinstance(lengths, list) else int(lengths)
         case "natten":
             return int(given["height"] * given["width"])
         case "share_question":
@@ -195,7 +192,6 @@ _LEADING: Final[dict[str, tuple[str, ...]]] = {
     "document": ("lengths",),
     "causal_blockwise": ("lengths",),
     "prefix_lm_document": ("lengths",),
-    "padding": ("lengths",),
     "natten": ("height", "width"),
     "share_question": ("documents",),
     "paper": ("name", "seq_len"),

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Final
 
 import maskflash
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
+_WIDTH: Final = 78  # of descriptions; argparse leaves them alone where examples are laid out by hand
+
 _MASK: Final = """\
-MASK is an expression of presets, quoted for the shell, or a mask or predicate in a file:
+MASK is an expression of presets, quoted for the shell, or what a file defines:
 
   causal                                  as causal()
   "causal & document(300, 500, 224)"      as lengths=[300, 500, 224]
   "global_tokens(16) | sliding_window(256, right=256)"
   "causal & document([4096] * 256)"       a million tokens
   "paper('share_question', 8192)"         the FlashMask paper's masks
-  masks.py:packed                         f(b, h, q, kv) -> bool, or a maskflash mask
+  masks.py:packed                         a mask, or f(b, h, q, kv) -> bool
 
-Masks join by & | ^ ~ and parentheses. Lengths that aren't given are what the documents add up to, else 4,096 tokens.
+Masks join by & | ^ ~ and parentheses. Lengths that aren't given are what the
+documents add up to, else 4,096 tokens.
 """
 _STATUS: Final = "Exit status: 0 all well, 1 a result is wrong, 2 wrong usage.\n"
 
@@ -59,7 +63,7 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
         "Draw a mask: dark where all pairs of a cell are visible, light where some are, a dot where none is. Without "
         "--block-size cells are as small as fit the terminal; with it they are the tiles, or groups of them.",
         'maskflash show "causal & document(300, 500, 224)"',
-        'maskflash show "causal & sliding_window(4096)" --q-len 1048576 --png window.png',
+        'maskflash show "sliding_window(4096)" --q-len 1048576 --png window.png',
         "maskflash show masks.py:packed --block-size 64 --json",
     )
     show.add_argument("--png", metavar="FILE", help="also draw the mask and its tiles with matplotlib")
@@ -73,7 +77,7 @@ def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
         "Say what a mask became: its expression, its tiles and how they were decided, the backend and what each pass "
         "of it runs, and a prediction of the memory traffic beside dense attention's.",
         'maskflash explain "causal & document(300, 500, 224)"',
-        'maskflash explain "sliding_window(512)" --q-len 16384 --head-dim 128 --dtype bfloat16 --fast-memory 228',
+        'maskflash explain "sliding_window(512)" --head-dim 128 --fast-memory 228',
     )
     _of_call(explain)
     explain.add_argument(
@@ -125,12 +129,14 @@ def _of_mask(
     made = commands.add_parser(
         name,
         help=summary,
-        description=description,
+        description=textwrap.fill(description, _WIDTH),
         epilog=f"{_MASK}\nExamples:\n\n{listed}\n\n{_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("mask", metavar="MASK", help="an expression of presets, or file.py:function")
-    made.add_argument("--q-len", type=_count, metavar="N", help="queries in tokens (default: see below)")
+    made.add_argument(
+        "--q-len", type=_count, metavar="N", help="queries in tokens (default: the mask's own, else 4,096)"
+    )
     made.add_argument("--kv-len", type=_count, metavar="N", help="keys in tokens (default: as many as queries)")
     made.add_argument("--batch", type=_count, default=1, metavar="N", help="batch rows (default: %(default)s)")
     made.add_argument("--heads", type=_count, default=1, metavar="N", help="query heads (default: %(default)s)")

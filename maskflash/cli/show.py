@@ -31,15 +31,13 @@ def run(args: Namespace) -> int:
     if args.json:
         terminal.print_json(_facts(seen, block_map, drawn, tokens, args.png))
         return 0
-    counts, (rows, columns) = block_map.counts, block_map.block_size
     console = terminal.console()
     console.print(f"{seen.mask}: {seen.q_len:,} queries x {seen.kv_len:,} keys\n")
     if drawn.kinds.size:
-        console.print(terminal.picture(drawn, terminal.encoding()), f"  one cell is {tokens[0]} x {tokens[1]} tokens")
-    console.print(
-        f"\n{', '.join(f'{count:,} {kind}' for kind, count in counts.items())} tiles of {rows} x {columns} tokens, "
-        f"{100 * block_map.sparsity:.1f} % skipped"
-    )
+        console.print(terminal.picture(drawn, terminal.encoding()), f" one cell is {tokens[0]} x {tokens[1]} tokens\n")
+    rows, columns = block_map.block_size
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in block_map.counts.items())
+    console.print(f"{rows} x {columns} tiles: {counts} ({100 * block_map.sparsity:.1f} %)")
     if block_map.shape[0] * block_map.shape[1] > 1:
         console.print(f"drawn: batch row 0, head 0 of {block_map.shape[0]} x {block_map.shape[1]}; counted: all")
     if args.png is not None:

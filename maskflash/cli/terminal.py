@@ -67,11 +67,10 @@ def print_json(data: dict[str, Any]) -> None:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Say what is being done on a terminal's standard error, and take it back when it is done."""
-    errors = Console(stderr=True)
-    if not errors.is_terminal:
+    if not sys.stderr.isatty():
         yield
         return
-    with errors.status(what):
+    with Console(stderr=True).status(what):
         yield
 
 
