@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
 from maskflash.cli import terminal
-from maskflash.cli.masks import Subject, subject
+from maskflash.cli.masks import Subject, device, subject
 from maskflash.errors import ArgumentError
 from maskflash.testing import Shape, error_budget, reference
 
@@ -66,8 +66,8 @@ class Check:
 def run(args: Namespace) -> int:
     """Measure and print; 1 if the output is wrong."""
     seen = subject(args)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if args.flex and args.backward and device.type == "cpu":
+    place, dtype = device(args), getattr(torch, args.dtype)
+    if args.flex and args.backward and place.type == "cpu":
         raise ArgumentError("--flex: FlexAttention has no backward on the CPU; drop --backward")
     if seen.q_len * seen.kv_len > _DENSE:
         raise ArgumentError(
@@ -75,7 +75,7 @@ def run(args: Namespace) -> int:
             f"{_DENSE:,}; use a smaller --q-len and --kv-len"
         )
     shape = Shape(seen.batch, seen.heads, seen.heads, seen.q_len, seen.kv_len, args.head_dim, args.head_dim)
-    q, k, v = (x.requires_grad_(args.backward) for x in shape.tensors(dtype, device=args.device))
+    q, k, v = (x.requires_grad_(args.backward) for x in shape.tensors(dtype, device=str(place)))
     inputs = q, k, v
     columns = TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:

@@ -8,7 +8,7 @@ import torch
 
 import maskflash as mf
 from maskflash.cli import terminal
-from maskflash.cli.masks import subject
+from maskflash.cli.masks import device, subject
 from maskflash.traffic import predict
 
 
@@ -18,7 +18,7 @@ def run(args: Namespace) -> int:
     itemsize = getattr(torch, args.dtype).itemsize
     with terminal.working(f"analysing {seen.mask}"):
         attn = mf.compile(seen.mask, block_size=args.block_size or 128)
-        explained = attn.explain(seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads, device=args.device)
+        explained = attn.explain(seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads, device=device(args))
         moved = predict(
             explained.analysis.classified.block_map,
             head_dim=args.head_dim,

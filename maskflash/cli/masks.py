@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.cli.expression import Written, parse
-from maskflash.errors import ArgumentError, ArgumentTypeError, MaskflashError
+from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError, MaskflashError
 from maskflash.masks.mask import Mask, mask
 
 _IN_FILE: Final = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
@@ -55,6 +55,17 @@ def subject(args: Namespace) -> Subject:
     written = load(args.mask)
     q_len = args.q_len or args.kv_len or written.tokens or TOKENS
     return Subject(written.mask, q_len, args.kv_len or q_len, args.batch, args.heads)
+
+
+def device(args: Namespace) -> torch.device:
+    """The device that was asked for.
+
+    Raises:
+        BackendError: it isn't here.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError("--device: torch finds no CUDA device here; `maskflash doctor` says what runs")
+    return torch.device(args.device)
 
 
 def load(text: str) -> Written:

@@ -104,7 +104,7 @@ def _bench(commands: Commands[argparse.ArgumentParser]) -> None:
     _of_call(bench)
     bench.add_argument("--rounds", type=_count, default=9, help="timings of each contender (default: %(default)s)")
     bench.add_argument("--backward", action="store_true", help="time the backward pass too")
-    bench.add_argument("--flex", action="store_true", help="also compile FlexAttention, which takes a minute or so")
+    bench.add_argument("--flex", action="store_true", help="also compile FlexAttention, which takes a while")
 
 
 def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
