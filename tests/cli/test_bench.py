@@ -49,6 +49,13 @@ def test_contenders_run_by_turns_and_ratios_are_those_of_a_round(monkeypatch):
     assert samples["other"]["forward"] == [13, 17, 29]
 
 
+def test_a_ratio_above_one_is_in_our_favour():
+    args = cli.parser().parse_args(SMALL)
+    samples = {"maskflash": {"forward": [1.0, 2.0, 4.0]}, "other": {"forward": [10.0, 10.0, 10.0]}}
+    facts = bench._facts(bench.subject(args), args, samples, bench.Check(0.0, 0.0))
+    assert facts["ratios"] == {"other": {"forward": pytest.approx({"p20": 3.5, "p50": 5.0, "p80": 8.0})}}
+
+
 def test_a_spread_is_of_the_pairs():
     assert bench.Spread.of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == bench.Spread(2.0, 3.5, 5.0)
 

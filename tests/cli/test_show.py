@@ -92,6 +92,15 @@ def test_the_picture_fits_the_terminal(capsys, monkeypatch, columns, cells):
     assert max(map(len, drawn)) <= int(columns)
 
 
+@pytest.mark.parametrize(("q_len", "kv_len", "cell"), [(8, 100, 4), (100, 8, 4), (33, 33, 2), (32, 32, 1)])
+def test_the_longer_side_sets_the_cells(capsys, q_len, kv_len, cell):
+    lines = show(capsys, "full", "--q-len", str(q_len), "--kv-len", str(kv_len)).splitlines()
+    drawn = [line for line in lines if line.endswith("██")]
+    assert len(drawn) == -(-q_len // cell)
+    assert drawn[0].count("█") == 2 * -(-kv_len // cell)
+    assert f"one cell is {cell} x {cell} tokens" in lines[-3]
+
+
 def test_a_window_of_a_million_tokens_is_quick(capsys):
     show(capsys, "causal", "--q-len", "64")  # loads code
     start = time.perf_counter()

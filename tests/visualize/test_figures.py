@@ -72,6 +72,13 @@ def test_each_pair_of_a_small_mask_has_its_colour():
         assert kind_of(image[at(q + 0.5, kv + 0.5)]) == 2 * truth[q, kv]
 
 
+def test_queries_go_down_and_keys_to_the_right():
+    _, at = pixels(visualize.draw_mask(mf.causal(), 64, 64))
+    (top, left), (bottom, right) = at(1, 1), at(63, 63)
+    assert top < bottom
+    assert left < right
+
+
 def test_the_row_and_head_asked_for_are_drawn():
     spans = torch.tensor([[1, 8], [4, 2]])
     mask = mf.mask(lambda b, h, q, kv: q - kv < spans[b, h] and q >= kv)
