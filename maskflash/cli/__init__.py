@@ -1,5 +1,6 @@
 """The command line: arguments in, exit status out (0 all well, 1 a result is wrong, 2 wrong usage)."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,10 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        return _run(args)
+        status = _run(args)
+        sys.stdout.flush()  # here, so that a pipe that was closed is noticed below
+        return status
     except MaskflashError as error:
         print(f"maskflash {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(args: Namespace) -> int:

@@ -98,4 +98,12 @@ def _from_file(path: Path, name: str) -> Mask:
         raise ArgumentTypeError(
             f"{path}:{name} is a {type(value).__name__}, expected a mask or a function f(b, h, q, kv) -> bool"
         )
-    return mask(value)
+    found = mask(value)
+    missing = [key for key in found.keywords if key not in found.defaults]
+    if missing:
+        given = ", ".join(f"{key}={key}" for key in missing)
+        raise ArgumentTypeError(
+            f"{path}:{name} needs {', '.join(missing)}, which the command line can't pass; define a function that does, "
+            f"as def with_arguments(b, h, q, kv): return {name}(b, h, q, kv, {given})"
+        )
+    return found

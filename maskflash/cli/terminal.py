@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -23,9 +23,16 @@ _ASCII: Final = {FULL: "##", PARTIAL: "++", SKIP: ". "}
 _NAMES: Final = {FULL: "full", PARTIAL: "partial", SKIP: "skip"}
 
 
+class _Output(Console):
+    """A console that leaves it to the command what a closed pipe means."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output: coloured on a terminal, unless $NO_COLOR is set; nothing is wrapped or cut."""
-    return Console(soft_wrap=True, highlight=False, emoji=False, markup=False)
+    return _Output(soft_wrap=True, highlight=False, emoji=False, markup=False)
 
 
 def room(length: int) -> int:

@@ -23,6 +23,9 @@ def near(b, h, q, kv):
 
 packed = mf.causal() & mf.document([3, 5])
 
+def given(b, h, q, kv, *, doc, n=3):
+    return doc[q] == doc[kv] and q < n
+
 def late(b, h, q, kv):
     return int(q) > 3
 """
@@ -53,6 +56,7 @@ def test_a_mask_in_a_file_is_itself(file):
     [
         ("nobody", ArgumentError, "has no 'nobody'; its masks are packed"),
         ("number", ArgumentTypeError, "is a int, expected a mask or a function"),
+        ("given", ArgumentTypeError, "given needs doc, which the command line can't pass"),
         ("late", MaskTraceError, "int(q)"),
     ],
 )

@@ -1,6 +1,7 @@
 """`maskflash show`: the picture in an 80-column terminal, its colours, its JSON, and the figure it writes."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -188,6 +189,20 @@ def test_help_has_examples_and_exit_statuses(capsys, command):
     if command in ("show", "explain", "bench"):
         assert f"maskflash {command} " in text.split("Examples:")[1]
         assert "Exit status: 0 all well, 1 a result is wrong, 2 wrong usage." in text
+
+
+@pytest.mark.parametrize("arguments", [["causal"], ["causal", "--json"]])
+def test_a_reader_that_has_read_enough_is_no_error(arguments):
+    # A pipe whose reading end is closed, as `| head -0` leaves it.
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "maskflash", "show", *arguments], stdout=writing, stderr=-1, text=True
+        )
+    finally:
+        os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_help_loads_neither_rich_nor_matplotlib():
