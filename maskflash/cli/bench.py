@@ -102,19 +102,20 @@ def _contenders(attend: mf.Attention, seen: Subject, inputs: Inputs, flex: bool)
         "SDPA, dense mask": partial(scaled_dot_product_attention, q, k, v, dense),
     }
     if flex:
-        found["FlexAttention"] = _flex(dense, seen, inputs)
+        found["FlexAttention"] = _flex(dense, inputs)
     return found
 
 
-def _flex(dense: Tensor, seen: Subject, inputs: Inputs) -> Forward:
+def _flex(dense: Tensor, inputs: Inputs) -> Forward:
     """FlexAttention, whose mask_mod looks pairs up in the dense mask: so any mask can be its."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return dense[b, h, q, kv]
+    batch, heads, q_len, kv_len = dense.shape
 
-    sizes = seen.batch, seen.heads, seen.q_len, seen.kv_len
-    block_mask = create_block_mask(mask_mod, *sizes, device=dense.device.type)
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return dense[b * (batch > 1), h * (heads > 1), q, kv]
+
+    block_mask = create_block_mask(mask_mod, batch, heads, q_len, kv_len, device=dense.device.type)
     return partial(torch.compile(flex_attention, dynamic=False), *inputs, block_mask=block_mask)
 
 

@@ -37,8 +37,11 @@ class Subject:
         return self.mask.block_map(self.q_len, self.kv_len, batch=self.batch, heads=self.heads, block_size=block_size)
 
     def dense(self, device: torch.device) -> Tensor:
-        """(batch, heads, q_len, kv_len) bool, every pair of the mask."""
-        return self.mask.dense(self.q_len, self.kv_len, batch=self.batch, heads=self.heads, device=device)
+        """(B, H, q_len, kv_len) bool, every pair; B or H is 1 where the mask does not look at it."""
+        pairs = self.mask.dense(self.q_len, self.kv_len, batch=self.batch, heads=self.heads, device=device)
+        # SDPA copies a mask that is expanded over batch or heads, and takes the longer for it.
+        b, h = (slice(1) if stride == 0 else slice(None) for stride in pairs.stride()[:2])
+        return pairs[b, h]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -103,7 +106,7 @@ def _from_file(path: Path, name: str) -> Mask:
     if missing:
         given = ", ".join(f"{key}={key}" for key in missing)
         raise ArgumentTypeError(
-            f"{path}:{name} needs {', '.join(missing)}, which the command line can't pass; define a function that does, "
-            f"as def with_arguments(b, h, q, kv): return {name}(b, h, q, kv, {given})"
+            f"{path}:{name} needs {', '.join(missing)}, which the command line can't pass; define a function that does,"
+            f" as def with_arguments(b, h, q, kv): return {name}(b, h, q, kv, {given})"
         )
     return found

@@ -99,6 +99,24 @@ def test_what_cannot_be_timed_is_status_2(capsys, monkeypatch, arguments, said):
     assert said in found.err
 
 
+def test_sdpa_gets_the_mask_as_small_as_it_is():
+    # SDPA takes longer for a mask that is expanded over heads, which would flatter us.
+    args = cli.parser().parse_args([*SMALL, "--batch", "2"])
+    seen = bench.subject(args)
+    q, k, v = bench.Shape(2, 2, 2, 200, 200, 8, 8).tensors(torch.float32)
+    made = bench._contenders(mf.compile(seen.mask), seen, (q, k, v), False)
+    mask = made["SDPA, dense mask"].args[3]
+    assert mask.shape == (1, 1, 200, 200)
+    assert torch.equal(mask, seen.mask.dense(200, 200))
+    assert torch.allclose(made["SDPA, dense mask"](), made["maskflash"](), atol=1e-5)
+
+
+def test_a_mask_of_its_own_for_each_row_keeps_them():
+    args = cli.parser().parse_args(["bench", "padding(5, 9)", "--q-len", "12", "--batch", "2", "--heads", "3"])
+    seen = bench.subject(args)
+    assert seen.dense(torch.device("cpu")).shape == (2, 1, 12, 12)
+
+
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, when dynamo is loaded
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_is_a_contender_that_agrees():
@@ -106,7 +124,7 @@ def test_flex_attention_is_a_contender_that_agrees():
     seen = bench.subject(args)
     shape = bench.Shape(1, 2, 2, 256, 256, 16, 16)
     q, k, v = (x.detach() for x in shape.tensors(torch.float32))
-    flex = bench._flex(seen.dense(q.device), seen, (q, k, v))
+    flex = bench._flex(seen.dense(q.device), (q, k, v))
     block_mask = flex.keywords["block_mask"]
     # Without torch.compile, which takes a minute, FlexAttention computes densely: the mask_mod is what is looked at.
     out = torch.nn.attention.flex_attention.flex_attention(q, k, v, block_mask=block_mask)
