@@ -34,7 +34,7 @@ from maskflash.presets.basic import (
 )
 
 if TYPE_CHECKING:
-    from maskflash import testing
+    from maskflash import testing, visualize
     from maskflash.explain import Explanation
     from maskflash.flashmask import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
@@ -77,6 +77,7 @@ __all__ = [
     "presets",
     "sliding_window",
     "testing",
+    "visualize",
 ]
 
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
@@ -92,8 +93,8 @@ _LATER: Final = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return import_module("maskflash.testing")
+    if name in ("testing", "visualize"):
+        return import_module(f"maskflash.{name}")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
     *("errors", "arguments", "html", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
-    *("compiler", "explain", "plans", "op", "api", "flashmask", "integrations", "testing", "demo", "doctor", "cli"),
+    *("compiler", "explain", "plans", "op", "api", "flashmask", "traffic", "visualize"),
+    *("integrations", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
     "expr": [
@@ -53,6 +54,8 @@ ORDER = {
     ],
     "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
     "integrations": ["closures", "transformers"],
+    "visualize": ["cells", "style", "vectors", "figures"],
+    "cli": ["expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
     "demo": ["documents", "workload", "checks", "measure", "report", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another

@@ -9,6 +9,7 @@ import pytest
 
 import maskflash as mf
 from maskflash import cli, doctor
+from maskflash.cli.parser import DTYPES
 from maskflash.demo import documents, job, measure
 from maskflash.demo.checks import RESULTS
 
@@ -22,7 +23,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(job, "peak_bytes", lambda *arguments: 2**20)
 
 
-@pytest.mark.parametrize("dtype", cli.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_demo_passes_and_prints_its_figures(quick, capsys, dtype):
     assert cli.main([*SMALL, "--dtype", dtype]) == 0
     figures = json.loads(capsys.readouterr().out)

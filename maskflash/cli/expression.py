@@ -1,0 +1,204 @@
+"""The text of a mask, such as "causal & document(300, 500, 224)" -> a mask, and the tokens it speaks of.
+
+    mask    =  preset | preset(argument, ...) | mask & mask | mask | mask | mask ^ mask | ~mask | (mask)
+    argument = value | name=value
+    value   =  integer | True | False | None | "text" | [value, ...] | (value, ...) | [value, ...] * integer
+
+Python's parser reads the text and its tree is walked: nothing is evaluated, and what isn't listed here is an error that
+points at its place.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from maskflash import presets
+from maskflash.errors import ArgumentError, MaskflashError
+from maskflash.masks.mask import Mask
+
+_JOINS: Final[dict[type[ast.operator], Callable[[Mask, Mask], Mask]]] = {
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}
+_ITEMS: Final = 1 << 22  # of a repeated list: as many tokens as anybody packs
+_VARIADIC: Final = ("document", "causal_blockwise", "padding")  # several integers are one list
+
+
+def _paper(name: str, seq_len: int, seed: int = 0) -> Mask:
+    return presets.paper(name, seq_len, seed).predicate
+
+
+PRESETS: Final[dict[str, Callable[..., Mask]]] = {
+    name: getattr(presets, name)
+    for name in (
+        *("full", "causal", "sliding_window", "document", "prefix_lm", "padding", "global_tokens", "dilated_window"),
+        *("natten", "causal_blockwise", "prefix_lm_document", "share_question", "qk_sparse", "random_eviction"),
+    )
+} | {"paper": _paper}
+
+
+class MaskSyntaxError(ArgumentError):
+    """A mask's text says nothing; the text has the column, and a line that points at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A mask, and the tokens that its presets speak of; None where they speak of none."""
+
+    mask: Mask
+    tokens: int | None
+
+
+def parse(text: str) -> Written:
+    """Read a mask's text.
+
+    Args:
+        text: a mask as above; `causal` is `causal()`, and `document(300, 500)` is `document(lengths=[300, 500])`.
+
+    Raises:
+        MaskSyntaxError: what is wrong, and where.
+
+    Example:
+        >>> parse("causal & document(300, 500, 224)")
+        Written(mask=causal() & document(3 documents), tokens=1024)
+        >>> parse("causal & documents(300)")
+        Traceback (most recent call last):
+        ...
+        maskflash.cli.expression.MaskSyntaxError: column 10: there is no preset 'documents'; did you mean document?
+          causal & documents(300)
+                   ^^^^^^^^^
+    """
+    line = " ".join(text.split())
+    try:
+        return _Reader(line).mask(_tree(line))
+    except RecursionError:
+        _refuse(line, 0, 1, "this is nested too deeply")
+
+
+def _tree(line: str) -> ast.expr:
+    try:
+        return ast.parse(line, mode="eval").body
+    except SyntaxError as error:
+        _refuse(line, (error.offset or 1) - 1, 1, f"this can't be read as a mask: {error.msg}")
+    except (ValueError, MemoryError):  # a null byte; parentheses beyond what the parser holds
+        _refuse(line, 0, 1, "this can't be read as a mask")
+
+
+class _Reader:
+    """Walks the tree of one text."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def mask(self, node: ast.expr) -> Written:
+        match node:
+            case ast.Name(id=name):
+                return self._preset(node, name, [], [])
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                return self._preset(node, name, args, keywords)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _JOINS:
+                a, b = self.mask(left), self.mask(right)
+                return Written(_JOINS[type(op)](a.mask, b.mask), _larger(a.tokens, b.tokens))
+            case ast.UnaryOp(op=ast.Invert(), operand=operand):
+                inner = self.mask(operand)
+                return Written(~inner.mask, inner.tokens)
+            case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
+                self._refuse(node, "masks are joined by & | ^ ~, not by and, or, not")
+        self._refuse(node, f"expected a mask, such as causal or document(300, 500), got {self._source(node)}")
+
+    def _preset(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Written:
+        called = node.func if isinstance(node, ast.Call) else node
+        if name not in PRESETS:
+            near = difflib.get_close_matches(name, PRESETS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
+            self._refuse(called, f"there is no preset {name!r}; {hint}")
+        values = [self._value(arg) for arg in args]
+        if name in _VARIADIC and values and all(isinstance(value, int) for value in values):
+            values = values if name == "padding" and len(values) == 1 else [values]
+        named: dict[str, Any] = {}
+        for keyword in keywords:
+            if keyword.arg is None:
+                self._refuse(keyword.value, "** is not understood here; write name=value")
+            named[keyword.arg] = self._value(keyword.value)
+        try:
+            return Written(PRESETS[name](*values, **named), _tokens(name, values, named))
+        except (MaskflashError, TypeError, ValueError) as error:
+            self._refuse(node, str(error).replace("_paper()", "paper()"))
+
+    def _value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant(value=bool() | int() | float() | str() | None as value):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return -value
+            case ast.List(elts=items) | ast.Tuple(elts=items):
+                return [self._value(item) for item in items]
+            case ast.BinOp(left=ast.List() as items, op=ast.Mult(), right=ast.Constant(value=int(times))):
+                held = self._value(items)
+                if len(held) * times > _ITEMS:
+                    self._refuse(node, f"this list has {len(held) * times:,} items, expected at most {_ITEMS:,}")
+                return held * times
+        self._refuse(node, f"expected a number, a list or text, got {self._source(node)}")
+
+    def _source(self, node: ast.expr) -> str:
+        found = ast.unparse(node)
+        return found if len(found) <= 40 else f"{found[:37]}..."
+
+    def _refuse(self, node: ast.expr, message: str) -> NoReturn:
+        encoded = self.line.encode()  # the tree counts bytes of UTF-8
+        start, stop = (len(encoded[:place].decode()) for place in (node.col_offset, node.end_col_offset))
+        _refuse(self.line, start, stop - start, message)
+
+
+def _refuse(line: str, start: int, width: int, message: str) -> NoReturn:
+    start = min(max(start, 0), len(line))
+    pointer = " " * start + "^" * max(1, min(width, len(line) - start))
+    raise MaskSyntaxError(f"column {start + 1}: {message}\n  {line}\n  {pointer}")
+
+
+def _tokens(name: str, values: Sequence[Any], named: dict[str, Any]) -> int | None:
+    """How many tokens a preset's arguments add up to."""
+    given = dict(zip(_LEADING.get(name, ()), values, strict=False)) | named
+    match name:
+        case "document" | "causal_blockwise" | "prefix_lm_document":
+            lengths = given.get("lengths")
+            if lengths is None:
+                starts, ids = given.get("cu_seqlens"), given.get("ids")
+                return int(starts[-1]) if starts else _innermost(ids)
+            rows = lengths if lengths and isinstance(lengths[0], list) else [lengths]
+            return max(int(sum(row)) for row in rows)
+        case "natten":
+            return int(given["height"] * given["width"])
+        case "share_question":
+            return sum(int(question + sum(answers)) for question, answers in given["documents"])
+        case "paper":
+            return int(given["seq_len"])
+        case "random_eviction":
+            return _innermost(given["evicted_at"])
+    return None
+
+
+def _innermost(table: Any) -> int:
+    return _innermost(table[0]) if table and isinstance(table[0], list) else len(table)
+
+
+_LEADING: Final[dict[str, tuple[str, ...]]] = {
+    "document": ("lengths",),
+    "causal_blockwise": ("lengths",),
+    "prefix_lm_document": ("lengths",),
+    "natten": ("height", "width"),
+    "share_question": ("documents",),
+    "paper": ("name", "seq_len"),
+    "random_eviction": ("evicted_at",),
+}
+
+
+def _larger(a: int | None, b: int | None) -> int | None:
+    known = [tokens for tokens in (a, b) if tokens is not None]
+    return max(known, default=None)

@@ -1,0 +1,171 @@
+"""The command line's grammar: subcommands, their options, and the help with examples."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import Final
+
+import maskflash
+
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+_WIDTH: Final = 78  # of descriptions; argparse leaves them alone where examples are laid out by hand
+
+_MASK: Final = """\
+MASK is an expression of presets, quoted for the shell, or what a file defines:
+
+  causal                                  as causal()
+  "causal & document(300, 500, 224)"      as lengths=[300, 500, 224]
+  "global_tokens(16) | sliding_window(256, right=256)"
+  "causal & document([4096] * 256)"       a million tokens
+  "paper('share_question', 8192)"         the FlashMask paper's masks
+  masks.py:packed                         a mask, or f(b, h, q, kv) -> bool
+
+Masks join by & | ^ ~ and parentheses. Lengths that aren't given are what the
+documents add up to, else 4,096 tokens.
+"""
+_STATUS: Final = "Exit status: 0 all well, 1 a result is wrong, 2 wrong usage.\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    made = argparse.ArgumentParser(
+        prog="maskflash",
+        description="Flexible-mask attention, compiled: look at a mask, ask what would run, measure it here.",
+        epilog=f"{_MASK}\n{_STATUS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--version", action="version", version=f"maskflash {maskflash.__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="command")
+    _show(commands)
+    _explain(commands)
+    _bench(commands)
+    _demo(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what this machine can run, and why not the rest",
+        description="Look at versions, backends, devices and the kernel cache, and run a small attention on each "
+        "device. Exits with 1 if something is broken; a machine without a GPU is not.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+Commands = argparse._SubParsersAction
+
+
+def _show(commands: Commands[argparse.ArgumentParser]) -> None:
+    show = _of_mask(
+        commands,
+        "show",
+        "draw a mask in the terminal, and count its tiles",
+        "Draw a mask: dark where all pairs of a cell are visible, light where some are, a dot where none is. Without "
+        "--block-size cells are as small as fit the terminal; with it they are the tiles, or groups of them.",
+        'maskflash show "causal & document(300, 500, 224)"',
+        'maskflash show "sliding_window(4096)" --q-len 1048576 --png window.png',
+        "maskflash show masks.py:packed --block-size 64 --json",
+    )
+    show.add_argument("--png", metavar="FILE", help="also draw the mask and its tiles with matplotlib")
+
+
+def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
+    explain = _of_mask(
+        commands,
+        "explain",
+        "say what was traced, how tiles were decided, and what would run",
+        "Say what a mask became: its expression, its tiles and how they were decided, the backend and what each pass "
+        "of it runs, and a prediction of the memory traffic beside dense attention's.",
+        'maskflash explain "causal & document(300, 500, 224)"',
+        'maskflash explain "sliding_window(512)" --head-dim 128 --fast-memory 228',
+    )
+    _of_call(explain)
+    explain.add_argument(
+        "--fast-memory",
+        type=_count,
+        default=192,
+        metavar="KIB",
+        help="M of FlashAttention's theorem: a GPU's shared memory, a core's second-level cache (default: %(default)s, "
+        "the paper's A100)",
+    )
+
+
+def _bench(commands: Commands[argparse.ArgumentParser]) -> None:
+    bench = _of_mask(
+        commands,
+        "bench",
+        "time a mask on this machine, beside SDPA with the dense mask",
+        "Time attention under a mask here, by turns with SDPA under the dense mask, and say the ratios' spread. The "
+        "output is first held against dense float64; if it is wrong the exit status is 1.",
+        'maskflash bench "causal & document(1000, 3000, 96)" --heads 8',
+        'maskflash bench "sliding_window(512)" --q-len 8192 --heads 8 --backward',
+        "maskflash bench causal --flex --json",
+    )
+    _of_call(bench)
+    bench.add_argument("--rounds", type=_count, default=9, help="timings of each contender (default: %(default)s)")
+    bench.add_argument("--backward", action="store_true", help="time the backward pass too")
+    bench.add_argument("--flex", action="store_true", help="also compile FlexAttention, which takes a while")
+
+
+def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="run packed documents through forward, backward and every check",
+        description="Pack the Python standard library's source files into one sequence, compile a causal-document "
+        "mask, run attention forward and backward on the CPU, check every result against a dense float64 "
+        "reference, and compare time and memory with torch's SDPA under the dense mask.",
+    )
+    demo.add_argument("--tokens", type=_count, default=8192, help="sequence length (default: %(default)s)")
+    demo.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of documents and weights (default: %(default)s)")
+    demo.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _of_mask(
+    commands: Commands[argparse.ArgumentParser], name: str, summary: str, description: str, *examples: str
+) -> argparse.ArgumentParser:
+    """A command about a mask at some lengths."""
+    listed = "\n".join(f"  {example}" for example in examples)
+    made = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, _WIDTH),
+        epilog=f"{_MASK}\nExamples:\n\n{listed}\n\n{_STATUS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("mask", metavar="MASK", help="an expression of presets, or file.py:function")
+    made.add_argument(
+        "--q-len", type=_count, metavar="N", help="queries in tokens (default: the mask's own, else 4,096)"
+    )
+    made.add_argument("--kv-len", type=_count, metavar="N", help="keys in tokens (default: as many as queries)")
+    made.add_argument("--batch", type=_count, default=1, metavar="N", help="batch rows (default: %(default)s)")
+    made.add_argument("--heads", type=_count, default=1, metavar="N", help="query heads (default: %(default)s)")
+    made.add_argument(
+        "--block-size", type=_block_size, metavar="N[xM]", help="tokens of a tile, by queries and keys (default: 128)"
+    )
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return made
+
+
+def _of_call(command: argparse.ArgumentParser) -> None:
+    """Options of an attention call, beyond its lengths."""
+    command.add_argument("--head-dim", type=_count, default=64, metavar="N", help="of q, k, v (default: %(default)s)")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: %(default)s)")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return count
+
+
+def _block_size(text: str) -> tuple[int, int]:
+    sides = [_count(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"expected N or NxM, got {text!r}")
+    return sides[0], sides[-1]

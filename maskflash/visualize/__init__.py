@@ -1,0 +1,10 @@
+"""Masks, block maps and column intervals -> matplotlib pictures, at 64 tokens as at a million.
+
+Everything is drawn from runs of tiles, at no more cells than a figure has room for; no array has an entry for each
+pair. matplotlib is an extra (`pip install 'maskflash[plot]'`), imported when something is drawn.
+"""
+
+from maskflash.visualize.figures import draw_mask, draw_tiles, side_by_side
+from maskflash.visualize.vectors import draw_intervals
+
+__all__ = ["draw_intervals", "draw_mask", "draw_tiles", "side_by_side"]

@@ -1,0 +1,64 @@
+"""What pictures have in common: matplotlib when it is needed, colours that also differ in grey, axes in tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP
+from maskflash.errors import BackendError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# By kind, from light to dark: a third of the scale apart in luminance, and one hue, so that they differ in print and
+# for every kind of colour vision.
+COLOURS: Final = {SKIP: "#f7f7f7", PARTIAL: "#7fb0da", FULL: "#12355b"}
+HATCH: Final = {SKIP: None, PARTIAL: "////", FULL: None}
+HATCH_INK: Final = "#3d6f9e"
+VECTOR_COLOURS: Final = {"lts": "#d95f02", "lte": "#8c2d04", "uts": "#b8860b", "ute": "#e6ab02"}
+VECTOR_DASHES: Final = {"lts": "solid", "lte": "dashed", "uts": "dotted", "ute": "dashdot"}
+
+
+def axes(ax: Axes | None) -> Axes:
+    """The axes to draw on; None makes a figure of one.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    return ax if ax is not None else figure(1).axes[0]
+
+
+def figure(panels: int) -> Figure:
+    """A figure with square panels side by side; no window belongs to it, and nothing has to be closed.
+
+    Raises:
+        BackendError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BackendError(
+            "visualize: pictures need matplotlib, which is not installed here; pip install 'maskflash[plot]'"
+        ) from None
+    made = Figure(figsize=(5.2 * panels, 5.4), dpi=160, layout="constrained")
+    for _ in range(panels):
+        made.add_subplot(1, panels, len(made.axes) + 1)
+    return made
+
+
+def frame(ax: Axes, q_len: int, kv_len: int) -> None:
+    """Queries downwards, keys to the right, both in tokens."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlim(0, max(kv_len, 1))
+    ax.set_ylim(max(q_len, 1), 0)
+    if max(q_len, kv_len) <= 8 * max(1, min(q_len, kv_len)):
+        ax.set_aspect("equal")
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda tokens, place: f"{tokens:,.0f}")
+        axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    ax.xaxis.set_label_position("top")
+    ax.xaxis.tick_top()
