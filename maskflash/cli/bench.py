@@ -102,20 +102,16 @@ def _contenders(attend: mf.Attention, seen: Subject, inputs: Inputs, flex: bool)
         "SDPA, dense mask": partial(scaled_dot_product_attention, q, k, v, dense),
     }
     if flex:
-        found["FlexAttention"] = _flex(dense, inputs)
+        found["FlexAttention"] = _flex(seen, inputs)
     return found
 
 
-def _flex(dense: Tensor, inputs: Inputs) -> Forward:
-    """FlexAttention, whose mask_mod looks pairs up in the dense mask: so any mask can be its."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _flex(seen: Subject, inputs: Inputs) -> Forward:
+    """FlexAttention, with the tiles and the mask function that `Mask.to_block_mask` gives it."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    batch, heads, q_len, kv_len = dense.shape
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return dense[b * (batch > 1), h * (heads > 1), q, kv]
-
-    block_mask = create_block_mask(mask_mod, batch, heads, q_len, kv_len, device=dense.device.type)
+    device = inputs[0].device
+    block_mask = seen.mask.to_block_mask(seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads, device=device)
     return partial(torch.compile(flex_attention, dynamic=False), *inputs, block_mask=block_mask)
 
 

@@ -21,8 +21,10 @@ def visible_rows(separated: Separated, params: tuple[object, ...], tables: tuple
     """
     if not separated.joined or any(threshold.hides is None for threshold in separated.thresholds):
         return None
-    begins = [_row(t, params, tables) for t in separated.thresholds if t.hides == "above"]
-    ends = [_row(t, params, tables) for t in separated.thresholds if t.hides == "below"]
+    begins, ends = (
+        list(dict.fromkeys(_row(t, params, tables) for t in separated.thresholds if t.hides == side))
+        for side in ("above", "below")
+    )
     if not begins + ends:
         return None
     where = [_text(condition, params, tables) for condition in (*separated.switches, *separated.conditions)]

@@ -124,7 +124,7 @@ def test_flex_attention_is_a_contender_that_agrees():
     seen = bench.subject(args)
     shape = bench.Shape(1, 2, 2, 256, 256, 16, 16)
     q, k, v = (x.detach() for x in shape.tensors(torch.float32))
-    flex = bench._flex(seen.dense(q.device), (q, k, v))
+    flex = bench._flex(seen, (q, k, v))
     block_mask = flex.keywords["block_mask"]
     # Without torch.compile, which takes a minute, FlexAttention computes densely: the mask_mod is what is looked at.
     out = torch.nn.attention.flex_attention.flex_attention(q, k, v, block_mask=block_mask)

@@ -78,3 +78,8 @@ def test_they_say_what_the_mask_says(mask, q_len):
         low, high = eval(interval[:-1] + "]", {"j": j, **names})
         rows = [low <= q < high and bool(not where or eval(where, {"j": j, "q": q, **names})) for q in range(q_len)]
         assert dense[:, j].tolist() == rows
+
+
+def test_an_end_that_two_masks_share_is_told_once():
+    told = mf.compile(mf.causal() & mf.sliding_window(512)).explain(1024, 1024).to_dict()["rows"]
+    assert told == "[j, j + 513)"
