@@ -73,9 +73,11 @@ def _memory(side: str, tokens: int, seed: int) -> float:
     import maskflash as mf
     from benchmarks import million, workloads
 
+    makers = {} if side in ("maskflash", "flex") else {n: million.maker(side, n, seed) for n in (SMALL, tokens)}
+
     def analyse(length: int) -> object:
-        if side not in ("maskflash", "flex"):
-            return million.maker(side, length, seed)().block_map(length, length)
+        if makers:
+            return makers[length]().block_map(length, length)
         predicate = workloads.document_predicate(workloads.document_ids(length, seed))
         if side == "maskflash":
             return mf.mask(predicate).block_map(length, length, block_size=workloads.TILE)

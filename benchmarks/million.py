@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import torch
@@ -46,15 +47,16 @@ FLEX_FLOORS: Final = {"eager": 2000.0, "compiled": 25.0}  # at the longer length
 
 def maker(case: str, tokens: int, seed: int) -> Callable[[], mf.Mask]:
     """What makes a mask of the table from its arguments."""
-    documents = workloads.document_lengths(tokens, seed, LONGEST)
-    answers = mf.presets.paper("share_question", tokens, seed).arguments
+    if case in ("causal document", "document"):
+        documents = workloads.document_lengths(tokens, seed, LONGEST)
+        alone = partial(mf.document, documents)
+        return alone if case == "document" else lambda: mf.causal() & alone()
+    if case == "share question":
+        return partial(mf.presets.share_question, **mf.presets.paper("share_question", tokens, seed).arguments)
     return {
         "causal": mf.causal,
         "sliding window": lambda: mf.sliding_window(4096),
         "prefix": lambda: mf.prefix_lm(tokens // 3),
-        "causal document": lambda: mf.causal() & mf.document(documents),
-        "document": lambda: mf.document(documents),
-        "share question": lambda: mf.presets.share_question(**answers),
         "global + window": lambda: mf.global_tokens(128) | mf.sliding_window(2048, 2048),
     }[case]
 
