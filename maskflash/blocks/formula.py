@@ -13,18 +13,15 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.problem import LARGEST_SUM, Problem
-from maskflash.blocks.runs import Runs
+from maskflash.blocks.runs import IntArray, Runs, Segments
 from maskflash.expr.cuts import find_cuts
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
-
-_Ints = npt.NDArray[np.int64]
 
 
 class Strip(NamedTuple):
@@ -142,13 +139,13 @@ class _Seen(NamedTuple):
         inner_stop: one past the last.
     """
 
-    start: _Ints
-    stop: _Ints
-    inner_start: _Ints
-    inner_stop: _Ints
+    start: IntArray
+    stop: IntArray
+    inner_start: IntArray
+    inner_stop: IntArray
 
 
-def _seen(strips: tuple[Strip, ...], first: _Ints, last: _Ints) -> _Seen:
+def _seen(strips: tuple[Strip, ...], first: IntArray, last: IntArray) -> _Seen:
     """What lines first to last (groups,) of one band see. Strips that all lines see to their common edge are joined."""
     left, right, low, high = np.array(strips, dtype=np.int64).reshape(-1, 4).T[:, :, None]
     start, stop = np.maximum(left, first - high), np.minimum(right, last - low + 1)
@@ -172,8 +169,8 @@ def _runs(bands: Bands, length: int, block: int, across: int, width: int, device
         line = np.arange(-(-top // block), max(-(-top // block), lines if bottom == length else bottom // block))
         seen = _seen(strips, line * block, np.minimum(line * block + block, length) - 1)
         parts.append(_segments(line, _tiles(seen, across, width)))
-    columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Runs.from_segments(lines, *(column.to(device) for column in columns))
+    segments = Segments(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Runs.from_segments(lines, segments, device)
 
 
 def _tiles(seen: _Seen, across: int, width: int) -> _Seen:
@@ -186,27 +183,18 @@ def _tiles(seen: _Seen, across: int, width: int) -> _Seen:
     return _Seen(start, stop, -(-seen.inner_start // width), inner_stop)
 
 
-class _Segments(NamedTuple):
-    """Stretches of tiles of one kind, some of them empty, as Runs.from_segments takes them."""
-
-    line: _Ints
-    start: _Ints
-    stop: _Ints
-    full: npt.NDArray[np.bool_]
-
-
-def _segments(line: _Ints, tiles: _Seen) -> _Segments:
+def _segments(line: IntArray, tiles: _Seen) -> Segments:
     """The stretches of lines of tiles that belong to one band, in order."""
     full = tiles.inner_start < tiles.inner_stop
     before, after = (np.where(full, end, tiles.stop) for end in (tiles.inner_start, tiles.inner_stop))
-    # (line, strip, stretch)
-    start, stop = (np.stack(ends).T for ends in ((tiles.start, before, after), (before, after, tiles.stop)))
-    kinds = np.broadcast_to([False, True, False], start.shape)
-    lines = np.broadcast_to(line[:, None, None], start.shape)
-    return _Segments(lines.reshape(-1), start.reshape(-1), stop.reshape(-1), kinds.reshape(-1))
+    start, stop = np.empty((2, len(line), len(full), 3), dtype=np.int64)  # (line, strip, stretch)
+    for place, (first, last) in enumerate(((tiles.start, before), (before, after), (after, tiles.stop))):
+        start[..., place], stop[..., place] = first.T, last.T
+    kinds = np.tile([False, True, False], len(line) * len(full))
+    return Segments(np.repeat(line, 3 * len(full)), start.reshape(-1), stop.reshape(-1), kinds)
 
 
-def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[_Segments]:
+def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[Segments]:
     """The stretches of lines of tiles that belong to several bands: a few, each drawn on a line of its own."""
     n = -(-across // width)
     for line in sorted({edge // block for edge, _ in bands if edge % block}):
@@ -222,4 +210,4 @@ def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Ite
                 every &= inner
         edges = np.flatnonzero(np.diff(some.view(np.int8) + every, prepend=-1, append=-1))
         start, stop = edges[:-1], edges[1:]
-        yield _Segments(np.full_like(start, line), start, np.where(some[start], stop, start), every[start])
+        yield Segments(np.full_like(start, line), start, np.where(some[start], stop, start), every[start])

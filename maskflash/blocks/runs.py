@@ -7,14 +7,35 @@ area.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 SKIP: Final = 0
 PARTIAL: Final = 1
 FULL: Final = 2
+
+
+class Segments(NamedTuple):
+    """Stretches of tiles of one kind: all (n,).
+
+    Attributes:
+        line: the line of each.
+        start: its first tile.
+        stop: one past its last tile; where it is not after start there is no stretch.
+        full: whether its tiles are full; else they are partial.
+    """
+
+    line: IntArray
+    start: IntArray
+    stop: IntArray
+    full: BoolArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,27 +88,31 @@ class Runs:
         return Runs(_offsets(line, len(kinds)), start.int(), (last + 1).int(), kinds[line, start] == FULL)
 
     @staticmethod
-    def from_segments(lines: int, line: Tensor, start: Tensor, stop: Tensor, full: Tensor) -> Runs:
-        """Runs of disjoint stretches of visited tiles, in any order; those that touch and are of one kind are joined.
+    def from_segments(lines: int, segments: Segments, device: torch.device) -> Runs:
+        """Runs of disjoint stretches in any order; those that touch and are of one kind are joined.
+
+        In numpy: the arrays are short, and handing each operation to threads would take longer than doing it.
 
         Args:
             lines: how many lines there are.
-            line: (n,) int64, the line of each stretch.
-            start: (n,) int64, its first tile.
-            stop: (n,) int64, one past its last tile; where it is not after start there is no stretch.
-            full: (n,) bool, its kind.
+            segments: the stretches.
+            device: where the runs are wanted.
         """
-        kept = (stop > start).nonzero()[:, 0]
-        line, start, stop, full = (x[kept] for x in (line, start, stop, full))
-        key = line * (int(stop.max()) + 1 if len(kept) else 1) + start
-        if not bool((key[1:] > key[:-1]).all()):
+        line, start, stop, full = segments
+        kept = np.flatnonzero(stop > start)
+        line, start, stop, full = line[kept], start[kept], stop[kept], full[kept]
+        key = line * (int(stop.max(initial=0)) + 1) + start
+        if not (key[1:] > key[:-1]).all():
             order = key.argsort()
-            line, start, stop, full = (x[order] for x in (line, start, stop, full))
-        begins = torch.ones_like(full)
+            line, start, stop, full = line[order], start[order], stop[order], full[order]
+        begins = np.ones(len(line), dtype=np.bool_)
         begins[1:] = (line[1:] != line[:-1]) | (start[1:] != stop[:-1]) | (full[1:] != full[:-1])
-        first = begins.nonzero()[:, 0]
-        last = torch.cat((first[1:], first.new_tensor([len(full)]))) - 1
-        return Runs(_offsets(line[first], lines), start[first].int(), stop[last[: len(first)]].int(), full[first])
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], len(line))[: len(first)] - 1
+        offsets = np.zeros(lines + 1, dtype=np.int32)
+        offsets[1:] = np.bincount(line[first], minlength=lines).cumsum()
+        arrays = offsets, start[first].astype(np.int32), stop[last].astype(np.int32), full[first]
+        return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
 
     def transposed(self, lines: int, across: int) -> Runs:
         """Runs along columns of tiles as runs along rows, or the other way.

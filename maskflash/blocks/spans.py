@@ -12,18 +12,15 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.hulls import Hulls
+from maskflash.blocks.runs import BoolArray, IntArray
 
 Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """evaluate(b, h, q, kv): int64 index tensors that broadcast together -> bool of their common shape."""
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 _CHUNK_PAIRS: Final = 1 << 20  # pairs evaluated at once: index arithmetic stays near the caches, memory bounded
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.problem import Problem
-from maskflash.blocks.runs import Runs
+from maskflash.blocks.runs import Runs, Segments
 from maskflash.expr.bounds import bounds
 from maskflash.expr.intervals import Interval
 from maskflash.expr.ranges import RangeMinima
@@ -85,7 +85,8 @@ class Tiles:
         batch, heads, n_q, n_kv = problem.shape
         nothing = torch.zeros(0, dtype=torch.int64, device=problem.device)
         segments = [(nothing, nothing, nothing, nothing.bool()), *self._segments]
-        rows = Runs.from_segments(batch * heads * n_q, *(torch.cat(x) for x in zip(*segments, strict=True)))
+        joined = Segments(*(torch.cat(x).cpu().numpy() for x in zip(*segments, strict=True)))
+        rows = Runs.from_segments(batch * heads * n_q, joined, problem.device)
         columns = rows.transposed(n_q, n_kv)
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.blocks.spans import BoolArray, IntArray
+from maskflash.blocks.runs import BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

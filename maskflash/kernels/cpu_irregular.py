@@ -13,7 +13,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from maskflash.blocks.spans import BoolArray, IntArray, Strip
+from maskflash.blocks.runs import BoolArray, IntArray
+from maskflash.blocks.spans import Strip
 from maskflash.kernels.cpu_calls import Bits, Call, Pick
 from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, candidates
 

@@ -11,7 +11,8 @@ from typing import Final
 
 import numpy as np
 
-from maskflash.blocks.spans import BoolArray, IntArray, RowSpans, Strip
+from maskflash.blocks.runs import BoolArray, IntArray
+from maskflash.blocks.spans import RowSpans, Strip
 
 _MAX_LAYERS: Final = 4  # each merges its rows once more
 _MAX_CUTS: Final = 8  # per strip: where intervals jump more often, calls would be short

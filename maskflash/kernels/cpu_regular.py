@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from maskflash.blocks.spans import IntArray, RowSpans
+from maskflash.blocks.runs import IntArray
+from maskflash.blocks.spans import RowSpans
 from maskflash.kernels.cpu_calls import Band, Call, Causal, Intervals, Pick
 from maskflash.kernels.cpu_costs import Costs
 
