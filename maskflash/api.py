@@ -129,7 +129,9 @@ class Attention:
         if self.tune and backend == "triton" and not torch.compiler.is_compiling():
             self._tune(q, k, v, offset, mask_args, scale)
         try:
-            out, lse = op.attend(q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend)
+            out, lse = op.attend(
+                q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend, bool(return_lse)
+            )
         except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
             classify(self._problem(q, k, q_offset, mask_args))
             raise

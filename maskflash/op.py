@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from maskflash import plans
 from maskflash.blocks.problem import Problem
-from maskflash.compiler import Backend
+from maskflash.compiler import Analysis, Backend
 from maskflash.expr.evaluate import Inputs
 from maskflash.kernels import cpu
 from maskflash.masks.slots import expression
@@ -54,7 +54,8 @@ def attend(
     expr: str,
     block_size: tuple[int, int],
     backend: Backend,
-) -> tuple[Tensor, Tensor]:
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Masked attention, differentiable in q, k and v through out and lse.
 
     Args:
@@ -68,18 +69,37 @@ def attend(
         expr: the mask's canonical text.
         block_size: (bq, bkv), a tile in tokens.
         backend: which kernels run it.
+        return_lse: whether lse is needed.
 
     Returns:
-        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
+        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64), or perhaps
+        None where it isn't needed.
     """
     number, tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     mask = tables, params, number, tensor, scale, expr, block_size, backend
-    result: tuple[Tensor, Tensor]
+    result: tuple[Tensor, Tensor | None]
     if torch.compiler.is_compiling() or _watched(q, k, v):
         result = torch.ops.maskflash.forward.default(q, k, v, *mask)
-    else:
-        result = _Forward.apply(_forward_at_once, q, k, v, mask)
+        return result
+    plan = _analysis(q, k, *mask).plan if backend == "cpu" and not return_lse else None
+    if isinstance(plan, cpu.Plan):
+        call = cpu.sole_call(plan, q, k, v)
+        if call is not None:
+            return _once(cpu.attend(plan, call, q, k, v, scale)), None
+    result = _Forward.apply(_forward_at_once, q, k, v, mask)
     return result
+
+
+def _once(out: Tensor) -> Tensor:
+    """`out` as torch's kernel gives it, in rows, with gradients that refuse to be differentiated."""
+    if out.grad_fn is not None:
+        out.grad_fn.register_hook(_refused)
+    return out.contiguous()
+
+
+def _refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor | None, ...] | None:
+    final: tuple[Tensor | None, ...] | None = _Final.apply(*gradients) if torch.is_grad_enabled() else None
+    return final  # None leaves them as they are
 
 
 def _watched(*tensors: Tensor) -> bool:
@@ -88,6 +108,7 @@ def _watched(*tensors: Tensor) -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
@@ -126,12 +147,11 @@ class _Forward(_Function):  # type: ignore[misc]
         raise NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
 
 
-class _Backward(_Function):  # type: ignore[misc]
-    """Refuses to be differentiated, where zeros would be silently wrong."""
+class _Final(_Function):  # type: ignore[misc]
+    """Gradients that refuse to be differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        gradients: tuple[Tensor, Tensor, Tensor] = _below_autograd(torch.ops.maskflash.backward.default, *args)
+    def forward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients
 
     @staticmethod
@@ -139,6 +159,15 @@ class _Backward(_Function):  # type: ignore[misc]
         raise NotImplementedError(f"maskflash: attention has no second derivative; detach its gradients, or {_DENSE}")
 
     jvp = backward
+
+
+class _Backward(_Final):
+    """The op's gradients, where zeros for theirs would be silently wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor, Tensor] = _below_autograd(torch.ops.maskflash.backward.default, *args)
+        return gradients
 
 
 def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -188,13 +217,25 @@ def _batched(*args: Any) -> Any:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
-    problem, scale, backend = _problem(q, k, *mask)
-    plan = plans.find(problem, backend).plan
+    plan, scale = _analysis(q, k, *mask).plan, mask[4]
     if isinstance(plan, cpu.Plan):
         return cpu.forward(plan, q, k, v, scale)
     from maskflash.kernels import triton
 
-    return triton.forward(plan, problem, q, k, v, scale)
+    return triton.forward(plan, _problem(q, k, *mask)[0], q, k, v, scale)
+
+
+def _analysis(q: Tensor, k: Tensor, *mask: Any) -> Analysis:
+    """What is known of a call's mask, without a problem if there was a call like it: that would take 10 us."""
+    tables, params, q_offset, q_offsets, _, expr, block_size, backend = mask
+    call = (expr, backend, *block_size, q.shape, k.shape, q_offset, *params, *map(id, tables))
+    found = plans.again(call, tables) if q_offsets is None else None
+    if found is None:
+        problem = _problem(q, k, *mask)[0]
+        found = plans.find(problem, backend)
+        if q_offsets is None:
+            plans.note(call, tables, problem, backend)
+    return found
 
 
 def _backward(

@@ -6,7 +6,7 @@ import hashlib
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,7 @@ from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
+_CALLS: Final = 4 * CAPACITY  # remembered: the keys of their analyses
 MEMORY: Final = 1 << 30  # bytes of them; likewise, but the latest stays, however large
 
 
@@ -34,6 +35,7 @@ class _Entry:
 _lock = threading.RLock()  # of what follows; never held while a mask is analysed
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _keys: dict[Hashable, Hashable] = {}  # of entries, by their keys for saved tensors
+_calls: dict[Hashable, tuple[Hashable, tuple[tuple[weakref.ref[Tensor], int], ...]]] = {}  # keys of entries, by calls
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
 
@@ -52,6 +54,41 @@ def find(problem: Problem, backend: Backend, *, saved: bool = False) -> Analysis
     if found is None and saved:
         found = _get(_keys.get(_key(problem, backend, saved=True)))
     return _make(key, problem, backend) if found is None else found
+
+
+def again(call: Hashable, tables: Sequence[Tensor]) -> Analysis | None:
+    """The analysis of a call like one before, with the very same tables unchanged; None where it has to be looked for.
+
+    Args:
+        call: as told to `note`.
+        tables: the mask's tables.
+    """
+    known = _calls.get(call)
+    if known is None:
+        return None
+    key, seen = known
+    for table, (tensor, version) in zip(tables, seen, strict=True):
+        if tensor() is not table or table._version != version:
+            return None
+    return _get(key)
+
+
+def note(call: Hashable, tables: Sequence[Tensor], problem: Problem, backend: Backend) -> None:
+    """Have `again` find the analysis of a problem.
+
+    Args:
+        call: all that the problem depends on but its tables; told apart from other calls by their number too.
+        tables: the problem's.
+        problem: of which `find` has made the analysis.
+        backend: it was made for.
+    """
+    if any(table.is_inference() for table in tables):
+        return
+    seen = tuple([(weakref.ref(table), table._version) for table in tables])  # first: a write after it is noticed
+    with _lock:
+        if len(_calls) >= _CALLS:
+            _calls.clear()
+        _calls[call] = _key(problem, backend), seen
 
 
 def invalidate(expressions: set[str]) -> None:

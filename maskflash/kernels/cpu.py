@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from maskflash.kernels.cpu_calls import Call, Causal, Pick, Schedule
 from maskflash.kernels.cpu_plan import Plan, plan
 
-__all__ = ["Plan", "backward", "forward", "plan"]
+__all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # its own binding: cheaper to call than torch.ops
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -40,7 +40,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
     total = _lse_dtype(q.dtype)
     if batch * heads * q_len == 0:
         return q.new_zeros(batch, heads, q_len, v_head_dim), q.new_zeros((batch, heads, q_len), dtype=total)
-    schedule = plan.schedule("forward", q.dtype, _work(plan, q, v))
+    schedule = plan.schedule("forward", q.dtype, plan.work(batch, heads, max(head_dim, v_head_dim)))
     compute = q.dtype if schedule.native else torch.float32
     width = max(head_dim, v_head_dim)
     inputs = _prepared(q, compute, width), _prepared(k, compute, width), _prepared(v, compute, width)
@@ -59,6 +59,21 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
             _put(outs, call, part[..., :v_head_dim])
             _put(lses, call, part_lse)
     return _as(out, q.dtype), lse
+
+
+def sole_call(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Call | None:
+    """The call that alone is forward, and alone backward: torch can differentiate it as it stands; None if several."""
+    batch, heads, q_len, head_dim = q.shape
+    if k.shape[1] != heads or v.shape[3] != head_dim or batch * q_len == 0:
+        return None
+    return plan.sole(q.dtype, batch, heads, head_dim)
+
+
+def attend(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The `out` of `forward` by its sole call, through operations that torch can differentiate, the kernel once."""
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = (_prepared(x, x.dtype, x.shape[3]) for x in (q, k, v))
+    return _attend(plan, call, q, k, v, scale)[0]
 
 
 def backward(
@@ -92,7 +107,8 @@ def backward(
     dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
     if lse.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype)
-    schedule = plan.schedule("backward", q.dtype, _work(plan, q, v), widen=dlse is not None)
+    work = plan.work(q.shape[0], q.shape[1], max(q.shape[3], v.shape[3]))
+    schedule = plan.schedule("backward", q.dtype, work, widen=dlse is not None)
     dq = torch.zeros(q.shape, dtype=total if schedule.merges else q.dtype)
     compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
@@ -148,13 +164,6 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _work(plan: Plan, q: Tensor, v: Tensor) -> int:
-    """Heads x head dim of one call."""
-    own_batch, own_heads = plan.block_map.shape[:2]
-    batch, heads = q.shape[:2]
-    return (batch if own_batch == 1 else 1) * (heads if own_heads == 1 else 1) * max(q.shape[3], v.shape[3])
 
 
 def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:

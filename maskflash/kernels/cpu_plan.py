@@ -14,11 +14,11 @@ from torch import Tensor
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.hulls import Hulls
 from maskflash.blocks.spans import Evaluate, Strip, row_spans
-from maskflash.kernels.cpu_calls import Band, Bits, Call, Causal, Intervals, Schedule, additive, spread
+from maskflash.kernels.cpu_calls import Band, Bits, Call, Intervals, Schedule, additive, spread
 from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, Pass, candidates
 from maskflash.kernels.cpu_irregular import StripMerger
 from maskflash.kernels.cpu_layers import Layers
-from maskflash.kernels.cpu_regular import Segments, cover, find_segments
+from maskflash.kernels.cpu_regular import Segments, cost_of, cover, find_segments
 
 _MAX_STORED_BITS: Final = 256 << 20  # bytes of packed bits per plan; beyond it, the mask is evaluated per call
 _MAX_KEPT_PAIRS: Final = 1 << 16  # of one call whose mask is kept
@@ -43,6 +43,7 @@ class Plan:
     strips: dict[tuple[int, int], list[Call]]
     _schedules: dict[tuple[Pass, bool, int], Schedule] = field(default_factory=dict)
     _chosen: dict[tuple[Pass, torch.dtype, int, bool], Schedule] = field(default_factory=dict)
+    _sole: dict[tuple[torch.dtype, int, int, int], Call | None] = field(default_factory=dict)
     _band_sizes: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
     _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     _bands: dict[tuple[tuple[int, int, int], torch.dtype], Tensor] = field(default_factory=dict)
@@ -62,6 +63,24 @@ class Plan:
             found = self._chosen[key] = self._choose(pass_, dtype, work, widen)
         return found
 
+    def sole(self, dtype: torch.dtype, batch: int, heads: int, head_dim: int) -> Call | None:
+        """The call that computes all rows of everything, if it is the cheapest way of both passes in this dtype."""
+        key = (dtype, batch, heads, head_dim)
+        if key not in self._sole:
+            self._sole[key] = self._find_sole(dtype, self.work(batch, heads, head_dim))
+        return self._sole[key]
+
+    def _find_sole(self, dtype: torch.dtype, work: int) -> Call | None:
+        forward, backward = self.schedule("forward", dtype, work), self.schedule("backward", dtype, work)
+        if not (forward.native and backward.native) or backward.only(self.block_map.q_len) is None:
+            return None
+        return forward.only(self.block_map.q_len)
+
+    def work(self, batch: int, heads: int, head_dim: int) -> int:
+        """Heads x head dim of one call."""
+        own_batch, own_heads = self.block_map.shape[:2]
+        return (batch if own_batch == 1 else 1) * (heads if own_heads == 1 else 1) * head_dim
+
     def _choose(self, pass_: Pass, dtype: torch.dtype, work: int, widen: bool) -> Schedule:
         # Overheads matter to a factor of a few; schedules are shared between works of the same power of four.
         bucket = 4 ** max(round(np.log2(max(work, 1)) / 2), 0)
@@ -75,7 +94,7 @@ class Plan:
             costs = costs.for_work(work)
             calls = {unit: _covered(layers, costs) + self.strips[unit] for unit, layers in self.segments.items()}
             schedule = Schedule(costs.native, calls, 0.0)
-            cost = sum(_cost(call, costs) for call in schedule.all_calls())
+            cost = sum(cost_of(call, costs) for call in schedule.all_calls())
             self._size_bands(schedule.all_calls())
             self._schedules[key] = Schedule(costs.native, calls, cost)
         found = self._schedules[key]
@@ -198,10 +217,3 @@ def _covered(layers: list[Segments], costs: Costs) -> list[Call]:
     """Calls that cover the layers, in their order: every layer after the first merges with what is there."""
     first, *further = (cover(segments, costs) for segments in layers)
     return first + [replace(call, merges=True) for calls in further for call in calls]
-
-
-def _cost(call: Call, costs: Costs) -> float:
-    """Predicted cost of one call, in pairs."""
-    if isinstance(call.mask, Causal):
-        return costs.of_causal(len(call.rows))
-    return call.repeat * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)

@@ -8,6 +8,7 @@ matter.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -74,13 +75,30 @@ def find_segments(spans: RowSpans) -> Segments:
 
 def cover(segments: Segments, costs: Costs) -> list[Call]:
     """Calls that cover the segments: long segments are cut, short neighbours share a masked call."""
+    pieces = segments.pieces()
+    calls = _cut_or_merged(pieces, costs)
+    if len(calls) > 1 and sum(piece.rows for piece in pieces) <= _MAX_MERGED_ROWS:
+        whole = _call(pieces, reduce(_union, [piece.columns for piece in pieces], []))
+        if cost_of(whole, costs) < sum(cost_of(call, costs) for call in calls):
+            return [whole]
+    return calls
+
+
+def cost_of(call: Call, costs: Costs) -> float:
+    """Predicted cost of one call, in pairs."""
+    if isinstance(call.mask, Causal):
+        return costs.of_causal(len(call.rows))
+    return call.repeat * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
+
+
+def _cut_or_merged(segments: list[_Piece], costs: Costs) -> list[Call]:
     calls: list[Call] = []
     group: _Group | None = None
-    for segment in segments.pieces():
+    for segment in segments:
         pieces = _cut(segment, costs)
         repeated, rest = _repeated(pieces)
         if repeated and group is not None:
-            calls.append(_call(group))
+            calls.append(_call(group.pieces, group.runs))
             group = None
         calls += repeated
         for piece in rest:
@@ -88,9 +106,9 @@ def cover(segments: Segments, costs: Costs) -> list[Call]:
             mergeable = group is not None and len(pieces) == 1 and piece.rows < _MAX_MERGED_ROWS
             merged = _merged(group, single, costs) if group is not None and mergeable else None
             if merged is None and group is not None:
-                calls.append(_call(group))
+                calls.append(_call(group.pieces, group.runs))
             group = merged or single
-    return calls if group is None else [*calls, _call(group)]
+    return calls if group is None else [*calls, _call(group.pieces, group.runs)]
 
 
 class _Piece(NamedTuple):
@@ -237,14 +255,14 @@ def _union(runs: list[tuple[int, int]], new: tuple[int, int]) -> list[tuple[int,
     return [*before, (start, stop), *after]
 
 
-def _call(group: _Group) -> Call:
-    """One call for a group: a band, a triangle or a rectangle if it is one piece, else each row's interval."""
-    if len(group.pieces) == 1:
-        return _single_call(group.pieces[0])
-    columns = np.concatenate([np.arange(*run) for run in group.runs])
-    row = np.concatenate([p.row + np.arange(p.rows) for p in group.pieces])
-    start = np.concatenate([p.start + p.start_step * np.arange(p.rows) for p in group.pieces])
-    stop = np.concatenate([p.stop + p.stop_step * np.arange(p.rows) for p in group.pieces])
+def _call(pieces: list[_Piece], runs: list[tuple[int, int]]) -> Call:
+    """One call over column runs: a band, a triangle or a rectangle if it is one piece, else each row's interval."""
+    if len(pieces) == 1:
+        return _single_call(pieces[0])
+    columns = np.concatenate([np.arange(*run) for run in runs])
+    row = np.concatenate([p.row + np.arange(p.rows) for p in pieces])
+    start = np.concatenate([p.start + p.start_step * np.arange(p.rows) for p in pieces])
+    stop = np.concatenate([p.stop + p.stop_step * np.arange(p.rows) for p in pieces])
     # Tokens become positions among the picked columns; an interval lies inside one run, so its length stays.
     position = np.searchsorted(columns, start)
     stop += position - start
