@@ -12,7 +12,7 @@ The first two depend on the mask alone and are kept by it; the others also on le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from maskflash.blocks.classify import Classified, classify
@@ -51,8 +51,8 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
     if backend == "triton":
         from maskflash.kernels import triton  # with all that writes kernels: not before somebody wants it
 
-        return Analysis(classified, triton.plan(classified))
+        return Analysis(replace(classified, hulls=None), triton.plan(classified))
     block_map = classified.block_map
     pairs = block_map.counts["partial"] * math.prod(block_map.block_size)
-    hulls = find_hulls(problem) if pairs > _MANY_PAIRS else None
-    return Analysis(classified, cpu.plan(block_map, problem.visible, hulls))
+    hulls = classified.hulls or (find_hulls(problem) if pairs > _MANY_PAIRS else None)
+    return Analysis(replace(classified, hulls=None), cpu.plan(block_map, problem.visible, hulls))

@@ -52,6 +52,7 @@ class Explanation:
                 "bounds": classified.by_bounds,
                 "samples": classified.by_samples,
                 "elements": classified.by_elements,
+                "intervals": classified.by_intervals,
                 "columns": classified.by_columns,
                 "formula": classified.by_formula,
             },
@@ -118,6 +119,8 @@ class Explanation:
 def _decided(decided: dict[str, int]) -> str:
     if decided["formula"]:
         return f"{decided['formula']} tiles by formulas"
+    if decided["intervals"]:
+        return f"{decided['intervals']} tiles by the rows' intervals"
     if decided["columns"]:
         return f"{decided['columns']} tiles by cutting columns"
     bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))

@@ -1,8 +1,9 @@
 """A mask expression and two lengths -> its BlockMap, exactly the brute-force one, by the cheapest means that applies.
 
-A mask that compares only q, kv and q - kv with numbers has formulas. Else squares of tiles are bounded, coarse to
-fine; where tiles are many, or many pairs would have to be evaluated, and the mask compares rows with columns, its
-columns are cut into pieces instead, which looks at no tile.
+A mask that compares only q, kv and q - kv with numbers has formulas; one that is comparisons joined by `and` mostly
+shows each row one interval, whose ends tell. Else squares of tiles are bounded, coarse to fine; where tiles are many,
+or many pairs would have to be evaluated, and the mask compares rows with columns, its columns are cut into pieces
+instead, which looks at no tile.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.formula import find_formula
+from maskflash.blocks.hulls import Hulls, find_intervals
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.tiles import Tiles
@@ -36,7 +38,9 @@ class Classified:
         by_samples: tiles that samples settled.
         by_elements: tiles that had to be evaluated.
         by_columns: tiles whose columns were cut into pieces; then all of them.
+        by_intervals: tiles that follow from the interval that each row sees; then all of them.
         by_formula: tiles that follow from formulas; then all of them.
+        hulls: those intervals.
     """
 
     block_map: BlockMap
@@ -45,7 +49,9 @@ class Classified:
     by_samples: int = 0
     by_elements: int = 0
     by_columns: int = 0
+    by_intervals: int = 0
     by_formula: int = 0
+    hulls: Hulls | None = None
 
 
 def classify(problem: Problem) -> Classified:
@@ -65,6 +71,10 @@ def classify(problem: Problem) -> Classified:
     formula = find_formula(problem)
     if formula is not None:
         return Classified(formula.block_map(), max(largest, formula.largest), by_formula=count)
+    hulls = find_intervals(problem)
+    block_map = hulls and hulls.block_map(problem)
+    if hulls and block_map:
+        return Classified(block_map, max(largest, hulls.largest), by_intervals=count, hulls=hulls)
     find = cache(find_pieces)
     if count > _MANY_TILES and (pieces := find(problem)):
         return _cut(pieces, largest)

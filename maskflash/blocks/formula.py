@@ -129,7 +129,7 @@ def _joined(strips: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What groups of lines see, interval by interval: all (strips, groups), empty where start is not below stop.
 
     Attributes:
@@ -145,7 +145,7 @@ class _Seen(NamedTuple):
     inner_stop: IntArray
 
 
-def _seen(strips: tuple[Strip, ...], first: IntArray, last: IntArray) -> _Seen:
+def _seen(strips: tuple[Strip, ...], first: IntArray, last: IntArray) -> Seen:
     """What lines first to last (groups,) of one band see. Strips that all lines see to their common edge are joined."""
     left, right, low, high = np.array(strips, dtype=np.int64).reshape(-1, 4).T[:, :, None]
     start, stop = np.maximum(left, first - high), np.minimum(right, last - low + 1)
@@ -157,7 +157,7 @@ def _seen(strips: tuple[Strip, ...], first: IntArray, last: IntArray) -> _Seen:
         for starts, stops in ((start, stop), (inner_start, inner_stop)):
             starts[place] = np.where(joins, starts[before], starts[place])
             stops[before] = np.where(joins, starts[before], stops[before])
-    return _Seen(start, stop, inner_start, inner_stop)
+    return Seen(start, stop, inner_start, inner_stop)
 
 
 def _runs(bands: Bands, length: int, block: int, across: int, width: int, device: torch.device) -> Runs:
@@ -168,22 +168,22 @@ def _runs(bands: Bands, length: int, block: int, across: int, width: int, device
         # Whole lines of tiles; the last line may be ragged.
         line = np.arange(-(-top // block), max(-(-top // block), lines if bottom == length else bottom // block))
         seen = _seen(strips, line * block, np.minimum(line * block + block, length) - 1)
-        parts.append(_segments(line, _tiles(seen, across, width)))
+        parts.append(segments_of(line, tiles_of(seen, across, width)))
     segments = Segments(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     return Runs.from_segments(lines, segments, device)
 
 
-def _tiles(seen: _Seen, across: int, width: int) -> _Seen:
+def tiles_of(seen: Seen, across: int, width: int) -> Seen:
     """The same in tiles: start and stop of those to visit, no tile twice, and of those that are full."""
     some = seen.start < seen.stop
     stop = np.where(some, -(-seen.stop // width), 0)
     start = np.where(some, seen.start // width, stop)
     start[1:] = np.maximum(start[1:], np.maximum.accumulate(stop)[:-1])
     inner_stop = np.where(seen.inner_stop == across, -(-across // width), seen.inner_stop // width)
-    return _Seen(start, stop, -(-seen.inner_start // width), inner_stop)
+    return Seen(start, stop, -(-seen.inner_start // width), inner_stop)
 
 
-def _segments(line: IntArray, tiles: _Seen) -> Segments:
+def segments_of(line: IntArray, tiles: Seen) -> Segments:
     """The stretches of lines of tiles that belong to one band, in order."""
     full = tiles.inner_start < tiles.inner_stop
     before, after = (np.where(full, end, tiles.stop) for end in (tiles.inner_start, tiles.inner_stop))
@@ -204,7 +204,9 @@ def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Ite
             if first <= last:
                 seen = _seen(strips, np.array([first]), np.array([last]))
                 inner = np.zeros(n, dtype=np.bool_)
-                for _, start, stop, full in zip(*_segments(np.array([line]), _tiles(seen, across, width)), strict=True):
+                for _, start, stop, full in zip(
+                    *segments_of(np.array([line]), tiles_of(seen, across, width)), strict=True
+                ):
                     some[start:stop] = True
                     inner[start:stop] |= full
                 every &= inner

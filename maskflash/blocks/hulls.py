@@ -1,7 +1,8 @@
-"""A problem -> the first and the last column that each row sees, and how many, without a look at pairs.
+"""A problem -> the first and the last column that each row sees, and how many, without a look at pairs; and its map.
 
 Where they are as many as lie between, they are all: most rows of most masks see one interval. Formulas tell, or the
-columns' pieces of the problem turned over, if its mask comes apart that way too.
+columns' pieces of the problem turned over, if its mask comes apart that way too. Where the mask is comparisons joined
+by `and`, the pieces' ends are the interval's: then a row of tiles is a few minima and maxima.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.blocks.formula import find_formula
-from maskflash.blocks.pieces import find_pieces
+from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.formula import Seen, find_formula, segments_of, tiles_of
+from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
+from maskflash.blocks.runs import Runs
 
 _PIECES_AT_ONCE: Final = 1 << 18  # starts held together
 
@@ -28,11 +32,37 @@ class Hulls:
         start: the first column.
         stop: one past the last; not after start where the row sees nothing.
         count: how many columns.
+        largest: a cap on the mask's 64-bit integers.
     """
 
     start: Tensor
     stop: Tensor
     count: Tensor
+    largest: float
+
+    def block_map(self, problem: Problem) -> BlockMap | None:
+        """The map of rows that see one interval each; None where those of a line of tiles lie apart.
+
+        A tile is visited if some row of its line sees some of it. Where each row's interval overlaps or touches the
+        next row's, all rows together visit one stretch.
+        """
+        (lines, across), (rows, width) = problem.shape[2:], problem.block_size
+        ragged = lines * rows - problem.q_len  # the last line repeats its last row
+        start, stop = (
+            torch.cat((x, x[..., -1:].expand(*x.shape[:2], ragged)), 2).view(-1, rows) for x in (self.start, self.stop)
+        )
+        sees = start < stop
+        apart = (start[:, 1:] > stop[:, :-1]) | (start[:, :-1] > stop[:, 1:]) | ~sees[:, :-1]
+        stretches = (apart & sees[:, 1:]).sum(1) + sees[:, 0]
+        some = start.masked_fill(~sees, problem.kv_len).amin(1), stop.masked_fill(~sees, 0).amax(1)
+        every = start.amax(1), stop.masked_fill(~sees, 0).amin(1)
+        most, *ends = torch.stack((stretches, *some, *every)).cpu().numpy()
+        if most.max() > 1:
+            return None
+        tiles = tiles_of(Seen(*(x[None] for x in ends)), problem.kv_len, width)
+        of_rows = Runs.from_segments(len(most), segments_of(np.arange(len(most)), tiles), problem.device)
+        of_columns = of_rows.transposed(lines, across)
+        return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, of_rows, of_columns)
 
 
 def find_hulls(problem: Problem) -> Hulls | None:
@@ -40,18 +70,41 @@ def find_hulls(problem: Problem) -> Hulls | None:
     formula = find_formula(problem)
     if formula is not None:
         parts = [_hull(start, stop) for start, stop in formula.intervals()]
-        return Hulls(*(torch.cat(x).view(1, 1, -1) for x in zip(*parts, strict=True)))
+        start, stop, count = (torch.cat(x).view(1, 1, -1) for x in zip(*parts, strict=True))
+        return Hulls(start, stop, count, formula.largest)
+    pieces = _pieces_of_rows(problem)
+    return None if pieces is None else _joined(pieces) or _cut(pieces)
+
+
+def find_intervals(problem: Problem) -> Hulls | None:
+    """The hulls of rows that see one interval each, the ends of joined comparisons; None where those don't tell."""
+    pieces = _pieces_of_rows(problem)
+    return None if pieces is None else _joined(pieces)
+
+
+def _pieces_of_rows(problem: Problem) -> Pieces | None:
     turned = problem.turned()
-    pieces = None if turned is None else find_pieces(turned)
-    if pieces is None:
+    return None if turned is None else find_pieces(turned)
+
+
+def _joined(pieces: Pieces) -> Hulls | None:
+    found = pieces.interval(slice(None), slice(None), slice(0, pieces.problem.kv_len))
+    if found is None:
         return None
-    batch, heads = problem.shape[:2]
-    found = torch.empty(3, batch, heads, problem.q_len, dtype=torch.int64, device=problem.device)
-    for b, h, rows in _parts(batch, heads, problem.q_len, pieces.most):
+    start, stop = found
+    return Hulls(start, stop, (stop - start).clamp(min=0), pieces.largest)
+
+
+def _cut(pieces: Pieces) -> Hulls:
+    turned = pieces.problem
+    batch, heads = turned.shape[:2]
+    found = torch.empty(3, batch, heads, turned.kv_len, dtype=torch.int64, device=turned.device)
+    for b, h, rows in _parts(batch, heads, turned.kv_len, pieces.most):
         start, visible = pieces.cut(b, h, rows)
-        stop = torch.cat((start[1:], torch.full_like(start[:1], problem.kv_len)))
+        stop = torch.cat((start[1:], torch.full_like(start[:1], turned.q_len)))
         found[:, b, h, rows] = torch.stack(_hull(start, torch.where(visible, stop, start)))
-    return Hulls(*found)
+    start, stop, count = found
+    return Hulls(start, stop, count, pieces.largest)
 
 
 def _hull(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:

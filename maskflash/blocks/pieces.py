@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from maskflash.blocks.problem import LARGEST_SUM, Problem
 from maskflash.expr.evaluate import compute
 from maskflash.expr.nodes import Expr
-from maskflash.expr.separate import separate
+from maskflash.expr.separate import Hides, separate
 
 _MOST_PIECES: Final = 32  # of a column: beyond it, tiles are cheaper
+_TURNED: Final[dict[Hides | None, Hides | None]] = {"above": "below", "below": "above", None: None}
 _MOST_SWITCHES: Final = 8  # rows at which what depends on the row alone changes
 
 
@@ -29,12 +32,17 @@ class Pieces:
         largest: a cap on the mask's 64-bit integers, before any wrapping.
         turns: comparisons with the column.
         always: (n,) rows at which any column may change.
+        within: (B or 1, H or 1, 1) int64, the first row that some column may see and one past the last, where columns
+            see one interval each; else None.
+        conditions: what then else hides columns whole.
     """
 
     problem: Problem
     largest: float
     turns: tuple[Turn, ...]
     always: Tensor
+    within: tuple[Tensor, Tensor] | None
+    conditions: tuple[Expr, ...]
 
     @property
     def most(self) -> int:
@@ -52,21 +60,51 @@ class Pieces:
         Raises:
             MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
         """
-        problem, device = self.problem, self.problem.device
-        batch, heads = problem.shape[:2]
-        at = {
+        problem, at = self.problem, self._at(b, h, columns)
+        shape = np.broadcast_shapes(*(x.shape for x in at.values()))
+        found = (turn.row(problem, at, b, h)[0] for turn in self.turns)
+        # A turn outside the rows, such as an end of S, cuts nothing.
+        turns = [row.expand(shape) for row in found if int(row.max()) > 0 and int(row.min()) < problem.q_len]
+        first = torch.zeros((), dtype=torch.int64, device=problem.device).expand(shape)
+        start = _ascending([first, *turns, *(row.expand(shape) for row in self.always)])
+        row = start.clamp(max=problem.q_len - 1)
+        return start, problem.visible(at["b"], at["h"], row, at["kv"])
+
+    def interval(self, b: slice, h: slice, columns: slice) -> tuple[Tensor, Tensor] | None:
+        """What the columns of some batch rows and heads see, from their turns alone.
+
+        Returns:
+            start, stop: (b, h, columns) int64, rows half open, empty where start is not below stop; None where columns
+            may see more than one interval, or where something may be read out of range.
+        """
+        if self.within is None:
+            return None
+        problem, at = self.problem, self._at(b, h, columns)
+        start, stop = (_part(edge, b, h) for edge in self.within)
+        for turn in self.turns:
+            row, faults = turn.row(problem, at, b, h)
+            if _any(faults):
+                return None
+            if turn.hides == "above":
+                start = torch.maximum(start, row)
+            else:
+                stop = torch.minimum(stop, row)
+        for condition in self.conditions:
+            shown, faults = compute(condition, problem.inputs, {**at, "q": _nowhere(problem)})
+            if _any(faults):
+                return None
+            stop = torch.where(shown.to(torch.bool), stop, 0)
+        shape = np.broadcast_shapes(*(x.shape for x in at.values()))
+        return start.expand(shape), stop.expand(shape)
+
+    def _at(self, b: slice, h: slice, columns: slice) -> dict[str, Tensor]:
+        device = self.problem.device
+        batch, heads = self.problem.shape[:2]
+        return {
             "b": torch.arange(batch, device=device)[b, None, None],
             "h": torch.arange(heads, device=device)[h, None],
             "kv": torch.arange(columns.start, columns.stop, device=device),
         }
-        shape = torch.broadcast_shapes(*(x.shape for x in at.values()))
-        found = (turn.row(problem, at, b, h) for turn in self.turns)
-        # A turn outside the rows, such as an end of S, cuts nothing.
-        turns = [row.expand(shape) for row in found if int(row.max()) > 0 and int(row.min()) < problem.q_len]
-        first = torch.zeros((), dtype=torch.int64, device=device).expand(shape)
-        start = _ascending([first, *turns, *(row.expand(shape) for row in self.always)])
-        row = start.clamp(max=problem.q_len - 1)
-        return start, problem.visible(at["b"], at["h"], row, at["kv"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +117,7 @@ class Turn:
         sign: of the columns' values, -1 where the rows' were descending.
         columns: of the columns' values.
         after: the first row whose value is beyond theirs, instead.
+        hides: what the comparison alone hides, rows "above" the turn or "below" it; None where it isn't as simple.
     """
 
     values: Tensor
@@ -86,17 +125,22 @@ class Turn:
     sign: int
     columns: Expr
     after: bool
+    hides: Hides | None
 
-    def row(self, problem: Problem, at: dict[str, Tensor], b: slice, h: slice) -> Tensor:
-        """The row, between 0 and q_len, for each column; broadcasts to (b, h, columns)."""
-        nowhere = torch.zeros((), dtype=torch.int64, device=problem.device)
-        wanted = compute(self.columns, problem.inputs, {**at, "q": nowhere})[0].to(torch.int64) * self.sign
-        values = self.values[b if len(self.values) > 1 else slice(None), h if self.values.shape[1] > 1 else slice(None)]
+    def row(self, problem: Problem, at: dict[str, Tensor], b: slice, h: slice) -> tuple[Tensor, list[Tensor]]:
+        """The row, between 0 and q_len, for each column, which broadcasts to (b, h, columns); and columns' faults."""
+        wanted, faults = compute(self.columns, problem.inputs, {**at, "q": _nowhere(problem)})
+        wanted = wanted.to(torch.int64) * self.sign
+        values = _part(self.values, b, h)
         if self.step:
-            return (wanted - values[..., :1] + self.after).clamp(0, problem.q_len)
-        sizes = torch.broadcast_shapes(wanted.shape[:-1], values.shape[:-1])
+            return (wanted - values[..., :1] + self.after).clamp(0, problem.q_len), faults
+        if values.numel() == problem.q_len:  # of one unit: distinct values, few of documents, are searched sooner
+            values, count = torch.unique_consecutive(values, return_counts=True)
+            first = pad(count.cumsum(0), (1, 0))
+            return first[torch.searchsorted(values, wanted.contiguous(), right=self.after)], faults
+        sizes = np.broadcast_shapes(wanted.shape[:-1], values.shape[:-1])
         wanted, values = wanted.expand(*sizes, -1).contiguous(), values.expand(*sizes, -1).contiguous()
-        return torch.searchsorted(values, wanted, right=self.after)
+        return torch.searchsorted(values, wanted, right=self.after), faults
 
 
 def find_pieces(problem: Problem) -> Pieces | None:
@@ -107,27 +151,60 @@ def find_pieces(problem: Problem) -> Pieces | None:
     largest = problem.largest()
     if separated.rearranged and largest >= LARGEST_SUM:
         return None
-    turns: dict[tuple[str, str, bool], Turn] = {}
+    turns: dict[tuple[str, str, bool, Hides | None], Turn] = {}
     changes: list[Tensor] = []
+    faulty = False
     known: dict[str, tuple[Tensor, bool, int] | None] = {}
     for threshold in separated.thresholds:
         text = threshold.rows.text
         if text not in known:
             values, faults = _of_rows(problem, threshold.rows)
             changes += map(_changes, faults)
+            faulty |= _any(faults)
             known[text] = _ascend(values)
         ascending = known[text]
         if ascending is None:
             return None
         values, step, sign = ascending
-        after = threshold.after if sign > 0 else not threshold.after
-        turns[text, threshold.columns.text, threshold.after] = Turn(values, step, sign, threshold.columns, after)
+        after, hides = threshold.after, threshold.hides
+        if sign < 0:
+            after, hides = not after, _TURNED[hides]
+        key = text, threshold.columns.text, threshold.after, hides
+        turns[key] = Turn(values, step, sign, threshold.columns, after, hides)
+    shown = torch.ones(1, 1, problem.q_len, dtype=torch.bool, device=problem.device)
     for switch in separated.switches:
         values, faults = _of_rows(problem, switch)
         changes += map(_changes, (values, *faults))
+        faulty |= _any(faults)
+        shown = shown & values.to(torch.bool)
     always = torch.cat(changes).unique() if changes else torch.zeros(0, dtype=torch.int64, device=problem.device)
-    pieces = Pieces(problem, largest, tuple(turns.values()), always)
+    single = separated.joined and not faulty and all(turn.hides for turn in turns.values())
+    within = _only_interval(shown) if single else None
+    pieces = Pieces(problem, largest, tuple(turns.values()), always, within, separated.conditions)
     return pieces if len(always) <= _MOST_SWITCHES and pieces.most <= _MOST_PIECES else None
+
+
+def _only_interval(shown: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The first place and one past the last of the places shown, (B, H, n) bool -> (B, H, 1); None where apart."""
+    count, length = shown.sum(-1, keepdim=True), shown.shape[-1]
+    start = shown.to(torch.int8).argmax(-1, keepdim=True)
+    stop = length - shown.flip(-1).to(torch.int8).argmax(-1, keepdim=True)
+    stop = torch.where(count > 0, stop, start)
+    return (start, stop) if torch.equal(stop - start, count) else None
+
+
+def _any(faults: list[Tensor]) -> bool:
+    return any(bool(fault.any()) for fault in faults)
+
+
+def _part(values: Tensor, b: slice, h: slice) -> Tensor:
+    """Of (B or 1, H or 1, n) some batch rows and heads."""
+    return values[b if len(values) > 1 else slice(None), h if values.shape[1] > 1 else slice(None)]
+
+
+def _nowhere(problem: Problem) -> Tensor:
+    """The row or column of what reads none."""
+    return torch.zeros((), dtype=torch.int64, device=problem.device)
 
 
 def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
@@ -135,9 +212,8 @@ def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
     batch, heads = problem.shape[:2]
     device = problem.device
     b, h = torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
-    nowhere = torch.zeros((), dtype=torch.int64, device=device)
     row = torch.arange(problem.q_len, device=device) + problem.offset_of(b)
-    values, faults = compute(expr, problem.inputs, {"b": b, "h": h, "q": row, "kv": nowhere})
+    values, faults = compute(expr, problem.inputs, {"b": b, "h": h, "q": row, "kv": _nowhere(problem)})
     values, *faults = (x[(None,) * (3 - x.ndim)] for x in (values, *faults))
     return values, faults
 

@@ -124,38 +124,36 @@ class Runs:
         Returns:
             Runs of the same tiles, of lines (unit, t), t < across, each over tiles 0 to `lines`.
         """
-        units = (len(self.offsets) - 1) // lines
+        units, device = (len(self.offsets) - 1) // lines, self.offsets.device
         # Every line as (where a kind begins, the kind), with a line of nothing after each unit's last.
-        line = self.lines()
-        line = line + line // lines
-        keys, kinds = _steps(line, self, units * (lines + 1), across)
+        line = self.lines().cpu().numpy()
+        keys, kinds = _steps(line + line // lines, self, units * (lines + 1), across)
         before, old = keys + across, kinds  # what stood in the line before
-        first = torch.arange(units, device=line.device) * ((lines + 1) * across)
+        first = np.arange(units) * ((lines + 1) * across)
         inside = before % ((lines + 1) * across) >= across
         before, old = before[inside], old[inside]
-        before, order = torch.cat((first, before)).sort(stable=True)
-        old = torch.cat((old.new_full((units,), SKIP), old))[order]
-        merged = torch.cat((keys, before)).unique()
-        new_kind = kinds[torch.searchsorted(keys, merged, right=True) - 1]
-        old_kind = old[torch.searchsorted(before, merged, right=True) - 1]
-        ends = torch.cat((merged[1:], merged.new_tensor([units * (lines + 1) * across])))
+        before = np.concatenate((first, before))
+        order = before.argsort(kind="stable")
+        before, old = before[order], np.concatenate((np.full(units, SKIP), old))[order]
+        merged = np.union1d(keys, before)
+        new_kind = kinds[np.searchsorted(keys, merged, side="right") - 1]
+        old_kind = old[np.searchsorted(before, merged, side="right") - 1]
+        ends = np.append(merged[1:], units * (lines + 1) * across)
         differ = new_kind != old_kind
         begin, length = merged[differ], (ends - merged)[differ]
-        place = torch.repeat_interleave(begin - (length.cumsum(0) - length), length) + torch.arange(
-            int(length.sum()), device=line.device
-        )
-        new_kind, old_kind = (torch.repeat_interleave(kind[differ], length) for kind in (new_kind, old_kind))
+        place = np.repeat(begin - (length.cumsum() - length), length) + np.arange(length.sum())
+        new_kind, old_kind = (np.repeat(kind[differ], length) for kind in (new_kind, old_kind))
         unit_line, t = place // across, place % across
         unit, i = unit_line // (lines + 1), unit_line % (lines + 1)
-        keys, order = ((unit * across + t) * (lines + 1) + i).sort()
-        new_kind, old_kind = new_kind[order], old_kind[order]
+        keys = (unit * across + t) * (lines + 1) + i
+        order = keys.argsort(kind="stable")
+        keys, new_kind, old_kind = keys[order], new_kind[order], old_kind[order]
         starts, stops = keys[new_kind != SKIP], keys[old_kind != SKIP]
-        return Runs(
-            _offsets(starts // (lines + 1), units * across),
-            (starts % (lines + 1)).int(),
-            (stops % (lines + 1)).int(),
-            new_kind[new_kind != SKIP] == FULL,
-        )
+        offsets = np.zeros(units * across + 1, dtype=np.int32)
+        offsets[1:] = np.bincount(starts // (lines + 1), minlength=units * across).cumsum()
+        start, stop = ((x % (lines + 1)).astype(np.int32) for x in (starts, stops))
+        arrays = offsets, start, stop, new_kind[new_kind != SKIP] == FULL
+        return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
 
 
 def _offsets(line: Tensor, lines: int) -> Tensor:
@@ -165,15 +163,17 @@ def _offsets(line: Tensor, lines: int) -> Tensor:
     return offsets
 
 
-def _steps(line: Tensor, runs: Runs, lines: int, across: int) -> tuple[Tensor, Tensor]:
+def _steps(line: IntArray, runs: Runs, lines: int, across: int) -> tuple[IntArray, IntArray]:
     """Lines as steps: ascending keys line * across + tile from which on a kind holds, from tile 0 of each line."""
-    start, stop = line * across + runs.start, line * across + runs.stop
-    kind = torch.where(runs.full, FULL, PARTIAL)
-    follows = torch.zeros_like(stop, dtype=torch.bool)  # another run, or the next line, starts where this one stops
-    follows[:-1] = stop[:-1] == start[1:]
-    gaps = stop[~follows & (runs.stop < across)]
-    head = torch.arange(lines, device=line.device) * across
-    head = head[~torch.isin(head, start)]
-    keys, order = torch.cat((start, gaps, head)).sort()
-    kinds = torch.cat((kind, kind.new_full((len(gaps) + len(head),), SKIP)))[order]
-    return keys, kinds
+    start, stop, full = (x.cpu().numpy() for x in (runs.start, runs.stop, runs.full))
+    begins, ends = line * across + start, line * across + stop
+    kind = np.where(full, FULL, PARTIAL)
+    follows = np.zeros(len(ends), dtype=np.bool_)  # another run, or the next line, starts where this one stops
+    follows[:-1] = ends[:-1] == begins[1:]
+    gaps = ends[~follows & (stop < across)]
+    bare = np.ones(lines, dtype=np.bool_)  # lines that begin with nothing
+    bare[line[start == 0]] = False
+    head = np.flatnonzero(bare) * across
+    keys = np.concatenate((begins, gaps, head))
+    order = keys.argsort(kind="stable")
+    return keys[order], np.concatenate((kind, np.full(len(gaps) + len(head), SKIP)))[order]

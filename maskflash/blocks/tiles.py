@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class Tiles:
         self.largest = max(self.largest, verdict.largest)
         inside = (i * side < self.problem.shape[2]) & (j * side < self.problem.shape[3])
         always, undecided = verdict.always & ~verdict.faulty, (verdict.maybe & ~verdict.always) | verdict.faulty
-        shape = torch.broadcast_shapes(b.shape, inside.shape)
+        shape = np.broadcast_shapes(b.shape, inside.shape)
 
         def places(chosen: Tensor) -> Tensor:
             return torch.stack([x.expand(shape)[chosen] for x in squares], 1)

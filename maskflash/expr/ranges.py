@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,8 +63,8 @@ class RangeMinima:
             return Interval(value, value), fault
         if all(span.lo.numel() == 1 for span in spans):  # a single box needs no levels
             box = table[tuple(slice(int(span.lo), int(span.hi) + 1) for span in spans)]
-            shape = torch.broadcast_shapes(*(span.lo.shape for span in spans))
-            return Interval(box.amin().view(shape), box.amax().view(shape)), fault
+            shape = np.broadcast_shapes(*(span.lo.shape for span in spans))
+            return Interval(*(x.view(shape) for x in torch.aminmax(box))), fault
         # One axis at a time, the other ranged axes collapsed: each answer is a bound, so the tighter of them is too.
         answers = [self._along(table, axis, [a for a in ranged if a != axis], spans) for axis in ranged]
         lo, hi = answers[0]

@@ -14,6 +14,7 @@ import torch
 
 from maskflash.expr.nodes import COMPARISONS, OPPOSITES, Builder, Expr, Node, operand_dtype
 
+Hides = Literal["above", "below"]
 _Side = Literal["neither", "rows", "columns", "both"]
 _Terms = list[tuple[int, int]]  # signs and positions of what is summed
 _FLIPPED: Final = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
@@ -34,7 +35,7 @@ class Threshold:
     rows: Expr
     columns: Expr
     after: bool
-    hides: Literal["above", "below"] | None
+    hides: Hides | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ class _Parts:
         """Note where `rows op columns` turns."""
         simple = simple and op != "ne"
         if op in ("ge", "lt", "eq", "ne"):
-            hides: Literal["above", "below"] = "below" if op == "lt" else "above"
+            hides: Hides = "below" if op == "lt" else "above"
             self.thresholds.append(Threshold(rows, columns, False, hides if simple else None))
         if op in ("gt", "le", "eq", "ne"):
             hides = "above" if op == "gt" else "below"

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 import maskflash as mf
 from maskflash import compiler, plans
 from maskflash.blocks import hulls as module
-from maskflash.blocks.hulls import find_hulls
+from maskflash.blocks.classify import classify
+from maskflash.blocks.hulls import find_hulls, find_intervals
 from maskflash.testing import Shape, affine_masks, assert_matches_dense, masks
 
 CPU = torch.device("cpu")
@@ -51,6 +52,98 @@ def test_what_tells_and_what_does_not():
     assert find_hulls(problem_of(mf.document(ids=ids), 4, 4)) is None  # ids don't ascend
     assert find_hulls(problem_of(mf.document([30, 10]), 4, 40, q_offset=36)) is None
     assert find_hulls(problem_of(mf.natten(6, 6, 3, 3), 36, 36)) is None
+
+
+CONJUNCTS = [
+    lambda b, h, q, kv: q >= kv,
+    lambda b, h, q, kv: q - kv <= 9,
+    lambda b, h, q, kv: abs(q - kv) < 7,
+    lambda b, h, q, kv: q // 8 == kv // 8,
+    lambda b, h, q, kv: -q <= 5 - kv,
+    lambda b, h, q, kv: 50 - q > kv,
+    lambda b, h, q, kv: kv < 41 and q >= 3,
+    lambda b, h, q, kv: kv % 3 != 1,
+    lambda b, h, q, kv: q % 20 != 4,
+    lambda b, h, q, kv: kv >= 8 * b + h,
+    lambda b, h, q, kv: q < 30 or q > 33,
+    lambda b, h, q, kv: (q // 4) * 4 > kv,
+    lambda b, h, q, kv: not (q < kv),
+    lambda b, h, q, kv: q != kv,
+]
+ROWS = torch.arange(64)
+
+
+@st.composite
+def joined(draw):
+    """Comparisons joined by `and`, some of them with tables."""
+    ascending = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=128, max_size=128))).view(2, 64).sort(-1).values
+    tables = [
+        mf.mask(lambda b, h, q, kv: ascending[b, q] == ascending[b, kv]),
+        mf.mask(lambda b, h, q, kv: ascending[0, kv] <= ascending[0, q]),
+        mf.mask(lambda b, h, q, kv: -ascending[0, q] < -ascending[0, kv]),
+        mf.document(draw(st.lists(st.integers(0, 30), min_size=1, max_size=5))),
+    ]
+    parts = draw(st.lists(st.sampled_from([*map(mf.mask, CONJUNCTS), *tables]), min_size=1, max_size=3))
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole & part
+    return whole
+
+
+@settings(max_examples=300)
+@given(joined(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (3, 5), (1, 1), (64, 2)]))
+def test_ends_of_joined_comparisons_are_what_rows_see_and_make_the_map(mask, q_len, kv_len, block_size):
+    problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, 0, CPU, {})
+    found = find_intervals(problem)
+    assume(found is not None)
+    batch, heads = problem.shape[:2]
+    dense = mask.dense(q_len, kv_len, batch=2, heads=2)[:batch, :heads]
+    column = torch.arange(kv_len)
+    seen = (column >= found.start[..., None]) & (column < found.stop[..., None])
+    assert torch.equal(seen, dense)
+    assert torch.equal(found.count, dense.sum(-1))
+    block_map = found.block_map(problem)
+    if block_map is not None:
+        rows = torch.nn.functional.pad(dense.float(), (0, -kv_len % block_size[1], 0, -q_len % block_size[0]), value=-1)
+        tiles = rows.unflatten(3, (-1, block_size[1])).unflatten(2, (-1, block_size[0])).transpose(3, 4)
+        some, every = (tiles == 1).flatten(4).any(-1), (tiles != 0).flatten(4).all(-1)
+        assert torch.equal(block_map.kinds(), (some.int() + (some & every)).to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("mask", "intervals"),
+    [
+        (mf.causal() & mf.document([30, 10]), True),
+        (mf.document([30, 10]), True),
+        (mf.mask(lambda b, h, q, kv: q >= kv and kv % 3 != 1), False),  # nor a comb
+        (mf.mask(lambda b, h, q, kv: 50 - q > kv and kv // 3 <= q), True),
+        (mf.mask(lambda b, h, q, kv: q != kv and ROWS[q] >= 0), False),  # what a row sees is apart
+        (mf.mask(lambda b, h, q, kv: ROWS[q] >= kv or kv < 2), False),  # not joined by and
+        (mf.mask(lambda b, h, q, kv: ROWS[q] == 1 or ROWS[q] - kv >= 0), False),
+    ],
+)
+def test_what_is_an_interval(mask, intervals):
+    assert (classify(problem_of(mask, 40, 40)).by_intervals > 0) is intervals
+
+
+def test_rows_of_a_line_that_lie_apart_are_not_one_stretch():
+    """The rows of a tile see tiles far from each other: the map comes another way, and is the same."""
+    starts = torch.tensor([0, 0, 40, 40])
+    mask = mf.mask(lambda b, h, q, kv: starts[q] <= kv and kv < starts[q] + 4)
+    problem = mask.problem("test", 4, 64, 1, 1, (4, 8), 0, CPU, {})
+    found = find_intervals(problem)
+    assert found is not None and found.block_map(problem) is None
+    assert classify(problem).block_map.kinds()[0, 0, 0].tolist() == [1, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_a_look_up_that_may_fail_is_left_to_those_who_look():
+    table = torch.arange(30)
+    guarded = mf.mask(lambda b, h, q, kv: q < 30 and kv < 30 and table[q] >= table[kv])
+    assert find_intervals(problem_of(guarded, 40, 40)) is None
+    classify(problem_of(guarded, 40, 40))
+    bare = mf.mask(lambda b, h, q, kv: table[q] >= table[kv])
+    with pytest.raises(mf.MaskIndexError):
+        classify(problem_of(bare, 40, 40))
 
 
 def test_an_analysis_evaluates_no_pair_that_hulls_tell(monkeypatch):
