@@ -46,6 +46,15 @@ COMMONEST = """(canvas, rectangles) => {
     return [...counts].reduce((best, entry) => entry[1] > best[1] ? entry : best)[0];
   });
 }"""
+# Which colour of a palette each pixel (x, y) has, as a text of digits.
+AT = """(canvas, [palette, xs, ys]) => {
+  const {width, height} = canvas;
+  const copy = new OffscreenCanvas(width, height).getContext("2d", {willReadFrequently: true});
+  copy.drawImage(canvas, 0, 0);
+  const pixels = copy.getImageData(0, 0, width, height).data;
+  const hex = (at) => "#" + [0, 1, 2].map((i) => pixels[at + i].toString(16).padStart(2, "0")).join("");
+  return ys.map((y) => xs.map((x) => palette.indexOf(hex(4 * (y * width + x)))).join(""));
+}"""
 TOLD = ("place", "kind", "rows", "columns", "decider", "row-work")
 
 
@@ -216,6 +225,27 @@ def test_each_tile_has_its_colour_and_says_what_it_is(opened, mask, q_len, kv_le
     assert found == [COLOURS[int(kinds[tile])] for tile in tiles]
     for tile in tiles:
         assert page.point(*truth.middle(*tile)) == truth(*tile)
+
+
+@pytest.mark.parametrize("closer", [0, 1, 2])
+def test_where_tiles_are_less_than_a_pixel_cells_are_drawn(opened, closer):
+    length = 2003
+    mask = (mf.causal() & mf.document([300, 999, 704])) | mf.mask(lambda b, h, q, kv: (q // 5 + kv // 3) % 40 == 0)
+    block_map = mask.block_map(length, length, block_size=1)
+    page = opened(visualize.explorer(block_map))
+    for _ in range(closer):
+        page.page.locator("#closer").click()  # 1.5 times, about the middle
+    page.drawn()
+    side = int(re.search(r"each cell is (\d+) × \1 tiles", page.text("view"))[1])
+    grid = cells(block_map, -(-length // side))
+    assert grid.side == side > 1
+    width = page.page.locator("#map").evaluate("(canvas) => canvas.width")
+    scale, first = width / length * 1.5**closer, (length - length / 1.5**closer) / 2
+    centres = {cell: int(((cell + 0.5) * side - first) * scale) for cell in range(length // side)}
+    shown = [cell for cell, x in centres.items() if 0 < x < width - 1]
+    pixels = [centres[cell] for cell in shown]
+    found = page.page.locator("#map").evaluate(AT, [[COLOURS[kind] for kind in (0, 1, 2)], pixels, pixels])
+    assert found == ["".join(map(str, grid.kinds[cell, shown])) for cell in shown]
 
 
 def test_all_deciders_are_among_them(opened):
