@@ -13,16 +13,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench figures gpu clean
+.PHONY: help demo test browser lint format bench figures gpu clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: $(STAMP)  ## run the main job: packed documents through forward, backward and every check
+demo: $(STAMP)  ## run the main job: packed documents, forward, backward, every check; files in maskflash-demo/
 	$(BIN)/python -m maskflash demo $(ARGS)
 
-test: $(STAMP)  ## run all tests
+test: $(STAMP) browser  ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+browser:  ## have Chromium for the explorer's tests, from Debian's packages where root may install them
+	@sh tests/visualize/install_chromium.sh
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy, changing nothing
 	$(BIN)/ruff check .
@@ -61,7 +64,7 @@ gpu:  ## on a GPU: the kernels' tests on the device, then the benchmark beside F
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)/attention.json $(ARGS)
 
 clean:  ## remove caches and build results, keep .venv
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist maskflash-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find maskflash tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and pinned: left to a dependency's lower bound, pip may fetch a newer one with gigabytes of

@@ -54,9 +54,9 @@ ORDER = {
     ],
     "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
     "integrations": ["closures", "transformers"],
-    "visualize": ["cells", "style", "vectors", "figures"],
+    "visualize": ["cells", "style", "vectors", "figures", "deciders", "marks", "page"],
     "cli": ["expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
-    "demo": ["documents", "workload", "checks", "measure", "report", "job"],
+    "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
 FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo

@@ -143,11 +143,7 @@ def _picture(block_map: BlockMap) -> list[str]:
 
 
 def _cells(block_map: BlockMap, most: int) -> tuple[list[list[int]], str]:
-    """The kinds of at most `most` x `most` cells of side x side tiles of the first map, and what a cell is.
-
-    A cell has the common kind of its tiles, else it is partial. Found by counting the tiles of each run in the cells it
-    crosses, so that the cost follows the runs.
-    """
+    """The kinds of at most `most` x `most` cells of the first map, and what a cell is."""
     batch, heads, n_q, n_kv = block_map.shape
     side = max(1, math.ceil(max(n_q, n_kv) / most))
     facts = [f"one cell is {side} x {side} tiles"] * (side > 1)
@@ -155,19 +151,4 @@ def _cells(block_map: BlockMap, most: int) -> tuple[list[list[int]], str]:
     legend = f"({'; '.join(facts)})" if facts else ""
     if math.prod(block_map.shape) == 0:
         return [], legend
-    height, width = math.ceil(n_q / side), math.ceil(n_kv / side)
-    runs, device = block_map.rows, block_map.device
-    band = torch.arange(n_q, device=device) // side
-    held = slice(0, int(runs.offsets[n_q]))
-    first = torch.repeat_interleave(band, runs.offsets[: n_q + 1].diff().long()) * (width + 2)
-    visited, full = (torch.zeros(height * (width + 2), dtype=torch.int64, device=device) for _ in range(2))
-    for ends, sign in ((runs.start[held].long(), 1), (runs.stop[held].long(), -1)):
-        # From an end on, its own cell has side - rest tiles and each later one `side`: two steps of a running sum.
-        cell, rest = first + ends // side, ends % side
-        for place, tiles in ((cell, sign * (side - rest)), (cell + 1, sign * rest)):
-            visited.index_add_(0, place, tiles)
-            full.index_add_(0, place, tiles * runs.full[held])
-    rows, columns = ((n - torch.arange(0, n, side, device=device)).clamp(max=side) for n in (n_q, n_kv))
-    visited, full = (x.view(height, width + 2).cumsum(1)[:, :width] for x in (visited, full))
-    kinds = torch.where(full == rows[:, None] * columns, FULL, torch.where(visited == 0, SKIP, PARTIAL))
-    return kinds.tolist(), legend
+    return block_map.rows.cells(0, n_q, n_kv, side).tolist(), legend

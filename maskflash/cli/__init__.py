@@ -54,4 +54,4 @@ def _run(args: Namespace) -> int:
             return doctor.run(args)
     from maskflash.demo.job import run
 
-    return run(tokens=args.tokens, dtype=args.dtype, seed=args.seed, as_json=args.json)
+    return run(tokens=args.tokens, dtype=args.dtype, seed=args.seed, output=args.output, as_json=args.json)

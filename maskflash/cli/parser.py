@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 from typing import Final
 
 import maskflash
@@ -64,9 +65,13 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
         "--block-size cells are as small as fit the terminal; with it they are the tiles, or groups of them.",
         'maskflash show "causal & document(300, 500, 224)"',
         'maskflash show "sliding_window(4096)" --q-len 1048576 --png window.png',
+        'maskflash show "causal & document([4096] * 256)" --html packed.html',
         "maskflash show masks.py:packed --block-size 64 --json",
     )
     show.add_argument("--png", metavar="FILE", help="also draw the mask and its tiles with matplotlib")
+    show.add_argument(
+        "--html", metavar="FILE", help="also write the explorer, a page to zoom and ask: it needs nothing but a browser"
+    )
 
 
 def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -113,12 +118,22 @@ def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
         help="run packed documents through forward, backward and every check",
         description="Pack the Python standard library's source files into one sequence, compile a causal-document "
         "mask, run attention forward and backward on the CPU, check every result against a dense float64 "
-        "reference, and compare time and memory with torch's SDPA under the dense mask.",
+        "reference, and compare time and memory with torch's SDPA under the dense mask. The mask is written as a "
+        "picture, if matplotlib is there, and as a page to explore.",
     )
     demo.add_argument("--tokens", type=_count, default=8192, help="sequence length (default: %(default)s)")
     demo.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="of documents and weights (default: %(default)s)")
     demo.add_argument("--json", action="store_true", help="print the figures as JSON")
+    written = demo.add_mutually_exclusive_group()
+    written.add_argument(
+        "--output",
+        type=Path,
+        default=Path("maskflash-demo"),
+        metavar="FOLDER",
+        help="where the picture and the explorer go (default: %(default)s)",
+    )
+    written.add_argument("--no-output", dest="output", action="store_const", const=None, help="write no files")
 
 
 def _of_mask(

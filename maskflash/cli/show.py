@@ -1,4 +1,4 @@
-"""`maskflash show`: a mask -> its picture in the terminal, its tiles counted, and a figure in a file."""
+"""`maskflash show`: a mask -> its picture in the terminal, its tiles counted; a figure and the explorer in files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,23 @@ _BLOCK = 128
 
 
 def run(args: Namespace) -> int:
-    """Print the picture; write the figure if one was asked for."""
+    """Print the picture; write the figure and the explorer if they were asked for."""
     seen = subject(args)
+    written = {name: path for name in ("png", "html") if (path := getattr(args, name)) is not None}
+    for name, path in written.items():
+        if not Path(path).resolve().parent.is_dir():
+            raise ArgumentError(f"--{name}: there is no folder {Path(path).parent}")
     with terminal.working(f"analysing {seen.mask}"):
         block_map = seen.block_map(args.block_size or (_BLOCK, _BLOCK))
         drawn, tokens = _cells(seen, block_map, args.block_size is not None)
     if args.png is not None:
         with terminal.working(f"drawing {args.png}"):
-            _write(figure(seen, block_map), args.png)
+            figure(seen, block_map).savefig(args.png, format="png")
+    if args.html is not None:
+        with terminal.working(f"writing {args.html}"):
+            _explorer(seen, block_map, args.html)
     if args.json:
-        terminal.print_json(_facts(seen, block_map, drawn, tokens, args.png))
+        terminal.print_json(_facts(seen, block_map, drawn, tokens) | written)
         return 0
     console = terminal.console()
     console.print(f"{seen.mask}: {seen.q_len:,} queries x {seen.kv_len:,} keys\n")
@@ -40,8 +47,8 @@ def run(args: Namespace) -> int:
     console.print(f"{rows} x {columns} tiles: {counts} ({100 * block_map.sparsity:.1f} %)")
     if block_map.shape[0] * block_map.shape[1] > 1:
         console.print(f"drawn: batch row 0, head 0 of {block_map.shape[0]} x {block_map.shape[1]}; counted: all")
-    if args.png is not None:
-        console.print(f"wrote {args.png}")
+    for path in written.values():
+        console.print(f"wrote {path}")
     return 0
 
 
@@ -67,9 +74,22 @@ def _cells(seen: Subject, block_map: BlockMap, tiles: bool) -> tuple[Cells, tupl
     return cells(seen.block_map((side, side)), most), (side, side)
 
 
-def _facts(
-    seen: Subject, block_map: BlockMap, drawn: Cells, tokens: tuple[int, int], png: str | None
-) -> dict[str, object]:
+def _explorer(seen: Subject, block_map: BlockMap, path: str) -> None:
+    """The page to explore a mask with; it analyses the mask again, to know who decided each tile."""
+    from maskflash import visualize
+
+    visualize.explorer(
+        seen.mask,
+        seen.q_len,
+        seen.kv_len,
+        path=path,
+        batch=seen.batch,
+        heads=seen.heads,
+        block_size=block_map.block_size,
+    )
+
+
+def _facts(seen: Subject, block_map: BlockMap, drawn: Cells, tokens: tuple[int, int]) -> dict[str, object]:
     return {
         **seen.to_dict(),
         "block_size": list(block_map.block_size),
@@ -78,11 +98,4 @@ def _facts(
         "sparsity": block_map.sparsity,
         "nbytes": block_map.nbytes,
         "picture": {"tokens": list(tokens), "kinds": drawn.kinds.tolist()},
-        **({"png": png} if png is not None else {}),
     }
-
-
-def _write(drawn: Figure, path: str) -> None:
-    if not Path(path).resolve().parent.is_dir():
-        raise ArgumentError(f"--png: there is no folder {Path(path).parent}")
-    drawn.savefig(path, format="png")

@@ -1,7 +1,8 @@
-"""The demo's steps in order: pack, analyse, run, check, time, weigh, report."""
+"""The demo's steps in order: pack, analyse, run, check, time, weigh, report, draw."""
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -10,28 +11,35 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import maskflash as mf
 from maskflash.demo.checks import check_block_map, check_results
 from maskflash.demo.documents import pack
+from maskflash.demo.drawings import draw, make_folder
 from maskflash.demo.measure import PAIRS, analysis_seconds, compare_times, peak_bytes
 from maskflash.demo.report import Report
 from maskflash.demo.workload import CONTENDERS, HEADS, SCALE, build, dense_mask, packed
 
 
-def run(*, tokens: int, dtype: str, seed: int, as_json: bool) -> int:
-    """Do the whole job and print what it found.
+def run(*, tokens: int, dtype: str, seed: int, output: Path | None, as_json: bool) -> int:
+    """Do the whole job, print what it found, and name the files that show it.
 
     Args:
         tokens: length of the sequence.
         dtype: name of a torch dtype, such as "float32".
         seed: of documents and weights.
+        output: a folder for the picture and the explorer, made if it isn't there; None writes none.
         as_json: print JSON instead of a table.
 
     Returns:
         0 if every check passed, else 1.
     """
+    if output is not None:
+        make_folder(output)  # first: a folder that can't be is better known before the work than after
     report = _measured(tokens, getattr(torch, dtype), seed)
+    drawings = draw(report.documents, output) if output is not None else None
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(report.to_dict() | (drawings.to_dict() if drawings else {}), indent=2))
     else:
         report.print(Console())
+        if drawings:
+            print(drawings)
     for check in report.checks:
         if not check.passed:
             print(f"check failed: {check.name}: {check.error:.3g} > {check.budget:.3g}", file=sys.stderr)

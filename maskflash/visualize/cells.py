@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskflash import arguments
 from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError
 
 
@@ -35,8 +33,7 @@ class Cells:
 def cells(block_map: BlockMap, most: int, batch_row: int = 0, head: int = 0) -> Cells:
     """The cells of one batch row and head.
 
-    A cell is full if all of its tiles are, skip if all are, else partial: what it would be as a tile. Its tiles are
-    counted from the ends of runs, so the cost follows the runs and the cells.
+    A cell is full if all of its tiles are, skip if all are, else partial: what it would be as a tile.
 
     Args:
         block_map: the map.
@@ -50,38 +47,10 @@ def cells(block_map: BlockMap, most: int, batch_row: int = 0, head: int = 0) -> 
     batch, heads, n_q, n_kv = block_map.shape
     unit = index("batch_row", batch_row, batch) * heads + index("head", head, heads)
     side = max(1, math.ceil(max(n_q, n_kv) / most))
-    height, width = math.ceil(n_q / side), math.ceil(n_kv / side)
-    runs = block_map.rows
-    offsets = runs.offsets[unit * n_q : (unit + 1) * n_q + 1].cpu().numpy().astype(np.int64)
-    held = slice(int(offsets[0]), int(offsets[-1]))
-    start, stop, full = (x[held].cpu().numpy() for x in (runs.start, runs.stop, runs.full))
-    band = np.repeat(np.arange(n_q) // side, np.diff(offsets))
-    seen, filled = (
-        _overlap(stop[of], band[of], (height, width), side) - _overlap(start[of], band[of], (height, width), side)
-        for of in (slice(None), full)
-    )
-    area = np.outer(_sizes(n_q, side), _sizes(n_kv, side))
-    kinds = np.where(filled == area, FULL, np.where(seen == 0, SKIP, PARTIAL)).astype(np.int8)
+    kinds = block_map.rows.cells(unit, n_q, n_kv, side)
     tall, wide = (side * size for size in block_map.block_size)
-    return Cells(kinds, _edges(height, tall, block_map.q_len), _edges(width, wide, block_map.kv_len), side)
-
-
-def _overlap(ends: Any, band: Any, shape: tuple[int, int], side: int) -> NDArray[np.int64]:
-    """How many tiles of each cell lie before the ends that are in its band: (rows, columns)."""
-    height, width = shape
-    before = np.zeros(height * (width + 1))
-    place = band * (width + 1) + ends // side
-    # An end has `side` tiles before it in each earlier cell of its band, and the rest in its own.
-    before += side * np.bincount(place, minlength=len(before))
-    total = before.reshape(height, width + 1)
-    total = total[:, ::-1].cumsum(1)[:, ::-1] - total
-    total += np.bincount(place, weights=ends % side, minlength=len(before)).reshape(height, width + 1)
-    counted: NDArray[np.int64] = total[:, :width].astype(np.int64)
-    return counted
-
-
-def _sizes(tiles: int, side: int) -> NDArray[np.int64]:
-    return np.minimum(side, tiles - np.arange(0, tiles, side))
+    edges = _edges(len(kinds), tall, block_map.q_len), _edges(kinds.shape[1], wide, block_map.kv_len)
+    return Cells(kinds, *edges, side)
 
 
 def _edges(count: int, tokens: int, length: int) -> NDArray[np.int64]:

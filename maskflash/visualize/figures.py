@@ -16,7 +16,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
 from maskflash.visualize.cells import Cells, cells
-from maskflash.visualize.style import COLOURS, HATCH, HATCH_INK, axes, figure, frame
+from maskflash.visualize.style import COLOURS, HATCH, HATCH_INK, OUTLINE, axes, figure, frame
 from maskflash.visualize.vectors import draw_intervals
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _outlined(ax: Axes, drawn: Cells) -> None:
             PolyCollection(
                 list(corners),
                 facecolor=colour,
-                edgecolor=HATCH_INK if HATCH[kind] else "#c8c8c8",
+                edgecolor=HATCH_INK if HATCH[kind] else OUTLINE,
                 linewidth=0.4,
                 hatch=HATCH[kind],
                 label=_TILES[kind],

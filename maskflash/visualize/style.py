@@ -1,4 +1,4 @@
-"""What pictures have in common: matplotlib when it is needed, colours that also differ in grey, axes in tokens."""
+"""What pictures have in common: colours that also differ in grey, matplotlib when it is needed, axes in tokens."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 COLOURS: Final = {SKIP: "#f7f7f7", PARTIAL: "#7fb0da", FULL: "#12355b"}
 HATCH: Final = {SKIP: None, PARTIAL: "////", FULL: None}
 HATCH_INK: Final = "#3d6f9e"
+OUTLINE: Final = "#c8c8c8"  # of single tiles
+DOCUMENT_COLOUR: Final = "#b2182b"
 VECTOR_COLOURS: Final = {"lts": "#d95f02", "lte": "#8c2d04", "uts": "#b8860b", "ute": "#e6ab02"}
 VECTOR_DASHES: Final = {"lts": "solid", "lte": "dashed", "uts": "dotted", "ute": "dashdot"}
 

@@ -10,10 +10,10 @@ import pytest
 import maskflash as mf
 from maskflash import cli, doctor
 from maskflash.cli.parser import DTYPES
-from maskflash.demo import documents, job, measure
+from maskflash.demo import documents, drawings, job, measure
 from maskflash.demo.checks import RESULTS
 
-SMALL = ["demo", "--tokens", "700", "--json"]
+SMALL = ["demo", "--tokens", "700", "--json", "--no-output"]
 
 
 @pytest.fixture
@@ -36,9 +36,46 @@ def test_the_demo_passes_and_prints_its_figures(quick, capsys, dtype):
 
 
 def test_the_demo_prints_a_table(quick, capsys):
-    assert cli.main(["demo", "--tokens", "300"]) == 0
+    assert cli.main(["demo", "--tokens", "300", "--no-output"]) == 0
     text = capsys.readouterr().out
     assert all(word in text for word in ("tiles", "analysis", "forward", "backward", "peak memory", "budget", "dv"))
+
+
+def test_the_demo_ends_by_naming_its_picture_and_its_explorer(quick, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="an extra: pip install 'maskflash[plot]'")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--tokens", "300"]) == 0
+    picture, explorer = capsys.readouterr().out.splitlines()[-2:]
+    assert picture.split() == ["picture", "maskflash-demo/mask.png"]
+    assert explorer.split()[:2] == ["explorer", "maskflash-demo/explorer.html"]
+    assert (tmp_path / "maskflash-demo/mask.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "maskflash-demo/explorer.html").read_text(encoding="utf-8")
+    assert "300 queries × 300 keys" in page
+
+
+def test_without_matplotlib_the_demo_says_how_to_get_a_picture(quick, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawings, "find_spec", lambda name: None)
+    assert cli.main(["demo", "--tokens", "300", "--output", str(tmp_path / "a/b")]) == 0
+    text = capsys.readouterr().out
+    assert "pip install 'maskflash[plot]'" in text
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["explorer.html"]
+
+
+def test_the_demo_writes_nothing_where_it_should_not(quick, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "--tokens", "300", "--json", "--no-output"]) == 0
+    assert "explorer" not in json.loads(capsys.readouterr().out)
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(["demo", "--tokens", "300", "--json", "--output", "here"]) == 0
+    assert json.loads(capsys.readouterr().out)["explorer"] == "here/explorer.html"
+
+
+def test_a_folder_that_cannot_be_is_known_before_the_work(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("maskflash demo: ")
+    assert "choose another with --output, or --no-output" in error
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -72,7 +109,7 @@ def test_a_wrong_mask_fails_every_check_it_reaches(quick, monkeypatch, capsys):
 
 def test_an_error_of_ours_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert cli.main(["demo"]) == 2
+    assert cli.main(["demo", "--no-output"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("maskflash demo: ")
     assert str(tmp_path) in error

@@ -148,13 +148,28 @@ def test_the_figure_is_written(capsys, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_explorer_is_written_without_matplotlib(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = tmp_path / "mask.html"
+    out = show(capsys, EXAMPLE, "--html", str(path), "--block-size", "64x128", "--q-len", "1000")
+    assert out.splitlines()[-1] == f"wrote {path}"
+    counts = out.splitlines()[-2].partition(": ")[2].partition(" (")[0]
+    page = path.read_text(encoding="utf-8")
+    assert "1,000 queries × 1,000 keys" in page
+    assert f'<strong id="counts">{counts}</strong>' in page
+    facts = json.loads(show(capsys, EXAMPLE, "--html", str(path), "--json"))
+    assert facts["html"] == str(path)
+    assert "png" not in facts
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["causal & documents(3)"], "column 10: there is no preset 'documents'"),
         (["nowhere.py:mask"], "there is no file nowhere.py"),
         (["random_eviction(1, 2)"], "column 1"),
-        (["causal", "--png", "/nowhere/at/all.png"], "there is no folder"),
+        (["causal", "--png", "/nowhere/at/all.png"], "--png: there is no folder /nowhere/at"),
+        (["causal", "--html", "/nowhere/at/all.html"], "--html: there is no folder /nowhere/at"),
     ],
 )
 def test_what_cannot_be_shown_is_status_2(capsys, arguments, said):

@@ -1,0 +1,184 @@
+"""A mask or a block map -> the explorer: one HTML file to zoom, pan and ask, which needs nothing beside itself.
+
+The page holds runs of tiles, never a lattice: numbers as their differences, deflated, in base64. Its template lies in
+`templates/explorer`; matplotlib is not needed.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import zlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskflash import arguments
+from maskflash.arguments import BlockSize
+from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
+from maskflash.codegen.render import template_folder
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.masks.columns import ColumnIntervals
+from maskflash.masks.mask import Mask
+from maskflash.visualize import style
+from maskflash.visualize.deciders import Decided, decide
+from maskflash.visualize.marks import Documents, Steps, Vectors, find_documents, find_vectors
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_DASHES: Final = {"solid": [], "dashed": [6, 3], "dotted": [2, 2], "dashdot": [6, 2, 2, 2]}  # of lines, in pixels
+
+
+def explorer(
+    shown: Mask | BlockMap,
+    q_len: int | None = None,
+    kv_len: int | None = None,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    title: str | None = None,
+    batch: int = 1,
+    heads: int = 1,
+    block_size: BlockSize = 128,
+    q_offset: int | Tensor = 0,
+    device: torch.device | str = "cpu",
+    **mask_args: Any,
+) -> str:
+    """Make a page that shows a block map: its tiles, who decided each, and the work of its rows and columns.
+
+    The page is made from runs, so a million tokens of causal documents are well below a megabyte. It fetches nothing.
+    Documents are marked where a mask compares look-ups by q and kv, such as `doc[b, q] == doc[b, kv]`, and vectors
+    where it is a `ColumnIntervals`.
+
+    Args:
+        shown: a mask, or a block map; a map alone doesn't tell who decided its tiles, nor about documents.
+        q_len: rows in tokens; needed for a mask, and for nothing else.
+        kv_len: columns in tokens; likewise.
+        path: a file to write the page to as well.
+        title: what to call it; None for the mask's own name.
+        batch: batch rows of the call that a mask is for.
+        heads: its query heads.
+        block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+        q_offset: as in a call.
+        device: where to analyse a mask.
+        **mask_args: the mask's own arguments.
+
+    Returns:
+        The page's HTML.
+
+    Raises:
+        ArgumentTypeError: something that is neither.
+        ArgumentError: a mask without lengths, or a file that can't be written.
+        MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+    Example:
+        >>> import maskflash as mf
+        >>> page = explorer(mf.causal(), 1024, 1024)
+        >>> page.startswith("<!doctype html>"), "28 full, 8 partial, 28 skip" in page
+        (True, True)
+    """
+    decided, documents, vectors = None, [], None
+    if isinstance(shown, BlockMap):
+        block_map = shown
+    elif isinstance(shown, Mask):
+        if q_len is None or kv_len is None:
+            raise ArgumentError(f"explorer: {shown.name} is a mask, so q_len and kv_len are needed")
+        size = arguments.block_size("explorer", block_size)
+        problem = shown.problem(
+            "explorer", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
+        )
+        decided = decide(problem)
+        block_map = decided.classified.block_map
+        documents = find_documents(problem)
+        if isinstance(shown, ColumnIntervals):
+            vectors = find_vectors(shown, problem.q_len)
+    else:
+        raise ArgumentTypeError(
+            f"explorer: got a {type(shown).__name__}, expected a Mask or a BlockMap; make one with mf.mask"
+        )
+    name = title if title is not None else "block map" if isinstance(shown, BlockMap) else shown.name
+    page = _render(name, block_map, decided, documents, vectors)
+    if path is not None:
+        _write(page, Path(path))
+    return page
+
+
+def _render(
+    name: str, block_map: BlockMap, decided: Decided | None, documents: list[Documents], vectors: Vectors | None
+) -> str:
+    lines = {
+        name: {"colour": style.VECTOR_COLOURS[name], "dash": _DASHES[style.VECTOR_DASHES[name]]}
+        for name in (vectors.named if vectors else ())
+    }
+    data = {
+        "q_len": block_map.q_len,
+        "kv_len": block_map.kv_len,
+        "block_size": block_map.block_size,
+        "shape": block_map.shape,
+        "runs": _runs(block_map.rows),
+        "decided": decided and decided.counts,
+        "evaluated": decided and decided.evaluated and _runs(decided.evaluated),
+        "documents": [
+            {
+                "name": found.name,
+                "shape": found.shape,
+                "rows": _all_steps(found.rows),
+                "columns": _all_steps(found.columns),
+            }
+            for found in documents
+        ],
+        "vectors": vectors
+        and {"shape": vectors.shape, "named": {name: _all_steps(steps) for name, steps in vectors.named.items()}},
+        "lines": lines,
+        "colours": {
+            "kinds": [style.COLOURS[kind] for kind in (SKIP, PARTIAL, FULL)],
+            "hatch": style.HATCH_INK,
+            "outline": style.OUTLINE,
+            "document": style.DOCUMENT_COLOUR,
+        },
+    }
+    return _environment().get_template("page.html.jinja").render(name=name, block_map=block_map, data=data)
+
+
+def pack(numbers: Any) -> str:
+    """Integers of 32 bits (n,) -> text: each less the one before, deflated, in base64."""
+    found = np.asarray(numbers, dtype=np.int32)
+    return base64.b64encode(zlib.compress(np.diff(found, prepend=np.int32(0)).astype("<i4").tobytes(), 9)).decode()
+
+
+def _runs(runs: Runs) -> dict[str, str]:
+    fields = {"offsets": runs.offsets, "start": runs.start, "stop": runs.stop, "full": runs.full}
+    return {name: pack(x.cpu().numpy()) for name, x in fields.items()}
+
+
+def _all_steps(several: Iterable[Steps]) -> list[dict[str, str]]:
+    return [{name: pack(x) for name, x in steps._asdict().items()} for steps in several]
+
+
+def _write(page: str, path: Path) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"explorer: can't write path, {path}: {error.strerror}; choose another") from None
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(template_folder() / "explorer"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    return made

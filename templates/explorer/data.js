@@ -1,0 +1,137 @@
+// The numbers of a page -> runs of tiles, and what they tell: kinds, who decided, work. First of the page's scripts.
+//
+//   data.runs        offsets, start, stop, full: blocks/runs.py's Runs of the map's rows, packed
+//   data.decided     tiles by means: formula, columns, bounds, samples, elements; null where a map alone is known
+//   data.evaluated   the tiles whose pairs were evaluated, packed as runs; or null
+//   data.documents   [{name, shape, rows, columns}]: steps of document numbers over queries and keys
+//   data.vectors     {shape, named: {lts: [steps], ...}}; or null
+//
+// Packed numbers are differences in int32, deflated, in base64. Lines count through batch rows, heads and rows of
+// tiles. A cell is a square of `side` x `side` tiles, one where there is room: full or skip if all its tiles are, else
+// partial, as it would be as a tile.
+"use strict";
+
+const SKIP = 0, PARTIAL = 1, FULL = 2;
+const KINDS = ["skip", "partial", "full"];
+
+const $ = (id) => document.getElementById(id);
+const data = JSON.parse($("data").textContent);
+const [batch, heads, nQ, nKV] = data.shape;
+const [bq, bkv] = data.block_size;
+const {q_len: qLen, kv_len: kvLen, colours} = data;
+const number = (x) => x.toLocaleString("en-US");
+const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+
+let runs, evaluated, documents, vectors; // of `data`, unpacked
+
+async function unpack(text) {
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const found = new Int32Array(await new Response(stream).arrayBuffer());
+  for (let i = 1; i < found.length; i++) found[i] += found[i - 1];
+  return found;
+}
+
+async function unpackAll(packed) {
+  if (typeof packed === "string") return unpack(packed);
+  const entries = await Promise.all(Object.entries(packed).map(async ([name, x]) => [name, await unpackAll(x)]));
+  return Array.isArray(packed) ? entries.map(([, x]) => x) : Object.fromEntries(entries);
+}
+
+// Unpack everything; throws where the browser can't.
+async function load() {
+  [runs, evaluated, documents, vectors] = await Promise.all([
+    unpackAll(data.runs),
+    data.evaluated && unpackAll(data.evaluated),
+    Promise.all(data.documents.map(async ({name, shape, rows, columns}) =>
+      ({name, shape, rows: await unpackAll(rows), columns: await unpackAll(columns)}))),
+    data.vectors && unpackAll(data.vectors.named),
+  ]);
+}
+
+const view = {b: 0, h: 0, left: 0, top: 0, zoom: 1};
+let cursor = null; // the tile {i, j} that is asked about
+let work = null; // of the batch row and head that are drawn
+const line = (i) => (view.b * heads + view.h) * nQ + i;
+
+// The last index of an ascending part of an array whose value is at most x; low - 1 where there is none.
+function last(values, x, low, high) {
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (values[middle] <= x) low = middle + 1;
+    else high = middle;
+  }
+  return low - 1;
+}
+
+function runAt(of, i, j) {
+  const first = of.offsets[line(i)];
+  const at = last(of.start, j, first, of.offsets[line(i) + 1]);
+  return at >= first && j < of.stop[at] ? at : -1;
+}
+
+function kindAt(i, j) {
+  const at = runAt(runs, i, j);
+  return at < 0 ? SKIP : runs.full[at] ? FULL : PARTIAL;
+}
+
+// Bounds prove tiles full or skip and samples prove them partial, but for those whose pairs were all evaluated.
+function deciderAt(i, j) {
+  if (!data.decided) return null;
+  if (data.decided.formula) return "formula";
+  if (data.decided.columns) return "columns";
+  if (evaluated && runAt(evaluated, i, j) >= 0) return "elements";
+  return kindAt(i, j) === PARTIAL ? "samples" : "bounds";
+}
+
+const DECIDERS = {
+  formula: "a formula",
+  columns: "cutting columns",
+  bounds: "bounds",
+  samples: "samples",
+  elements: "all of its pairs",
+};
+
+// Tiles visited, and full ones among them, of each line of tiles in both directions.
+function measure() {
+  const made = {};
+  for (const [name, n] of [["rows", nQ], ["columns", nKV]]) {
+    made[name] = {seen: new Int32Array(n + 1), full: new Int32Array(n + 1)};
+  }
+  const {rows, columns} = made;
+  for (let i = 0; i < nQ; i++) {
+    for (let at = runs.offsets[line(i)]; at < runs.offsets[line(i) + 1]; at++) {
+      const start = runs.start[at], stop = runs.stop[at];
+      rows.seen[i] += stop - start;
+      columns.seen[start]++;
+      columns.seen[stop]--;
+      if (runs.full[at]) {
+        rows.full[i] += stop - start;
+        columns.full[start]++;
+        columns.full[stop]--;
+      }
+    }
+  }
+  for (let j = 1; j < nKV; j++) {
+    columns.seen[j] += columns.seen[j - 1];
+    columns.full[j] += columns.full[j - 1];
+  }
+  for (const [name, n] of [["rows", nQ], ["columns", nKV]]) {
+    const own = made[name];
+    own.seen = own.seen.subarray(0, n);
+    own.full = own.full.subarray(0, n);
+    own.total = own.seen.reduce((sum, x) => sum + x, 0);
+    own.place = Array.from({length: n}, (_, i) => i);
+    own.launch = [...own.place].sort((x, y) => own.seen[y] - own.seen[x]); // stable, as the kernels' order
+    own.rank = new Int32Array(n);
+    own.launch.forEach((i, rank) => { own.rank[i] = rank; });
+  }
+  return made;
+}
+
+// What a batch row and head have of something that may serve several.
+function own(several, [ownBatch, ownHeads]) {
+  const b = ownBatch === 1 ? 0 : view.b;
+  const h = Math.floor(view.h / Math.max(1, heads / ownHeads));
+  return several[b * ownHeads + Math.min(h, ownHeads - 1)];
+}

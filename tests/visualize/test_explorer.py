@@ -1,0 +1,566 @@
+"""The explorer in a real browser: what it draws and says is what the block map holds, and it asks nobody else."""
+
+import itertools
+import re
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import maskflash as mf
+from maskflash import visualize
+from maskflash.kernels.triton_work import work
+from maskflash.testing import masks
+from maskflash.visualize.cells import cells
+from maskflash.visualize.deciders import decide
+from maskflash.visualize.style import COLOURS
+
+playwright = pytest.importorskip("playwright.sync_api", reason="in the extra test: pip install 'maskflash[test]'")
+
+NAMES = ("skip", "partial", "full")
+MILLION = 1 << 20
+PACKED = mf.causal() & mf.document([300, 500, 224])
+SPANS = torch.tensor([[100, 800, 1], [400, 50, 900]])
+PER_HEAD = mf.mask(lambda b, h, q, kv: q >= kv and q - kv < SPANS[b, h])
+HOLES = mf.mask(lambda b, h, q, kv: (q * 37 + kv * 11) % 1009 != 5)
+MEANS = {
+    "formula": "a formula",
+    "columns": "cutting columns",
+    "bounds": "bounds",
+    "samples": "samples",
+    "elements": "all of its pairs",
+}
+# The commonest colour of each rectangle (left, top, right, bottom) of a canvas: outlines and hatches have fewer pixels.
+COMMONEST = """(canvas, rectangles) => {
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+  copy.drawImage(canvas, 0, 0);
+  return rectangles.map(([left, top, right, bottom]) => {
+    const box = [left, top, right - left, bottom - top].map((x) => Math.round(x * canvas.width / canvas.clientWidth));
+    const pixels = copy.getImageData(...box).data, counts = new Map();
+    for (let at = 0; at < pixels.length; at += 4) {
+      const colour = "#" + [0, 1, 2].map((i) => pixels[at + i].toString(16).padStart(2, "0")).join("");
+      counts.set(colour, (counts.get(colour) ?? 0) + 1);
+    }
+    return [...counts].reduce((best, entry) => entry[1] > best[1] ? entry : best)[0];
+  });
+}"""
+# Which colour of a palette each pixel (x, y) has, as a text of digits.
+AT = """(canvas, [palette, xs, ys]) => {
+  const {width, height} = canvas;
+  const copy = new OffscreenCanvas(width, height).getContext("2d", {willReadFrequently: true});
+  copy.drawImage(canvas, 0, 0);
+  const pixels = copy.getImageData(0, 0, width, height).data;
+  const hex = (at) => "#" + [0, 1, 2].map((i) => pixels[at + i].toString(16).padStart(2, "0")).join("");
+  return ys.map((y) => xs.map((x) => palette.indexOf(hex(4 * (y * width + x)))).join(""));
+}"""
+TOLD = ("place", "kind", "rows", "columns", "decider", "row-work")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's browser."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("there is no Chromium here; as root, `make browser` installs it from Debian's packages")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium, tmp_path):
+    """Opens pages; at the end, none has asked for anything beside itself or had anything to complain of."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 1000})
+    said = []
+    context.on("request", lambda request: said.append(request.url))
+    context.on("console", lambda message: said.append(message.text))
+    context.on("weberror", lambda error: said.append(str(error.error)))
+
+    def of(html):
+        path = tmp_path / f"page{len(context.pages)}.html"
+        path.write_text(html, encoding="utf-8")
+        page = Explorer(context.new_page(), path.as_uri())
+        assert said == [path.as_uri()]
+        said.clear()
+        return page
+
+    yield of
+    assert said == []
+    context.close()
+
+
+class Explorer:
+    """A page as its reader has it: pointer, keys, and what is written there."""
+
+    def __init__(self, page, url):
+        self.page = page
+        page.goto(url)
+        page.wait_for_selector("body[data-ready]")
+
+    def text(self, name):
+        return self.page.locator(f"#{name}").inner_text()
+
+    def drawn(self):
+        """Wait until what was asked for is on the screen."""
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def view(self):
+        """First and last query, first and last key that are shown, once they are."""
+        self.drawn()
+        return self._look()[0]
+
+    def _look(self):
+        """The same as it is now, and the canvas's rectangle."""
+        text, box = self.page.evaluate(
+            """() => {
+              const {x, y, width, height} = document.getElementById("map").getBoundingClientRect();
+              return [document.getElementById("view").innerText, [x, y, width, height]];
+            }"""
+        )
+        found = re.match(r"queries ([\d,]+) to ([\d,]+), keys ([\d,]+) to ([\d,]+)", text)
+        return [int(x.replace(",", "")) for x in found.groups()], box
+
+    def place(self, query, key):
+        """Where a token lies, in pixels of the canvas."""
+        (top, bottom, left, right), (_, _, width, height) = self._look()
+        return (key - left) / (right - left) * width, (query - top) / (bottom - top) * height
+
+    def point(self, query, key):
+        """Point at a token; what is said of it."""
+        (x, y), (left, top, *_) = self.place(query, key), self._look()[1]
+        self.page.mouse.move(left + x, top + y)
+        return self.said()
+
+    def said(self):
+        """What is written of the tile."""
+        script = "(names) => names.map((name) => document.getElementById(name).innerText)"
+        return dict(zip(TOLD, self.page.evaluate(script, TOLD), strict=True))
+
+    def press(self, *keys):
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def colours(self, rectangles):
+        """Of rectangles (top, bottom, left, right) in tokens."""
+        self.drawn()
+        corners = []
+        for top, bottom, left, right in rectangles:
+            (x0, y0), (x1, y1) = self.place(top, left), self.place(bottom, right)
+            corners.append([x0 + 2, y0 + 2, x1 - 2, y1 - 2])
+        return self.page.locator("#map").evaluate(COMMONEST, corners)
+
+
+def span(first, stop):
+    return f"{first:,} to {stop - 1:,}"
+
+
+class Truth:
+    """What is to be said of tiles, from the map's lattice and the analysis alone."""
+
+    def __init__(self, mask, q_len, kv_len, block=128, **sizes):
+        block_size = (block, block) if isinstance(block, int) else block
+        sizes = {"batch": 1, "heads": 1} | sizes
+        problem = mask.problem("test", q_len, kv_len, *sizes.values(), block_size, 0, torch.device("cpu"), {})
+        decided = decide(problem)
+        self.counts = decided.counts
+        self.map = decided.classified.block_map
+        self.kinds = self.map.kinds()
+        self.evaluated = torch.zeros(len(self.map.rows.offsets) - 1, self.map.shape[3], dtype=torch.bool)
+        if decided.evaluated is not None:
+            self.evaluated[decided.evaluated.tiles(full=True)] = True
+        self.evaluated = self.evaluated.view(self.map.shape)
+
+    def spans(self, i, j):
+        """Rows and columns of a tile in tokens: two (start, stop)."""
+        (rows, columns), q_len, kv_len = self.map.block_size, self.map.q_len, self.map.kv_len
+        return (i * rows, min(q_len, i * rows + rows)), (j * columns, min(kv_len, j * columns + columns))
+
+    def middle(self, i, j):
+        """A token in the middle of a tile."""
+        return tuple(sum(span) / 2 for span in self.spans(i, j))
+
+    def decider(self, i, j, b, h):
+        for all_of_them in ("formula", "columns"):
+            if self.counts[all_of_them]:
+                return all_of_them
+        return "elements" if self.evaluated[b, h, i, j] else "samples" if self.kinds[b, h, i, j] == 1 else "bounds"
+
+    def __call__(self, i, j, b=0, h=0):
+        row = self.kinds[b, h, i]
+        full, partial = int((row == 2).sum()), int((row == 1).sum())
+        rows, columns = self.spans(i, j)
+        return {
+            "place": f"row {i}, column {j} of tiles",
+            "kind": NAMES[row[j]],
+            "rows": span(*rows),
+            "columns": span(*columns),
+            "decider": MEANS[self.decider(i, j, b, h)],
+            "row-work": f"{full + partial} of {len(row)} tiles visited: {full} full, {partial} partial",
+        }
+
+
+@pytest.mark.parametrize("shown", [PACKED, PACKED.block_map(1024, 1024), mf.full(), PACKED.to_flashmask(1024, 1024)])
+def test_it_counts_what_the_map_counts(opened, shown):
+    block_map = shown if isinstance(shown, mf.BlockMap) else shown.block_map(1024, 1024)
+    page = opened(visualize.explorer(shown, 1024, 1024))
+    counts = ", ".join(f"{count} {kind}" for kind, count in block_map.counts.items())
+    assert page.text("counts") == page.text("drawn") == counts
+
+
+@pytest.mark.parametrize(
+    ("mask", "q_len", "kv_len", "block"),
+    [(PACKED, 1000, 960, (128, 128)), (mf.causal(), 700, 1100, (64, 128)), (HOLES, 256, 320, (32, 32))],
+    ids=["documents", "causal", "holes"],
+)
+def test_each_tile_has_its_colour_and_says_what_it_is(opened, mask, q_len, kv_len, block):
+    truth = Truth(mask, q_len, kv_len, block)
+    page = opened(visualize.explorer(mask, q_len, kv_len, block_size=block))
+    kinds = truth.kinds[0, 0]
+    tiles = list(itertools.product(*map(range, kinds.shape)))
+    found = page.colours([tuple(itertools.chain(*truth.spans(*tile))) for tile in tiles])
+    assert found == [COLOURS[int(kinds[tile])] for tile in tiles]
+    for tile in tiles:
+        assert page.point(*truth.middle(*tile)) == truth(*tile)
+
+
+@pytest.mark.parametrize("closer", [0, 1, 2])
+def test_where_tiles_are_less_than_a_pixel_cells_are_drawn(opened, closer):
+    length = 2003
+    mask = (mf.causal() & mf.document([300, 999, 704])) | mf.mask(lambda b, h, q, kv: (q // 5 + kv // 3) % 40 == 0)
+    block_map = mask.block_map(length, length, block_size=1)
+    page = opened(visualize.explorer(block_map))
+    for _ in range(closer):
+        page.page.locator("#closer").click()  # 1.5 times, about the middle
+    page.drawn()
+    side = int(re.search(r"each cell is (\d+) × \1 tiles", page.text("view"))[1])
+    grid = cells(block_map, -(-length // side))
+    assert grid.side == side > 1
+    width = page.page.locator("#map").evaluate("(canvas) => canvas.width")
+    scale, first = width / length * 1.5**closer, (length - length / 1.5**closer) / 2
+    centres = {cell: int(((cell + 0.5) * side - first) * scale) for cell in range(length // side)}
+    shown = [cell for cell, x in centres.items() if 0 < x < width - 1]
+    pixels = [centres[cell] for cell in shown]
+    found = page.page.locator("#map").evaluate(AT, [[COLOURS[kind] for kind in (0, 1, 2)], pixels, pixels])
+    assert found == ["".join(map(str, grid.kinds[cell, shown])) for cell in shown]
+
+
+def test_all_deciders_are_among_them(opened):
+    page = opened(visualize.explorer(HOLES, 256, 320, block_size=32))
+    assert re.fullmatch(r"\d+ by samples, \d+ by all of its pairs", page.text("decided"))
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    assert page.text("decided") == "46 by bounds, 18 by samples"
+    assert opened(visualize.explorer(mf.causal(), 1024, 1024)).text("decided") == "64 by a formula"
+
+
+def test_a_map_alone_does_not_tell_who_decided(opened):
+    page = opened(visualize.explorer(PACKED.block_map(1024, 1024)))
+    assert page.text("decided") == "not recorded in a block map"
+    assert page.point(64, 64)["decider"] == "not recorded in a block map"
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_mask_of_any_shape(chromium, tmp_path_factory, data):
+    q_len, kv_len, block = (data.draw(st.integers(1, high)) for high in (40, 40, 12))
+    mask = data.draw(masks(40))
+    sizes = {"batch": 2, "heads": 2}
+    truth = Truth(mask, q_len, kv_len, block, **sizes)
+    path = tmp_path_factory.mktemp("any") / "page.html"
+    visualize.explorer(mask, q_len, kv_len, **sizes, block_size=block, path=path)
+    own = chromium.new_page()
+    page = Explorer(own, path.as_uri())
+    b, h = (data.draw(st.integers(0, size - 1)) for size in truth.map.shape[:2])
+    for name, index, size in (("batch", b, truth.map.shape[0]), ("head", h, truth.map.shape[1])):
+        if size > 1:
+            own.locator(f"#{name}").select_option(str(index))
+    for _ in range(3):
+        i, j = (data.draw(st.integers(0, size - 1)) for size in truth.map.shape[2:])
+        assert page.point(*truth.middle(i, j)) == truth(i, j, b, h)
+    own.close()
+
+
+def test_the_wheel_zooms_about_the_pointer_and_tiles_stay_what_they_are(opened):
+    mask = mf.causal() & mf.document([3000, 5000, 192])
+    truth = Truth(mask, 8192, 8192)
+    page = opened(visualize.explorer(mask, 8192, 8192))
+    assert page.view() == [0, 8192, 0, 8192]
+    before = page.point(6000, 4000)
+    assert before == truth(46, 31)
+    page.page.mouse.wheel(0, -600)
+    top, bottom, left, right = page.view()
+    assert 0 < top < 6000 < bottom < 8192
+    assert 0 < left < 4000 < right < 8192
+    assert (bottom - top) == pytest.approx(8192 / 3.32, rel=0.01)  # e to the power 600 x 0.002
+    assert page.said() == before
+    for i, j in [(46, 31), (46, 32), (50, 30), (44, 36)]:
+        assert page.point(*truth.middle(i, j)) == truth(i, j)
+    page.page.mouse.wheel(0, 5000)
+    page.page.mouse.wheel(0, 5000)
+    page.page.mouse.wheel(0, 5000)
+    assert page.view() == [0, 8192, 0, 8192]
+
+
+def test_dragging_moves_the_map_as_far_as_it_goes(opened):
+    page = opened(visualize.explorer(PACKED, 8192, 8192))
+    page.page.locator("#closer").click()
+    page.page.locator("#closer").click()
+    top, bottom, left, right = page.view()
+    box = page.page.locator("#map").bounding_box()
+    centre = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.page.mouse.move(*centre)
+    page.page.mouse.down()
+    page.page.mouse.move(centre[0] - 100, centre[1] + 50, steps=5)
+    page.page.mouse.up()
+    now = page.view()
+    scale = (right - left) / box["width"]
+    assert now[2] - left == pytest.approx(100 * scale, abs=2)
+    assert now[0] - top == pytest.approx(-50 * scale, abs=2)
+    assert (now[1] - now[0], now[3] - now[2]) == pytest.approx((bottom - top, right - left), abs=2)
+    assert page.point(4160, 4160) == Truth(PACKED, 8192, 8192)(32, 32)
+    page.page.mouse.down()
+    for _ in range(8):
+        page.page.mouse.move(box["x"] + 2, box["y"] + 2)
+        page.page.mouse.up()
+        page.page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
+        page.page.mouse.down()
+        page.page.mouse.move(box["x"] + 2, box["y"] + 2, steps=3)
+    page.page.mouse.up()
+    assert (page.view()[1], page.view()[3]) == (8192, 8192)
+
+
+def test_it_is_walked_with_keys_alone(opened):
+    truth = Truth(PACKED, 1024, 1024)
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    page.page.locator("#map").focus()
+    page.press("ArrowDown")
+    assert page.said() == truth(0, 0)
+    page.press("ArrowDown", "ArrowDown", "ArrowRight")
+    assert page.said() == truth(2, 1)
+    page.press("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowUp")
+    assert page.said() == truth(1, 0)
+    page.press("+", "+", "+", "+")
+    top, bottom, *_ = page.view()
+    assert bottom - top < 300
+    page.press(*["ArrowDown"] * 6, *["ArrowRight"] * 7)
+    assert page.said() == truth(7, 7)
+    _, bottom, _, right = page.view()
+    assert (bottom, right) == (1024, 1024)  # it came along
+    page.press("Shift+ArrowLeft", "Shift+ArrowUp")
+    assert page.view()[1] < 1024
+    page.press("-", "0")
+    assert page.view() == [0, 1024, 0, 1024]
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("order", ["place", "launch"])
+def test_the_histogram_is_the_work_of_lines(opened, side, order):
+    mask, q_len, kv_len = mf.causal() & mf.document([300, 500, 800]), 1600, 1500
+    block_map = mask.block_map(q_len, kv_len)
+    page = opened(visualize.explorer(mask, q_len, kv_len))
+    page.page.locator("#side").select_option(side)
+    page.page.locator("#order").select_option(order)
+    kinds = block_map.kinds()[0, 0] if side == "rows" else block_map.kinds()[0, 0].T
+    runs, length = (block_map.rows, q_len) if side == "rows" else (block_map.columns, kv_len)
+    n = len(kinds)
+    launched = work(runs, n, kinds.shape[1], False).order(n, 1)[0].tolist()  # as the Triton kernels have it
+    lines = list(range(n)) if order == "place" else launched
+    page.page.locator("#histogram").scroll_into_view_if_needed()
+    box = page.page.locator("#histogram").bounding_box()
+    name, tokens = ("row", "queries") if side == "rows" else ("column", "keys")
+    for place, line in enumerate(lines):
+        page.page.mouse.move(box["x"] + (place + 0.5) * box["width"] / n, box["y"] + 50)
+        full, partial = int((kinds[line] == 2).sum()), int((kinds[line] == 1).sum())
+        assert page.text("bar") == (
+            f"{name} {line} ({tokens} {span(line * 128, min(length, line * 128 + 128))}): {full + partial} tiles, "
+            f"{full} full, {partial} partial; launched as number {launched.index(line) + 1} of {n}"
+        )
+    seen = (kinds > 0).sum(1)
+    mean, most = float(seen.double().mean()), int(seen.max())
+    assert page.text("balance") == (
+        f"{n} {side} of tiles visit {int(seen.sum())}: mean {mean:.1f}, most {most} ({most / mean:.2f} × the mean)"
+    )
+
+
+def test_the_bars_are_as_high_as_the_work(opened):
+    mask = mf.causal()
+    page = opened(visualize.explorer(mask, 1024, 1024))
+    histogram = page.page.locator("#histogram")
+    page.drawn()
+    box = histogram.bounding_box()
+    for row in range(8):
+        strips = [[(row + 0.3) * box["width"] / 8, box["height"] * (1 - (tile + 0.7) / 8.3), 0, 0] for tile in range(8)]
+        strips = [[x, y, x + 4, y + 3] for x, y, *_ in strips]
+        found = histogram.evaluate(COMMONEST, strips)
+        assert found == [COLOURS[2]] * row + [COLOURS[1]] + ["#ffffff"] * (7 - row)
+
+
+def test_a_bar_leads_to_its_row(opened):
+    page = opened(visualize.explorer(mf.causal(), 8192, 8192))
+    page.page.locator("#map").focus()
+    page.press("ArrowDown", *["+"] * 5)
+    histogram = page.page.locator("#histogram")
+    histogram.scroll_into_view_if_needed()
+    box = histogram.bounding_box()
+    page.page.mouse.click(box["x"] + 40.5 * box["width"] / 64, box["y"] + 20)
+    assert page.said()["place"] == "row 40, column 0 of tiles"
+    top, bottom, _, _ = page.view()
+    assert top < 40 * 128 < bottom
+    histogram.focus()
+    page.press("ArrowRight", "Enter")
+    assert page.said()["place"] == "row 41, column 0 of tiles"
+
+
+def test_batch_rows_and_heads_are_chosen(opened):
+    sizes = {"batch": 2, "heads": 3}
+    truth = Truth(PER_HEAD, 1024, 1024, **sizes)
+    page = opened(visualize.explorer(PER_HEAD, 1024, 1024, **sizes))
+    for b, h in itertools.product(range(2), range(3)):
+        page.page.locator("#batch").select_option(str(b))
+        page.page.locator("#head").select_option(str(h))
+        kinds = truth.kinds[b, h]
+        counts = ", ".join(f"{int((kinds == kind).sum())} {NAMES[kind]}" for kind in (2, 1, 0))
+        assert page.text("drawn") == f"batch row {b}, head {h}: {counts}"
+        assert page.point(*truth.middle(5, 3)) == truth(5, 3, b, h)
+    assert not opened(visualize.explorer(PACKED, 64, 64)).page.locator("#batch").is_visible()
+
+
+def test_a_million_tokens_of_documents(opened):
+    lengths = torch.randint(100, 20_000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    mask = mf.causal() & mf.document(lengths)
+    block_map = mask.block_map(MILLION, MILLION)
+    html = visualize.explorer(mask, MILLION, MILLION)
+    assert len(html.encode()) < 5_000_000
+    page = opened(html)
+    page.page.locator("#show-documents").uncheck()  # lines over the tiles that are looked at
+    page.drawn()
+    side = int(re.search(r"each cell is (\d+) × \1 tiles", page.text("view"))[1])
+    grid = cells(block_map, 8192 // side)
+    assert grid.side == side
+    for i, j in [(0, 0), (100, 100), (100, 99), (300, 10), (10, 300), (250, 250)]:
+        said = page.point((i + 0.5) * side * 128, (j + 0.5) * side * 128)
+        assert said["kind"].partition(":")[0] == NAMES[grid.kinds[i, j]]
+        assert said["rows"] == span(i * side * 128, (i + 1) * side * 128)
+        assert said["decider"] == "cutting columns"
+    # The boundary is thinner than a pixel, and still there.
+    size = side * 128
+    diagonal = [(i * size, (i + 1) * size, i * size, (i + 1) * size) for i in range(0, 8192 // side, 37)]
+    found = page.page.locator("#map").evaluate(
+        COMMONEST, [[*place, place[0] + 1, place[1] + 1] for place in (page.place(x[0], x[2]) for x in diagonal)]
+    )
+    assert set(found) <= {COLOURS[1], COLOURS[2]}
+    # Down to single tiles.
+    query = 512 * 1024 + 64
+    page.point(query, query)
+    for _ in range(8):
+        page.page.mouse.wheel(0, -600)
+    top, bottom, left, right = page.view()
+    assert bottom - top < 2000
+    assert "each cell" not in page.text("view")
+    i, j = (top + bottom) // 2 // 128, (left + right) // 2 // 128
+    kind = NAMES[_kind(block_map, i, j)]
+    said = page.point(i * 128 + 64, j * 128 + 64)
+    assert (said["kind"], said["rows"], said["columns"]) == (
+        kind,
+        span(i * 128, i * 128 + 128),
+        span(j * 128, j * 128 + 128),
+    )
+    number = int(torch.searchsorted(torch.tensor(lengths).cumsum(0), i * 128, right=True))
+    assert f"queries {number}" in page.text("documents")
+
+
+def _kind(block_map, i, j):
+    """A tile's kind from the runs of its row: the lattice would be 64 MiB."""
+    runs = block_map.rows
+    for at in range(int(runs.offsets[i]), int(runs.offsets[i + 1])):
+        if runs.start[at] <= j < runs.stop[at]:
+            return 2 if runs.full[at] else 1
+    return 0
+
+
+def test_documents_and_vectors_are_marked(opened):
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    page.point(320, 64)
+    assert page.text("documents") == "doc: queries 0, 1; keys 0"
+    vectors = PACKED.to_flashmask(1024, 1024)
+    page = opened(visualize.explorer(vectors, 1024, 1024))
+    page.point(700, 320)
+    assert page.text("vector-lts") == "300 to 800"
+    page.point(700, 500)
+    assert page.text("vector-lts") == "800"
+
+
+@pytest.mark.parametrize(
+    ("shown", "name", "line"),
+    [(PACKED, "documents", (300, 500)), (PACKED.to_flashmask(1024, 1024), "vectors", (800, 500))],
+    ids=["documents", "vectors"],
+)
+def test_marks_are_drawn_and_can_be_left_out(opened, shown, name, line):
+    page = opened(visualize.explorer(shown, 1024, 1024))
+    around = [(line[0] - 6, line[0] + 8, line[1], line[1] + 60)]
+
+    def marked():
+        page.drawn()
+        (x0, y0), (x1, y1) = page.place(around[0][0], around[0][2]), page.place(around[0][1], around[0][3])
+        colours = page.page.locator("#map").evaluate(COMMONEST, [[x0, y, x1, y + 1] for y in range(int(y0), int(y1))])
+        return not set(colours) <= set(COLOURS.values())
+
+    assert marked()
+    page.page.locator(f"#show-{name}").uncheck()
+    assert not marked()
+
+
+@pytest.mark.parametrize(
+    "name", ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a\"b'&amp;<!--"]
+)
+def test_a_hostile_name_is_shown_as_it_is(opened, name):
+    page = opened(visualize.explorer(PACKED, 1024, 1024, title=name))
+    assert page.page.locator("h1").inner_text() == page.page.title() == name
+    assert page.text("drawn") == "4 full, 18 partial, 42 skip"
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(0, 0), (0, 7), (7, 0), (1, 1), (1, 4096), (4096, 1)])
+def test_odd_lengths_are_shown(opened, q_len, kv_len):
+    block_map = mf.causal().block_map(q_len, kv_len)
+    page = opened(visualize.explorer(mf.causal(), q_len, kv_len))
+    assert page.text("drawn") == ", ".join(f"{count} {kind}" for kind, count in block_map.counts.items())
+    box = page.page.locator("#map").bounding_box()
+    page.page.mouse.move(box["x"] + 3, box["y"] + 3)
+    page.page.mouse.wheel(0, -300)
+    page.drawn()
+    assert page.said()["place"] == ("row 0, column 0 of tiles" if q_len and kv_len else "point at one")
+
+
+def test_it_fits_paper_and_comes_back(opened):
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    before = page.page.locator("#map").bounding_box()["width"]
+    page.page.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+    assert page.page.locator("#map").bounding_box()["width"] < 600 < before
+    page.page.evaluate("() => window.dispatchEvent(new Event('afterprint'))")
+    assert page.page.locator("#map").bounding_box()["width"] == before
+    assert page.page.pdf(format="A4").startswith(b"%PDF")
+
+
+def test_everything_has_a_name_for_those_who_do_not_see_it(opened):
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    page.point(64, 64)
+    unnamed = """() => [...document.querySelectorAll("button, select, input, canvas, section")].filter((x) =>
+        !x.ariaLabel && !x.textContent.trim() && !(x.labels && x.labels.length)).map((x) => x.id)"""
+    assert page.page.evaluate(unnamed) == []
+    assert page.page.locator("#tile").get_attribute("aria-live") == "polite"
+    assert "queries 0 to 1,024" in page.page.locator("#map").get_attribute("aria-label")
+
+
+def test_a_browser_that_cannot_unpack_it_says_so(chromium, tmp_path):
+    path = tmp_path / "page.html"
+    visualize.explorer(PACKED, 1024, 1024, path=path)
+    page = chromium.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(path.as_uri())
+    page.wait_for_selector("#problem:not(:empty)")
+    assert "it needs DecompressionStream" in page.locator("#problem").inner_text()
+    assert page.locator("#counts").inner_text() == "4 full, 18 partial, 42 skip"
+    page.close()
