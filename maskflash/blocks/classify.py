@@ -53,6 +53,18 @@ class Classified:
     by_formula: int = 0
     hulls: Hulls | None = None
 
+    @property
+    def decided(self) -> dict[str, int]:
+        """How many tiles each means decided; formulas, intervals and columns decide all."""
+        return {
+            "formula": self.by_formula,
+            "intervals": self.by_intervals,
+            "columns": self.by_columns,
+            "bounds": self.by_bounds,
+            "samples": self.by_samples,
+            "elements": self.by_elements,
+        }
+
 
 def classify(problem: Problem) -> Classified:
     """Find the kind of every tile.

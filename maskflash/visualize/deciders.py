@@ -19,8 +19,8 @@ from maskflash.blocks.tiles import Tiles
 class Decided:
     """An analysis, and the tiles it had to evaluate.
 
-    Formulas and cut columns decide all tiles. Else bounds prove tiles full or skip and samples prove them partial, so
-    that a tile's kind tells who decided it, unless all its pairs were evaluated.
+    Formulas, rows' intervals and cut columns decide all tiles. Else bounds prove tiles full or skip and samples prove
+    them partial, so that a tile's kind tells who decided it, unless all its pairs were evaluated.
 
     Attributes:
         classified: the analysis.
@@ -29,18 +29,6 @@ class Decided:
 
     classified: Classified
     evaluated: Runs | None
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many tiles each means decided."""
-        found = self.classified
-        return {
-            "formula": found.by_formula,
-            "columns": found.by_columns,
-            "bounds": found.by_bounds,
-            "samples": found.by_samples,
-            "elements": found.by_elements,
-        }
 
 
 class _Watched(Tiles):

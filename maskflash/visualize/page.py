@@ -122,7 +122,7 @@ def _render(
         "block_size": block_map.block_size,
         "shape": block_map.shape,
         "runs": _runs(block_map.rows),
-        "decided": decided and decided.counts,
+        "decided": decided and decided.classified.decided,
         "evaluated": decided and decided.evaluated and _runs(decided.evaluated),
         "documents": [
             {

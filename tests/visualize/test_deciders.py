@@ -32,14 +32,14 @@ def evaluated(decided):
 @given(masks(MAX), st.integers(0, MAX), st.integers(0, MAX), st.integers(1, 12))
 def test_deciders_add_up_to_what_the_analysis_counted(mask, q_len, kv_len, block):
     decided = decide(problem(mask, q_len, kv_len, block))
-    assert sum(decided.counts.values()) == sum(decided.classified.block_map.counts.values())
-    if decided.counts["formula"] or decided.counts["columns"]:
+    assert sum(decided.classified.decided.values()) == sum(decided.classified.block_map.counts.values())
+    if any(decided.classified.decided[means] for means in ("formula", "intervals", "columns")):
         assert decided.evaluated is None
         return
     kinds, looked_at = decided.classified.block_map.kinds(), evaluated(decided)
-    assert decided.counts["elements"] == looked_at.sum()
-    assert decided.counts["samples"] == ((kinds == 1) & ~looked_at).sum()
-    assert decided.counts["bounds"] == ((kinds != 1) & ~looked_at).sum()
+    assert decided.classified.decided["elements"] == looked_at.sum()
+    assert decided.classified.decided["samples"] == ((kinds == 1) & ~looked_at).sum()
+    assert decided.classified.decided["bounds"] == ((kinds != 1) & ~looked_at).sum()
 
 
 def test_the_tiles_evaluated_are_those_that_samples_left_open():

@@ -27,6 +27,7 @@ PER_HEAD = mf.mask(lambda b, h, q, kv: q >= kv and q - kv < SPANS[b, h])
 HOLES = mf.mask(lambda b, h, q, kv: (q * 37 + kv * 11) % 1009 != 5)
 MEANS = {
     "formula": "a formula",
+    "intervals": "the rows' intervals",
     "columns": "cutting columns",
     "bounds": "bounds",
     "samples": "samples",
@@ -166,7 +167,7 @@ class Truth:
         sizes = {"batch": 1, "heads": 1} | sizes
         problem = mask.problem("test", q_len, kv_len, *sizes.values(), block_size, 0, torch.device("cpu"), {})
         decided = decide(problem)
-        self.counts = decided.counts
+        self.counts = decided.classified.decided
         self.map = decided.classified.block_map
         self.kinds = self.map.kinds()
         self.evaluated = torch.zeros(len(self.map.rows.offsets) - 1, self.map.shape[3], dtype=torch.bool)
@@ -184,7 +185,7 @@ class Truth:
         return tuple(sum(span) / 2 for span in self.spans(i, j))
 
     def decider(self, i, j, b, h):
-        for all_of_them in ("formula", "columns"):
+        for all_of_them in ("formula", "intervals", "columns"):
             if self.counts[all_of_them]:
                 return all_of_them
         return "elements" if self.evaluated[b, h, i, j] else "samples" if self.kinds[b, h, i, j] == 1 else "bounds"
@@ -444,7 +445,7 @@ def test_a_million_tokens_of_documents(opened):
         said = page.point((i + 0.5) * side * 128, (j + 0.5) * side * 128)
         assert said["kind"].partition(":")[0] == NAMES[grid.kinds[i, j]]
         assert said["rows"] == span(i * side * 128, (i + 1) * side * 128)
-        assert said["decider"] == "cutting columns"
+        assert said["decider"] == "the rows' intervals"
     # The boundary is thinner than a pixel, and still there.
     size = side * 128
     diagonal = [(i * size, (i + 1) * size, i * size, (i + 1) * size) for i in range(0, 8192 // side, 37)]
