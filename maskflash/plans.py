@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -103,7 +104,8 @@ def _get(key: Hashable) -> Analysis | None:
         entry = _entries.get(key)
         if entry is None:
             return None
-        _entries.move_to_end(key)
+        with suppress(KeyError):  # a table of its own may just have died: collection runs anywhere
+            _entries.move_to_end(key)
         return entry.analysis
 
 

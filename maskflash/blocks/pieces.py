@@ -170,6 +170,7 @@ def find_pieces(problem: Problem) -> Pieces | None:
         if sign < 0:
             after, hides = not after, _TURNED[hides]
         key = text, threshold.columns.text, threshold.after, hides
+        step &= largest < LARGEST_SUM  # else a difference may overflow
         turns[key] = Turn(values, step, sign, threshold.columns, after, hides)
     shown = torch.ones(1, 1, problem.q_len, dtype=torch.bool, device=problem.device)
     for switch in separated.switches:

@@ -126,6 +126,14 @@ def test_what_is_an_interval(mask, intervals):
     assert (classify(problem_of(mask, 40, 40)).by_intervals > 0) is intervals
 
 
+@given(st.lists(st.sampled_from([-(2**63), -(2**62), -1, 0, 2**62, 2**63 - 2, 2**63 - 1]), min_size=1, max_size=9))
+def test_numbers_far_apart_are_compared_and_not_subtracted(numbers):
+    rows, near, first = torch.tensor(numbers), torch.tensor([2**63 - 2, 2**63 - 1]), torch.tensor([-(2**63)])
+    for table in (near, first):
+        check(mf.mask(lambda b, h, q, kv, table=table: rows[q] < table[kv]), len(numbers), len(table))
+        check(mf.mask(lambda b, h, q, kv, table=table: rows[q] >= table[kv]), len(numbers), len(table))
+
+
 def test_rows_of_a_line_that_lie_apart_are_not_one_stretch():
     """The rows of a tile see tiles far from each other: the map comes another way, and is the same."""
     starts = torch.tensor([0, 0, 40, 40])

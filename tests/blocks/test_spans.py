@@ -25,7 +25,7 @@ def hulls_of(mask):
     count = mask.sum(-1)
     first = mask.int().argmax(-1) if mask.shape[-1] else count
     stop = mask.shape[-1] - mask.flip(-1).int().argmax(-1) if mask.shape[-1] else count
-    return Hulls(first, torch.where(count > 0, stop, first), count)
+    return Hulls(first, torch.where(count > 0, stop, first), count, 0.0)
 
 
 def rebuilt(mask, block_size, b, h, hulls=None):
