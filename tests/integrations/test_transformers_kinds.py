@@ -172,7 +172,7 @@ def test_every_way_to_generate_gives_eager_s_tokens(way):
     for implementation in (NAME, "eager"):
         for part in (model, assistant):
             part.set_attn_implementation(implementation)
-        found[implementation] = model.generate(**prompt, **asked, do_sample=False, max_new_tokens=10, eos_token_id=None)
+        found[implementation] = model.generate(**prompt, **asked, do_sample=False, max_new_tokens=6, eos_token_id=None)
     assert torch.equal(found[NAME], found["eager"])
 
 
