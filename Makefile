@@ -2,7 +2,7 @@
 # the environment in .venv is made, and remade when pyproject.toml or constraints.txt changed.
 
 # The interpreter that makes .venv: `make demo PYTHON=python3.12` picks another.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint format bench figures gpu clean
+.PHONY: help demo test browser lint format bench figures gpu dist clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -62,6 +62,9 @@ gpu:  ## on a GPU: the kernels' tests on the device, then the benchmark beside F
 	PYTHONPATH=. MASKFLASH_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -x tests/test_gpu.py tests/kernels/test_triton.py
 	PYTHONPATH=. $(GPU_PYTHON) -m maskflash doctor
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)/attention.json $(ARGS)
+
+dist: $(STAMP)  ## build the sdist, and the wheel from it, into dist
+	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove caches and build results, keep .venv
 	rm -rf build dist maskflash-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

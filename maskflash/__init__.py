@@ -92,12 +92,14 @@ _LATER: Final = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("testing", "visualize"):
-        return import_module(f"maskflash.{name}")
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in ("testing", "visualize"):
+            return import_module(f"maskflash.{name}")
+        if name in _LATER:
+            return getattr(import_module(_LATER[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

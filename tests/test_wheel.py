@@ -1,34 +1,51 @@
-"""What a user installs works: sdist -> wheel -> a clean folder, imported from outside the checkout."""
+"""What a user installs works: sdist -> wheel -> an environment of its own, used from outside the checkout."""
 
+import ast
+import os
+import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[1]
-USE = """
-import importlib.metadata, pathlib, torch
 import maskflash as mf
 
-package = pathlib.Path(mf.__file__).parent
-assert package.parent == pathlib.Path(INSTALLED), package
-assert (package / "templates").is_dir() and (package / "py.typed").is_file()
-assert importlib.metadata.version("maskflash")
+CHECKOUT = Path(__file__).parents[1]
+DOWNSTREAM = CHECKOUT / "tests" / "downstream"
+USE = """
+import importlib.metadata, pathlib, sys, torch
+import maskflash as mf
+from maskflash.codegen.render import PASSES, template_folder
 
-q, k, v = (torch.randn(1, 2, 37, 16) for _ in range(3))
-out = mf.compile(mf.causal())(q, k, v)
+package = pathlib.Path(mf.__file__).parent
+assert package.is_relative_to(sys.prefix), package
+assert template_folder() == package / "templates"
+assert importlib.metadata.version("maskflash") == mf.__version__
+
+q, k, v = (torch.randn(1, 2, 37, 16, requires_grad=True) for _ in range(3))
+attn = mf.compile(lambda b, h, q, kv: q >= kv)
+out = attn(q, k, v)
 dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 torch.testing.assert_close(out, dense)
+for found, expected in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, dense))):
+    torch.testing.assert_close(found, expected)
+for name in PASSES:
+    compile(attn.source(q, k, v, pass_name=name), name, "exec")
 """
 
 
-def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def run(*command: object, cwd: Path, status: int = 0) -> str:
+    """What a command printed, run where nothing leads back to the checkout."""
+    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=bare, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +56,61 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_the_installed_wheel_works_outside_the_checkout(built, tmp_path):
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The scripts of an environment that has the wheel, and torch and the rest from the one that runs the tests."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, symlinks=True)
+    scripts, packages = (
+        Path(sysconfig.get_path(name, "venv", {"base": str(folder), "platbase": str(folder)}))
+        for name in ("scripts", "purelib")
+    )
+    ours = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (packages / "others.pth").write_text("\n".join(ours), encoding="utf-8")  # .pth files in there are not read
     (wheel,) = built.glob("*.whl")
-    installed = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run(*pip, "--no-deps", "--no-index", "--target", installed, wheel, cwd=tmp_path)
-    program = f"import sys\nINSTALLED = {str(installed)!r}\nsys.path.insert(0, INSTALLED)\n{USE}"
-    run(sys.executable, "-c", program, cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "--disable-pip-version-check"]
+    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    return scripts
+
+
+@pytest.fixture(scope="module")
+def archived(built):
+    """The names of the sdist's files, without its top folder."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        return {member.name.partition("/")[2] for member in archive if member.isfile()}
+
+
+def test_the_installed_package_attends_and_renders_every_template(installed, tmp_path):
+    run(installed / "python", "-c", USE, cwd=tmp_path)
+
+
+def test_the_installed_command_shows_a_mask(installed, tmp_path):
+    assert run(installed / "maskflash", "--version", cwd=tmp_path) == f"maskflash {mf.__version__}\n"
+    shown = run(installed / "maskflash", "show", "causal & document(300, 500, 224)", cwd=tmp_path)
+    assert "1,024" in shown
+    assert shown.count("\n") > 8
+
+
+def mypy(installed, name, status):
+    """What mypy says of a user's file against the installed package, as (line, kind of error)."""
+    command = [sys.executable, "-m", "mypy", "--config-file", DOWNSTREAM / "mypy.ini", "--no-error-summary"]
+    command += ["--python-executable", installed / "python", "--cache-dir", installed.parent / "mypy"]
+    said = run(*command, DOWNSTREAM / name, cwd=installed.parent, status=status).splitlines()
+    errors = [line for line in said if ": note: " not in line]
+    found = [re.fullmatch(rf".*{re.escape(name)}:(\d+): error: .* \[([a-z-]+)\]", line) for line in errors]
+    assert all(found), said
+    return [(int(match[1]), match[2]) for match in found]
+
+
+def test_a_type_checker_knows_the_installed_package(installed):
+    assert mypy(installed, "user.py", status=0) == []
+
+
+def test_a_type_checker_finds_a_user_s_mistakes(installed):
+    lines = (DOWNSTREAM / "mistakes.py").read_text(encoding="utf-8").splitlines()
+    marked = [(number, line.partition("# error: ")[2]) for number, line in enumerate(lines, 1) if "# error: " in line]
+    assert mypy(installed, "mistakes.py", status=1) == marked
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(built):
@@ -62,9 +127,37 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"maskflash"}
 
 
-def test_the_sdist_holds_what_the_checkout_needs(built):
-    (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        inside = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "constraints.txt", "templates/README.md"} <= inside
-    assert not any(name.startswith((".venv", ".git/")) for name in inside)
+def test_wheel_and_sdist_hold_the_licence(built, archived):
+    (wheel,) = built.glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (text,) = (archive.read(name) for name in archive.namelist() if name.endswith("licenses/LICENSE"))
+    assert text == (CHECKOUT / "LICENSE").read_bytes()
+    assert metadata(archive)["License-Expression"] == "Apache-2.0"
+    assert "LICENSE" in archived
+
+
+def test_the_sdist_is_the_checkout(archived):
+    """So its tests can be run as they are."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("this is no git checkout to compare with")
+    assert archived - {"PKG-INFO"} >= {name for name in tracked.stdout.splitlines() if (CHECKOUT / name).exists()}
+    assert not any(name.startswith((".venv", ".git/", "dist/")) or "__pycache__" in name for name in archived)
+
+
+def test_what_the_package_imports_is_declared(built):
+    (wheel,) = built.glob("*.whl")
+    requirements = metadata(zipfile.ZipFile(wheel)).get_all("Requires-Dist")
+    declared = {re.match(r"[\w-]+", text)[0] for text in requirements}
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (CHECKOUT / "maskflash").rglob("*.py"))
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"maskflash"}
+    assert {"torch", "jinja2"} <= others <= declared
+
+
+def metadata(wheel):
+    """A wheel's METADATA."""
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return message_from_bytes(wheel.read(name))

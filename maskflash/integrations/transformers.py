@@ -115,7 +115,8 @@ def register(name: str = NAME) -> str:
             f"FlashAttention kernel; leave it out for {NAME!r}"
         )
     AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, layer_mask)
+    outside = torch.compiler.disable(layer_mask, reason="masks of Transformers are made outside of what is compiled")
+    AttentionMaskInterface.register(name, outside)
     return name
 
 

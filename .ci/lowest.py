@@ -1,0 +1,23 @@
+"""pyproject.toml's lower bounds of what results depend on -> constraints.txt, in place of the versions pinned there."""
+
+import re
+import tomllib
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[1]
+NAMES = ("torch", "triton", "numpy")
+LEFT_OPEN = ("setuptools",)  # each torch says which it takes
+
+
+def lowest(constraints: str, dependencies: list[str]) -> str:
+    """The text of constraints.txt with lower bounds: torch>=2.11 becomes torch==2.11.*."""
+    bounds = [found for text in dependencies if (found := re.match(r"([\w-]+)>=(\d+\.\d+)", text))]
+    pins = [f"{name}=={version}.*" for name, version in (found.groups() for found in bounds) if name in NAMES]
+    kept = [line for line in constraints.splitlines() if line.partition("==")[0] not in (*NAMES, *LEFT_OPEN)]
+    return "\n".join([*kept, *pins, ""])
+
+
+if __name__ == "__main__":
+    path = CHECKOUT / "constraints.txt"
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    path.write_text(lowest(path.read_text(encoding="utf-8"), project["dependencies"]), encoding="utf-8")

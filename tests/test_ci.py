@@ -1,0 +1,69 @@
+"""The workflow runs .ci/run, on every Python that the package claims, and with the lowest versions it allows."""
+
+import re
+import runpy
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+CHECKOUT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOW = yaml.safe_load((CHECKOUT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+JOB = WORKFLOW["jobs"]["ci"]
+STEPS = JOB["steps"]
+
+
+def test_the_pythons_are_those_of_the_classifiers():
+    prefix = "Programming Language :: Python :: 3."
+    claimed = [text.removeprefix(prefix) for text in PROJECT["classifiers"] if text.startswith(prefix)]
+    assert JOB["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in claimed]
+    assert PROJECT["requires-python"] == f">=3.{claimed[0]}"
+
+
+def test_every_job_runs_what_must_pass_on_a_checkout():
+    assert STEPS[-1] == {"run": ".ci/run"}
+    assert (CHECKOUT / ".ci" / "run").stat().st_mode & 0o100
+    makefile = (CHECKOUT / "Makefile").read_text(encoding="utf-8")
+    asked = re.findall(r"^make (\w+)", (CHECKOUT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"lint", "test"} <= set(asked) <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+
+
+def test_one_job_takes_the_lowest_versions():
+    matrix = JOB["strategy"]["matrix"]
+    lowest = {"python": matrix["python"][0], "versions": "lowest"}
+    assert matrix["versions"] == ["pinned"]
+    assert matrix["include"] == [lowest]
+    (step,) = (step for step in STEPS if "lowest.py" in step.get("run", ""))
+    assert step["if"] == "matrix.versions == 'lowest'"
+    assert (CHECKOUT / step["run"].split()[1]).is_file()
+
+
+def test_the_lowest_versions_are_the_bounds_of_the_project():
+    lowest = runpy.run_path(str(CHECKOUT / ".ci" / "lowest.py"))["lowest"]
+    pinned = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
+    lines = lowest(pinned, PROJECT["dependencies"]).splitlines()
+    for name in ("torch", "triton", "numpy"):
+        (bound,) = re.findall(rf"^{name}>=([\d.]+)", "\n".join(PROJECT["dependencies"]), re.MULTILINE)
+        assert [line for line in lines if line.startswith(f"{name}==")] == [f"{name}=={bound}.*"]
+    assert set(pinned.splitlines()) - set(lines) == {
+        *(line for line in pinned.splitlines() if re.match("(torch|triton|numpy|setuptools)==", line))
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_docs_name_the_pythons(name):
+    first, *_, last = JOB["strategy"]["matrix"]["python"]
+    assert f"Python {first} to {last}" in (CHECKOUT / name).read_text(encoding="utf-8")
+
+
+def test_the_changelog_has_the_shape_of_releases():
+    text = (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *released = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert first == "Unreleased"
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", heading) for heading in released)
+    versions = [tuple(map(int, heading.split(" ")[0].split("."))) for heading in released]
+    assert versions == sorted(versions, reverse=True)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.*)$", text, re.MULTILINE)) <= kinds
