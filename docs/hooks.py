@@ -1,0 +1,139 @@
+"""The repository's pages -> the site's: pages from outside docs/, the notebook, links between them, and pictures.
+
+mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- picture: mask, 64, 64 -->` becomes a
+picture of what the sessions above it have made, and `<!-- listing: text -->` a listing of a text; both are what
+`picture(mask, 64, 64)` and `listing(text)` return in the sessions' own namespace.
+"""
+
+import doctest
+import io
+import re
+from collections.abc import Callable, Iterator
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHOWN = re.compile(r"^<!-- ((?:picture|listing): .*) -->$", re.MULTILINE)
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that aren't Markdown files in docs/."""
+    pages = {place: (ROOT / name).read_text(encoding="utf-8") for name, place in FROM_ROOT.items()}
+    pages["decisions/index.md"] = decisions()
+    pages |= {f"{path.stem}.md": notebook(path) for path in ROOT.glob("docs/*.ipynb")}
+    for place, text in pages.items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Draw what the page wants to show, and lead its links to where the site has their targets."""
+
+    def saved(drawing: bytes, title: str) -> str:
+        place = f"pictures/{Path(page.file.src_uri).stem}-{len(names)}.svg"
+        names.append(place)
+        files.append(File.generated(config, place, content=drawing))
+        return f"![{title}]({relpath(place, Path(page.file.src_uri).parent)}){{ loading=lazy }}"
+
+    names: list[str] = []
+    shown = shown_in(markdown, page.file.src_uri, {"picture": lambda *a, **k: saved(*drawn(*a, **k)), "listing": listing})
+    markdown = SHOWN.sub(lambda _: next(shown), markdown)
+    source = next((ROOT / name for name, place in FROM_ROOT.items() if place == page.file.src_uri), None)
+    home = (source or ROOT / "docs" / page.file.src_uri).parent
+    return LINK.sub(lambda link: moved(link[1], home, page.file.src_uri), markdown)
+
+
+def moved(target: str, home: Path, uri: str) -> str:
+    """A link to a file of the repository, as the page at `uri` of the site has it; others stay as they are."""
+    path = (home / target).resolve()
+    if not path.is_relative_to(ROOT) or not path.exists():
+        return target
+    name = path.relative_to(ROOT).as_posix()
+    place = FROM_ROOT.get(name, name.removeprefix("docs/"))
+    place = f"{place}/index.md" if path.is_dir() else place.replace(".ipynb", ".md")
+    return relpath(place, Path(uri).parent)
+
+
+def shown_in(markdown: str, name: str, makers: dict[str, Callable[..., Any]]) -> Iterator[Any]:
+    """What a page's comments make, each after the sessions above it; a page without comments is not run.
+
+    Raises:
+        PluginError: a session prints something else than it shows.
+    """
+    names: dict[str, Any] = {}
+    pieces = SHOWN.split(markdown)
+    for text, wish in zip(pieces[::2], pieces[1::2], strict=False):
+        failed, said = run(text, name, names)
+        if failed:
+            raise PluginError(f"{name}: {said}")
+        kind, _, arguments = wish.partition(": ")
+        yield eval(f"{kind}({arguments})", {**names, **makers})
+
+
+def run(text: str, name: str, names: dict[str, Any]) -> tuple[int, str]:
+    """Run a text's sessions one after the other; return failures, and what was printed of them."""
+    said: list[str] = []
+    test = doctest.DocTestParser().get_doctest("\n".join(SESSION.findall(text)), {}, name, name, 0)
+    test.globs = names
+    # Dynamo takes its names out of the globals of what it compiled when that goes: clearing them would be too early.
+    result = doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
+    return result.failed, "".join(said)
+
+
+def drawn(mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, **options: Any) -> tuple[bytes, str]:
+    """A mask's pairs beside its tiles, or its heads' pairs beside one another, as SVG; and a title."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from maskflash import visualize
+
+    figure = Figure(figsize=(3.4 * max(2, heads), 3.7), layout="constrained")
+    axes = figure.subplots(1, max(2, heads))
+    if heads > 1:
+        for head, ax in enumerate(axes):
+            visualize.draw_mask(mask, q_len, kv_len, ax=ax, heads=heads, head=head, legend=False, **options)
+            ax.set_title(f"head {head}")
+    else:
+        visualize.draw_mask(mask, q_len, kv_len, ax=axes[0], **options).set_title("pairs")
+        visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
+    file = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "maskflash"}):  # the same picture, the same bytes
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue(), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
+
+
+def listing(text: str) -> str:
+    """Python text, folded."""
+    body = "\n".join(f"    {line}" for line in text.rstrip().splitlines())
+    return f'??? note "All of it"\n\n    ```python\n{body}\n    ```\n'
+
+
+def decisions() -> str:
+    """A list of the decision records, which a git host shows as a folder."""
+    rows = [
+        f"- [{path.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}]({path.name})"
+        for path in sorted(ROOT.glob("docs/decisions/*.md"))
+    ]
+    return "# Decisions\n\nWhat someone will ask about, and why it is as it is.\n\n" + "\n".join(rows) + "\n"
+
+
+def notebook(path: Path) -> str:
+    """A notebook with its stored outputs as Markdown."""
+    parts = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            text = output.get("text", data.get("text/plain", ""))
+            parts.append(data.get("text/html") or f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
