@@ -124,8 +124,9 @@ def _decided(decided: dict[str, int]) -> str:
     return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
 
 
-def _sentence(counts: dict[str, int | str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
+def _sentence(facts: dict[str, int | str]) -> str:
+    """A pass in words: its counts, and on the CPU the dtype that it computes in."""
+    return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
 
 
 def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
@@ -146,5 +147,6 @@ def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
                 "masked": facts["masked"],
                 "gathered": facts["gathered"],
                 "pairs": facts["pairs"],
+                "compute": facts["compute"],
             }
     return passes
