@@ -86,7 +86,7 @@ def run(text: str, name: str, names: dict[str, Any]) -> tuple[int, str]:
     test = doctest.DocTestParser().get_doctest("\n".join(SESSION.findall(text)), {}, name, name, 0)
     test.globs = names
     # Dynamo takes its names out of the globals of what it compiled when that goes: clearing them would be too early.
-    result = doctest.DocTestRunner(verbose=False).run(test, out=said.append, clear_globs=False)
+    result = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
     return result.failed, "".join(said)
 
 
