@@ -39,18 +39,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw what the page wants to show, and lead its links to where the site has their targets."""
 
-    def saved(drawing: bytes, title: str) -> str:
-        place = f"pictures/{Path(page.file.src_uri).stem}-{len(names)}.svg"
-        names.append(place)
+    def picture(*arguments: Any, **options: Any) -> str:
+        drawing, title = drawn(*arguments, **options)
+        place = f"pictures/{Path(uri).stem}-{sum(file.src_uri.startswith('pictures/') for file in files)}.svg"
         files.append(File.generated(config, place, content=drawing))
-        return f"![{title}]({relpath(place, Path(page.file.src_uri).parent)}){{ loading=lazy }}"
+        return f"![{title}]({relpath(place, Path(uri).parent)}){{ loading=lazy }}"
 
-    names: list[str] = []
-    shown = shown_in(markdown, page.file.src_uri, {"picture": lambda *a, **k: saved(*drawn(*a, **k)), "listing": listing})
+    uri = page.file.src_uri
+    shown = shown_in(markdown, uri, {"picture": picture, "listing": listing})
     markdown = SHOWN.sub(lambda _: next(shown), markdown)
-    source = next((ROOT / name for name, place in FROM_ROOT.items() if place == page.file.src_uri), None)
-    home = (source or ROOT / "docs" / page.file.src_uri).parent
-    return LINK.sub(lambda link: moved(link[1], home, page.file.src_uri), markdown)
+    source = next((ROOT / name for name, place in FROM_ROOT.items() if place == uri), None)
+    home = (source or ROOT / "docs" / uri).parent
+    return LINK.sub(lambda link: moved(link[1], home, uri), markdown)
 
 
 def moved(target: str, home: Path, uri: str) -> str:
@@ -86,11 +86,14 @@ def run(text: str, name: str, names: dict[str, Any]) -> tuple[int, str]:
     test = doctest.DocTestParser().get_doctest("\n".join(SESSION.findall(text)), {}, name, name, 0)
     test.globs = names
     # Dynamo takes its names out of the globals of what it compiled when that goes: clearing them would be too early.
-    result = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    result = runner.run(test, out=said.append, clear_globs=False)
     return result.failed, "".join(said)
 
 
-def drawn(mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, **options: Any) -> tuple[bytes, str]:
+def drawn(
+    mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, **options: Any
+) -> tuple[bytes, str]:
     """A mask's pairs beside its tiles, or its heads' pairs beside one another, as SVG; and a title."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

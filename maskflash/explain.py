@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from maskflash.kernels import triton
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
-    """What became of a mask at given lengths: str() for people, to_dict() for tools."""
+    """What became of a mask at given lengths: str() for people, also where it is shown; to_dict() for tools."""
 
     mask: str
     problem: Problem
@@ -84,7 +84,7 @@ class Explanation:
         source = expr.source(position)
         return f"{text}\nin {source}" if source else text
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         told = {name: text.replace("\n", "\n" + " " * 21) for name, text in self._told().items()}
         return "\n".join([self.mask, *(f"  {name:<18} {text}" for name, text in told.items())])
 
