@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench figures gpu clean
+.PHONY: help demo test docs lint format bench figures gpu clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -23,6 +23,10 @@ demo: $(STAMP)  ## run the main job: packed documents through forward, backward 
 
 test: $(STAMP)  ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(STAMP)  ## build the docs as a site into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "open site/index.html, or to search it: $(BIN)/python -m http.server --directory site"
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy, changing nothing
 	$(BIN)/ruff check .
@@ -61,8 +65,8 @@ gpu:  ## on a GPU: the kernels' tests on the device, then the benchmark beside F
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)/attention.json $(ARGS)
 
 clean:  ## remove caches and build results, keep .venv
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find maskflash tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find maskflash tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and pinned: left to a dependency's lower bound, pip may fetch a newer one with gigabytes of
 # CUDA. The build back-end comes from the same pins, so the editable install builds without isolation.

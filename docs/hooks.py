@@ -100,8 +100,10 @@ def drawn(
 
     from maskflash import visualize
 
-    figure = Figure(figsize=(3.4 * max(2, heads), 3.7), layout="constrained")
-    axes = figure.subplots(1, max(2, heads))
+    panels = max(2, heads)
+    figure = Figure(figsize=(4 * panels, 4))
+    axes = figure.subplots(1, panels)
+    figure.subplots_adjust(wspace=0.3)  # a layout engine would take longer than the rest
     if heads > 1:
         for head, ax in enumerate(axes):
             visualize.draw_mask(mask, q_len, kv_len, ax=ax, heads=heads, head=head, legend=False, **options)
@@ -111,7 +113,7 @@ def drawn(
         visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
     file = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "maskflash"}):  # the same picture, the same bytes
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
     return file.getvalue(), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
 
 
