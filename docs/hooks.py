@@ -6,6 +6,7 @@ picture of what the sessions above it have made, and `<!-- listing: text -->` a 
 """
 
 import doctest
+import html
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+import griffe
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -51,6 +53,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = next((ROOT / name for name, place in FROM_ROOT.items() if place == uri), None)
     home = (source or ROOT / "docs" / uri).parent
     return LINK.sub(lambda link: moved(link[1], home, uri), markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put a notebook's outputs in their places: Markdown would take the pictures out of them."""
+    path = ROOT / "docs" / Path(page.file.src_uri).with_suffix(".ipynb")
+    return re.sub(r"<!-- output of (\d+) -->", lambda place: output(path, int(place[1])), content)
+
+
+class Examples(griffe.Extension):
+    """Docstrings' sections `Example:` as sessions; the reference knows them in the plural."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename the section."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
 
 
 def moved(target: str, home: Path, uri: str) -> str:
@@ -132,13 +149,21 @@ def decisions() -> str:
     return "# Decisions\n\nWhat someone will ask about, and why it is as it is.\n\n" + "\n".join(rows) + "\n"
 
 
+def cells(path: Path) -> list[Any]:
+    """The cells of a notebook."""
+    return list(nbformat.read(path, as_version=4).cells)
+
+
 def notebook(path: Path) -> str:
-    """A notebook with its stored outputs as Markdown."""
+    """A notebook as Markdown, with a comment in the place of each output."""
     parts = []
-    for cell in nbformat.read(path, as_version=4).cells:
-        parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
-        for output in cell.get("outputs", ()):
-            data = output.get("data", {})
-            text = output.get("text", data.get("text/plain", ""))
-            parts.append(data.get("text/html") or f"```text\n{text.rstrip()}\n```")
+    for number, cell in enumerate(cells(path)):
+        code = cell.cell_type == "code"
+        parts.append(f"```python\n{cell.source}\n```\n\n<!-- output of {number} -->" if code else cell.source)
     return "\n\n".join(parts) + "\n"
+
+
+def output(path: Path, number: int) -> str:
+    """What a notebook's cell shows, as HTML."""
+    shown = [each.get("data", {"text/plain": each.get("text", "")}) for each in cells(path)[number].outputs]
+    return "\n".join(data.get("text/html", f"<pre>{html.escape(data['text/plain'])}</pre>") for data in shown)

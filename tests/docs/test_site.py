@@ -103,6 +103,13 @@ def test_the_kernel_is_there_in_full(site):
     assert re.sub(r"<[^>]+>", "", page).count("@triton.jit") == 1
 
 
+def test_the_notebook_shows_its_outputs(site):
+    page = (site / "notebook.html").read_text(encoding="utf-8")
+    assert "<!-- output" not in page
+    assert re.search(r'<svg role="img"[^>]*><path fill="currentColor"', page)
+    assert "torch.Size([1, 8, 1024, 64])" in page
+
+
 def test_links_out_of_the_docs_lead_to_pages(site):
     assert 'href="index.html#writing-masks"' in (site / "cli.html").read_text(encoding="utf-8")
     assert 'href="notebook.html"' in (site / "getting-started.html").read_text(encoding="utf-8")
