@@ -118,9 +118,10 @@ def drawn(
     from maskflash import visualize
 
     panels = max(2, heads)
-    figure = Figure(figsize=(4 * panels, 4))
-    axes = figure.subplots(1, panels)
-    figure.subplots_adjust(wspace=0.3)  # a layout engine would take longer than the rest
+    width, height = 4 * panels, 1.25 + 3 * q_len / kv_len  # inches; a layout engine takes as long as all the rest
+    figure = Figure(figsize=(width, height))
+    margins = {"left": 0.7 / width, "right": 1 - 0.3 / width, "bottom": 0.5 / height, "top": 1 - 0.75 / height}
+    axes = figure.subplots(1, panels, gridspec_kw={**margins, "wspace": 1 / 3})
     if heads > 1:
         for head, ax in enumerate(axes):
             visualize.draw_mask(mask, q_len, kv_len, ax=ax, heads=heads, head=head, legend=False, **options)
@@ -130,7 +131,7 @@ def drawn(
         visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
     file = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "maskflash"}):  # the same picture, the same bytes
-        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue(), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
 
 
