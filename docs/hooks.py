@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r"^<!-- ((?:picture|listing): .*) -->$", re.MULTILINE)
+ROW = re.compile(r"^\|.*$", re.MULTILINE)
+CODE = re.compile(r"`[^`]*`")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -50,6 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     shown = shown_in(markdown, uri, {"picture": picture, "listing": listing})
     markdown = SHOWN.sub(lambda _: next(shown), markdown)
+    # In a table a git host wants | escaped inside of code, too; here the backslash would show.
+    markdown = ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
     source = next((ROOT / name for name, place in FROM_ROOT.items() if place == uri), None)
     home = (source or ROOT / "docs" / uri).parent
     return LINK.sub(lambda link: moved(link[1], home, uri), markdown)

@@ -110,6 +110,12 @@ def test_the_notebook_shows_its_outputs(site):
     assert "torch.Size([1, 8, 1024, 64])" in page
 
 
+def test_code_in_tables_is_as_on_a_git_host(site):
+    pages = {path.name: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
+    assert "<code>global_tokens(n) | sliding_window(w, w)</code>" in pages["flashmask.html"]
+    assert [name for name, page in pages.items() if re.search(r"<td>.*\\\|", page)] == []
+
+
 def test_links_out_of_the_docs_lead_to_pages(site):
     assert 'href="index.html#writing-masks"' in (site / "cli.html").read_text(encoding="utf-8")
     assert 'href="notebook.html"' in (site / "getting-started.html").read_text(encoding="utf-8")
