@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser lint format bench figures gpu dist clean
+.PHONY: help demo test browser docs lint format bench figures gpu dist clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -26,6 +26,10 @@ test: $(STAMP) browser  ## run all tests
 
 browser:  ## have Chromium for the explorer's tests, from Debian's packages where root may install them
 	@sh tests/visualize/install_chromium.sh
+
+docs: $(STAMP)  ## build the docs as a site into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "open site/index.html, or to search it: $(BIN)/python -m http.server --directory site"
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy, changing nothing
 	$(BIN)/ruff check .
@@ -67,8 +71,8 @@ dist: $(STAMP)  ## build the sdist, and the wheel from it, into dist
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## remove caches and build results, keep .venv
-	rm -rf build dist maskflash-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find maskflash tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site maskflash-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find maskflash tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and pinned: left to a dependency's lower bound, pip may fetch a newer one with gigabytes of
 # CUDA. The build back-end comes from the same pins, so the editable install builds without isolation.

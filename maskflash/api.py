@@ -252,7 +252,7 @@ class Attention:
               tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
               decided            1024 tiles by formulas
               backend            cpu, since the tensors are on cpu
-              forward float32    ... dense calls, ... masked, 0 gathered, ... pairs
+              forward float32    ... dense calls, ... masked, 0 gathered, ... pairs, in float32
               ...
         """
         from maskflash.explain import Explanation

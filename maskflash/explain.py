@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from maskflash.kernels import triton
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
-    """What became of a mask at given lengths: str() for people, to_dict() for tools."""
+    """What became of a mask at given lengths: str() for people, also where it is shown; to_dict() for tools."""
 
     mask: str
     problem: Problem
@@ -78,7 +78,7 @@ class Explanation:
         source = expr.source(position)
         return f"{text}\nin {source}" if source else text
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         told = {name: text.replace("\n", "\n" + " " * 21) for name, text in self._told().items()}
         return "\n".join([self.mask, *(f"  {name:<18} {text}" for name, text in told.items())])
 
@@ -120,8 +120,9 @@ def _decided(decided: dict[str, int]) -> str:
     return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
 
 
-def _sentence(counts: dict[str, int | str]) -> str:
-    return ", ".join(f"{count:,} {what}" for what, count in counts.items())
+def _sentence(facts: dict[str, int | str]) -> str:
+    """A pass in words: its counts, and on the CPU the dtype that it computes in."""
+    return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
 
 
 def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
@@ -142,5 +143,6 @@ def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
                 "masked": facts["masked"],
                 "gathered": facts["gathered"],
                 "pairs": facts["pairs"],
+                "compute": facts["compute"],
             }
     return passes

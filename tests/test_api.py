@@ -198,6 +198,9 @@ def test_the_explanation_says_what_was_decided():
     assert facts["tiles"] == packed.block_map(256, 256, batch=2, block_size=64, doc=ids).counts
     assert sum(facts["decided"].values()) == sum(facts["tiles"].values()) == 32
     text = str(explained)
+    assert repr(explained) == text  # what a session shows of it
+    assert "pairs, in float32" in text
+    assert facts["passes"]["forward float32"]["compute"] == "float32"
     for piece in (
         "packed",
         facts["visible"],

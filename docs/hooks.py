@@ -1,0 +1,174 @@
+"""The repository's pages -> the site's: pages from outside docs/, the notebook, links between them, and pictures.
+
+mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- picture: mask, 64, 64 -->` becomes a
+picture of what the sessions above it have made, and `<!-- listing: text -->` a listing of a text; both are what
+`picture(mask, 64, 64)` and `listing(text)` return in the sessions' own namespace.
+"""
+
+import doctest
+import html
+import io
+import re
+from collections.abc import Callable, Iterator
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import griffe
+import nbformat
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHOWN = re.compile(r"^<!-- ((?:picture|listing): .*) -->$", re.MULTILINE)
+ROW = re.compile(r"^\|.*$", re.MULTILINE)
+CODE = re.compile(r"`[^`]*`")
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that aren't Markdown files in docs/."""
+    pages = {place: (ROOT / name).read_text(encoding="utf-8") for name, place in FROM_ROOT.items()}
+    pages["decisions/index.md"] = decisions()
+    pages |= {f"{path.stem}.md": notebook(path) for path in ROOT.glob("docs/*.ipynb")}
+    for place, text in pages.items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Draw what the page wants to show, and lead its links to where the site has their targets."""
+
+    def picture(*arguments: Any, **options: Any) -> str:
+        drawing, title = drawn(*arguments, **options)
+        place = f"pictures/{Path(uri).stem}-{sum(file.src_uri.startswith('pictures/') for file in files)}.svg"
+        files.append(File.generated(config, place, content=drawing))
+        return f"![{title}]({relpath(place, Path(uri).parent)}){{ loading=lazy }}"
+
+    uri = page.file.src_uri
+    shown = shown_in(markdown, uri, {"picture": picture, "listing": listing})
+    markdown = SHOWN.sub(lambda _: next(shown), markdown)
+    # In a table a git host wants | escaped inside of code, too; here the backslash would show.
+    markdown = ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
+    source = next((ROOT / name for name, place in FROM_ROOT.items() if place == uri), None)
+    home = (source or ROOT / "docs" / uri).parent
+    return LINK.sub(lambda link: moved(link[1], home, uri), markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put a notebook's outputs in their places: Markdown would take the pictures out of them."""
+    path = ROOT / "docs" / Path(page.file.src_uri).with_suffix(".ipynb")
+    return re.sub(r"<!-- output of (\d+) -->", lambda place: output(path, int(place[1])), content)
+
+
+class Examples(griffe.Extension):
+    """Docstrings' sections `Example:` as sessions; the reference knows them in the plural."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename the section."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+
+
+def moved(target: str, home: Path, uri: str) -> str:
+    """A link to a file of the repository, as the page at `uri` of the site has it; others stay as they are."""
+    path = (home / target).resolve()
+    if not path.is_relative_to(ROOT) or not path.exists():
+        return target
+    name = path.relative_to(ROOT).as_posix()
+    place = FROM_ROOT.get(name, name.removeprefix("docs/"))
+    place = f"{place}/index.md" if path.is_dir() else place.replace(".ipynb", ".md")
+    return relpath(place, Path(uri).parent)
+
+
+def shown_in(markdown: str, name: str, makers: dict[str, Callable[..., Any]]) -> Iterator[Any]:
+    """What a page's comments make, each after the sessions above it; a page without comments is not run.
+
+    Raises:
+        PluginError: a session prints something else than it shows.
+    """
+    names: dict[str, Any] = {}
+    pieces = SHOWN.split(markdown)
+    for text, wish in zip(pieces[::2], pieces[1::2], strict=False):
+        failed, said = run(text, name, names)
+        if failed:
+            raise PluginError(f"{name}: {said}")
+        kind, _, arguments = wish.partition(": ")
+        yield eval(f"{kind}({arguments})", {**names, **makers})
+
+
+def run(text: str, name: str, names: dict[str, Any]) -> tuple[int, str]:
+    """Run a text's sessions one after the other; return failures, and what was printed of them."""
+    said: list[str] = []
+    test = doctest.DocTestParser().get_doctest("\n".join(SESSION.findall(text)), {}, name, name, 0)
+    test.globs = names
+    # Dynamo takes its names out of the globals of what it compiled when that goes: clearing them would be too early.
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    result = runner.run(test, out=said.append, clear_globs=False)
+    return result.failed, "".join(said)
+
+
+def drawn(
+    mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, **options: Any
+) -> tuple[bytes, str]:
+    """A mask's pairs beside its tiles, or its heads' pairs beside one another, as SVG; and a title."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from maskflash import visualize
+
+    panels = max(2, heads)
+    width, height = 4 * panels, 1.25 + 3 * q_len / kv_len  # inches; a layout engine takes as long as all the rest
+    figure = Figure(figsize=(width, height))
+    margins = {"left": 0.7 / width, "right": 1 - 0.3 / width, "bottom": 0.5 / height, "top": 1 - 0.75 / height}
+    axes = figure.subplots(1, panels, gridspec_kw={**margins, "wspace": 1 / 3})
+    if heads > 1:
+        for head, ax in enumerate(axes):
+            visualize.draw_mask(mask, q_len, kv_len, ax=ax, heads=heads, head=head, legend=False, **options)
+            ax.set_title(f"head {head}")
+    else:
+        visualize.draw_mask(mask, q_len, kv_len, ax=axes[0], **options).set_title("pairs")
+        visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
+    file = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "maskflash"}):  # the same picture, the same bytes
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue(), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
+
+
+def listing(text: str) -> str:
+    """Python text, folded."""
+    body = "\n".join(f"    {line}" for line in text.rstrip().splitlines())
+    return f'??? note "All of it"\n\n    ```python\n{body}\n    ```\n'
+
+
+def decisions() -> str:
+    """A list of the decision records, which a git host shows as a folder."""
+    rows = [
+        f"- [{path.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}]({path.name})"
+        for path in sorted(ROOT.glob("docs/decisions/*.md"))
+    ]
+    return "# Decisions\n\nWhat someone will ask about, and why it is as it is.\n\n" + "\n".join(rows) + "\n"
+
+
+def cells(path: Path) -> list[Any]:
+    """The cells of a notebook."""
+    return list(nbformat.read(path, as_version=4).cells)
+
+
+def notebook(path: Path) -> str:
+    """A notebook as Markdown, with a comment in the place of each output."""
+    parts = []
+    for number, cell in enumerate(cells(path)):
+        code = cell.cell_type == "code"
+        parts.append(f"```python\n{cell.source}\n```\n\n<!-- output of {number} -->" if code else cell.source)
+    return "\n\n".join(parts) + "\n"
+
+
+def output(path: Path, number: int) -> str:
+    """What a notebook's cell shows, as HTML."""
+    shown = [each.get("data", {"text/plain": each.get("text", "")}) for each in cells(path)[number].outputs]
+    return "\n".join(data.get("text/html", f"<pre>{html.escape(data['text/plain'])}</pre>") for data in shown)
