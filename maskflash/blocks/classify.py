@@ -1,9 +1,9 @@
 """A mask expression and two lengths -> its BlockMap, exactly the brute-force one, by the cheapest means that applies.
 
-A mask that compares only q, kv and q - kv with numbers has formulas; one that is comparisons joined by `and` mostly
-shows each row one interval, whose ends tell. Else squares of tiles are bounded, coarse to fine; where tiles are many,
-or many pairs would have to be evaluated, and the mask compares rows with columns, its columns are cut into pieces
-instead, which looks at no tile.
+The pairs of a few rows are evaluated at once. A mask that compares only q, kv and q - kv with numbers has formulas; one
+that is comparisons joined by `and` mostly shows each row one interval, whose ends tell. Else squares of tiles are
+bounded, coarse to fine; where tiles are many, or many pairs would have to be evaluated, and the mask compares rows with
+columns, its columns are cut into pieces instead, which looks at no tile.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import torch
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.formula import find_formula
-from maskflash.blocks.hulls import Hulls, find_intervals
+from maskflash.blocks.hulls import Hulls, evaluated, find_intervals
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.tiles import Tiles
 
+_FEW_ROWS: Final = 8  # and as many pairs as there are are evaluated at once: a step of decoding
+_FEW_PAIRS: Final = 1 << 18
 _MANY_TILES: Final = 1 << 16  # from here on, bounding costs more than cutting the columns
 _PAIRS_FOR_A_PIECE: Final = 16  # evaluated for what a piece of a column costs
 
@@ -80,17 +82,20 @@ def classify(problem: Problem) -> Classified:
     if not count:
         kinds = torch.zeros(problem.shape, dtype=torch.int8, device=problem.device)
         return Classified(BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size), largest)
+    units = math.prod(problem.shape[:2])
+    if problem.q_len <= _FEW_ROWS and units * problem.q_len * problem.kv_len <= _FEW_PAIRS:
+        few, block_map = evaluated(problem)
+        return Classified(block_map, max(largest, few.largest), by_elements=count, hulls=few)
     formula = find_formula(problem)
     if formula is not None:
         return Classified(formula.block_map(), max(largest, formula.largest), by_formula=count)
     hulls = find_intervals(problem)
-    block_map = hulls and hulls.block_map(problem)
-    if hulls and block_map:
-        return Classified(block_map, max(largest, hulls.largest), by_intervals=count, hulls=hulls)
+    if hulls is not None and (joined := hulls.block_map(problem)):
+        return Classified(joined, max(largest, hulls.largest), by_intervals=count, hulls=hulls)
     find = cache(find_pieces)
     if count > _MANY_TILES and (pieces := find(problem)):
         return _cut(pieces, largest)
-    columns = math.prod(problem.shape[:2]) * problem.kv_len
+    columns = units * problem.kv_len
     tiles = Tiles(problem)
     if not tiles.settle(lambda pairs: pairs <= _PAIRS_FOR_A_PIECE * columns or find(problem) is None):
         pieces = find(problem)

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.formula import Seen, find_formula, segments_of, tiles_of
@@ -80,6 +81,30 @@ def find_intervals(problem: Problem) -> Hulls | None:
     """The hulls of rows that see one interval each, the ends of joined comparisons; None where those don't tell."""
     pieces = _pieces_of_rows(problem)
     return None if pieces is None else _joined(pieces)
+
+
+def evaluated(problem: Problem) -> tuple[Hulls, BlockMap]:
+    """The hulls and the map of few rows, from all their pairs.
+
+    Raises:
+        MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+    """
+    (batch, heads, lines, across), (rows, width) = problem.shape, problem.block_size
+    device, kv_len = problem.device, problem.kv_len
+    b, h, q, kv = (torch.arange(n, device=device) for n in (batch, heads, problem.q_len, kv_len))
+    bits = problem.visible(b[:, None, None, None], h[:, None, None], q[:, None], kv)
+    bits = bits.expand(batch, heads, problem.q_len, kv_len)
+    rows = min(rows, problem.q_len)  # a tile may be far higher
+    outside = (0, across * width - kv_len, 0, lines * rows - problem.q_len)
+    some, every = (
+        pad(bits, outside, value=value).unflatten(3, (across, width)).unflatten(2, (lines, rows))
+        for value in (False, True)
+    )
+    kinds = some.any(-1).any(3).to(torch.int8) + every.all(-1).all(3)
+    count, first = bits.sum(-1), bits.to(torch.int8).argmax(-1)
+    stop = torch.where(count > 0, kv_len - bits.flip(-1).to(torch.int8).argmax(-1), 0)
+    block_map = BlockMap.from_kinds(kinds.to(torch.int8), problem.q_len, kv_len, problem.block_size)
+    return Hulls(first, stop, count, problem.largest()), block_map
 
 
 def _pieces_of_rows(problem: Problem) -> Pieces | None:

@@ -9,7 +9,8 @@ import maskflash as mf
 from maskflash import compiler, plans
 from maskflash.blocks import hulls as module
 from maskflash.blocks.classify import classify
-from maskflash.blocks.hulls import find_hulls, find_intervals
+from maskflash.blocks.hulls import evaluated, find_hulls, find_intervals
+from maskflash.blocks.tiles import Tiles
 from maskflash.testing import Shape, affine_masks, assert_matches_dense, masks
 
 CPU = torch.device("cpu")
@@ -182,3 +183,21 @@ def test_attention_by_hulls_is_the_dense_one(mask, q_len, kv_len):
         shape = Shape(batch=2, heads=2, q_len=q_len, kv_len=kv_len, head_dim=16)
         plans.invalidate({mask.traced({}).expr.text})
         assert_matches_dense(mask, shape, block_size=32)
+
+
+@settings(max_examples=150)
+@given(masks(), st.integers(1, 8), st.integers(1, 64), st.integers(0, 40), st.sampled_from([(16, 16), (3, 5), (1, 1)]))
+def test_few_rows_evaluated_at_once_are_what_they_see_and_make_the_map(mask, q_len, kv_len, offset, block_size):
+    problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, offset, CPU, {})
+    hulls, block_map = evaluated(problem)
+    tiles = Tiles(problem)
+    assert tiles.settle(lambda pairs: True)
+    assert torch.equal(block_map.kinds(), tiles.block_map().kinds())
+    dense = mask.dense(q_len, kv_len, batch=2, heads=2, q_offset=offset)[: problem.shape[0], : problem.shape[1]]
+    column = torch.arange(kv_len)
+    assert torch.equal(hulls.count, dense.sum(-1))
+    between = (column >= hulls.start[..., None]) & (column < hulls.stop[..., None])
+    assert bool((between | ~dense).all())
+    first, last = hulls.start.clamp(max=kv_len - 1), hulls.stop.clamp(min=1) - 1
+    ends = dense.gather(-1, first[..., None]) & dense.gather(-1, last[..., None])
+    assert torch.equal(ends[..., 0], hulls.count > 0)
