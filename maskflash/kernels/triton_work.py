@@ -35,9 +35,9 @@ class Walk:
     stop: Tensor
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held by the four tensors."""
-        return sum(x.nbytes for x in (self.offsets, self.tiles, self.start, self.stop))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As a kernel's signature has them."""
+        return self.offsets, self.tiles, self.start, self.stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,9 +60,9 @@ class Work:
         return torch.sort(weight, dim=1, descending=True, stable=True).indices.int()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.full.nbytes + self.partial.nbytes + self.weight.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held."""
+        return *self.full.tensors, *self.partial.tensors, self.weight
 
 
 def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.codegen import module_cache
-from maskflash.kernels import triton as kernels
+from maskflash.codegen import module_cache, tuned
+from maskflash.kernels import triton_device, triton_launch
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
@@ -272,7 +272,7 @@ def test_a_group_may_be_split_over_programs(results, small, monkeypatch, per_hea
     mask = mf.mask(lambda b, h, q, kv: abs(q - kv) < spans[h]) if per_head else mf.causal()
     found = {}
     for part in (1, 2, 4):
-        monkeypatch.setattr(kernels, "_part", lambda q, group, programs, part=part: part)
+        monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs, part=part: part)
         found[part] = results(mask, q, k, v)
     for part in (1, 2):
         assert same(found[part][:3], found[4][:3])
@@ -285,11 +285,11 @@ def test_the_order_of_programs_changes_nothing(results, small, monkeypatch, part
     q, k, v = small(batch=2, heads=4, kv_heads=2, length=24)
     spans = torch.tensor([[2, 5, 9, 30], [1, 3, 40, 4]], device=q.device)
     mask = mf.mask(lambda b, h, q, kv: abs(q - kv) < spans[b, h])
-    monkeypatch.setattr(kernels, "_part", lambda q, group, programs: part)
+    monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs: part)
     found = []
     for share in (1, 2, 3, 8):
         monkeypatch.setattr(
-            kernels, "_heads_in_cache", lambda q, size, group, heads, share=share: max(1, min(heads, share))
+            triton_device, "heads_in_cache", lambda device, size, group, heads, share=share: max(1, min(heads, share))
         )
         found.append(results(mask, q, k, v))
     assert all(same(found[0], other) for other in found[1:])
@@ -300,7 +300,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
 
     q, k, v = small()
     expected = results(mf.causal(), q, k, v, block_size=64)
-    launch, tried = kernels._Call.launch, []
+    launch, tried = triton_launch.Call.launch, []
 
     def limited(self, pass_name, tile, *rest):
         tried.append((pass_name, tile))
@@ -308,7 +308,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
             raise OutOfResources(300_000, 200_000, "shared memory")
         return launch(self, pass_name, tile, *rest)
 
-    monkeypatch.setattr(kernels._Call, "launch", limited)
+    monkeypatch.setattr(triton_launch.Call, "launch", limited)
     found = results(mf.causal(), q, k, v, block_size=(64, 128))  # another block size: a plan that knows no tile yet
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -325,7 +325,7 @@ def test_a_device_that_nothing_fits_is_told(results, small, monkeypatch):
     def never(*args):
         raise OutOfResources(300_000, 1, "shared memory")
 
-    monkeypatch.setattr(kernels._Call, "launch", never)
+    monkeypatch.setattr(triton_launch.Call, "launch", never)
     with pytest.raises(mf.BackendError, match=r"no tile of forward fits this device.*shared memory"):
         results(mf.causal(), *small())
 
@@ -393,10 +393,10 @@ def varied(device):
 
 def test_another_number_renders_and_imports_nothing(device, monkeypatch):
     call = varied(device)
-    kernels._kernel.cache_clear()
+    triton_launch.kernel.cache_clear()
     rendered, loaded = [], []
-    render, load = kernels.render, module_cache.load
-    monkeypatch.setattr(kernels, "render", lambda *args: rendered.append(args) or render(*args))
+    render, load = triton_launch.render, module_cache.load
+    monkeypatch.setattr(triton_launch, "render", lambda *args: rendered.append(args) or render(*args))
     monkeypatch.setattr(module_cache, "load", lambda text: loaded.append(text) or load(text))
     call(1, 2, 1, 20, 20, 5, 0, seed=0)
     assert len(rendered) == len(loaded) == 4  # forward, delta, dk and dv, dq
@@ -458,3 +458,79 @@ def test_triton_compiles_no_number_into_a_kernel():
 
 
 WALKS = {"order", *(f"{kind}_{what}" for kind in ("full", "partial") for what in ("offsets", "tiles", "start", "stop"))}
+
+
+# Measured tiles
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Tiles with two stages are fastest: (tiles that were timed, tiles that were launched) by pass."""
+    monkeypatch.setenv(module_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuned, "_known", {})
+    timed, launched = [], []
+    launch = triton_launch.Call.launch
+
+    def seconds(function, device):
+        tile = function.args[0]
+        timed.append(tile)
+        return abs(tile.stages - 2) + tile.block_m / 1e3
+
+    def counted(self, pass_name, tile, *rest):
+        launched.append((pass_name, tile))
+        return launch(self, pass_name, tile, *rest)
+
+    monkeypatch.setattr(triton_device, "seconds", seconds)
+    monkeypatch.setattr(triton_launch.Call, "launch", counted)
+    return timed, launched
+
+
+def test_tuning_measures_once_and_keeps_the_fastest(small, measured, monkeypatch):
+    timed, launched = measured
+    q, k, v = small(length=33)
+
+    def run(window, **more):
+        attn = mf.compile(mf.sliding_window(window), backend="triton", block_size=64, **more)
+        out = attn(q, k, v)
+        return out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))
+
+    expected = run(7)
+    assert timed == []
+    launched.clear()
+    found = run(7, tune=True)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    count = len(timed)
+    assert count > 9
+    assert all(64 % side == 0 for tile in timed for side in (tile.block_m, tile.block_n))
+    assert {name for name, _ in launched} == {"forward", "dkdv", "dq"}
+    chosen = dict(launched)
+    assert all(tile.stages == 2 or tile.block_m == 16 for tile in chosen.values())
+    launched.clear()
+    run(7, tune=True)
+    assert len(timed) == count
+    assert dict(launched) == chosen
+    monkeypatch.setattr(tuned, "_known", {})  # a later process, and another window
+    launched.clear()
+    run(5, tune=True)
+    assert len(timed) == count
+    assert dict(launched) == chosen
+
+
+def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch):
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    seconds, failed = triton_device.seconds, []
+
+    def failing(function, device):
+        error = (OutOfResources(300_000, 1, "shared memory"), PTXASError("too many registers"))[len(failed) % 2]
+        if function.args[0].stages > 1:
+            failed.append(error)
+            raise error
+        return seconds(function, device)
+
+    monkeypatch.setattr(triton_device, "seconds", failing)
+    attn = mf.compile(mf.causal(), backend="triton", block_size=64, tune=True)
+    attn(*small()).sum().backward()
+    assert len(failed) > 1
+    assert all(tile.stages == 1 for _, tile in measured[1][-2:])
