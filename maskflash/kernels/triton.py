@@ -22,7 +22,7 @@ from maskflash.codegen.tuning import DELTA, Tile
 from maskflash.kernels import triton_device as gpu
 from maskflash.kernels.triton_device import unavailable
 from maskflash.kernels.triton_launch import NO_MASK, Call, kernel, specialisation
-from maskflash.kernels.triton_layout import laid_out, padded, strides, without_hidden
+from maskflash.kernels.triton_layout import UNIT, cut, laid_out, padded, strides, whole, without_hidden
 from maskflash.kernels.triton_plan import Plan, plan
 
 __all__ = ["Plan", "backward", "forward", "plan", "source", "tune", "unavailable"]
@@ -32,7 +32,8 @@ _LOG2E: Final = 1.4426950408889634
 
 def source(problem: Problem, classified: Classified, head_dim: int, v_head_dim: int, pass_name: PassName) -> str:
     """The text of the kernel that a call with these head dims runs."""
-    return render(specialisation(problem, classified.largest < 2**31, head_dim, v_head_dim), pass_name)
+    special = specialisation(problem, classified.largest < 2**31, whole(head_dim), whole(v_head_dim))
+    return render(special, pass_name)
 
 
 def tune(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
@@ -40,7 +41,8 @@ def tune(plan: Plan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: f
 
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
-    call = Call(plan, problem, q, v.shape[3], 1)
+    q, k, v = laid_out(q, k, v)
+    call = Call(plan, problem, q, v.shape[3])
     if tuned.find(call.key("forward")) is None:
         out, lse = forward(plan, problem, q, k, v, scale, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, scale, tuning=True)
@@ -64,18 +66,18 @@ def forward(
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, natural logarithm; -inf, and out 0, for rows that
         see nothing.
     """
-    batch, heads, q_len, dim = q.shape
-    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    out = torch.empty((batch, heads, q_len, v_dim), dtype=q.dtype, device=q.device)
+    (batch, heads, q_len, _), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
+    out = torch.empty((batch, heads, q_len, whole(v_dim)), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or kv_len == 0:
-        return out.zero_(), lse.fill_(-math.inf)
+        return cut(out.zero_(), v_dim), lse.fill_(-math.inf)
     k, v = without_hidden(plan.seen(problem, rows=False), k, v)
-    unit, (q, k, v) = laid_out(q, k, v)
-    call = Call(plan, problem, q, v_dim, unit)
+    q, k, v = laid_out(q, k, v)
+    call = Call(plan, problem, q, v.shape[3])
     plan.lend(problem)
     group = heads // kv_heads
-    share = gpu.heads_in_cache(q.device, kv_len * (dim + v_dim) * q.element_size(), group, batch * heads)
+    bytes_per_head = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
+    share = gpu.heads_in_cache(q.device, bytes_per_head, group, batch * heads)
     numbers = [scale * _LOG2E, batch, heads, group, share, q_len, kv_len]
 
     def launch(tile: Tile) -> None:
@@ -84,14 +86,14 @@ def forward(
             "forward",
             tile,
             tiles * batch * heads,
-            [q, k, v, out, lse, *strides(unit, q, k, v, out)],
+            [q, k, v, out, lse, *strides(q, k, v, out)],
             [*call.walks("forward", tile, tiles), *numbers, tiles],
         )
 
     if tuning:
         call.tune("forward", launch)
     call.fitted("forward", launch)
-    return out, lse
+    return cut(out, v_dim), lse
 
 
 def backward(
@@ -126,28 +128,25 @@ def backward(
     Returns:
         dq, dk, dv, shaped and typed like q, k, v. No atomics: the same inputs give the same bits.
     """
-    batch, heads, q_len, dim = q.shape
-    kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     if min(q.numel(), k.numel()) == 0:
-        return dq.zero_(), torch.zeros_like(k), torch.zeros_like(v)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     k, v = without_hidden(plan.seen(problem, rows=False), k, v)
     q, dout = without_hidden(plan.seen(problem, rows=True), q, dout)
     blind = lse == -math.inf
     lse = lse.masked_fill(blind, math.inf)  # so that p = exp(s - lse) is 0
     dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
-    unit, (q, k, v, dout, out) = laid_out(q, k, v, dout, out)
-    call = Call(plan, problem, q, v_dim, unit)
+    q, k, v, dout, out = laid_out(q, k, v, dout, out)
+    call = Call(plan, problem, q, v.shape[3])
     plan.lend(problem)
     group = heads // kv_heads
-    delta = _delta(call, out, dout, dlse)
+    delta = _delta(out, dout, dlse)
     part = gpu.part_of_group(q.device, group, batch * kv_heads * -(-kv_len // 128))
     parts = group // part
     partial_dtype = q.dtype if parts == 1 else torch.float32
-    dk, dv = (
-        torch.empty((parts, batch, kv_heads, kv_len, n), dtype=partial_dtype, device=q.device) for n in (dim, v_dim)
-    )
-    size = (dim + v_dim) * q.element_size()
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((parts, *x.shape), dtype=partial_dtype, device=q.device) for x in (k, v))
+    size = (q.shape[3] + v.shape[3]) * q.element_size()
     share_q = gpu.heads_in_cache(q.device, kv_len * size, group, batch * heads)
     share_kv = gpu.heads_in_cache(q.device, q_len * size * part, 1, batch * heads // part)
     scales = [scale, scale * _LOG2E, batch, heads, group]
@@ -158,7 +157,7 @@ def backward(
             "dq",
             tile,
             tiles * batch * heads,
-            [q, k, v, dout, lse, delta, dq, *strides(unit, q, k, v, dout, dq)],
+            [q, k, v, dout, lse, delta, dq, *strides(q, k, v, dout, dq)],
             [*call.walks("dq", tile, tiles), *scales, share_q, q_len, kv_len, tiles],
         )
 
@@ -168,7 +167,7 @@ def backward(
             "dkdv",
             tile,
             tiles * batch * heads // part,
-            [q, k, v, dout, lse, delta, dk, dv, *strides(unit, q, k, v, dout)],
+            [q, k, v, dout, lse, delta, dk, dv, *strides(q, k, v, dout)],
             [*call.walks("dkdv", tile, tiles), *scales, part, share_kv, q_len, kv_len, tiles],
         )
 
@@ -177,12 +176,11 @@ def backward(
         if tuning:
             call.tune(pass_name, launch)
         call.fitted(pass_name, launch)
-    if parts == 1:
-        return dq, dk[0], dv[0]
-    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    dk, dv = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
+    return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
 
 
-def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     batch, heads, q_len, v_dim = out.shape
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     tiles = -(-q_len // DELTA.block_m)
@@ -192,12 +190,12 @@ def _delta(call: Call, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor
             dout,
             delta if dlse is None else dlse.float().contiguous(),
             delta,
-            *strides(call.unit, out, dout),
+            *strides(out, dout),
             heads,
             q_len,
             tiles,
             HAS_DLSE=dlse is not None,
-            UNIT=call.unit,
+            UNIT=UNIT,
             BLOCK_M=DELTA.block_m,
             DV=v_dim,
             BLOCK_DV=padded(v_dim),

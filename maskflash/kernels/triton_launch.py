@@ -18,14 +18,14 @@ from maskflash.codegen.tuning import Tile, choose, shrunk
 from maskflash.errors import BackendError
 from maskflash.expr.nodes import parse
 from maskflash.kernels import triton_device as gpu
-from maskflash.kernels.triton_layout import mask_arguments, padded
+from maskflash.kernels.triton_layout import UNIT, mask_arguments, padded
 from maskflash.kernels.triton_plan import Plan
 
 NO_MASK: Final = Specialisation(parse("const=True:bool~()"))  # of delta, which looks at no pair
 
 
 def specialisation(problem: Problem, narrow: bool, dim: int, v_dim: int) -> Specialisation:
-    """What the text of a call's kernels depends on."""
+    """What the text of a call's kernels depends on, given head dims that are whole vectors."""
     per_row = isinstance(problem.q_offset, Tensor)
     return Specialisation(
         problem.expr,
@@ -52,16 +52,14 @@ class Call:
     Attributes:
         plan: of the mask.
         problem: the mask.
-        q: (B, Hq, Sq, D), for its dtype, head dim and device.
-        v_dim: head dim of v.
-        unit: of the strides, in elements; see `triton_layout.laid_out`.
+        q: (B, Hq, Sq, D) as laid out, for its dtype, head dim and device.
+        v_dim: head dim of v as laid out.
     """
 
     plan: Plan
     problem: Problem
     q: Tensor
     v_dim: int
-    unit: int
 
     def fitted(self, pass_name: PassName, launch: Callable[[Tile], None]) -> None:
         """Launch with the tile measured or listed for this device, or the next smaller one that fits it."""
@@ -131,7 +129,7 @@ class Call:
                 *rest,
                 offset,
                 *mask_arguments(problem),
-                UNIT=self.unit,
+                UNIT=UNIT,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
                 ROWS=own_size // own,

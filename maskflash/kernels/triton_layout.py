@@ -6,10 +6,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from maskflash.blocks.problem import Problem
 
-_UNIT: Final = 8  # elements: strides that are multiples of it let the compiler load whole vectors
+UNIT: Final = 8  # elements: head dims and strides are multiples of it, so that the compiler loads whole vectors
 _LARGEST_STEP: Final = 2**23  # elements from token to token
 
 
@@ -25,22 +26,33 @@ def without_hidden(seen: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     return [torch.where(seen[..., None], x, 0.0) for x in tensors]
 
 
-def laid_out(*tensors: Tensor) -> tuple[int, list[Tensor]]:
-    """Tensors as the kernels address them, and the unit that all their strides but the last are multiples of.
+def laid_out(*tensors: Tensor) -> list[Tensor]:
+    """Tensors (B, heads, tokens, n) as the kernels address them; zeros are added to the last dimension where needed.
 
-    Their last dimension is dense, and offsets inside a tile (128 tokens at most) fit 32 bits.
+    It is dense and a multiple of UNIT long, as are all strides, and offsets inside a tile (128 tokens at most) fit 32
+    bits.
     """
-    unit = _UNIT if all(x.shape[3] % _UNIT == 0 for x in tensors) else 1
-
-    def fits(x: Tensor) -> bool:
-        return x.stride(3) == 1 and x.stride(2) < _LARGEST_STEP and all(step % unit == 0 for step in x.stride()[:3])
-
-    return unit, [x if fits(x) else x.contiguous() for x in tensors]
+    longer = (x if x.shape[3] % UNIT == 0 else pad(x, (0, -x.shape[3] % UNIT)) for x in tensors)
+    return [x if _fits(x) else x.contiguous() for x in longer]
 
 
-def strides(unit: int, *tensors: Tensor) -> list[int]:
-    """Of every dimension but the last, in units."""
-    return [step // unit for x in tensors for step in x.stride()[:3]]
+def _fits(x: Tensor) -> bool:
+    return x.stride(3) == 1 and x.stride(2) < _LARGEST_STEP and all(step % UNIT == 0 for step in x.stride()[:3])
+
+
+def cut(x: Tensor, dim: int) -> Tensor:
+    """A result without what `laid_out` added to its last dimension."""
+    return x if x.shape[3] == dim else x[..., :dim].contiguous()
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of every dimension but the last, in units of UNIT elements."""
+    return [step // UNIT for x in tensors for step in x.stride()[:3]]
+
+
+def whole(dim: int) -> int:
+    """A head dim as `laid_out` makes it."""
+    return -(-dim // UNIT) * UNIT
 
 
 def padded(dim: int) -> int:

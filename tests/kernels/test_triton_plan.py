@@ -87,7 +87,7 @@ def test_nothing_is_made_while_a_graph_is_captured(problem, monkeypatch):
     monkeypatch.setattr(triton_device, "capturing", lambda device: True)
     made.order(False, 3, 1)  # is there already
     for make in (lambda: made.order(True, 3, 1), lambda: made.seen(problem, rows=True)):
-        with pytest.raises(mf.BackendError, match="CUDA graph is being captured.*run the same call once before"):
+        with pytest.raises(mf.BackendError, match=r"CUDA graph is being captured.*run the same call once before"):
             make()
 
 
