@@ -143,7 +143,7 @@ def backward(
     delta = _delta(out, dout, dlse)
     part = gpu.part_of_group(q.device, group, batch * kv_heads * -(-kv_len // 128))
     parts = group // part
-    partial_dtype = q.dtype if parts == 1 else torch.float32
+    partial_dtype = q.dtype if group == 1 else torch.float32  # not by `parts`: they depend on lengths
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((parts, *x.shape), dtype=partial_dtype, device=q.device) for x in (k, v))
     size = (q.shape[3] + v.shape[3]) * q.element_size()
@@ -176,7 +176,7 @@ def backward(
         if tuning:
             call.tune(pass_name, launch)
         call.fitted(pass_name, launch)
-    dk, dv = (x[0] if parts == 1 else x.sum(0).to(q.dtype) for x in (dk, dv))
+    dk, dv = ((x[0] if parts == 1 else x.sum(0)).to(q.dtype) for x in (dk, dv))
     return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.codegen import module_cache, tuned
-from maskflash.kernels import triton_device, triton_launch
+from maskflash.kernels import triton, triton_device, triton_launch
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
@@ -21,12 +21,7 @@ from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.float16]
 BLOCKS = st.sampled_from([16, 32, 64, (16, 32), (64, 16)])
-SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter
-
-
-def few(examples):
-    """So many examples under the interpreter; ten times as many on a GPU."""
-    return settings(max_examples=10 * examples if os.environ.get("MASKFLASH_TEST_DEVICE") == "cuda" else examples)
+SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter, and to compile on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +55,13 @@ def same(first, second):
     return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@few(24)
+@settings(max_examples=24)
 @given(masks(max_len=48), SMALL, st.sampled_from(DTYPES), BLOCKS)
 def test_every_mask_and_shape_matches_dense_float64(device, mask, shape, dtype, block_size):
     assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device)
 
 
-@few(8)
+@settings(max_examples=8)
 @given(masks(max_len=96), SMALL, st.lists(st.integers(0, 48), min_size=2, max_size=2), st.booleans())
 def test_offsets_match_dense_float64(device, mask, shape, offsets, per_row):
     offset = torch.tensor(offsets, device=device)[: shape.batch] if per_row else offsets[0]
@@ -195,7 +190,7 @@ def test_what_nobody_sees_may_hold_anything(device, results, small, poison, dtyp
     assert all(x.isfinite().all() for x in (dirty[0], *dirty[2:]))
 
 
-@few(4)
+@settings(max_examples=4)
 @given(masks(max_len=40), st.sampled_from([math.nan, math.inf]))
 def test_what_nobody_sees_may_hold_anything_under_any_mask(device, results, mask, poison):
     q, k, v = Shape(2, 2, 1, 24, 40, 16, 8).tensors(torch.float32, device=device)
@@ -379,10 +374,13 @@ def varied(device):
     def packed(b, h, q, kv, *, ids, window):
         return 0 <= q - kv < window and ids[b, q] == ids[b, kv]
 
-    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64):
-        q, k, v = Shape(batch, heads, kv_heads, length, kv_len).tensors(torch.float32, seed=seed, device=device)
-        size = max(length + q_offset, kv_len)
+    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64, dim=16):
+        shape = Shape(batch, heads, kv_heads, length, kv_len, dim, dim)
+        q, k, v = shape.tensors(torch.float16, seed=seed, device=device)
+        size = max(length + 20, kv_len)
         table = torch.arange(batch * size, device=device).view(batch, size).to(ids) // (3 + seed)
+        if isinstance(q_offset, list):
+            q_offset = torch.tensor(q_offset, device=device)
         out = mf.attention(
             q, k, v, packed, block_size=16, backend="triton", q_offset=q_offset, ids=table, window=window
         )
@@ -391,29 +389,81 @@ def varied(device):
     return call
 
 
-def test_another_number_renders_and_imports_nothing(device, monkeypatch):
-    call = varied(device)
+@pytest.fixture
+def compiled(monkeypatch):
+    """What has been rendered and imported, and all that triton compiles for: constants, types, alignments."""
     triton_launch.kernel.cache_clear()
-    rendered, loaded = [], []
-    render, load = triton_launch.render, module_cache.load
+    rendered, loaded, keys = [], [], set()
+    render, load, kernel = triton_launch.render, module_cache.load, triton_launch.kernel
+
+    def recorded(special, pass_name):
+        function = kernel(special, pass_name)
+
+        class Launcher:
+            def __getitem__(self, grid):
+                def launch(*arguments, **constants):
+                    kinds = [
+                        (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else type(x) for x in arguments
+                    ]
+                    keys.add((special, pass_name, *kinds, *constants.items()))
+                    return function[grid](*arguments, **constants)
+
+                return launch
+
+        return Launcher()
+
     monkeypatch.setattr(triton_launch, "render", lambda *args: rendered.append(args) or render(*args))
     monkeypatch.setattr(module_cache, "load", lambda text: loaded.append(text) or load(text))
-    call(1, 2, 1, 20, 20, 5, 0, seed=0)
-    assert len(rendered) == len(loaded) == 4  # forward, delta, dk and dv, dq
-    for arguments in [
-        (1, 2, 1, 20, 20, 6, 0),
-        (1, 2, 1, 20, 20, 0, 0),
-        (1, 2, 1, 20, 20, 1, 0),
-        (1, 2, 1, 33, 20, 5, 0),
-        (1, 2, 1, 16, 32, 5, 0),
-        (1, 2, 1, 1, 1, 5, 0),
-        (1, 2, 1, 20, 20, 5, 7),
-        (3, 4, 4, 20, 20, 5, 0),
-    ]:
-        call(*arguments, seed=1)
-    assert len(rendered) == len(loaded) == 4
-    call(1, 2, 1, 20, 20, 5, 0, seed=0, ids=torch.int32)  # another dtype is another kernel
-    assert len(rendered) == 7  # delta knows no mask
+    monkeypatch.setattr(triton_launch, "kernel", recorded)
+    monkeypatch.setattr(triton, "kernel", recorded)
+    return rendered, loaded, keys
+
+
+def test_another_number_renders_imports_and_compiles_nothing(device, compiled, monkeypatch):
+    rendered, loaded, keys = compiled
+    call = varied(device)
+    call(1, 4, 2, 20, 20, 5, 0, seed=0)
+    assert len(rendered) == len(loaded) == len(keys) == 4  # forward, delta, dk and dv, dq
+    for part in (1, 2):  # how many of a group one program sums depends on lengths
+        monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs, part=part: part)
+        for arguments in [
+            (1, 4, 2, 20, 20, 6, 0),
+            (1, 4, 2, 20, 20, 0, 0),
+            (1, 4, 2, 20, 20, 1, 0),
+            (1, 4, 2, 33, 20, 5, 0),
+            (1, 4, 2, 16, 32, 5, 0),
+            (1, 4, 2, 1, 1, 5, 0),
+            (1, 4, 2, 20, 20, 5, 7),
+            (3, 6, 3, 20, 20, 5, 0),
+            (1, 4, 1, 20, 20, 5, 0),
+        ]:
+            call(*arguments, seed=1)
+    assert len(rendered) == len(loaded) == len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "renders", "compiles"),
+    [
+        ({"ids": torch.int32}, 3, 3),  # delta knows no mask
+        ({"q_offset": [7]}, 3, 3),
+        ({"dim": 8}, 3, 4),
+        ({"heads": 2}, 0, 1),  # no group: dK and dV need no sums, and are written as they are wanted
+    ],
+)
+def test_another_structure_renders_and_compiles_once(device, compiled, change, renders, compiles):
+    rendered, _, keys = compiled
+    call = varied(device)
+    first = {"batch": 1, "heads": 4, "kv_heads": 2, "length": 20, "kv_len": 20, "window": 5, "q_offset": 0}
+    call(**first, seed=0)
+    assert len(rendered) == len(keys) == 4
+    call(**{**first, **change}, seed=0)
+    assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
+    again = {"q_offset": [3, 9], "batch": 2} if "q_offset" in change else {"length": 33}
+    call(**{**first, **change, **again}, seed=1)
+    assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
+    if "dim" in change:
+        call(**{**first, "dim": 12}, seed=0)  # is filled up to 16
+        assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
 
 
 def test_triton_compiles_no_number_into_a_kernel():
