@@ -138,7 +138,7 @@ def table_cases(quick: bool) -> list[Case]:
     for number, ((family, pass_name, bits), dims) in enumerate(product(kinds, ODD)):
         wanted = dims == ODD[number // len(ODD) % len(ODD)] if quick else True
         if wanted and pass_name != "delta":
-            tile = choose(family, pass_name, DTYPES[bits], max(map(padded, dims)), (BLOCK, BLOCK))
+            tile = choose(family, pass_name, DTYPES[bits], max(dims), (BLOCK, BLOCK))
             archs = SERVED[family][:1] if quick else SERVED[family]
             cases += [Case(arch, pass_name, MASKS[number % len(MASKS)], bits, *dims, tile) for arch in archs]
     return cases

@@ -148,7 +148,7 @@ class Call:
         return choose(gpu.arch(device), pass_name, self.q.dtype, self._dims(), sizes, gpu.shared_limit(device))
 
     def _dims(self) -> int:
-        return max(padded(self.q.shape[3]), padded(self.v_dim))
+        return max(self.q.shape[3], self.v_dim)
 
     def _place(self, pass_name: PassName) -> tuple[PassName, torch.dtype, int]:
         return pass_name, self.q.dtype, self._dims()
