@@ -51,8 +51,8 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
-# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network. About 9 minutes, most of
-# them compiling; each of the three steps takes less than 6. pytest-xdist, where it is, runs the tests side by side.
+# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network. Meant to take less than
+# ten minutes, most of them compiling (not measured yet). pytest-xdist, where it is, runs the tests side by side.
 # Without git's history `make gpu COMMIT=abc1234` says what is measured; ARGS go to the benchmark: --tokens, --dim.
 GPU_PYTHON ?= python3
 GPU_RESULTS ?= benchmarks/results
