@@ -80,7 +80,13 @@ def per_batch_and_head(b, h, q, kv, *, ids, spans, floor=0):
 
 
 CASES = {
-    "several sub-tiles and runs": (mf.causal() & mf.document([30, 1, 60, 20]), Shape(1, 1, 1, 120, 120), 64, {}),
+    "several sub-tiles": (mf.causal() & mf.document([30, 1, 60, 20]), Shape(1, 1, 1, 120, 120), 64, {}),
+    "several sub-tiles and runs": (  # a chessboard of full and partial tiles, ragged at the end
+        lambda b, h, q, kv: (q // 64 + kv // 64) % 2 == 0 or q % 64 == kv % 64,
+        Shape(1, 1, 1, 250, 250),
+        64,
+        {},
+    ),
     "a group of three": (mf.sliding_window(9, 3), Shape(2, 6, 2, 40, 50, 20, 9), (16, 32), {}),
     "one key head": (mf.causal(), Shape(1, 4, 1, 33, 33, 16, 32), 32, {}),
     "one query": (mf.causal(), Shape(2, 2, 1, 1, 70), 64, {"q_offset": 69}),
