@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser docs lint format bench figures gpu dist clean
+.PHONY: help demo test browser docs lint format bench figures gpu gpu-test gpu-memory gpu-bench dist clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -58,14 +58,29 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
-# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network, about 8 minutes.
+# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network. Meant to take less than
+# ten minutes, most of them compiling (not measured yet). pytest-xdist, where it is, runs the tests side by side.
+# Without git's history `make gpu COMMIT=abc1234` says what is measured; ARGS go to the benchmark: --tokens, --dim.
 GPU_PYTHON ?= python3
-GPU_RESULTS ?= benchmarks/results/gpu
+GPU_RESULTS ?= benchmarks/results
+GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+export COMMIT
 
-gpu:  ## on a GPU: the kernels' tests on the device, then the benchmark beside FlexAttention and SDPA
-	PYTHONPATH=. MASKFLASH_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -x tests/test_gpu.py tests/kernels/test_triton.py
-	PYTHONPATH=. $(GPU_PYTHON) -m maskflash doctor
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --json $(GPU_RESULTS)/attention.json $(ARGS)
+gpu:  ## on a GPU: the kernels' tests on the device, a memory checker, the benchmark beside FlexAttention and SDPA
+	$(MAKE) gpu-test
+	$(MAKE) gpu-memory
+	$(MAKE) gpu-bench
+
+gpu-test:
+	-PYTHONPATH=. $(GPU_PYTHON) -m maskflash doctor
+	PYTHONPATH=. MASKFLASH_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -W default $(GPU_WORKERS) --maxfail=20 \
+		tests/test_gpu.py tests/kernels/test_triton.py
+
+gpu-memory:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.memory_check
+
+gpu-bench:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --folder $(GPU_RESULTS) $(ARGS)
 
 dist: $(STAMP)  ## build the sdist, and the wheel from it, into dist
 	$(BIN)/python -m build --no-isolation

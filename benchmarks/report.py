@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, flex, million, runner, train_packed
+from benchmarks import flashmask, flex, gpu, million, runner, train_packed
 from benchmarks.runner import ROOT, Row, Spread
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
 FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "integrations.md")
 MISSING: Final = "TBD"
+NO_GPU: Final = "Not run on a GPU: there are no figures."
 
 _BLOCK: Final = re.compile(r"(<!-- figures: (?P<name>.+?) -->\n).*?(<!-- end figures -->)", re.DOTALL)
 _QUESTIONS: Final = {
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the docs' tables from the stored results.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
     check = parser.parse_args(argv).check
-    results = load(RESULTS / "cpu")
+    results = load(RESULTS / "cpu") | load_gpus(RESULTS)
     stale = []
     for path in FILES:
         before = path.read_text(encoding="utf-8")
@@ -112,6 +113,19 @@ def load(folder: Path) -> Results:
     return results
 
 
+def load_gpus(folder: Path) -> Results:
+    """What `benchmarks/gpu.py` stored in the folders of devices, one result for each."""
+    results: Results = {}
+    for path in sorted(folder.glob("*/*.json")):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["question"] == gpu.QUESTION:
+            if stored["conditions"]["quick"]:
+                sys.exit(f"{path} comes from a --quick run, which measures nothing; run it again without")
+            where = f"{gpu.QUESTION}: {path.parent.name}/{path.name}"
+            results[where] = Result(stored["conditions"], [_row(row) for row in stored["rows"]])
+    return results
+
+
 def filled_in(text: str, results: Results) -> str:
     """A document with each of its tables made from the results."""
     blocks = _blocks()
@@ -130,7 +144,19 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
         for table in tables:
             blocks[f"{question} {table}"] = partial(_table, question, table)
     blocks |= {f"flashmask {dtype}": partial(_twelve, dtype) for dtype in flashmask.DTYPES}
+    blocks[gpu.QUESTION] = _gpus
     return blocks
+
+
+def _gpus(results: Results) -> str:
+    """For each device and choice of cases, its conditions and tables."""
+    parts = []
+    for result in (result for where, result in results.items() if where.startswith(gpu.QUESTION)):
+        parts.append(f"{runner.describe(result.conditions)}.")
+        for table, title in gpu.TITLES.items():
+            if rows := [row for row in result.rows if row.table == table]:
+                parts += [f"{title}:", _lines(rows)]
+    return "\n\n".join(parts) or NO_GPU
 
 
 def _summary(results: Results) -> str:
@@ -153,6 +179,10 @@ def _table(question: str, table: str, results: Results) -> str:
     rows = [row for row in results[question].rows if row.table == table] if question in results else []
     if not rows:
         return _markdown(["case", "maskflash", "baseline", "ratio", "wanted"], [[MISSING] * 5])
+    return _lines(rows)
+
+
+def _lines(rows: Sequence[Row]) -> str:
     columns = runner.filled(rows)
     texts = [runner.cells(row) for row in rows]
     return _markdown(columns, [[text[name] for name in columns] for text in texts])

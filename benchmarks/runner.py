@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -167,9 +168,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(question: str, titles: dict[str, str], rows: list[Row], options: argparse.Namespace) -> list[Row]:
-    """Print the rows, one table for each title, and store them if asked to."""
-    where = conditions(options.quick)
+def finish(
+    question: str,
+    titles: dict[str, str],
+    rows: list[Row],
+    options: argparse.Namespace,
+    where: dict[str, Any] | None = None,
+) -> list[Row]:
+    """Print the rows, one table for each title, and store them if asked to; `where`: this process's `conditions`."""
+    where = where or conditions(options.quick)
     if options.quick:
         rows = [replace(row, floor=None, ceiling=None) for row in rows]
     console = Console()
@@ -179,11 +186,16 @@ def finish(question: str, titles: dict[str, str], rows: list[Row], options: argp
         console.print(_table(title, [row for row in rows if row.table == key]))
     console.print(describe(where), highlight=False)
     if options.json:
-        plain = [{k: v for k, v in asdict(row).items() if v is not None} | {"met": row.met} for row in rows]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"question": question, "conditions": where, "rows": plain}
-        options.json.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+        store(options.json, question, where, rows)
     return rows
+
+
+def store(path: Path, question: str, where: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Write rows and their conditions to a file."""
+    plain = [{k: v for k, v in asdict(row).items() if v is not None} | {"met": row.met} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"question": question, "conditions": where, "rows": plain}
+    path.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
 
 
 def describe(where: dict[str, Any]) -> str:
@@ -285,7 +297,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where what is measured has changed since."""
+    """The checkout's commit, marked where what is measured has changed since; without a history, $COMMIT."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -294,4 +306,4 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "maskflash", "templates", "benchmarks/*.py", "pyproject.toml")
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COMMIT") or "unknown"

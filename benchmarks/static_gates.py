@@ -1,8 +1,8 @@
 """Rows of the tile table -> real cubins, without a GPU: registers, stack, shared memory and what fits a processor.
 
-Every row is compiled for each of three masks. A row fails the gate when its kernel spills (16-bit types: at all;
-float32: more than 600 bytes), misses the tensor cores it is meant for, or needs more shared memory than its devices
-have. Nothing here runs or times a kernel.
+Every row is compiled for each of three masks, and for head dims that fill it only in part. A row fails the gate when
+its kernel spills (16-bit types: at all; float32: more than 600 bytes), misses the tensor cores it is meant for, or
+needs more shared memory than its devices have. Nothing here runs or times a kernel.
 
     python -m benchmarks.static_gates            all rows, all masks
     python -m benchmarks.static_gates --quick    each row once
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +36,8 @@ import maskflash as mf
 from benchmarks.runner import ROOT, WIDTH, conditions, describe
 from maskflash.codegen import module_cache
 from maskflash.codegen.render import PASSES, PassName, Specialisation, render, table_kind
-from maskflash.codegen.tuning import DELTA, ROWS, SHARED_LIMITS, Tile
+from maskflash.codegen.tuning import DELTA, ROWS, SHARED_LIMITS, Tile, choose
+from maskflash.kernels.triton_layout import UNIT, padded
 
 RESULTS: Final = ROOT / "benchmarks/results/static_gates.json"
 DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
@@ -60,18 +62,20 @@ PROCESSORS: Final = {
     90: Processor(228 * 1024, 64),
     100: Processor(228 * 1024, 64),
 }
+ODD: Final = ((80, 80), (96, 96), (192, 192), (192, 128), (40, 72))  # D and DV, whole vectors as all are made
 SERVED: Final = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,)}  # by each family of the table
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel: compute capability times ten, pass, mask, bits of the dtype, head dim and tile."""
+    """One kernel: compute capability times ten, pass, mask, bits of the dtype, tile, head dims of q and k and of v."""
 
     arch: int
     pass_name: PassName
     mask: str
     bits: int
     head_dim: int
+    v_head_dim: int
     tile: Tile
 
 
@@ -118,14 +122,25 @@ def faults(case: Case, found: Resources) -> list[str]:
 
 
 def table_cases(quick: bool) -> list[Case]:
-    """The kernels of every row: with each mask, or, if quick, with one mask, which changes from row to row."""
+    """The kernels of every row, with each mask; then those of odd head dims, with one mask, which changes.
+
+    If quick, rows too have one mask, and there is one odd head dim for each architecture, pass and width.
+    """
     cases = []
     for number, row in enumerate(ROWS):
         masks = [MASKS[number % len(MASKS)]] if quick else MASKS
         archs = SERVED[row.arch][:1] if quick else SERVED[row.arch]
-        cases += [Case(arch, row.pass_name, mask, row.bits, row.head_dim, row.tile) for arch in archs for mask in masks]
+        kind = (row.bits, row.head_dim, row.head_dim, row.tile)
+        cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
     for arch in (arch for family in SERVED.values() for arch in (family[:1] if quick else family)):
-        cases += [Case(arch, "delta", "causal", bits, 256, DELTA) for bits in DTYPES]
+        cases += [Case(arch, "delta", "causal", bits, 256, 256, DELTA) for bits in DTYPES]
+    kinds = list(product(SERVED, PASSES, DTYPES))
+    for number, ((family, pass_name, bits), dims) in enumerate(product(kinds, ODD)):
+        wanted = dims == ODD[number // len(ODD) % len(ODD)] if quick else True
+        if wanted and pass_name != "delta":
+            tile = choose(family, pass_name, DTYPES[bits], max(dims), (BLOCK, BLOCK))
+            archs = SERVED[family][:1] if quick else SERVED[family]
+            cases += [Case(arch, pass_name, MASKS[number % len(MASKS)], bits, *dims, tile) for arch in archs]
     return cases
 
 
@@ -136,7 +151,7 @@ def measure(case: Case) -> Resources:
     from triton.compiler import ASTSource
 
     start = time.perf_counter()
-    function = getattr(module_cache.load(render(_specialisation(case.mask), case.pass_name)), case.pass_name)
+    function = getattr(module_cache.load(render(_specialisation(case), case.pass_name)), case.pass_name)
     kinds, constants, attributes = {}, {}, {}
     values = _constants(case)
     for place, parameter in enumerate(function.params):
@@ -147,7 +162,8 @@ def measure(case: Case) -> Resources:
             kinds[name] = parameter.annotation_type
         else:
             kinds[name] = _pointer(name, case.bits)
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(function, kinds, constants, attributes),
         target=GPUTarget("cuda", case.arch, 32),
@@ -199,14 +215,14 @@ def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
 MASKS: Final = ("causal", "causal document", "flashmask")
 
 
-def _specialisation(mask: str) -> Specialisation:
-    """What the kernels of a mask depend on; the contents of its tables are not among it."""
+def _specialisation(case: Case) -> Specialisation:
+    """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
     columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
     made, tables = {
         "causal": (mf.causal(), {}),
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
-    }[mask]
+    }[case.mask]
     problem = made.problem("static_gates", 8, 8, 2, 2, (BLOCK, BLOCK), 0, torch.device("cpu"), tables)
     reads = problem.expr.reads
     return Specialisation(
@@ -214,15 +230,18 @@ def _specialisation(mask: str) -> Specialisation:
         tuple(table_kind(table) for table in problem.inputs.tables),
         map_batch="b" in reads,
         map_heads="h" in reads,
+        padded_d=padded(case.head_dim) != case.head_dim,
+        padded_dv=padded(case.v_head_dim) != case.v_head_dim,
     )
 
 
 def _constants(case: Case) -> dict[str, Any]:
-    tile, dim = case.tile, case.head_dim
+    tile, dims = case.tile, (case.head_dim, case.v_head_dim)
     own, step = (tile.block_n, tile.block_m) if case.pass_name == "dkdv" else (tile.block_m, tile.block_n)
     return {
-        **{"UNIT": 8, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
-        **{"D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "PRECISION": "ieee", "HAS_DLSE": True},
+        **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
+        **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
+        **{"PRECISION": "ieee", "HAS_DLSE": True},
     }
 
 
@@ -329,14 +348,20 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
     if not options.tile:
         return cases
     tiles = [Tile(*(int(n) for n in text.split(","))) for text in options.tile]
-    kinds = dict.fromkeys((case.arch, case.pass_name, case.mask, case.bits, case.head_dim) for case in cases)
+    kinds = dict.fromkeys(
+        (case.arch, case.pass_name, case.mask, case.bits, case.head_dim, case.v_head_dim) for case in cases
+    )
     return [Case(*kind, tile) for kind in kinds for tile in tiles]
 
 
 def _line(case: Case) -> str:
     tile = case.tile
     shape = f"({tile.block_m}, {tile.block_n}, {tile.warps} warps, {tile.stages} stages)"
-    return f"sm_{case.arch} {case.pass_name} {case.bits} bits D={case.head_dim} {case.mask} {shape}"
+    return f"sm_{case.arch} {case.pass_name} {case.bits} bits D={_dims(case)} {case.mask} {shape}"
+
+
+def _dims(case: Case) -> str:
+    return str(case.head_dim) if case.head_dim == case.v_head_dim else f"{case.head_dim}/{case.v_head_dim}"
 
 
 def _table(results: Sequence[tuple[Case, Resources | None, list[str]]]) -> Table:
@@ -352,7 +377,7 @@ def _table(results: Sequence[tuple[Case, Resources | None, list[str]]]) -> Table
             needs = [str(found.registers), str(found.stack), f"{found.shared:,}", str(found.programs)]
             needs.append("yes" if found.wgmma else "")
         table.add_row(
-            *(f"sm_{case.arch}", case.pass_name, str(case.bits), str(case.head_dim), case.mask),
+            *(f"sm_{case.arch}", case.pass_name, str(case.bits), _dims(case), case.mask),
             *(f"{tile.block_m} x {tile.block_n}", str(tile.warps), str(tile.stages), *needs),
             style="bold red" if wrong else "",
         )

@@ -110,6 +110,8 @@ class Explanation:
 
 
 def _decided(decided: dict[str, int]) -> str:
+    if decided["pairs"]:
+        return f"{decided['pairs']} tiles by all pairs, of so few rows"
     if decided["formula"]:
         return f"{decided['formula']} tiles by formulas"
     if decided["intervals"]:

@@ -1,12 +1,14 @@
 """On a GPU: what the interpreter can't show. bfloat16, long sequences, streams, CUDA graphs, nothing compiled twice."""
 
+import gc
 import os
 
 import pytest
 import torch
 
 import maskflash as mf
-from maskflash.codegen import module_cache
+from maskflash import plans
+from maskflash.codegen import module_cache, tuned
 from maskflash.testing import Shape, assert_matches_dense
 
 pytestmark = pytest.mark.skipif(
@@ -83,22 +85,112 @@ def test_nothing_is_compiled_for_another_length_window_or_document():
     assert compiled() == before
 
 
-def test_another_stream_and_a_cuda_graph():
-    q, k, v = (x.detach() for x in tensors())
-    attn = mf.compile(MASKS["documents"])
-    expected = attn(q, k, v)
+def step(attn, q, k, v, dout):
+    out = attn(q, k, v)
+    return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+
+def same(first, second):
+    return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def fresh(length):
+    """A mask that no plan knows, with blind rows, so that all of a plan is made."""
+    return mf.causal() & mf.document([length // 3, length // 2]) & mf.sliding_window(length // 5)
+
+
+def test_streams_that_wait_for_nobody():
+    """Plans made on one stream are read on another at once; the kernels' own inputs are ready."""
+    for length in (1000, 1016, 1024):
+        q, k, v = tensors(length)
+        dout = torch.randn_like(q)
+        torch.cuda.synchronize()
+        attn, found = mf.compile(fresh(length)), []
+        for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                found.append(step(attn, q, k, v, dout))
+        torch.cuda.synchronize()
+        assert same(*found)
+        assert same(found[0], step(attn, q, k, v, dout))
+
+
+def test_a_captured_step_replays_and_outlives_its_plan():
+    q, k, v = tensors()
+    dout = torch.randn_like(q)
+    attn = mf.compile(fresh(1024))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = attn(q, k, v)
+        for _ in range(3):
+            step(attn, q, k, v, dout)
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(found, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attn(q, k, v)
-    q.copy_(torch.randn_like(q))
+        captured = step(attn, q, k, v, dout)
+    plans._entries.clear()
+    gc.collect()
+    for length in range(512, 640, 16):  # others take the memory that is free
+        mf.attention(*tensors(length), fresh(length))
+    with torch.no_grad():
+        for x in (q, k, v, dout):
+            x.copy_(torch.randn_like(x))
     graph.replay()
-    assert torch.equal(captured, attn(q, k, v))
+    assert same(captured, step(attn, q, k, v, dout))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_device_that_is_not_the_current_one():
+    assert_matches_dense(MASKS["documents"], Shape(1, 2, 1, 300, 300, 64, 64), dtype=torch.float16, device="cuda:1")
+
+
+def test_measured_tiles_give_the_same_attention(monkeypatch, tmp_path):
+    monkeypatch.setenv(module_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuned, "_known", {})
+    q, k, v = tensors()
+    dout = torch.randn_like(q)
+    mask = mf.causal() & mf.document([600, 424])
+    listed = step(mf.compile(mask), q, k, v, dout)
+    measured = step(mf.compile(mask, tune=True), q, k, v, dout)
+    for x, y in zip(measured, listed, strict=True):
+        assert (x - y).float().norm() < 2**-7 * y.float().norm()
+    assert len(list((tmp_path / "tiles").iterdir())) == 3
+
+
+def test_tf32_only_if_torch_is_told():
+    q, k, v = (x.detach() for x in tensors(300, torch.float32))
+    exact = mf.attention(q, k, v, mf.causal())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        coarse = mf.attention(q, k, v, mf.causal())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    error = float((coarse - exact).norm() / exact.norm())
+    assert 1e-6 < error < 3e-3
+    assert torch.equal(exact, mf.attention(q, k, v, mf.causal()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["documents", "per head", "natten"])
+@pytest.mark.parametrize("shape", [Shape(2, 4, 2, 333, 515, 80, 40), Shape(1, 8, 1, 129, 257, 64, 128)], ids=str)
+def test_beyond_the_memory_of_a_call_lies_nothing_it_reads(dtype, name, shape):
+    """q, k and v inside larger ones of NaN. `make gpu` runs this under a memory checker, which sees what is written."""
+
+    def framed(x):
+        frame = torch.full((*x.shape[:2], x.shape[2] + 16, x.shape[3] + 16), torch.nan, dtype=dtype, device="cuda")
+        inside = frame[:, :, 8:-8, 8:-8]
+        return inside.copy_(x.detach()).requires_grad_()
+
+    inputs = shape.tensors(dtype, device="cuda")
+    dout = torch.randn(*inputs[0].shape[:3], shape.v_head_dim, device="cuda", dtype=dtype)
+    attn = mf.compile(MASKS[name])
+    offset = torch.tensor([3, 7], device="cuda")[: shape.batch]
+
+    def results(q, k, v):
+        out, lse = attn(q, k, v, q_offset=offset, return_lse=True)
+        return out, lse, *torch.autograd.grad((out, lse), (q, k, v), (dout, torch.ones_like(lse)))
+
+    assert same(results(*map(framed, inputs)), results(*inputs))
 
 
 def test_offsets_beyond_31_bits():

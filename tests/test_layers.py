@@ -50,6 +50,10 @@ ORDER = {
         "cpu_plan",
         "cpu",
         "triton_work",
+        "triton_device",
+        "triton_plan",
+        "triton_layout",
+        "triton_launch",
         "triton",
     ],
     "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
@@ -60,7 +64,7 @@ ORDER = {
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
 FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo
-TRITON_AT_HOME = ["kernels/triton.py"]
+TRITON_AT_HOME = ["kernels/triton_device.py"]
 LATE = {  # what a method of every mask returns, and how an expression is shown
     *(("masks/base.py", name) for name in ("combination", "mask", "columns", "convert", "why", "flex")),
     ("expr/nodes.py", "format"),
@@ -85,7 +89,7 @@ def problem(path: str, name: str) -> str | None:
     if name == "relative":
         return "imports are absolute"
     if parts[0] == "triton" and path not in TRITON_AT_HOME:
-        return "triton is imported only by kernels/triton.py and generated code"
+        return "triton is imported only by kernels/triton_device.py and generated code"
     if parts[0] != "maskflash" or path in ("__init__.py", "__main__.py"):
         return None
     layer = folder or module
@@ -140,7 +144,7 @@ def test_the_check_can_fail(path, source, reason):
     [
         ("expr/trace.py", "from maskflash.expr.nodes import Node\nimport torch"),
         ("compiler.py", "from maskflash.kernels import cpu"),
-        ("kernels/triton.py", "import triton"),
+        ("kernels/triton_device.py", "import triton"),
         ("demo/job.py", "import maskflash as mf\nfrom maskflash.demo import checks"),
         ("__init__.py", "from maskflash.op import attention"),
     ],

@@ -40,6 +40,7 @@ class Classified:
         by_samples: tiles that samples settled.
         by_elements: tiles that had to be evaluated.
         by_columns: tiles whose columns were cut into pieces; then all of them.
+        by_pairs: tiles of a few rows, whose pairs were evaluated at once; then all of them.
         by_intervals: tiles that follow from the interval that each row sees; then all of them.
         by_formula: tiles that follow from formulas; then all of them.
         hulls: those intervals.
@@ -51,14 +52,16 @@ class Classified:
     by_samples: int = 0
     by_elements: int = 0
     by_columns: int = 0
+    by_pairs: int = 0
     by_intervals: int = 0
     by_formula: int = 0
     hulls: Hulls | None = None
 
     @property
     def decided(self) -> dict[str, int]:
-        """How many tiles each means decided; formulas, intervals and columns decide all."""
+        """How many tiles each means decided; the first four decide all or none."""
         return {
+            "pairs": self.by_pairs,
             "formula": self.by_formula,
             "intervals": self.by_intervals,
             "columns": self.by_columns,
@@ -85,7 +88,7 @@ def classify(problem: Problem) -> Classified:
     units = math.prod(problem.shape[:2])
     if problem.q_len <= _FEW_ROWS and units * problem.q_len * problem.kv_len <= _FEW_PAIRS:
         few, block_map = evaluated(problem)
-        return Classified(block_map, max(largest, few.largest), by_elements=count, hulls=few)
+        return Classified(block_map, max(largest, few.largest), by_pairs=count, hulls=few)
     formula = find_formula(problem)
     if formula is not None:
         return Classified(formula.block_map(), max(largest, formula.largest), by_formula=count)

@@ -5,6 +5,7 @@ A choice holds for one device, version of triton, pass, dtype, head dim and mask
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,19 +25,20 @@ _known: dict[Key, Tile | None] = {}
 def find(key: Key) -> Tile | None:
     """The choice for a key, made in this process or kept by an earlier one."""
     if key not in _known:
-        _known[key] = _read(_path(key), key)
+        _known[key] = _read(key)
     return _known[key]
 
 
 def keep(key: Key, tile: Tile) -> None:
-    """Remember a choice, here and for later processes."""
+    """Remember a choice, here and, where the folder can be written, for later processes."""
     _known[key] = tile
-    path = _path(key)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump({"key": key, "tile": asdict(tile)}, file, indent=1)
-    os.replace(draft, path)
+    with contextlib.suppress(OSError, RuntimeError):  # read-only, full, no home
+        path = _path(key)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"key": key, "tile": asdict(tile)}, file, indent=1)
+        os.replace(draft, path)
 
 
 def candidates(tile: Tile) -> Iterable[Tile]:
@@ -54,15 +56,16 @@ def candidates(tile: Tile) -> Iterable[Tile]:
             yield replace(tile, **{side: tokens * 2})
 
 
-def _read(path: Path, key: Key) -> Tile | None:
+def _read(key: Key) -> Tile | None:
     """What a file says; a file that is not there, or broken, says nothing."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if tuple(held["key"]) == key:
-            return Tile(**{name: int(value) for name, value in held["tile"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
-    return None
+        held = json.loads(_path(key).read_text(encoding="utf-8"))
+        tile = Tile(**{name: int(value) for name, value in held["tile"].items()})
+        sides = tile.block_m, tile.block_n
+        sound = all(side in (16, 32, 64, 128) for side in sides) and tile.warps in (4, 8) and 1 <= tile.stages <= 9
+        return tile if sound and tuple(held["key"]) == key else None
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _path(key: Key) -> Path:

@@ -29,7 +29,7 @@ class Row:
         arch: compute capability times ten that it was chosen for: 80, 86, 90, 100.
         pass_name: which kernel.
         bits: of the input dtype, 16 or 32.
-        head_dim: largest power of two, of D and DV, that it serves.
+        head_dim: largest D and DV that it serves.
         tile: the choice.
         source: "static gate": compiled and checked, never timed; or the device it was measured on.
     """
@@ -53,7 +53,8 @@ def _rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-# (block_m, block_n, warps, stages) by head dim. dK/dV holds block_n keys and walks block_m queries.
+# (block_m, block_n, warps, stages) by head dim. dK/dV holds block_n keys and walks block_m queries. Kernels compute in
+# powers of two; masking what a head dim leaves of one takes registers, which is what the rows for 120 are about.
 _FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
     ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
@@ -63,24 +64,24 @@ _TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     80: {
         ("forward", 16): {64: (64, 64, 4, 3), 128: (128, 32, 8, 3), 256: (64, 64, 8, 2)},
         ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-        ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (64, 32, 4, 2), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
         **_FLOAT32,
     },
     86: {
-        ("forward", 16): {64: (64, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("forward", 16): {64: (64, 64, 4, 3), 120: (128, 32, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-        ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (64, 32, 4, 2), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
         **_FLOAT32,
     },
     90: {
         ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-        ("dkdv", 16): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
+        ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
         **_FLOAT32,
     },
     100: {
         ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-        ("dkdv", 16): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (64, 64, 8, 1)},
+        ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (64, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
         **_FLOAT32,
     },
@@ -108,7 +109,7 @@ def choose(
         arch: compute capability times ten; see the table's families.
         pass_name: which kernel.
         dtype: of q, k and v.
-        head_dim: the power of two that holds D and DV.
+        head_dim: the larger of D and DV.
         block_size: (bq, bkv) of the block map.
         shared_limit: bytes that one program may have; None for what the family's devices have.
 
@@ -147,9 +148,10 @@ def shared_bytes(arch: int, pass_name: PassName, tile: Tile, itemsize: int, head
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
     held = own if pass_name == "forward" else 2 * own
+    dims = 1 << (head_dim - 1).bit_length()
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if arch >= 90 else tile.stages - 1)
     weights = (2 if pass_name == "dkdv" else 1) * tile.block_m * tile.block_n
-    return itemsize * ((held + buffers * walked) * head_dim + weights) + _MASK_BYTES
+    return itemsize * ((held + buffers * walked) * dims + weights) + _MASK_BYTES
 
 
 _MASK_BYTES: Final = 4096

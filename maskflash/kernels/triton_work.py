@@ -25,8 +25,9 @@ class Walk:
     Attributes:
         offsets: (lines,) int32, each line's first run.
         tiles: (lines,) int32, how many tiles its runs hold.
-        start: (runs + 1,) int32, first tile of a run; one more than there are runs, since a cursor looks ahead.
-        stop: (runs + 1,) int32, one past its last tile.
+        start: (runs + 1 or more,) int32, first tile of a run; at least one more than there are runs, since a cursor
+            looks ahead.
+        stop: likewise, one past its last tile.
     """
 
     offsets: Tensor
@@ -35,9 +36,9 @@ class Walk:
     stop: Tensor
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held by the four tensors."""
-        return sum(x.nbytes for x in (self.offsets, self.tiles, self.start, self.stop))
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As a kernel's signature has them."""
+        return self.offsets, self.tiles, self.start, self.stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,9 +61,9 @@ class Work:
         return torch.sort(weight, dim=1, descending=True, stable=True).indices.int()
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.full.nbytes + self.partial.nbytes + self.weight.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held."""
+        return *self.full.tensors, *self.partial.tensors, self.weight
 
 
 def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:
@@ -74,35 +75,26 @@ def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:
         across: tiles in a line.
         ragged: the last tile of a line reaches beyond the length.
     """
-    line, start, stop = runs.lines(), runs.start.long(), runs.stop.long()
+    lines, count = len(runs.offsets) - 1, len(runs.start)
+    start, stop = runs.start.long(), runs.stop.long()
+    line = torch.arange(lines, device=start.device)
+    line = torch.repeat_interleave(line, runs.offsets.diff().long(), output_size=count)
     edge = runs.full & (stop == across) & ragged
     inner = stop - edge.long()
-    full = runs.full & (inner > start)
-    partial = ~runs.full
-    lines = len(runs.offsets) - 1
-    # A full tile at a ragged edge becomes the last partial run of its line; sorting by place puts it there.
-    places = torch.cat((line[partial] * across + start[partial], line[edge] * across + across - 1))
-    order = places.argsort()
-    partial_lines = torch.cat((line[partial], line[edge]))[order]
-    partial_start = torch.cat((start[partial], stop[edge] - 1))[order]
-    partial_stop = torch.cat((stop[partial], stop[edge]))[order]
-    whole = _walk(line[full], start[full], inner[full], lines)
-    broken = _walk(partial_lines, partial_start, partial_stop, lines)
+    # A full run may end in a ragged tile. It is the last of its line, so it is in place as the line's last partial one.
+    whole = _walk(line, start, inner, runs.full & (inner > start), lines)
+    broken = _walk(line, torch.where(edge, stop - 1, start), stop, ~runs.full | edge, lines)
     weight = (whole.tiles + broken.tiles).long().view(-1, max(lines_per_map, 1))
     return Work(whole, broken, weight)
 
 
-def _walk(line: Tensor, start: Tensor, stop: Tensor, lines: int) -> Walk:
-    """Runs sorted by line."""
-    count = torch.bincount(line, minlength=lines)
-    tiles = torch.zeros(lines, dtype=torch.int64, device=line.device).index_add_(0, line, stop - start)
-    end = torch.zeros(1, dtype=torch.int64, device=line.device)
-    return Walk(
-        (count.cumsum(0) - count).int(),
-        tiles.int(),
-        torch.cat((start, end)).int(),
-        torch.cat((stop, end)).int(),
-    )
+def _walk(line: Tensor, start: Tensor, stop: Tensor, kept: Tensor, lines: int) -> Walk:
+    """The kept ones of runs sorted by line. How many that are is not asked: it would make the host wait."""
+    number = kept.long()
+    runs, tiles = (line.new_zeros(lines).index_add_(0, line, x * number) for x in (torch.ones_like(line), stop - start))
+    place = torch.where(kept, number.cumsum(0) - 1, len(line))  # the others share one place beyond them all
+    ends = (line.new_zeros(len(line) + 1).scatter_(0, place, end) for end in (start, stop))
+    return Walk((runs.cumsum(0) - runs).int(), tiles.int(), *(end.int() for end in ends))
 
 
 def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
@@ -124,20 +116,28 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
     n, size, step = counts[axis], block_map.block_size[axis], block_map.block_size[1 - axis]
     lengths = (block_map.q_len, block_map.kv_len)
     runs = block_map.rows if rows else block_map.columns
-    known = torch.ones(batch * heads * n, size, dtype=torch.bool, device=block_map.device)
     line, position = runs.tiles(full=False)
-    known[line] = False
-    known[runs.lines()[runs.full]] = True
-    inside = torch.arange(n * size, device=known.device).view(n, size) < lengths[axis]
-    known |= ~inside.repeat(batch * heads, 1)
+    if not len(line):
+        return None
+    known = torch.arange(n * size, device=line.device).view(n, size) >= lengths[axis]
+    known = known.repeat(batch * heads, 1)
+    unsettled = torch.zeros(len(known), dtype=torch.bool, device=line.device)
+    unsettled[line] = True
+    owner = torch.repeat_interleave(
+        torch.arange(len(known), device=line.device), runs.offsets.diff().long(), output_size=len(runs.full)
+    )
+    settled = torch.zeros(len(known), dtype=torch.int32, device=line.device).index_add_(0, owner, runs.full.int()) > 0
+    known |= (settled | ~unsettled)[:, None]
 
     own, other = torch.arange(size, device=known.device), torch.arange(step, device=known.device)
     # The ends of a tile's other side, and its diagonal: enough for most masks.
     ends = other[[0, -1]].expand(size, 2)
     samples = torch.cat((ends, (own * step // size)[:, None]), 1)
     for places in (samples, other.expand(size, step)):
-        open_tiles = ~known[line].all(1)
-        line, position = line[open_tiles], position[open_tiles]
+        left = (~known[line].all(1)).nonzero()[:, 0]
+        if not len(left):
+            return None
+        line, position = line[left], position[left]
         pieces = (x.split(max(1, _PAIRS_AT_ONCE // places.numel())) for x in (line, position))
         for some, at in zip(*pieces, strict=True):
             b, h = (some // n // heads)[:, None, None], (some // n % heads)[:, None, None]

@@ -1,7 +1,7 @@
 // The numbers of a page -> runs of tiles, and what they tell: kinds, who decided, work. First of the page's scripts.
 //
 //   data.runs        offsets, start, stop, full: blocks/runs.py's Runs of the map's rows, packed
-//   data.decided     tiles by means: formula, intervals, columns, bounds, ...; null where a map alone is known
+//   data.decided     tiles by means: pairs, formula, intervals, ...; null where a map alone is known
 //   data.evaluated   the tiles whose pairs were evaluated, packed as runs; or null
 //   data.documents   [{name, shape, rows, columns}]: steps of document numbers over queries and keys
 //   data.vectors     {shape, named: {lts: [steps], ...}}; or null
@@ -78,12 +78,13 @@ function kindAt(i, j) {
 // Bounds prove tiles full or skip and samples prove them partial, but for those whose pairs were all evaluated.
 function deciderAt(i, j) {
   if (!data.decided) return null;
-  for (const means of ["formula", "intervals", "columns"]) if (data.decided[means]) return means;
+  for (const means of ["pairs", "formula", "intervals", "columns"]) if (data.decided[means]) return means;
   if (evaluated && runAt(evaluated, i, j) >= 0) return "elements";
   return kindAt(i, j) === PARTIAL ? "samples" : "bounds";
 }
 
 const DECIDERS = {
+  pairs: "all pairs of the few rows",
   formula: "a formula",
   intervals: "the rows' intervals",
   columns: "cutting columns",

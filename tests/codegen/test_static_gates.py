@@ -7,17 +7,19 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.static_gates import Case, Resources, faults, programs_at_once, table_cases
+from benchmarks.static_gates import ODD, Case, Resources, faults, programs_at_once, table_cases
+from maskflash.codegen.render import PASSES
 from maskflash.codegen.tuning import ROWS, Tile, shared_bytes
 
 ROOT = Path(__file__).parents[2]
-HOPPER = Case(90, "forward", "causal", 16, 128, Tile(128, 64, 8, 3))
+HOPPER = Case(90, "forward", "causal", 16, 128, 128, Tile(128, 64, 8, 3))
 CLEAN = Resources(200, 0, 0, 100_000, 1, True, False, 1.0)
 
 
@@ -49,13 +51,15 @@ def test_every_row_passes(quick):
     compiled = {(row["arch"], row["pass_name"], row["bits"], row["head_dim"]) for row in rows}
     assert {(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS} <= compiled
     assert {row["mask"] for row in rows} == {"causal", "causal document", "flashmask"}
+    assert {(row["head_dim"], row["v_head_dim"]) for row in rows if row["bits"] == 16} >= set(ODD)
 
 
 def test_the_estimate_of_shared_memory_is_from_above(quick):
     for row in quick[1]:
         if row["pass_name"] != "delta":
             tile, bytes_each = Tile(**row["tile"]), row["bits"] // 8
-            estimate = shared_bytes(row["arch"], row["pass_name"], tile, bytes_each, row["head_dim"])
+            largest = max(row["head_dim"], row["v_head_dim"])
+            estimate = shared_bytes(row["arch"], row["pass_name"], tile, bytes_each, largest)
             assert row["shared"] <= estimate, row
 
 
@@ -77,9 +81,9 @@ def test_a_tile_that_is_too_big_is_reported(tmp_path):
         (HOPPER, {"wgmma": False}, "no wgmma"),
         (HOPPER, {"serialised": True}, "C7511"),
         (HOPPER, {"shared": 232_449}, "more than 232448"),
-        (Case(80, "dq", "causal", 16, 64, Tile(64, 64, 4, 2)), {"shared": 166_913}, "more than 166912"),
-        (Case(86, "dq", "causal", 16, 64, Tile(64, 64, 4, 2)), {"shared": 101_377}, "more than 101376"),
-        (Case(90, "dq", "causal", 32, 64, Tile(64, 64, 4, 2)), {"stack": 601}, "601 B of stack"),
+        (Case(80, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 166_913}, "more than 166912"),
+        (Case(86, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 101_377}, "more than 101376"),
+        (Case(90, "dq", "causal", 32, 64, 64, Tile(64, 64, 4, 2)), {"stack": 601}, "601 B of stack"),
     ],
 )
 def test_each_gate_can_fail(case, found, fault):
@@ -90,7 +94,7 @@ def test_each_gate_can_fail(case, found, fault):
 
 
 def test_float32_may_spill_a_little_and_needs_no_wgmma():
-    case = Case(90, "dq", "causal", 32, 64, Tile(64, 64, 4, 2))
+    case = Case(90, "dq", "causal", 32, 64, 64, Tile(64, 64, 4, 2))
     assert faults(case, Resources(255, 600, 90, 90_000, 1, False, None, 1.0)) == []
 
 
@@ -107,3 +111,7 @@ def test_the_full_run_covers_every_row_mask_and_device():
     kinds = {(case.arch, case.mask) for case in cases if case.pass_name != "delta"}
     assert len(kinds) == 5 * 3
     assert len(cases) == len(set(cases))
+    odd = {(case.arch, case.pass_name, case.bits, case.head_dim, case.v_head_dim) for case in cases}
+    assert {
+        (*kind, *dims) for kind in product((80, 86, 89, 90, 100), PASSES[:1] + PASSES[2:], (16, 32)) for dims in ODD
+    } <= odd

@@ -14,7 +14,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def test_every_family_pass_width_and_head_dim_has_one_row():
     found = [(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS]
-    assert sorted(found) == sorted(product((80, 86, 90, 100), PASSES, (16, 32), (64, 128, 256)))
+    assert len(found) == len(set(found))
+    more = set(found) - set(product((80, 86, 90, 100), PASSES, (16, 32), (64, 128, 256)))
+    assert len(found) - len(more) == 4 * 3 * 2 * 3
+    assert {head_dim for *_, head_dim in more} == {120}  # what is masked within 128
+
+
+def test_a_head_dim_between_takes_the_next_row_and_the_memory_of_its_power_of_two():
+    assert choose(80, "dq", torch.float16, 72, (128, 128)) == Tile(32, 64, 4, 2)
+    assert choose(80, "dq", torch.float16, 64, (128, 128)) == Tile(64, 32, 4, 2)
+    assert choose(80, "dq", torch.float16, 192, (128, 128)) == choose(80, "dq", torch.float16, 256, (128, 128))
+    assert shared_bytes(80, "dq", Tile(64, 64, 4, 2), 2, 80) == shared_bytes(80, "dq", Tile(64, 64, 4, 2), 2, 128)
 
 
 def test_every_row_says_where_it_comes_from():

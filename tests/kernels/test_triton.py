@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.codegen import module_cache
-from maskflash.kernels import triton as kernels
+from maskflash.codegen import module_cache, tuned
+from maskflash.kernels import triton, triton_device, triton_launch
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
@@ -21,12 +21,7 @@ from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.float16]
 BLOCKS = st.sampled_from([16, 32, 64, (16, 32), (64, 16)])
-SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter
-
-
-def few(examples):
-    """So many examples under the interpreter; ten times as many on a GPU."""
-    return settings(max_examples=10 * examples if os.environ.get("MASKFLASH_TEST_DEVICE") == "cuda" else examples)
+SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter, and to compile on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +55,13 @@ def same(first, second):
     return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@few(24)
+@settings(max_examples=24)
 @given(masks(max_len=48), SMALL, st.sampled_from(DTYPES), BLOCKS)
 def test_every_mask_and_shape_matches_dense_float64(device, mask, shape, dtype, block_size):
     assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device)
 
 
-@few(8)
+@settings(max_examples=8)
 @given(masks(max_len=96), SMALL, st.lists(st.integers(0, 48), min_size=2, max_size=2), st.booleans())
 def test_offsets_match_dense_float64(device, mask, shape, offsets, per_row):
     offset = torch.tensor(offsets, device=device)[: shape.batch] if per_row else offsets[0]
@@ -85,7 +80,13 @@ def per_batch_and_head(b, h, q, kv, *, ids, spans, floor=0):
 
 
 CASES = {
-    "several sub-tiles and runs": (mf.causal() & mf.document([30, 1, 60, 20]), Shape(1, 1, 1, 120, 120), 64, {}),
+    "several sub-tiles": (mf.causal() & mf.document([30, 1, 60, 20]), Shape(1, 1, 1, 120, 120), 64, {}),
+    "several sub-tiles and runs": (  # a chessboard of full and partial tiles, ragged at the end
+        lambda b, h, q, kv: (q // 64 + kv // 64) % 2 == 0 or q % 64 == kv % 64,
+        Shape(1, 1, 1, 250, 250),
+        64,
+        {},
+    ),
     "a group of three": (mf.sliding_window(9, 3), Shape(2, 6, 2, 40, 50, 20, 9), (16, 32), {}),
     "one key head": (mf.causal(), Shape(1, 4, 1, 33, 33, 16, 32), 32, {}),
     "one query": (mf.causal(), Shape(2, 2, 1, 1, 70), 64, {"q_offset": 69}),
@@ -195,7 +196,7 @@ def test_what_nobody_sees_may_hold_anything(device, results, small, poison, dtyp
     assert all(x.isfinite().all() for x in (dirty[0], *dirty[2:]))
 
 
-@few(4)
+@settings(max_examples=4)
 @given(masks(max_len=40), st.sampled_from([math.nan, math.inf]))
 def test_what_nobody_sees_may_hold_anything_under_any_mask(device, results, mask, poison):
     q, k, v = Shape(2, 2, 1, 24, 40, 16, 8).tensors(torch.float32, device=device)
@@ -272,7 +273,7 @@ def test_a_group_may_be_split_over_programs(results, small, monkeypatch, per_hea
     mask = mf.mask(lambda b, h, q, kv: abs(q - kv) < spans[h]) if per_head else mf.causal()
     found = {}
     for part in (1, 2, 4):
-        monkeypatch.setattr(kernels, "_part", lambda q, group, programs, part=part: part)
+        monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs, part=part: part)
         found[part] = results(mask, q, k, v)
     for part in (1, 2):
         assert same(found[part][:3], found[4][:3])
@@ -285,11 +286,11 @@ def test_the_order_of_programs_changes_nothing(results, small, monkeypatch, part
     q, k, v = small(batch=2, heads=4, kv_heads=2, length=24)
     spans = torch.tensor([[2, 5, 9, 30], [1, 3, 40, 4]], device=q.device)
     mask = mf.mask(lambda b, h, q, kv: abs(q - kv) < spans[b, h])
-    monkeypatch.setattr(kernels, "_part", lambda q, group, programs: part)
+    monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs: part)
     found = []
     for share in (1, 2, 3, 8):
         monkeypatch.setattr(
-            kernels, "_heads_in_cache", lambda q, size, group, heads, share=share: max(1, min(heads, share))
+            triton_device, "heads_in_cache", lambda device, size, group, heads, share=share: max(1, min(heads, share))
         )
         found.append(results(mask, q, k, v))
     assert all(same(found[0], other) for other in found[1:])
@@ -300,7 +301,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
 
     q, k, v = small()
     expected = results(mf.causal(), q, k, v, block_size=64)
-    launch, tried = kernels._Call.launch, []
+    launch, tried = triton_launch.Call.launch, []
 
     def limited(self, pass_name, tile, *rest):
         tried.append((pass_name, tile))
@@ -308,7 +309,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
             raise OutOfResources(300_000, 200_000, "shared memory")
         return launch(self, pass_name, tile, *rest)
 
-    monkeypatch.setattr(kernels._Call, "launch", limited)
+    monkeypatch.setattr(triton_launch.Call, "launch", limited)
     found = results(mf.causal(), q, k, v, block_size=(64, 128))  # another block size: a plan that knows no tile yet
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -325,7 +326,7 @@ def test_a_device_that_nothing_fits_is_told(results, small, monkeypatch):
     def never(*args):
         raise OutOfResources(300_000, 1, "shared memory")
 
-    monkeypatch.setattr(kernels._Call, "launch", never)
+    monkeypatch.setattr(triton_launch.Call, "launch", never)
     with pytest.raises(mf.BackendError, match=r"no tile of forward fits this device.*shared memory"):
         results(mf.causal(), *small())
 
@@ -379,10 +380,13 @@ def varied(device):
     def packed(b, h, q, kv, *, ids, window):
         return 0 <= q - kv < window and ids[b, q] == ids[b, kv]
 
-    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64):
-        q, k, v = Shape(batch, heads, kv_heads, length, kv_len).tensors(torch.float32, seed=seed, device=device)
-        size = max(length + q_offset, kv_len)
+    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64, dim=16):
+        shape = Shape(batch, heads, kv_heads, length, kv_len, dim, dim)
+        q, k, v = shape.tensors(torch.float16, seed=seed, device=device)
+        size = max(length + 20, kv_len)
         table = torch.arange(batch * size, device=device).view(batch, size).to(ids) // (3 + seed)
+        if isinstance(q_offset, list):
+            q_offset = torch.tensor(q_offset, device=device)
         out = mf.attention(
             q, k, v, packed, block_size=16, backend="triton", q_offset=q_offset, ids=table, window=window
         )
@@ -391,29 +395,81 @@ def varied(device):
     return call
 
 
-def test_another_number_renders_and_imports_nothing(device, monkeypatch):
-    call = varied(device)
-    kernels._kernel.cache_clear()
-    rendered, loaded = [], []
-    render, load = kernels.render, module_cache.load
-    monkeypatch.setattr(kernels, "render", lambda *args: rendered.append(args) or render(*args))
+@pytest.fixture
+def compiled(monkeypatch):
+    """What has been rendered and imported, and all that triton compiles for: constants, types, alignments."""
+    triton_launch.kernel.cache_clear()
+    rendered, loaded, keys = [], [], set()
+    render, load, kernel = triton_launch.render, module_cache.load, triton_launch.kernel
+
+    def recorded(special, pass_name):
+        function = kernel(special, pass_name)
+
+        class Launcher:
+            def __getitem__(self, grid):
+                def launch(*arguments, **constants):
+                    kinds = [
+                        (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else type(x) for x in arguments
+                    ]
+                    keys.add((special, pass_name, *kinds, *constants.items()))
+                    return function[grid](*arguments, **constants)
+
+                return launch
+
+        return Launcher()
+
+    monkeypatch.setattr(triton_launch, "render", lambda *args: rendered.append(args) or render(*args))
     monkeypatch.setattr(module_cache, "load", lambda text: loaded.append(text) or load(text))
-    call(1, 2, 1, 20, 20, 5, 0, seed=0)
-    assert len(rendered) == len(loaded) == 4  # forward, delta, dk and dv, dq
-    for arguments in [
-        (1, 2, 1, 20, 20, 6, 0),
-        (1, 2, 1, 20, 20, 0, 0),
-        (1, 2, 1, 20, 20, 1, 0),
-        (1, 2, 1, 33, 20, 5, 0),
-        (1, 2, 1, 16, 32, 5, 0),
-        (1, 2, 1, 1, 1, 5, 0),
-        (1, 2, 1, 20, 20, 5, 7),
-        (3, 4, 4, 20, 20, 5, 0),
-    ]:
-        call(*arguments, seed=1)
-    assert len(rendered) == len(loaded) == 4
-    call(1, 2, 1, 20, 20, 5, 0, seed=0, ids=torch.int32)  # another dtype is another kernel
-    assert len(rendered) == 7  # delta knows no mask
+    monkeypatch.setattr(triton_launch, "kernel", recorded)
+    monkeypatch.setattr(triton, "kernel", recorded)
+    return rendered, loaded, keys
+
+
+def test_another_number_renders_imports_and_compiles_nothing(device, compiled, monkeypatch):
+    rendered, loaded, keys = compiled
+    call = varied(device)
+    call(1, 4, 2, 20, 20, 5, 0, seed=0)
+    assert len(rendered) == len(loaded) == len(keys) == 4  # forward, delta, dk and dv, dq
+    for part in (1, 2):  # how many of a group one program sums depends on lengths
+        monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs, part=part: part)
+        for arguments in [
+            (1, 4, 2, 20, 20, 6, 0),
+            (1, 4, 2, 20, 20, 0, 0),
+            (1, 4, 2, 20, 20, 1, 0),
+            (1, 4, 2, 33, 20, 5, 0),
+            (1, 4, 2, 16, 32, 5, 0),
+            (1, 4, 2, 1, 1, 5, 0),
+            (1, 4, 2, 20, 20, 5, 7),
+            (3, 6, 3, 20, 20, 5, 0),
+            (1, 4, 1, 20, 20, 5, 0),
+        ]:
+            call(*arguments, seed=1)
+    assert len(rendered) == len(loaded) == len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "renders", "compiles"),
+    [
+        ({"ids": torch.int32}, 3, 3),  # delta knows no mask
+        ({"q_offset": [7]}, 3, 3),
+        ({"dim": 8}, 3, 4),
+        ({"heads": 2}, 0, 1),  # no group: dK and dV need no sums, and are written as they are wanted
+    ],
+)
+def test_another_structure_renders_and_compiles_once(device, compiled, change, renders, compiles):
+    rendered, _, keys = compiled
+    call = varied(device)
+    first = {"batch": 1, "heads": 4, "kv_heads": 2, "length": 20, "kv_len": 20, "window": 5, "q_offset": 0}
+    call(**first, seed=0)
+    assert len(rendered) == len(keys) == 4
+    call(**{**first, **change}, seed=0)
+    assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
+    again = {"q_offset": [3, 9], "batch": 2} if "q_offset" in change else {"length": 33}
+    call(**{**first, **change, **again}, seed=1)
+    assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
+    if "dim" in change:
+        call(**{**first, "dim": 12}, seed=0)  # is filled up to 16
+        assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
 
 
 def test_triton_compiles_no_number_into_a_kernel():
@@ -458,3 +514,79 @@ def test_triton_compiles_no_number_into_a_kernel():
 
 
 WALKS = {"order", *(f"{kind}_{what}" for kind in ("full", "partial") for what in ("offsets", "tiles", "start", "stop"))}
+
+
+# Measured tiles
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Tiles with two stages are fastest: (tiles that were timed, tiles that were launched) by pass."""
+    monkeypatch.setenv(module_cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuned, "_known", {})
+    timed, launched = [], []
+    launch = triton_launch.Call.launch
+
+    def seconds(function, device):
+        tile = function.args[0]
+        timed.append(tile)
+        return abs(tile.stages - 2) + tile.block_m / 1e3
+
+    def counted(self, pass_name, tile, *rest):
+        launched.append((pass_name, tile))
+        return launch(self, pass_name, tile, *rest)
+
+    monkeypatch.setattr(triton_device, "seconds", seconds)
+    monkeypatch.setattr(triton_launch.Call, "launch", counted)
+    return timed, launched
+
+
+def test_tuning_measures_once_and_keeps_the_fastest(small, measured, monkeypatch):
+    timed, launched = measured
+    q, k, v = small(length=33)
+
+    def run(window, **more):
+        attn = mf.compile(mf.sliding_window(window), backend="triton", block_size=64, **more)
+        out = attn(q, k, v)
+        return out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))
+
+    expected = run(7)
+    assert timed == []
+    launched.clear()
+    found = run(7, tune=True)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    count = len(timed)
+    assert count > 9
+    assert all(64 % side == 0 for tile in timed for side in (tile.block_m, tile.block_n))
+    assert {name for name, _ in launched} == {"forward", "dkdv", "dq"}
+    chosen = dict(launched)
+    assert all(tile.stages == 2 or tile.block_m == 16 for tile in chosen.values())
+    launched.clear()
+    run(7, tune=True)
+    assert len(timed) == count
+    assert dict(launched) == chosen
+    monkeypatch.setattr(tuned, "_known", {})  # a later process, and another window
+    launched.clear()
+    run(5, tune=True)
+    assert len(timed) == count
+    assert dict(launched) == chosen
+
+
+def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch):
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    seconds, failed = triton_device.seconds, []
+
+    def failing(function, device):
+        error = (OutOfResources(300_000, 1, "shared memory"), PTXASError("too many registers"))[len(failed) % 2]
+        if function.args[0].stages > 1:
+            failed.append(error)
+            raise error
+        return seconds(function, device)
+
+    monkeypatch.setattr(triton_device, "seconds", failing)
+    attn = mf.compile(mf.causal(), backend="triton", block_size=64, tune=True)
+    attn(*small()).sum().backward()
+    assert len(failed) > 1
+    assert all(tile.stages == 1 for _, tile in measured[1][-2:])

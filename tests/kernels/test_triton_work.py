@@ -85,11 +85,3 @@ def test_a_map_without_tiles():
         assert not made.full.tiles.any()
         assert not made.partial.tiles.any()
         assert (len(made.full.start), len(made.partial.stop)) == (1, 1)  # a cursor may look at one
-
-
-def test_bytes_are_those_of_the_tensors():
-    made = next(both(BlockMap.from_kinds(torch.ones(1, 1, 3, 2, dtype=torch.int8), 40, 32, (16, 16))))[0]
-    tensors = [
-        getattr(walk, name) for walk in (made.full, made.partial) for name in ("offsets", "tiles", "start", "stop")
-    ]
-    assert made.nbytes == sum(x.nbytes for x in (*tensors, made.weight))

@@ -26,6 +26,7 @@ SPANS = torch.tensor([[100, 800, 1], [400, 50, 900]])
 PER_HEAD = mf.mask(lambda b, h, q, kv: q >= kv and q - kv < SPANS[b, h])
 HOLES = mf.mask(lambda b, h, q, kv: (q * 37 + kv * 11) % 1009 != 5)
 MEANS = {
+    "pairs": "all pairs of the few rows",
     "formula": "a formula",
     "intervals": "the rows' intervals",
     "columns": "cutting columns",
@@ -185,7 +186,7 @@ class Truth:
         return tuple(sum(span) / 2 for span in self.spans(i, j))
 
     def decider(self, i, j, b, h):
-        for all_of_them in ("formula", "intervals", "columns"):
+        for all_of_them in ("pairs", "formula", "intervals", "columns"):
             if self.counts[all_of_them]:
                 return all_of_them
         return "elements" if self.evaluated[b, h, i, j] else "samples" if self.kinds[b, h, i, j] == 1 else "bounds"
