@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets
-from maskflash.api import Attention, attention, compile
+from maskflash.api import attention, compile
 from maskflash.blocks.block_map import BlockMap
+from maskflash.compiled import Attention
 from maskflash.errors import (
     ArgumentError,
     ArgumentTypeError,

@@ -8,7 +8,8 @@ from typing import Any, Final
 from torch import Tensor
 
 from maskflash import arguments
-from maskflash.api import BackendChoice, attention
+from maskflash.api import attention
+from maskflash.compiled import BackendChoice
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from maskflash import arguments, presets
-from maskflash.api import BackendChoice, MaskLike, attention
+from maskflash.api import MaskLike, attention
 from maskflash.arguments import BlockSize
+from maskflash.compiled import BackendChoice
 from maskflash.kernels.reference import error_budget, reference
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask

@@ -25,7 +25,9 @@ def presets_and_combinations(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = mask ^ (lambda b, h, q, kv: q % 2 == kv % 2)
     out: Tensor = mf.compile(mask)(q, k, v, q_offset=torch.tensor([0, 5]))
     first: Tensor = mf.attention(q, k, v, lambda b, h, q, kv: q >= kv)
-    return out + first
+    second, lse = mf.attention(q, k, v, mask, return_lse=True)
+    third, _ = mf.compile(mask)(q, k, v, return_lse=True)
+    return out + first + second + third * lse[..., None]
 
 
 def questions(mask: mf.Mask) -> tuple[dict[str, int], float, bool, str]:
