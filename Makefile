@@ -54,6 +54,7 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.analysis --million --json benchmarks/results/cpu/million.json $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask --json benchmarks/results/cpu/flashmask.json $(ARGS)
 	$(BIN)/python -m benchmarks.flashmask --analysis --json benchmarks/results/cpu/flashmask_analysis.json $(ARGS)
+	$(BIN)/python -m benchmarks.overhead --json benchmarks/results/cpu/overhead.json $(ARGS)
 	$(BIN)/python -m benchmarks.flex --json benchmarks/results/cpu/flex.json $(ARGS)
 	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report

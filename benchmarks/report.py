@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, flex, gpu, million, runner, train_packed
+from benchmarks import flashmask, flex, gpu, million, overhead, runner, train_packed
 from benchmarks.runner import ROOT, Row, Spread
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -27,6 +27,7 @@ _QUESTIONS: Final = {
     "attention": ("documents", "efficiency"),
     "analysis": ("comparison", "lengths", "start"),
     "million": tuple(million.TITLES),
+    "overhead": tuple(overhead.TITLES),
     "flashmask": tuple(flashmask.TITLES),
     "flashmask_analysis": tuple(flashmask.ANALYSIS_TITLES),
     "train_packed": tuple(train_packed.TITLES),

@@ -67,7 +67,7 @@ def test_analysis_fills_every_row(capsys):
 def test_overhead_fills_every_row(capsys):
     rows = overhead.main(["--quick"])
     assert_plausible(rows, overhead.TITLES)
-    assert [row.measure for row in rows] == ["forward", "longer by"] * 5
+    assert [row.measure for row in rows] == ["by turns", "longer, by turns", "in a loop", "longer, in a loop"] * 5
     assert "a quick run" in capsys.readouterr().out
 
 
