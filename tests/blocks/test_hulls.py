@@ -9,7 +9,7 @@ import maskflash as mf
 from maskflash import compiler, plans
 from maskflash.blocks import hulls as module
 from maskflash.blocks.classify import classify
-from maskflash.blocks.hulls import evaluated, find_hulls, find_intervals
+from maskflash.blocks.hulls import Hulls, evaluated, find_hulls, find_intervals
 from maskflash.blocks.tiles import Tiles
 from maskflash.testing import Shape, affine_masks, assert_matches_dense, masks
 
@@ -135,14 +135,20 @@ def test_numbers_far_apart_are_compared_and_not_subtracted(numbers):
         check(mf.mask(lambda b, h, q, kv, table=table: rows[q] >= table[kv]), len(numbers), len(table))
 
 
-def test_rows_of_a_line_that_lie_apart_are_not_one_stretch():
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [(0, 4), (0, 4), (40, 44), (40, 44)],
+        [(40, 44), (40, 44), (0, 4), (0, 4)],
+        [(0, 4), (4, 4), (44, 40), (40, 44)],  # rows that see nothing, and lead over
+        [(40, 44), (44, 40), (4, 0), (0, 4)],
+    ],
+)
+def test_rows_of_a_line_that_lie_apart_are_not_one_stretch(seen):
     """The rows of a tile see tiles far from each other: the map comes another way, and is the same."""
-    starts = torch.tensor([0, 0, 40, 40])
-    mask = mf.mask(lambda b, h, q, kv: starts[q] <= kv and kv < starts[q] + 4)
-    problem = mask.problem("test", 4, 64, 1, 1, (4, 8), 0, CPU, {})
-    found = find_intervals(problem)
-    assert found is not None and found.block_map(problem) is None
-    assert classify(problem).block_map.kinds()[0, 0, 0].tolist() == [1, 0, 0, 0, 0, 1, 0, 0]
+    start, stop = (x.view(1, 1, 4) for x in torch.tensor(seen).T)
+    problem = mf.full().problem("test", 4, 64, 1, 1, (4, 8), 0, CPU, {})
+    assert Hulls(start, stop, (stop - start).clamp(min=0), 0.0).block_map(problem) is None
 
 
 def test_a_look_up_that_may_fail_is_left_to_those_who_look():
