@@ -56,7 +56,7 @@ class Hulls:
         apart = (start[:, 1:] > stop[:, :-1]) | (start[:, :-1] > stop[:, 1:]) | ~sees[:, :-1]
         stretches = (apart & sees[:, 1:]).sum(1) + sees[:, 0]
         some = start.masked_fill(~sees, problem.kv_len).amin(1), stop.masked_fill(~sees, 0).amax(1)
-        every = start.amax(1), stop.masked_fill(~sees, 0).amin(1)
+        every = start.amax(1), stop.amin(1)  # a row that sees nothing leaves nothing between them
         most, *ends = torch.stack((stretches, *some, *every)).cpu().numpy()
         if most.max() > 1:
             return None
