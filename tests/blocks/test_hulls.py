@@ -151,14 +151,24 @@ def test_rows_of_a_line_that_lie_apart_are_not_one_stretch(seen):
     assert Hulls(start, stop, (stop - start).clamp(min=0), 0.0).block_map(problem) is None
 
 
-def test_a_look_up_that_may_fail_is_left_to_those_who_look():
-    table = torch.arange(30)
-    guarded = mf.mask(lambda b, h, q, kv: q < 30 and kv < 30 and table[q] >= table[kv])
-    assert find_intervals(problem_of(guarded, 40, 40)) is None
-    classify(problem_of(guarded, 40, 40))
-    bare = mf.mask(lambda b, h, q, kv: table[q] >= table[kv])
+FEW = torch.arange(30)
+
+
+@pytest.mark.parametrize(
+    ("guarded", "bare"),
+    [
+        (lambda b, h, q, kv: q < 30 and FEW[q] >= kv, lambda b, h, q, kv: FEW[q] >= kv),
+        (lambda b, h, q, kv: kv < 30 and q >= FEW[kv], lambda b, h, q, kv: q >= FEW[kv]),
+        (lambda b, h, q, kv: kv < 30 and FEW[kv] > 3, lambda b, h, q, kv: q >= kv and FEW[kv] > 3),
+        (lambda b, h, q, kv: q < 30 and FEW[q] > 3, lambda b, h, q, kv: q >= kv and FEW[q] > 3),
+    ],
+)
+def test_a_look_up_that_may_fail_is_left_to_those_who_look(guarded, bare):
+    for predicate in (guarded, bare):
+        assert find_intervals(problem_of(mf.mask(predicate), 40, 40)) is None
+    classify(problem_of(mf.mask(guarded), 40, 40))
     with pytest.raises(mf.MaskIndexError):
-        classify(problem_of(bare, 40, 40))
+        classify(problem_of(mf.mask(bare), 40, 40))
 
 
 def test_an_analysis_evaluates_no_pair_that_hulls_tell(monkeypatch):
