@@ -254,7 +254,9 @@ def test_all_deciders_are_among_them(opened):
     page = opened(visualize.explorer(HOLES, 256, 320, block_size=32))
     assert re.fullmatch(r"\d+ by samples, \d+ by all of its pairs", page.text("decided"))
     page = opened(visualize.explorer(PACKED, 1024, 1024))
-    assert page.text("decided") == "46 by bounds, 18 by samples"
+    assert page.text("decided") == "64 by the rows' intervals"
+    page = opened(visualize.explorer(mf.mask(lambda b, h, q, kv: q * 1.0 >= kv), 1024, 1024))
+    assert page.text("decided") == "56 by bounds, 8 by samples"
     assert opened(visualize.explorer(mf.causal(), 1024, 1024)).text("decided") == "64 by a formula"
 
 
