@@ -23,6 +23,7 @@ from maskflash.blocks.problem import Problem
 from maskflash.blocks.runs import Runs
 
 _PIECES_AT_ONCE: Final = 1 << 18  # starts held together
+_ROWS_AT_ONCE: Final = 1 << 17  # in the caches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,20 +51,28 @@ class Hulls:
         (lines, across), (rows, width) = problem.shape[2:], problem.block_size
         ragged = lines * rows - problem.q_len  # the last line repeats its last row
         start, stop = (
-            torch.cat((x, x[..., -1:].expand(*x.shape[:2], ragged)), 2).view(-1, rows) for x in (self.start, self.stop)
+            torch.cat((x, x[..., -1:].expand(*x.shape[:2], ragged)), 2) if ragged else x
+            for x in (self.start, self.stop)
         )
-        sees = start < stop
-        apart = (start[:, 1:] > stop[:, :-1]) | (start[:, :-1] > stop[:, 1:]) | ~sees[:, :-1]
-        stretches = (apart & sees[:, 1:]).sum(1) + sees[:, 0]
-        some = start.masked_fill(~sees, problem.kv_len).amin(1), stop.masked_fill(~sees, 0).amax(1)
-        every = start.amax(1), stop.amin(1)  # a row that sees nothing leaves nothing between them
-        most, *ends = torch.stack((stretches, *some, *every)).cpu().numpy()
+        starts, stops = (x.reshape(-1, rows).split(max(1, _ROWS_AT_ONCE // rows)) for x in (start, stop))
+        found = [_ends(first, last, problem.kv_len) for first, last in zip(starts, stops, strict=True)]
+        most, *ends = torch.cat(found, dim=1).cpu().numpy()
         if most.max() > 1:
             return None
         tiles = tiles_of(Seen(*(x[None] for x in ends)), problem.kv_len, width)
         of_rows = Runs.from_segments(len(most), segments_of(np.arange(len(most)), tiles), problem.device)
         of_columns = of_rows.transposed(lines, across)
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, of_rows, of_columns)
+
+
+def _ends(start: Tensor, stop: Tensor, kv_len: int) -> Tensor:
+    """Of lines of rows (lines, rows): how many stretches each sees, and the ends as in Seen; (5, lines)."""
+    sees = start < stop
+    apart = (start[:, 1:] > stop[:, :-1]) | (start[:, :-1] > stop[:, 1:]) | ~sees[:, :-1]
+    stretches = (apart & sees[:, 1:]).sum(1) + sees[:, 0]
+    some = start.masked_fill(~sees, kv_len).amin(1), stop.masked_fill(~sees, 0).amax(1)
+    every = start.amax(1), stop.amin(1)  # a row that sees nothing leaves nothing between them
+    return torch.stack((stretches, *some, *every))
 
 
 def find_hulls(problem: Problem) -> Hulls | None:
@@ -113,11 +122,19 @@ def _pieces_of_rows(problem: Problem) -> Pieces | None:
 
 
 def _joined(pieces: Pieces) -> Hulls | None:
-    found = pieces.interval(slice(None), slice(None), slice(0, pieces.problem.kv_len))
-    if found is None:
-        return None
+    turned = pieces.problem
+    batch, heads = turned.shape[:2]
+    found = torch.empty(2, batch, heads, turned.kv_len, dtype=torch.int64, device=turned.device)
+    step = max(1, _ROWS_AT_ONCE // (batch * heads))
+    for row in range(0, turned.kv_len, step):
+        rows = slice(row, min(row + step, turned.kv_len))
+        ends = pieces.interval(slice(None), slice(None), rows)
+        if ends is None:
+            return None
+        for whole, part in zip(found, ends, strict=True):
+            whole[..., rows] = part
     start, stop = found
-    return Hulls(start, stop, (stop - start).clamp(min=0), pieces.largest)
+    return Hulls(start, stop, (stop - start).clamp_(min=0), pieces.largest)
 
 
 def _cut(pieces: Pieces) -> Hulls:

@@ -112,7 +112,8 @@ class Turn:
     """Finds, for columns, the first row whose value has reached theirs.
 
     Attributes:
-        values: (B or 1, H or 1, q_len) int64 of the rows, ascending.
+        values: (B or 1, H or 1, q_len) int64 of the rows, ascending; (n,) distinct ones where there is one unit.
+        first: (n + 1,) where each of distinct values begins, and q_len; None of the others.
         step: whether they ascend by one from row to row.
         sign: of the columns' values, -1 where the rows' were descending.
         columns: of the columns' values.
@@ -121,6 +122,7 @@ class Turn:
     """
 
     values: Tensor
+    first: Tensor | None
     step: bool
     sign: int
     columns: Expr
@@ -131,13 +133,11 @@ class Turn:
         """The row, between 0 and q_len, for each column, which broadcasts to (b, h, columns); and columns' faults."""
         wanted, faults = compute(self.columns, problem.inputs, {**at, "q": _nowhere(problem)})
         wanted = wanted.to(torch.int64) * self.sign
+        if self.first is not None:  # documents are few: they are searched sooner than their tokens
+            return self.first[torch.searchsorted(self.values, wanted.contiguous(), right=self.after)], faults
         values = _part(self.values, b, h)
         if self.step:
             return (wanted - values[..., :1] + self.after).clamp(0, problem.q_len), faults
-        if values.numel() == problem.q_len:  # of one unit: distinct values, few of documents, are searched sooner
-            values, count = torch.unique_consecutive(values, return_counts=True)
-            first = pad(count.cumsum(0), (1, 0))
-            return first[torch.searchsorted(values, wanted.contiguous(), right=self.after)], faults
         sizes = np.broadcast_shapes(wanted.shape[:-1], values.shape[:-1])
         wanted, values = wanted.expand(*sizes, -1).contiguous(), values.expand(*sizes, -1).contiguous()
         return torch.searchsorted(values, wanted, right=self.after), faults
@@ -154,24 +154,23 @@ def find_pieces(problem: Problem) -> Pieces | None:
     turns: dict[tuple[str, str, bool, Hides | None], Turn] = {}
     changes: list[Tensor] = []
     faulty = False
-    known: dict[str, tuple[Tensor, bool, int] | None] = {}
+    known: dict[str, tuple[Tensor, Tensor | None, bool, int] | None] = {}
     for threshold in separated.thresholds:
         text = threshold.rows.text
         if text not in known:
             values, faults = _of_rows(problem, threshold.rows)
             changes += map(_changes, faults)
             faulty |= _any(faults)
-            known[text] = _ascend(values)
+            known[text] = _searchable(values, largest)
         ascending = known[text]
         if ascending is None:
             return None
-        values, step, sign = ascending
+        values, first, step, sign = ascending
         after, hides = threshold.after, threshold.hides
         if sign < 0:
             after, hides = not after, _TURNED[hides]
         key = text, threshold.columns.text, threshold.after, hides
-        step &= largest < LARGEST_SUM  # else a difference may overflow
-        turns[key] = Turn(values, step, sign, threshold.columns, after, hides)
+        turns[key] = Turn(values, first, step, sign, threshold.columns, after, hides)
     shown = torch.ones(1, 1, problem.q_len, dtype=torch.bool, device=problem.device)
     for switch in separated.switches:
         values, faults = _of_rows(problem, switch)
@@ -217,6 +216,19 @@ def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
     values, faults = compute(expr, problem.inputs, {"b": b, "h": h, "q": row, "kv": _nowhere(problem)})
     values, *faults = (x[(None,) * (3 - x.ndim)] for x in (values, *faults))
     return values, faults
+
+
+def _searchable(values: Tensor, largest: float) -> tuple[Tensor, Tensor | None, bool, int] | None:
+    """Values of rows as Turn has them, with `first`, `step` and `sign`; None where they go up and down."""
+    ascending = _ascend(values)
+    if ascending is None:
+        return None
+    values, step, sign = ascending
+    step &= largest < LARGEST_SUM  # else a difference may overflow
+    if step or values.shape[:2] != (1, 1):
+        return values, None, step, sign
+    distinct, count = torch.unique_consecutive(values, return_counts=True)
+    return distinct, pad(count.cumsum(0), (1, 0)), False, sign
 
 
 def _ascend(values: Tensor) -> tuple[Tensor, bool, int] | None:
