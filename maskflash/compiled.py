@@ -168,8 +168,9 @@ class Attention:
             BackendError: the mask uses an operation that Triton can't express exactly.
 
         Example:
+            >>> import maskflash as mf
             >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
-            >>> text = compile(lambda b, h, q, kv: q >= kv).source(q, k, v)
+            >>> text = mf.compile(lambda b, h, q, kv: q >= kv).source(q, k, v)
             >>> [line.strip() for line in text.splitlines() if "x2" in line][0]
             'x2 = q[:, None] >= kv[None, :]'
         """
