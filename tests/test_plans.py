@@ -249,3 +249,13 @@ def test_analyses_do_not_keep_tables_alive(analyses):
     del ids
     gc.collect()
     assert gone() is None
+
+
+def test_views_of_one_table_are_told_apart_though_one_takes_the_place_of_another():
+    """A view that is gone may leave its id to the next one, of the same tensor at the same version."""
+    attn, ids = mf.compile(packed), torch.stack((torch.zeros(2, 96, dtype=torch.int64), documents()))
+    for _ in range(3):
+        for layer in (0, 1):
+            out = attn(Q, K, V, doc=ids[layer])
+            dense = packed.dense(96, 96, batch=2, doc=ids[layer])
+            torch.testing.assert_close(out, scaled_dot_product_attention(Q, K, V, attn_mask=dense))
