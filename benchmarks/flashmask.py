@@ -45,6 +45,7 @@ MEASURES = ("forward", "forward + backward")
 DTYPES = ("float32", "bfloat16")
 TOKENS, ANALYSIS_TOKENS, LONG_TOKENS = 8192, 32768, 131072
 PAIRS = 5
+SECONDS = 60  # of a row, after which no pair is begun: SDPA's bfloat16 backward takes half a minute without AMX
 
 SPEEDUP_FLOOR = 1.0
 EFFICIENCY_FLOORS = {
@@ -142,6 +143,7 @@ def _attention(name: str, tokens: int, dtype: str, pairs: int, options: argparse
             step(partial(scaled_dot_product_attention, attn_mask=dense), work), step(scaled_dot_product_attention, work)
         ),
         pairs,
+        SECONDS,
     )
     visited = 1 - mask.predicate.block_map(tokens, tokens, heads=workloads.HEADS).sparsity
     wanted = tokens == TOKENS

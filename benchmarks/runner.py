@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -113,8 +114,16 @@ def alone(
     return Row(table, case, tokens, measure, "", "s", len(samples), Spread.of(samples), ceiling=ceiling)
 
 
-def alternate(ours: Contender, theirs: Contender, pairs: int) -> tuple[list[list[float]], list[list[float]]]:
+def alternate(
+    ours: Contender, theirs: Contender, pairs: int, seconds: float = math.inf
+) -> tuple[list[list[float]], list[list[float]]]:
     """Run both once uncounted, then by turns; who goes first changes from pair to pair.
+
+    Args:
+        ours: one side.
+        theirs: the other.
+        pairs: how many turns at most; at least one is taken.
+        seconds: after so many no turn is begun.
 
     Returns:
         For ours and for theirs, the samples of each part.
@@ -123,7 +132,10 @@ def alternate(ours: Contender, theirs: Contender, pairs: int) -> tuple[list[list
     samples: dict[str, list[Sequence[float]]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
+    start = time.perf_counter()
     for pair in range(pairs):
+        if pair and time.perf_counter() - start > seconds:
+            break
         for name in sorted(contenders, reverse=pair % 2 == 1):
             samples[name].append(contenders[name]())
     by_part = {name: [list(part) for part in zip(*rows, strict=True)] for name, rows in samples.items()}

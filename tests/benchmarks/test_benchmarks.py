@@ -204,6 +204,8 @@ def test_the_contenders_alternate_and_their_samples_stay_paired():
     ours, theirs = runner.alternate(contender("ours", 1.0), contender("theirs", 3.0), 2)
     assert order == ["ours", "theirs", "ours", "theirs", "theirs", "ours"]  # a warm-up, then two pairs
     assert (ours, theirs) == ([[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [6.0, 6.0]])
+    ours, theirs = runner.alternate(contender("ours", 1.0), contender("theirs", 3.0), 2, seconds=0)
+    assert (ours, theirs) == ([[1.0], [2.0]], [[3.0], [6.0]])  # one turn at least
 
 
 def test_the_spread_of_a_ratio_is_that_of_the_pairs():
