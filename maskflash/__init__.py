@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets
 from maskflash.api import attention, compile
-from maskflash.blocks.block_map import BlockMap
 from maskflash.compiled import Attention
 from maskflash.errors import (
     ArgumentError,
@@ -36,6 +35,7 @@ from maskflash.presets.basic import (
 
 if TYPE_CHECKING:
     from maskflash import testing, visualize
+    from maskflash.blocks.block_map import BlockMap
     from maskflash.explain import Explanation
     from maskflash.flashmask import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
@@ -83,6 +83,7 @@ __all__ = [
 
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
 _LATER: Final = {
+    "BlockMap": "maskflash.blocks.block_map",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.explain",
     "Why": "maskflash.masks.why",

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from maskflash import arguments, op, plans
-from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
@@ -140,6 +139,8 @@ class Attention:
                 q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend, bool(return_lse)
             )
         except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
+            from maskflash.blocks.classify import classify
+
             classify(self._problem(q, k, q_offset, mask_args))
             raise
         return (out, lse) if return_lse else out
@@ -174,6 +175,7 @@ class Attention:
             >>> [line.strip() for line in text.splitlines() if "x2" in line][0]
             'x2 = q[:, None] >= kv[None, :]'
         """
+        from maskflash.blocks.classify import classify
         from maskflash.codegen.render import PASSES
         from maskflash.kernels import triton
 

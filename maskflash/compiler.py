@@ -15,13 +15,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
-from maskflash.blocks.classify import Classified, classify
-from maskflash.blocks.hulls import find_hulls
-from maskflash.blocks.problem import Problem
-from maskflash.kernels import cpu
+from maskflash import kernels
 
 if TYPE_CHECKING:
-    from maskflash.kernels import triton
+    from maskflash.blocks.classify import Classified
+    from maskflash.blocks.problem import Problem
+    from maskflash.kernels import cpu, triton
 
 Backend = Literal["cpu", "triton"]
 
@@ -44,15 +43,19 @@ class Analysis:
 def analyse(problem: Problem, backend: Backend) -> Analysis:
     """Run the passes that depend on lengths and on table contents.
 
+    They are loaded here, when first needed: `import maskflash` should cost next to nothing beside torch.
+
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
+    from maskflash.blocks.classify import classify
+
     classified = classify(problem)
     if backend == "triton":
-        from maskflash.kernels import triton  # with all that writes kernels: not before somebody wants it
+        return Analysis(replace(classified, hulls=None), kernels.triton.plan(classified))
+    from maskflash.blocks.hulls import find_hulls
 
-        return Analysis(replace(classified, hulls=None), triton.plan(classified))
     block_map = classified.block_map
     pairs = block_map.counts["partial"] * math.prod(block_map.block_size)
     hulls = classified.hulls or (find_hulls(problem) if pairs > _MANY_PAIRS else None)
-    return Analysis(replace(classified, hulls=None), cpu.plan(block_map, problem.visible, hulls))
+    return Analysis(replace(classified, hulls=None), kernels.cpu.plan(block_map, problem.visible, hulls))

@@ -7,7 +7,6 @@ and without telling hues apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Final
 
 _MOST: Final = 4000  # characters of one text: notebooks keep what they show
@@ -68,5 +67,7 @@ def _runs(kinds: Sequence[Sequence[int]], kind: int) -> str:
 
 
 def _text(value: str) -> str:
+    from html import escape  # 2 ms, for a table of all entities
+
     shown = value if len(value) <= _MOST else f"{value[:_MOST]} ..."
     return escape(shown)

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from maskflash import plans
+from maskflash import kernels, plans
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend
 from maskflash.expr.evaluate import Inputs
-from maskflash.kernels import cpu
 from maskflash.masks.slots import expression
 
 _MASK: Final = (
@@ -82,10 +81,10 @@ def attend(
         result = torch.ops.maskflash.forward.default(q, k, v, *mask)
         return result
     plan = _analysis(q, k, *mask).plan if backend == "cpu" and not return_lse else None
-    if isinstance(plan, cpu.Plan):
-        call = cpu.sole_call(plan, q, k, v)
+    if isinstance(plan, kernels.cpu.Plan):
+        call = kernels.cpu.sole_call(plan, q, k, v)
         if call is not None:
-            return _once(cpu.attend(plan, call, q, k, v, scale)), None
+            return _once(kernels.cpu.attend(plan, call, q, k, v, scale)), None
     result = _Forward.apply(_forward_at_once, q, k, v, mask)
     return result
 
@@ -218,11 +217,9 @@ def _batched(*args: Any) -> Any:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
     plan, scale = _analysis(q, k, *mask).plan, mask[4]
-    if isinstance(plan, cpu.Plan):
-        return cpu.forward(plan, q, k, v, scale)
-    from maskflash.kernels import triton
-
-    return triton.forward(plan, _problem(q, k, *mask)[0], q, k, v, scale)
+    if isinstance(plan, kernels.cpu.Plan):
+        return kernels.cpu.forward(plan, q, k, v, scale)
+    return kernels.triton.forward(plan, _problem(q, k, *mask)[0], q, k, v, scale)
 
 
 def _analysis(q: Tensor, k: Tensor, *mask: Any) -> Analysis:
@@ -251,11 +248,9 @@ def _backward(
     problem, scale, backend = _problem(q, k, *mask)
     dout = torch.zeros_like(out) if dout is None else dout
     plan = plans.find(problem, backend, saved=True).plan
-    if isinstance(plan, cpu.Plan):
-        return cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
-    from maskflash.kernels import triton
-
-    return triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
+    if isinstance(plan, kernels.cpu.Plan):
+        return kernels.cpu.backward(plan, dout, dlse, q, k, v, out, lse, scale)
+    return kernels.triton.backward(plan, problem, dout, dlse, q, k, v, out, lse, scale)
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from maskflash import arguments
 from maskflash.arguments import BlockSize
-from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.classify import classify
 from maskflash.blocks.problem import TILE
 from maskflash.masks import lines
 from maskflash.masks.call import Bindable
@@ -19,6 +17,7 @@ from maskflash.masks.call import Bindable
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from maskflash.blocks.block_map import BlockMap
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.why import Why
 
@@ -119,6 +118,8 @@ class Mask(Bindable):
             >>> mask(lambda b, h, q, kv: q >= kv).block_map(512, 512).counts
             {'full': 6, 'partial': 4, 'skip': 6}
         """
+        from maskflash.blocks.classify import classify
+
         size = arguments.block_size("Mask.block_map", block_size)
         problem = self.problem(
             "Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
