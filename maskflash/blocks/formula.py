@@ -7,10 +7,10 @@ row: no pair, tile or look-up costs anything, and a row of tiles costs a few add
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.problem import LARGEST_SUM, Problem
-from maskflash.blocks.runs import IntArray, Runs, Segments
+from maskflash.blocks.runs import IntArray, Runs, Segments, TileArray
 from maskflash.expr.cuts import find_cuts
+
+_T = TypeVar("_T")
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
 
@@ -33,7 +35,7 @@ class Strip(NamedTuple):
     high: int
 
 
-Bands = dict[tuple[int, int], tuple[Strip, ...]]
+Bands = dict[tuple[int, int], list[Strip]]
 """What lines (half open) see: strips in ascending order, disjoint; those of one band of columns never touch."""
 
 
@@ -64,7 +66,7 @@ class Formula:
         """What rows see, band by band: starts and stops (intervals, rows), empty where start is not below stop."""
         for (top, bottom), strips in self.rows.items():
             row = np.arange(top, bottom)
-            seen = _seen(strips or (Strip(0, 0, 0, 0),), row, row)
+            seen = _seen(strips or [Strip(0, 0, 0, 0)], row, row)
             device = self.problem.device
             yield torch.from_numpy(seen.start).to(device), torch.from_numpy(seen.stop).to(device)
 
@@ -94,28 +96,39 @@ def find_formula(problem: Problem) -> Formula | None:
     zero = torch.zeros((), dtype=torch.int64, device=problem.device)
     bits = problem.visible(zero, zero, q, kv).expand(len(cells)).tolist()
     seen = {cell for cell, bit in zip(cells, bits, strict=True) if bit}
-    of_rows = {
-        row: tuple(
+    seen_by = [
+        [_joined([x for d, x in enumerate(diagonals) if (r, c, d) in seen]) for c in range(len(columns))]
+        for r in range(len(rows))
+    ]
+    of_rows = [
+        [
             Strip(*column, low, high)
-            for c, column in enumerate(columns)
-            for low, high in reversed(_joined([x for d, x in enumerate(diagonals) if (r, c, d) in seen]))
-        )
-        for r, row in enumerate(rows)
-    }
-    of_columns = {
-        column: tuple(
-            Strip(*row, -high, -low)
-            for r, row in enumerate(rows)
-            for low, high in _joined([x for d, x in enumerate(diagonals) if (r, c, d) in seen])
-        )
-        for c, column in enumerate(columns)
-    }
-    return Formula(problem, largest, of_rows, of_columns)
+            for column, distances in _merged(columns, by_row)
+            for low, high in reversed(distances)
+        ]
+        for by_row in seen_by
+    ]
+    of_columns = [
+        [Strip(*row, -high, -low) for row, distances in _merged(rows, by_column) for low, high in distances]
+        for by_column in zip(*seen_by, strict=True)
+    ]
+    return Formula(problem, largest, dict(_merged(rows, of_rows)), dict(_merged(columns, of_columns)))
 
 
 def _between(cuts: list[int], start: int, stop: int) -> list[tuple[int, int]]:
     """What cuts divide start to stop into, half open."""
     return list(pairwise([start, *sorted(cut for cut in cuts if start < cut < stop), stop]))
+
+
+def _merged(bands: list[tuple[int, int]], values: Iterable[_T]) -> list[tuple[tuple[int, int], _T]]:
+    """Neighbouring bands of one value as one."""
+    merged: list[tuple[tuple[int, int], _T]] = []
+    for (start, stop), value in zip(bands, values, strict=True):
+        if merged and merged[-1][1] == value:
+            merged[-1] = (merged[-1][0][0], stop), value
+        else:
+            merged.append(((start, stop), value))
+    return merged
 
 
 def _joined(strips: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -132,6 +145,8 @@ def _joined(strips: list[tuple[int, int]]) -> list[tuple[int, int]]:
 class Seen(NamedTuple):
     """What groups of lines see, interval by interval: all (strips, groups), empty where start is not below stop.
 
+    In tokens int64, in tiles int32.
+
     Attributes:
         start: first column that some line of the group sees.
         stop: one past the last.
@@ -139,13 +154,13 @@ class Seen(NamedTuple):
         inner_stop: one past the last.
     """
 
-    start: IntArray
-    stop: IntArray
-    inner_start: IntArray
-    inner_stop: IntArray
+    start: TileArray | IntArray
+    stop: TileArray | IntArray
+    inner_start: TileArray | IntArray
+    inner_stop: TileArray | IntArray
 
 
-def _seen(strips: tuple[Strip, ...], first: IntArray, last: IntArray) -> Seen:
+def _seen(strips: list[Strip], first: IntArray, last: IntArray) -> Seen:
     """What lines first to last (groups,) of one band see. Strips that all lines see to their common edge are joined."""
     left, right, low, high = np.array(strips, dtype=np.int64).reshape(-1, 4).T[:, :, None]
     start, stop = np.maximum(left, first - high), np.minimum(right, last - low + 1)
@@ -163,35 +178,40 @@ def _seen(strips: tuple[Strip, ...], first: IntArray, last: IntArray) -> Seen:
 def _runs(bands: Bands, length: int, block: int, across: int, width: int, device: torch.device) -> Runs:
     """Runs of tiles: `length` tokens in lines of `block` over `across` tokens in tiles of `width`."""
     lines = -(-length // block)
-    parts = list(_torn(bands, length, block, across, width))
+    parts = {int(torn.line[0]): torn for torn in _torn(bands, length, block, across, width)}
     for (top, bottom), strips in bands.items():
         # Whole lines of tiles; the last line may be ragged.
-        line = np.arange(-(-top // block), max(-(-top // block), lines if bottom == length else bottom // block))
-        seen = _seen(strips, line * block, np.minimum(line * block + block, length) - 1)
-        parts.append(segments_of(line, tiles_of(seen, across, width)))
-    segments = Segments(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        begin, end = -(-top // block), lines if bottom == length else bottom // block
+        line = np.arange(begin, end, dtype=np.int32)
+        if len(line):
+            first = line * np.int64(block)
+            seen = _seen(strips, first, np.minimum(first + block, length) - 1)
+            parts[int(line[0])] = segments_of(line, tiles_of(seen, across, width))
+    ordered = (parts[line] for line in sorted(parts))
+    segments = Segments(*(np.concatenate(column) for column in zip(*ordered, strict=True)))
     return Runs.from_segments(lines, segments, device)
 
 
 def tiles_of(seen: Seen, across: int, width: int) -> Seen:
     """The same in tiles: start and stop of those to visit, no tile twice, and of those that are full."""
     some = seen.start < seen.stop
-    stop = np.where(some, -(-seen.stop // width), 0)
-    start = np.where(some, seen.start // width, stop)
-    start[1:] = np.maximum(start[1:], np.maximum.accumulate(stop)[:-1])
+    stop = np.where(some, -(-seen.stop // width), 0).astype(np.int32)
+    start = np.where(some, seen.start // width, stop).astype(np.int32)
+    if len(start) > 1:
+        start[1:] = np.maximum(start[1:], np.maximum.accumulate(stop)[:-1])
+    inner_start = -(-seen.inner_start // width)
     inner_stop = np.where(seen.inner_stop == across, -(-across // width), seen.inner_stop // width)
-    return Seen(start, stop, -(-seen.inner_start // width), inner_stop)
+    return Seen(start, stop, inner_start.astype(np.int32), inner_stop.astype(np.int32))
 
 
-def segments_of(line: IntArray, tiles: Seen) -> Segments:
+def segments_of(line: TileArray | IntArray, tiles: Seen) -> Segments:
     """The stretches of lines of tiles that belong to one band, in order."""
     full = tiles.inner_start < tiles.inner_stop
-    before, after = (np.where(full, end, tiles.stop) for end in (tiles.inner_start, tiles.inner_stop))
-    start, stop = np.empty((2, len(line), len(full), 3), dtype=np.int64)  # (line, strip, stretch)
-    for place, (first, last) in enumerate(((tiles.start, before), (before, after), (after, tiles.stop))):
-        start[..., place], stop[..., place] = first.T, last.T
-    kinds = np.tile([False, True, False], len(line) * len(full))
-    return Segments(np.repeat(line, 3 * len(full)), start.reshape(-1), stop.reshape(-1), kinds)
+    before, after = (np.where(full, end, tiles.start) for end in (tiles.inner_start, tiles.inner_stop))
+    ends = np.stack((tiles.start, before, after, tiles.stop), axis=1)  # of three stretches: (strips, 4, lines)
+    strip, stretch = np.nonzero((ends[:, 1:] > ends[:, :-1]).any(axis=2))  # those that any line has
+    start, stop = ends[strip, stretch].T.reshape(-1), ends[strip, stretch + 1].T.reshape(-1)
+    return Segments(line.repeat(len(strip)), start, stop, np.tile(stretch == 1, len(line)))
 
 
 def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[Segments]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
+TileArray = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
 SKIP: Final = 0
@@ -32,9 +33,9 @@ class Segments(NamedTuple):
         full: whether its tiles are full; else they are partial.
     """
 
-    line: IntArray
-    start: IntArray
-    stop: IntArray
+    line: TileArray | IntArray
+    start: TileArray | IntArray
+    stop: TileArray | IntArray
     full: BoolArray
 
 
@@ -99,19 +100,20 @@ class Runs:
             device: where the runs are wanted.
         """
         line, start, stop, full = segments
-        kept = np.flatnonzero(stop > start)
-        line, start, stop, full = line[kept], start[kept], stop[kept], full[kept]
-        key = line * (int(stop.max(initial=0)) + 1) + start
-        if not (key[1:] > key[:-1]).all():
-            order = key.argsort()
+        kept = stop > start
+        if not kept.all():
+            line, start, stop, full = line[kept], start[kept], stop[kept], full[kept]
+        same = line[1:] == line[:-1]
+        if not ((line[1:] > line[:-1]) | same & (start[1:] > start[:-1])).all():
+            order = np.lexsort((start, line))
             line, start, stop, full = line[order], start[order], stop[order], full[order]
-        begins = np.ones(len(line), dtype=np.bool_)
-        begins[1:] = (line[1:] != line[:-1]) | (start[1:] != stop[:-1]) | (full[1:] != full[:-1])
-        first = np.flatnonzero(begins)
-        last = np.append(first[1:], len(line))[: len(first)] - 1
+            same = line[1:] == line[:-1]
+        apart = ~same | (start[1:] != stop[:-1]) | (full[1:] != full[:-1])
+        end = np.ones(min(1, len(line)), dtype=np.bool_)
+        first, last = np.concatenate((end, apart)), np.concatenate((apart, end))
         offsets = np.zeros(lines + 1, dtype=np.int32)
         offsets[1:] = np.bincount(line[first], minlength=lines).cumsum()
-        arrays = offsets, start[first].astype(np.int32), stop[last].astype(np.int32), full[first]
+        arrays = offsets, *(x.astype(np.int32, copy=False) for x in (start[first], stop[last])), full[first]
         return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
 
     def cells(self, unit: int, lines: int, across: int, side: int) -> npt.NDArray[np.int8]:
