@@ -60,9 +60,9 @@ class Pieces:
         Raises:
             MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
         """
-        problem, at = self.problem, self._at(b, h, columns)
-        shape = np.broadcast_shapes(*(x.shape for x in at.values()))
-        found = (turn.row(problem, at, b, h)[0] for turn in self.turns)
+        problem, of = self.problem, _Columns(self.problem, b, h, columns)
+        at, shape = of.pairs, of.shape
+        found = (turn.row(of)[0] for turn in self.turns)
         # A turn outside the rows, such as an end of S, cuts nothing.
         turns = [row.expand(shape) for row in found if int(row.max()) > 0 and int(row.min()) < problem.q_len]
         first = torch.zeros((), dtype=torch.int64, device=problem.device).expand(shape)
@@ -79,10 +79,10 @@ class Pieces:
         """
         if self.within is None:
             return None
-        problem, at = self.problem, self._at(b, h, columns)
+        of = _Columns(self.problem, b, h, columns)
         start, stop = (_part(edge, b, h) for edge in self.within)
         for turn in self.turns:
-            row, faults = turn.row(problem, at, b, h)
+            row, faults = turn.row(of)
             if _any(faults):
                 return None
             if turn.hides == "above":
@@ -90,21 +90,41 @@ class Pieces:
             else:
                 stop = torch.minimum(stop, row)
         for condition in self.conditions:
-            shown, faults = compute(condition, problem.inputs, {**at, "q": _nowhere(problem)})
+            shown, faults = of.values(condition)
             if _any(faults):
                 return None
             stop = torch.where(shown.to(torch.bool), stop, 0)
-        shape = np.broadcast_shapes(*(x.shape for x in at.values()))
-        return start.expand(shape), stop.expand(shape)
+        return start.expand(of.shape), stop.expand(of.shape)
 
-    def _at(self, b: slice, h: slice, columns: slice) -> dict[str, Tensor]:
-        device = self.problem.device
-        batch, heads = self.problem.shape[:2]
-        return {
+
+class _Columns:
+    """What expressions that don't read q are at some columns of a problem, each found once."""
+
+    def __init__(self, problem: Problem, b: slice, h: slice, columns: slice) -> None:
+        self.problem, self.b, self.h = problem, b, h
+        device, (batch, heads) = problem.device, problem.shape[:2]
+        self.pairs = {
             "b": torch.arange(batch, device=device)[b, None, None],
             "h": torch.arange(heads, device=device)[h, None],
             "kv": torch.arange(columns.start, columns.stop, device=device),
         }
+        self.shape = np.broadcast_shapes(*(x.shape for x in self.pairs.values()))
+        self._values: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        self._runs: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def values(self, expr: Expr) -> tuple[Tensor, list[Tensor]]:
+        """An expression's values and faults, which broadcast to (b, h, columns)."""
+        if expr.text not in self._values:
+            pairs = {**self.pairs, "q": _nowhere(self.problem)}
+            self._values[expr.text] = compute(expr, self.problem.inputs, pairs)
+        return self._values[expr.text]
+
+    def runs(self, expr: Expr) -> tuple[Tensor, Tensor]:
+        """Its values as they follow one another, each once, and how often each does."""
+        if expr.text not in self._runs:
+            values = self.values(expr)[0].to(torch.int64)
+            self._runs[expr.text] = torch.unique_consecutive(values, return_counts=True)
+        return self._runs[expr.text]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,15 +149,17 @@ class Turn:
     after: bool
     hides: Hides | None
 
-    def row(self, problem: Problem, at: dict[str, Tensor], b: slice, h: slice) -> tuple[Tensor, list[Tensor]]:
+    def row(self, of: _Columns) -> tuple[Tensor, list[Tensor]]:
         """The row, between 0 and q_len, for each column, which broadcasts to (b, h, columns); and columns' faults."""
-        wanted, faults = compute(self.columns, problem.inputs, {**at, "q": _nowhere(problem)})
+        wanted, faults = of.values(self.columns)
+        if self.first is not None:  # documents are few: they are searched sooner than their tokens, and for each other
+            distinct, counts = of.runs(self.columns)
+            row = self.first[torch.searchsorted(self.values, distinct * self.sign, right=self.after)]
+            return row.repeat_interleave(counts).view(wanted.shape), faults
         wanted = wanted.to(torch.int64) * self.sign
-        if self.first is not None:  # documents are few: they are searched sooner than their tokens
-            return self.first[torch.searchsorted(self.values, wanted.contiguous(), right=self.after)], faults
-        values = _part(self.values, b, h)
+        values = _part(self.values, of.b, of.h)
         if self.step:
-            return (wanted - values[..., :1] + self.after).clamp(0, problem.q_len), faults
+            return (wanted - values[..., :1] + self.after).clamp(0, of.problem.q_len), faults
         sizes = np.broadcast_shapes(wanted.shape[:-1], values.shape[:-1])
         wanted, values = wanted.expand(*sizes, -1).contiguous(), values.expand(*sizes, -1).contiguous()
         return torch.searchsorted(values, wanted, right=self.after), faults
@@ -171,21 +193,25 @@ def find_pieces(problem: Problem) -> Pieces | None:
             after, hides = not after, _TURNED[hides]
         key = text, threshold.columns.text, threshold.after, hides
         turns[key] = Turn(values, first, step, sign, threshold.columns, after, hides)
-    shown = torch.ones(1, 1, problem.q_len, dtype=torch.bool, device=problem.device)
+    shown: Tensor | None = None
     for switch in separated.switches:
         values, faults = _of_rows(problem, switch)
         changes += map(_changes, (values, *faults))
         faulty |= _any(faults)
-        shown = shown & values.to(torch.bool)
+        values = values.to(torch.bool).expand(*values.shape[:2], problem.q_len)
+        shown = values if shown is None else shown & values
     always = torch.cat(changes).unique() if changes else torch.zeros(0, dtype=torch.int64, device=problem.device)
     single = separated.joined and not faulty and all(turn.hides for turn in turns.values())
-    within = _only_interval(shown) if single else None
+    within = _only_interval(shown, problem) if single else None
     pieces = Pieces(problem, largest, tuple(turns.values()), always, within, separated.conditions)
     return pieces if len(always) <= _MOST_SWITCHES and pieces.most <= _MOST_PIECES else None
 
 
-def _only_interval(shown: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The first place and one past the last of the places shown, (B, H, n) bool -> (B, H, 1); None where apart."""
+def _only_interval(shown: Tensor | None, problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """The first and one past the last of the rows shown, (B, H, n) bool or all -> (B, H, 1); None where apart."""
+    if shown is None:
+        every = torch.tensor([0, problem.q_len], device=problem.device)[:, None, None, None]
+        return every[0], every[1]
     count, length = shown.sum(-1, keepdim=True), shown.shape[-1]
     start = shown.to(torch.int8).argmax(-1, keepdim=True)
     stop = length - shown.flip(-1).to(torch.int8).argmax(-1, keepdim=True)
@@ -240,7 +266,8 @@ def _ascend(values: Tensor) -> tuple[Tensor, bool, int] | None:
         if not bool((before >= after).all()) or bool((values == torch.iinfo(torch.int64).min).any()):
             return None
         values, sign = -values, -1
-    return values, bool((values.diff(dim=-1) == 1).all()), sign
+    far = bool((values[..., -1] - values[..., 0] == values.shape[-1] - 1).all())
+    return values, far and bool((values.diff(dim=-1) == 1).all()), sign
 
 
 def _changes(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.expr.bounds import bounds
+from maskflash.expr.bounds import bounds, largest
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Expr
@@ -65,12 +65,14 @@ class Problem:
 
     def largest(self) -> float:
         """A cap on the mask's 64-bit integers over all pairs, before any wrapping."""
-        last = {"b": self.batch, "h": self.heads, "q": self.q_len, "kv": self.kv_len}
-        zero = torch.zeros((), dtype=torch.int64, device=self.device)
-        boxes = {name: Interval(zero, zero + size - 1) for name, size in last.items()}
         offset = self.q_offset
-        low, high = (offset.min(), offset.max()) if isinstance(offset, Tensor) else (offset, offset)
-        boxes["q"] = Interval(boxes["q"].lo + low, boxes["q"].hi + high)
+        low, high = torch.stack(torch.aminmax(offset)).tolist() if isinstance(offset, Tensor) else (offset, offset)
+        ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads), ("kv", self.kv_len))}
+        ends["q"] = low, high + self.q_len - 1
+        found = largest(self.expr, self.inputs, {name: float(max(map(abs, pair))) for name, pair in ends.items()})
+        if found is not None:
+            return found
+        boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
         return bounds(self.expr, self.inputs, boxes).largest
 
     def turned(self) -> Problem | None:

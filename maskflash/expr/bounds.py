@@ -46,21 +46,18 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
     for node in expr.nodes:
         operands = [intervals[arg] for arg in node.args]
         kinds = [expr.nodes[arg] for arg in node.args]
-        magnitude = 0.0 if node.op in _MEASURED else _magnitude(node, [magnitudes[arg] for arg in node.args])
+        measured = node.op in INDEX_VARIABLES or node.op == "cast"  # its cap is read off its bounds
+        magnitude = 0.0 if measured else _magnitude(node, [magnitudes[arg] for arg in node.args], inputs, ranges)
         fault: Tensor | None = None
         if node.op in INDEX_VARIABLES:
             interval = boxes[node.op]
         elif node.op in ("const", "param"):
-            number = _number(node, inputs)
-            interval = Interval(*[torch.tensor(number, dtype=node.dtype)] * 2)
-            magnitude = abs(float(number))
+            interval = Interval(*[torch.tensor(_number(node, inputs), dtype=node.dtype)] * 2)
         elif node.op == "lookup":
-            table = inputs.tables[int(node.value or 0)]
-            interval, fault = ranges.lookup(table, operands)
-            magnitude = ranges.magnitude(table)
+            interval, fault = ranges.lookup(inputs.tables[int(node.value or 0)], operands)
         else:
             interval, fault = operation(node, operands, operand_dtype(node, kinds), magnitude)
-        if node.op in _MEASURED and not node.dtype.is_floating_point:
+        if measured and not node.dtype.is_floating_point:
             magnitude = _extent(interval)
         intervals.append(interval)
         magnitudes.append(magnitude)
@@ -72,8 +69,36 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
         for fault, here in zip(faults, reach, strict=True):
             if fault is not None:
                 faulty = faulty | (fault & here)
+    return Verdict(truths[-1].lo, truths[-1].hi, faulty, _largest(expr, magnitudes))
+
+
+def largest(expr: Expr, inputs: Inputs, extents: Mapping[str, float]) -> float | None:
+    """A cap on the absolute values of the mask's 64-bit integers, before any wrapping, without bounding anything.
+
+    Args:
+        expr: the mask.
+        inputs: values of its params and tables.
+        extents: for `b`, `h`, `q`, `kv` the largest absolute index.
+
+    Returns:
+        The cap, at least that of `bounds`; None where a real number is made an integer, which only its bounds tell.
+    """
+    ranges = RangeMinima()
+    magnitudes: list[float] = []
+    for node in expr.nodes:
+        sizes = [magnitudes[arg] for arg in node.args]
+        if node.op in INDEX_VARIABLES:
+            magnitudes.append(extents[node.op])
+        elif node.op == "cast" and expr.nodes[node.args[0]].dtype.is_floating_point:
+            return None
+        else:
+            magnitudes.append(_magnitude(node, sizes, inputs, ranges))
+    return _largest(expr, magnitudes)
+
+
+def _largest(expr: Expr, magnitudes: list[float]) -> float:
     wide = (size for size, node in zip(magnitudes, expr.nodes, strict=True) if node.dtype == torch.int64)
-    return Verdict(truths[-1].lo, truths[-1].hi, faulty, max(wide, default=0.0))
+    return max(wide, default=0.0)
 
 
 def _number(node: Node, inputs: Inputs) -> Scalar:
@@ -84,17 +109,19 @@ def _number(node: Node, inputs: Inputs) -> Scalar:
     return node.value
 
 
-_MEASURED = frozenset((*INDEX_VARIABLES, "cast"))  # their caps are read off their bounds
-
-
 def _extent(x: Interval) -> float:
     """The greatest absolute value in any box."""
     ends = [bound.to(torch.float64).abs().max() for bound in x if bound.numel()]
     return float(torch.stack(ends).max()) if ends else 0.0
 
 
-def _magnitude(node: Node, sizes: list[float]) -> float:
+def _magnitude(node: Node, sizes: list[float], inputs: Inputs, ranges: RangeMinima) -> float:
     """A cap on an integer node's absolute value before wrapping, and on its operands': where int64 may overflow."""
+    match node.op:
+        case "const" | "param":
+            return abs(float(_number(node, inputs)))
+        case "lookup":
+            return ranges.magnitude(inputs.tables[int(node.value or 0)])
     if node.dtype == torch.bool or not sizes:
         return 1.0
     match node.op:
@@ -108,4 +135,6 @@ def _magnitude(node: Node, sizes: list[float]) -> float:
             return 2 * max(sizes) + 1
         case "select":
             return max(sizes[1:])
+        case "cast" if not node.dtype.is_signed:
+            return max(*sizes, float(torch.iinfo(node.dtype).max))  # negative numbers wrap to larger ones
     return max(sizes)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskflash.errors import MaskIndexError, MaskTraceError
-from maskflash.expr.bounds import bounds
-from maskflash.expr.evaluate import Inputs, evaluate
+from maskflash.expr.bounds import bounds, largest
+from maskflash.expr.evaluate import Inputs, evaluate, every_value
 from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Builder
 from maskflash.expr.ranges import RangeMinima
@@ -61,6 +61,35 @@ def test_bounds_are_sound(data, texts, brute):
     except MaskTraceError:
         return
     check_sound(traced.expr, traced.bind({}), random_boxes(data, 8))
+
+
+@given(data=st.data())
+@settings(max_examples=250)
+def test_integers_keep_to_their_cap(data, texts, brute):
+    predicate = brute.compile(data.draw(texts, label="predicate"))
+    try:
+        traced = trace(predicate)
+    except MaskTraceError:
+        return
+    expr, inputs = traced.expr, traced.bind({})
+    cap = largest(expr, inputs, {name: float(max(map(abs, ends))) for name, ends in ENDS.items()})
+    box = {name: Interval(torch.tensor([first]), torch.tensor([last])) for name, (first, last) in ENDS.items()}
+    if cap is None or cap >= 2**62:
+        return  # beyond it they may wrap
+    assert cap >= bounds(expr, inputs, box).largest
+    values, _ = every_value(expr, inputs, inside(box, 0))
+    wide = [value for value, node in zip(values, expr.nodes, strict=True) if node.dtype == torch.int64]
+    assert all(value.abs().max() <= cap for value in wide)
+
+
+def test_a_negative_number_made_a_byte_keeps_to_its_cap():
+    traced = trace(lambda b, h, q, kv: q.to(torch.uint8).to(torch.int64) * 2 > kv)
+    assert largest(traced.expr, traced.bind({}), {"b": 0.0, "h": 0.0, "q": 3.0, "kv": 3.0}) >= 2 * 255
+
+
+def test_a_real_number_made_an_integer_has_no_cap_without_its_bounds():
+    traced = trace(lambda b, h, q, kv: (q / 2).to(torch.int64) > kv)
+    assert largest(traced.expr, traced.bind({}), {"b": 0.0, "h": 0.0, "q": 3.0, "kv": 3.0}) is None
 
 
 def test_the_check_can_fail():
