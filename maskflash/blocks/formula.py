@@ -24,6 +24,7 @@ from maskflash.expr.cuts import find_cuts
 _T = TypeVar("_T")
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
+_LINES_AT_ONCE: Final = 2048  # whose numbers stay in the caches, and in memory that the process has already
 
 
 class Strip(NamedTuple):
@@ -182,11 +183,11 @@ def _runs(bands: Bands, length: int, block: int, across: int, width: int, device
     for (top, bottom), strips in bands.items():
         # Whole lines of tiles; the last line may be ragged.
         begin, end = -(-top // block), lines if bottom == length else bottom // block
-        line = np.arange(begin, end, dtype=np.int32)
-        if len(line):
+        for low in range(begin, end, _LINES_AT_ONCE):
+            line = np.arange(low, min(low + _LINES_AT_ONCE, end), dtype=np.int32)
             first = line * np.int64(block)
             seen = _seen(strips, first, np.minimum(first + block, length) - 1)
-            parts[int(line[0])] = segments_of(line, tiles_of(seen, across, width))
+            parts[low] = segments_of(line, tiles_of(seen, across, width)).kept()
     ordered = (parts[line] for line in sorted(parts))
     segments = Segments(*(np.concatenate(column) for column in zip(*ordered, strict=True)))
     return Runs.from_segments(lines, segments, device)

@@ -38,6 +38,15 @@ class Segments(NamedTuple):
     stop: TileArray | IntArray
     full: BoolArray
 
+    def kept(self) -> Segments:
+        """Without those that hold no tile."""
+        some = self.stop > self.start
+        if some.all():
+            return self
+        kept = np.flatnonzero(some)  # where they come and go by turns, it takes a quarter of the time of a mask
+        line, start, stop, full = self
+        return Segments(line.take(kept), start.take(kept), stop.take(kept), full.take(kept))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runs:
@@ -99,10 +108,7 @@ class Runs:
             segments: the stretches.
             device: where the runs are wanted.
         """
-        line, start, stop, full = segments
-        kept = stop > start
-        if not kept.all():
-            line, start, stop, full = line[kept], start[kept], stop[kept], full[kept]
+        line, start, stop, full = segments.kept()
         same = line[1:] == line[:-1]
         if not ((line[1:] > line[:-1]) | same & (start[1:] > start[:-1])).all():
             order = np.lexsort((start, line))

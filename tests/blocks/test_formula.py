@@ -33,10 +33,12 @@ def brute_force(dense, block_size):
 
 
 @settings(max_examples=300)
-@given(affine_masks(), SIDES, SIDES, st.integers(0, 30), SIDES, SIDES)
-def test_its_runs_are_those_of_all_pairs(mask, q_len, kv_len, offset, rows, width):
+@given(affine_masks(), SIDES, SIDES, st.integers(0, 30), SIDES, SIDES, st.sampled_from([1, 3, 2048]))
+def test_its_runs_are_those_of_all_pairs(mask, q_len, kv_len, offset, rows, width, at_once):
     problem = problem_of(mask, q_len, kv_len, (rows, width), offset)
-    found = find_formula(problem).block_map()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LINES_AT_ONCE", at_once)
+        found = find_formula(problem).block_map()
     expected = brute_force(mask.dense(q_len, kv_len, q_offset=offset)[0, 0], (rows, width))
     assert same_runs(found.rows, expected.rows) and same_runs(found.columns, expected.columns)
 
