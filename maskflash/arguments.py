@@ -180,6 +180,8 @@ def same_device(device: torch.device, names: tuple[str, ...], tables: list[Tenso
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as autocast has torch's own attention take them: in its dtype, but for float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return q, k, v
     if isinstance(q, Tensor) and q.device.type in _AUTOCAST and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (

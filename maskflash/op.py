@@ -77,20 +77,23 @@ def attend(
     number, tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     mask = tables, params, number, tensor, scale, expr, block_size, backend
     result: tuple[Tensor, Tensor | None]
-    if torch.compiler.is_compiling() or _watched(q, k, v):
+    if torch.compiler.is_compiling() or watched(q, k, v):
         result = torch.ops.maskflash.forward.default(q, k, v, *mask)
         return result
     plan = _analysis(q, k, *mask).plan if backend == "cpu" and not return_lse else None
-    if isinstance(plan, kernels.cpu.Plan):
-        call = kernels.cpu.sole_call(plan, q, k, v)
-        if call is not None:
-            return _once(kernels.cpu.attend(plan, call, q, k, v, scale)), None
+    out = None if plan is None else at_once(plan, q, k, v, scale)
+    if out is not None:
+        return out, None
     result = _Forward.apply(_forward_at_once, q, k, v, mask)
     return result
 
 
-def _once(out: Tensor) -> Tensor:
-    """`out` as torch's kernel gives it, in rows, with gradients that refuse to be differentiated."""
+def at_once(plan: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+    """`out`, where one call of torch's own kernel is all there is to do: torch differentiates it, once. Else None."""
+    call = kernels.cpu.sole_call(plan, q, k, v) if isinstance(plan, kernels.cpu.Plan) else None
+    if call is None:
+        return None
+    out = kernels.cpu.attend(plan, call, q, k, v, scale)
     if out.grad_fn is not None:
         out.grad_fn.register_hook(_refused)
     return out.contiguous()
@@ -101,7 +104,7 @@ def _refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor
     return final  # None leaves them as they are
 
 
-def _watched(*tensors: Tensor) -> bool:
+def watched(*tensors: Tensor) -> bool:
     """Whether anything but autograd may want to see the op; if nothing does, dispatching it is 40 us for nothing."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -226,7 +229,7 @@ def _analysis(q: Tensor, k: Tensor, *mask: Any) -> Analysis:
     """What is known of a call's mask, without a problem if there was a call like it: that would take 10 us."""
     tables, params, q_offset, q_offsets, _, expr, block_size, backend = mask
     call = (expr, backend, *block_size, q.shape, k.shape, q_offset, *params, *map(id, tables))
-    found = plans.again(call, tables) if q_offsets is None else None
+    found = plans.again(call) if q_offsets is None else None
     if found is None:
         problem = _problem(q, k, *mask)[0]
         found = plans.find(problem, backend)

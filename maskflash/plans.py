@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,10 +32,12 @@ class _Entry:
     references: tuple[StorageWeakRef | weakref.ref[Tensor], ...]
 
 
-_lock = threading.RLock()  # of what follows; never held while a mask is analysed
+# Of what follows; never held while a mask is analysed. Garbage collection runs anywhere, under it too, and then forgets
+# entries of tables that died: so nothing is walked in place, or taken to be there still.
+_lock = threading.RLock()
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _keys: dict[Hashable, Hashable] = {}  # of entries, by their keys for saved tensors
-_calls: dict[Hashable, tuple[Hashable, tuple[tuple[weakref.ref[Tensor], int], ...]]] = {}  # keys of entries, by calls
+_calls: dict[Hashable, tuple[Hashable, tuple[tuple[weakref.ref[object], int | None], ...]]] = {}  # keys, by calls
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
 
@@ -57,35 +58,36 @@ def find(problem: Problem, backend: Backend, *, saved: bool = False) -> Analysis
     return _make(key, problem, backend) if found is None else found
 
 
-def again(call: Hashable, tables: Sequence[Tensor]) -> Analysis | None:
-    """The analysis of a call like one before, with the very same tables unchanged; None where it has to be looked for.
+def again(call: Hashable) -> Analysis | None:
+    """The analysis of a call like one before, as `note` was told; None where it has to be looked for.
 
-    Args:
-        call: as told to `note`.
-        tables: the mask's tables.
+    It is another call once anything that it names is gone, or a table has been written to.
     """
     known = _calls.get(call)
     if known is None:
         return None
-    key, seen = known
-    for table, (tensor, version) in zip(tables, seen, strict=True):
-        if tensor() is not table or table._version != version:
+    key, named = known
+    for reference, version in named:
+        thing = reference()
+        if thing is None or (version is not None and thing._version != version):  # type: ignore[attr-defined]
             return None
     return _get(key)
 
 
-def note(call: Hashable, tables: Sequence[Tensor], problem: Problem, backend: Backend) -> None:
+def note(call: Hashable, named: Sequence[object], problem: Problem, backend: Backend) -> None:
     """Have `again` find the analysis of a problem.
 
     Args:
-        call: all that the problem depends on but its tables; told apart from other calls by their number too.
-        tables: the problem's.
+        call: all that the problem depends on; tables and the like by their ids.
+        named: what it names so.
         problem: of which `find` has made the analysis.
         backend: it was made for.
     """
-    if any(table.is_inference() for table in tables):
+    tensors = [thing for thing in named if isinstance(thing, Tensor)]
+    if any(tensor.is_inference() for tensor in tensors):
         return
-    seen = tuple([(weakref.ref(table), table._version) for table in tables])  # first: a write after it is noticed
+    # Versions first: a write after it is noticed.
+    seen = tuple([(weakref.ref(x), x._version if isinstance(x, Tensor) else None) for x in named])
     with _lock:
         if len(_calls) >= _CALLS:
             _calls.clear()
@@ -95,18 +97,17 @@ def note(call: Hashable, tables: Sequence[Tensor], problem: Problem, backend: Ba
 def invalidate(expressions: set[str]) -> None:
     """Forget the analyses of these expressions (canonical texts)."""
     with _lock:
-        for key in [key for key in _entries if isinstance(key, tuple) and key[0] in expressions]:
+        for key in [key for key in list(_entries) if isinstance(key, tuple) and key[0] in expressions]:
             _forget(key)
 
 
 def _get(key: Hashable) -> Analysis | None:
     with _lock:
-        entry = _entries.get(key)
-        if entry is None:
-            return None
-        with suppress(KeyError):  # a table of its own may just have died: collection runs anywhere
+        try:
             _entries.move_to_end(key)
-        return entry.analysis
+            return _entries[key].analysis
+        except KeyError:
+            return None
 
 
 def _make(key: Hashable, problem: Problem, backend: Backend) -> Analysis:
@@ -137,23 +138,29 @@ def _keep(key: Hashable, analysis: Analysis, problem: Problem, backend: Backend)
         counted = [tensor for tensor in tensors if not tensor.is_inference()]
         alive = [weakref.ref(_owner(tensor), lambda _: _forget(key)) for tensor in counted]
         storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in counted]
-        if _latest in _entries:  # it has made schedules since
-            _entries[_latest].nbytes = _entries[_latest].analysis.nbytes
+        latest = _entries.get(_latest)
+        if latest is not None:  # it has made schedules since
+            latest.nbytes = latest.analysis.nbytes
         saved_key = _key(problem, backend, saved=True)
         _entries[key] = _Entry(analysis, analysis.nbytes, saved_key, (*alive, *storages))
         _keys[saved_key] = _latest = key
-        nbytes = sum(entry.nbytes for entry in _entries.values())
+        nbytes = sum(entry.nbytes for entry in list(_entries.values()))
         while len(_entries) > CAPACITY or (nbytes > MEMORY and len(_entries) > 1):
-            oldest = next(iter(_entries))
-            nbytes -= _entries[oldest].nbytes
-            _forget(oldest)
+            oldest, entry = _entries.popitem(last=False)
+            nbytes -= entry.nbytes
+            _forget_saved(oldest, entry)
 
 
 def _forget(key: Hashable) -> None:
     with _lock:
         entry = _entries.pop(key, None)
-        if entry is not None and _keys.get(entry.saved_key) == key:
-            del _keys[entry.saved_key]
+        if entry is not None:
+            _forget_saved(key, entry)
+
+
+def _forget_saved(key: Hashable, entry: _Entry) -> None:
+    if _keys.get(entry.saved_key) == key:
+        del _keys[entry.saved_key]
 
 
 def _key(problem: Problem, backend: Backend, *, saved: bool = False) -> Hashable:
