@@ -1,6 +1,8 @@
 """Each script runs and fills its rows, and the docs' tables come from stored results; no timing is asserted."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -206,6 +208,21 @@ def test_the_contenders_alternate_and_their_samples_stay_paired():
     assert (ours, theirs) == ([[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [6.0, 6.0]])
     ours, theirs = runner.alternate(contender("ours", 1.0), contender("theirs", 3.0), 2, seconds=0)
     assert (ours, theirs) == ([[1.0], [2.0]], [[3.0], [6.0]])  # one turn at least
+
+
+def test_a_disturbed_sample_is_taken_again(monkeypatch):
+    monkeypatch.setattr(runner, "_NOTICEABLE", -1.0)
+    others, runs = iter([0.0, *[9.0] * 8, *[18.0] * 2, *[27.0] * 2, 36.0]), iter(range(9))
+    monkeypatch.setattr(runner, "_others", lambda: next(others))
+    ours, theirs = runner.alternate(lambda: (next(runs),), lambda: (next(runs),), 2)
+    assert ours == [[3, 8]]  # the second try; the last of three
+    assert theirs == [[4, 5]]
+
+
+def test_what_others_use_is_seen():
+    before = runner._others()
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert runner._others() > before
 
 
 def test_the_spread_of_a_ratio_is_that_of_the_pairs():
