@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from maskflash.expr.bounds import _magnitude
-from maskflash.expr.evaluate import _TORCH
+from maskflash.expr.evaluate import _TORCH, Inputs
 from maskflash.expr.intervals import Interval, operation, truth
 from maskflash.expr.nodes import ARITY, Node, operand_dtype, result_type
+from maskflash.expr.ranges import RangeMinima
 
 ENDS = [-9, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 7]
 SPANS = [(lo, hi) for lo, hi in itertools.product(ENDS, ENDS) if lo <= hi]
@@ -22,7 +23,8 @@ def bound(op, dtype, spans):
     kinds = [Node("lookup", (), dtype)] * len(spans)
     result, weak = result_type(op, kinds)
     node = Node(op, tuple(range(len(spans))), result, weak)
-    magnitude = _magnitude(node, [float(span.double().abs().max()) for span in spans])
+    sizes = [float(span.double().abs().max()) for span in spans]
+    magnitude = _magnitude(node, sizes, Inputs(), RangeMinima())
     args = [Interval(span[:, 0], span[:, 1]) for span in spans]
     return operation(node, args, operand_dtype(node, kinds), magnitude)
 
