@@ -24,7 +24,7 @@ from maskflash.expr.cuts import find_cuts
 _T = TypeVar("_T")
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
-_LINES_AT_ONCE: Final = 2048  # whose numbers stay in the caches, and in memory that the process has already
+_LINES_AT_ONCE: Final = 4096  # whose numbers stay in the caches, and in memory that the process has already
 
 
 class Strip(NamedTuple):

@@ -33,7 +33,7 @@ def brute_force(dense, block_size):
 
 
 @settings(max_examples=300)
-@given(affine_masks(), SIDES, SIDES, st.integers(0, 30), SIDES, SIDES, st.sampled_from([1, 3, 2048]))
+@given(affine_masks(), SIDES, SIDES, st.integers(0, 30), SIDES, SIDES, st.sampled_from([1, 3, 4096]))
 def test_its_runs_are_those_of_all_pairs(mask, q_len, kv_len, offset, rows, width, at_once):
     problem = problem_of(mask, q_len, kv_len, (rows, width), offset)
     with pytest.MonkeyPatch.context() as patch:
