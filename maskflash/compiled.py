@@ -157,8 +157,8 @@ class Attention:
             raise
         held = [table for table in slots.tables if isinstance(table, Tensor)]
         if named is not None and backend == "cpu" and all(table.device == q.device for table in held):
-            tensors = [value for value in mask_args.values() if isinstance(value, Tensor)]
-            plans.note(named, [self.mask, *held, *tensors], self._problem(q, k, offset, mask_args), backend)
+            given = [value for value in mask_args.values() if isinstance(value, Tensor)]
+            plans.note(named, [self.mask, *tables, *given], self._problem(q, k, offset, mask_args), backend)
         return (out, lse) if return_lse else out
 
     def source(

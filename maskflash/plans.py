@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class _Entry:
 _lock = threading.RLock()
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _keys: dict[Hashable, Hashable] = {}  # of entries, by their keys for saved tensors
-_calls: dict[Hashable, tuple[Hashable, tuple[tuple[weakref.ref[object], int | None], ...]]] = {}  # keys, by calls
+_calls: dict[Hashable, tuple[Hashable, tuple[tuple[weakref.ref[Any], int | None], ...]]] = {}  # keys, by calls
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
 
@@ -69,7 +69,7 @@ def again(call: Hashable) -> Analysis | None:
     key, named = known
     for reference, version in named:
         thing = reference()
-        if thing is None or (version is not None and thing._version != version):  # type: ignore[attr-defined]
+        if thing is None or (version is not None and thing._version != version):
             return None
     return _get(key)
 

@@ -364,6 +364,16 @@ def test_a_write_to_a_table_of_a_call_like_one_before_is_seen(captured):
     torch.testing.assert_close(attn(one(Q), one(K), one(V), **given), expected(torch.zeros_like(ids)))
 
 
+def test_a_write_to_a_table_that_a_call_leaves_out_is_seen():
+    """It is the default of an argument: neither captured nor given."""
+    ids = documents()[0]
+    attn = mf.compile(mf.mask(lambda b, h, q, kv, *, doc=ids: doc[q] == doc[kv]))
+    for change in (lambda: None, lambda: ids[40:].zero_()):
+        change()
+        for _ in range(2):
+            torch.testing.assert_close(attn(one(Q), one(K), one(V)), expected(ids))
+
+
 def test_a_table_and_a_mask_in_a_dead_one_s_place_are_not_taken_for_it():
     for n in range(1, 20):
         ids = documents()[0] // n

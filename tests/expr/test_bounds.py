@@ -52,24 +52,27 @@ def check_sound(expr, inputs, boxes):
         assert maybe[place] or not seen.any(), f"not never in {box}:\n{expr}"
 
 
+def random_trace(data, texts, brute):
+    """The trace of a random predicate; None if it is refused."""
+    try:
+        return trace(brute.compile(data.draw(texts, label="predicate")))
+    except MaskTraceError:
+        return None
+
+
 @given(data=st.data())
 @settings(max_examples=250)
 def test_bounds_are_sound(data, texts, brute):
-    predicate = brute.compile(data.draw(texts, label="predicate"))
-    try:
-        traced = trace(predicate)
-    except MaskTraceError:
-        return
-    check_sound(traced.expr, traced.bind({}), random_boxes(data, 8))
+    traced = random_trace(data, texts, brute)
+    if traced is not None:
+        check_sound(traced.expr, traced.bind({}), random_boxes(data, 8))
 
 
 @given(data=st.data())
 @settings(max_examples=250)
 def test_integers_keep_to_their_cap(data, texts, brute):
-    predicate = brute.compile(data.draw(texts, label="predicate"))
-    try:
-        traced = trace(predicate)
-    except MaskTraceError:
+    traced = random_trace(data, texts, brute)
+    if traced is None:
         return
     expr, inputs = traced.expr, traced.bind({})
     cap = largest(expr, inputs, {name: float(max(map(abs, ends))) for name, ends in ENDS.items()})
