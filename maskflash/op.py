@@ -120,7 +120,10 @@ _Function: Any = torch.autograd.function._SingleLevelFunction
 
 
 class _Forward(_Function):  # type: ignore[misc]
-    """Saves q, k, v, out, lse and the mask's tensors: writing to any of them before backward is an error."""
+    """Saves q, k, v, out, lse and the mask's tensors: writing to any of them before backward is an error.
+
+    Tensors of inference mode can't be saved, and their analyses are found by content: of them copies are kept.
+    """
 
     @staticmethod
     def forward(
@@ -128,15 +131,17 @@ class _Forward(_Function):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         out, lse = run(q, k, v, *mask)
         tables, params, q_offset, q_offsets, *rest = mask
-        ctx.save_for_backward(q, k, v, out, lse, q_offsets, *tables)
-        ctx.mask = params, q_offset, rest
+        of_mask = q_offsets, *tables
+        ctx.save_for_backward(q, k, v, out, lse, *(None if _is_of_inference(x) else x for x in of_mask))
+        ctx.mask = params, q_offset, rest, [_copy(x) if _is_of_inference(x) else None for x in of_mask]
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, q_offsets, *tables = ctx.saved_tensors
-        params, q_offset, rest = ctx.mask
+        q, k, v, out, lse, *of_mask = ctx.saved_tensors
+        params, q_offset, rest, copies = ctx.mask
+        q_offsets, *tables = (x if copy is None else copy for x, copy in zip(of_mask, copies, strict=True))
         if dout is None and dlse is None:
             return (None,) * 5
         gradients = torch.ops.maskflash.backward.default(
@@ -147,6 +152,16 @@ class _Forward(_Function):  # type: ignore[misc]
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
+
+
+def _is_of_inference(x: Tensor | None) -> bool:
+    return x is not None and x.is_inference()
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A tensor of inference mode once more; an ordinary one would not be found by content."""
+    with torch.inference_mode():
+        return x.clone()
 
 
 class _Final(_Function):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
+from maskflash.masks.tables import lasting
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
 _CALLS: Final = 4 * CAPACITY  # remembered: the keys of their analyses
@@ -118,7 +119,8 @@ def _make(key: Hashable, problem: Problem, backend: Backend) -> Analysis:
         found = _get(key)
         if found is None:
             try:
-                found = analyse(problem, backend)
+                with lasting():
+                    found = analyse(problem, backend)
                 _keep(key, found, problem, backend)
             finally:
                 with _lock:

@@ -393,3 +393,39 @@ def test_scale_is_the_op_s_own():
         torch.testing.assert_close(
             out, scaled_dot_product_attention(one(Q), one(K), one(V), attn_mask=dense, scale=scale)
         )
+
+
+EVALUATED = {
+    "a kept band": lambda: mf.sliding_window(5, 2),
+    "a table": lambda: mf.document(lengths=[10, 20, 66]),
+    "column vectors": lambda: mf.ColumnIntervals(torch.arange(96).clamp(min=40)),
+    "kept bits": lambda: mf.mask(lambda b, h, q, kv: (7 * q + 3 * kv) % 5 < 2),
+}
+
+
+def gradients(attn, **arguments):
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    return torch.autograd.grad(attn(q, k, v, **arguments).sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("make", EVALUATED.values(), ids=EVALUATED)
+def test_what_inference_mode_leaves_behind_trains(analyses, make):
+    with torch.inference_mode():
+        attn = mf.compile(make())
+        attn(Q, K, V)
+    assert all(map(torch.equal, gradients(attn), gradients(mf.compile(make()))))
+    assert len(analyses) <= 2
+
+
+def test_arguments_of_inference_mode_train(analyses):
+    attn = mf.compile(packed)
+    with torch.inference_mode():
+        ids, offset = documents(), torch.tensor([0, -3])
+    expected = gradients(attn, doc=documents(), q_offset=torch.tensor([0, -3]))
+    assert all(map(torch.equal, gradients(attn, doc=ids, q_offset=offset), expected))
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    out = attn(q, k, v, doc=ids, q_offset=offset)
+    with torch.inference_mode():
+        ids.zero_()  # nothing forbids it
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), (q, k, v)), expected))
+    assert len(analyses) == 2

@@ -19,6 +19,7 @@ from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, Pass, candidates
 from maskflash.kernels.cpu_irregular import StripMerger
 from maskflash.kernels.cpu_layers import Layers
 from maskflash.kernels.cpu_regular import Segments, cost_of, cover, find_segments
+from maskflash.masks.tables import lasting
 
 _MAX_STORED_BITS: Final = 256 << 20  # bytes of packed bits per plan; beyond it, the mask is evaluated per call
 _MAX_KEPT_PAIRS: Final = 1 << 16  # of one call whose mask is kept
@@ -60,7 +61,8 @@ class Plan:
         key = (pass_, dtype, work, widen)
         found = self._chosen.get(key)
         if found is None:
-            found = self._chosen[key] = self._choose(pass_, dtype, work, widen)
+            with lasting():
+                found = self._chosen[key] = self._choose(pass_, dtype, work, widen)
         return found
 
     def sole(self, dtype: torch.dtype, batch: int, heads: int, head_dim: int) -> Call | None:
@@ -120,7 +122,8 @@ class Plan:
             return make()
         key = (id(call), dtype)  # calls live as long as the plan
         if key not in self._masks:
-            self._masks[key] = make()
+            with lasting():
+                self._masks[key] = make()
         return self._masks[key]
 
     def _evaluated(self, mask: Bits, call: Call) -> Tensor:
@@ -146,7 +149,8 @@ class Plan:
         height, width = self._band_sizes[band.kind]
         matrix = self._bands.get((band.kind, dtype))
         if matrix is None or matrix.shape != (height, width + height):
-            matrix = Band(band.start_step, band.stop_step, width).matrix(height, dtype)
+            with lasting():
+                matrix = Band(band.start_step, band.stop_step, width).matrix(height, dtype)
             self._bands[band.kind, dtype] = matrix
         # Where only the right edge moves, a narrower band is the wide one seen from further right.
         left = width - band.width if band.start_step == 0 else 0

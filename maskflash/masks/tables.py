@@ -1,6 +1,12 @@
-"""Tensors that a mask has captured -> the same on the device of a call, copied once and again when written to."""
+"""Tensors that a mask has captured -> the same on the device of a call, copied once and again when written to.
+
+And how to make a tensor that is to outlive the call which needs it first.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,5 +26,13 @@ def on(table: Tensor, device: torch.device) -> Tensor:
         return table.to(device)
     held: dict[torch.device, tuple[int, Tensor]] = _copies.setdefault(table, {})
     if device not in held or held[device][0] != table._version:
-        held[device] = table._version, table.detach().to(device)
+        with lasting():
+            held[device] = table._version, table.detach().to(device)
     return held[device][1]
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that any later call may take: those made in inference mode are of no use to training."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
