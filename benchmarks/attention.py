@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,7 +19,8 @@ from benchmarks import runner, workloads
 from benchmarks.runner import Contender, Row
 
 TITLES = {
-    "documents": "Causal documents of 100 to 2,000 tokens, B1 H8 D64: maskflash beside SDPA with the dense bool mask",
+    "documents": "Causal documents of 100 to 2,000 tokens, and of 20 to 200 (short), B1 H8 D64: maskflash beside SDPA "
+    "with the dense bool mask",
     "efficiency": "Forward efficiency, B1 H8 D64: time of SDPA without a mask x visited 128 x 128 tiles / our time",
 }
 DTYPES = ("float32", "bfloat16")
@@ -51,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     pairs = 1 if options.quick else options.pairs
     rows: list[Row] = []
     for dtype in DTYPES:
-        rows += _documents(tokens, dtype, pairs, options.seed)
+        documents = workloads.masks(tokens, options.seed)["causal documents"]
+        rows += _documents("causal documents", documents, tokens, dtype, pairs, options.seed, SPEEDUP_FLOORS)
+        short = workloads.short_documents(tokens, options.seed)
+        rows += _documents("short causal documents", short, tokens, dtype, pairs, options.seed, {})
     for length in lengths:
         for dtype in DTYPES:
             rows += _efficiency(length, dtype, pairs, options.seed)
@@ -64,10 +68,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _documents(tokens: int, dtype: str, pairs: int, seed: int) -> list[Row]:
+def _documents(
+    case: str, mask: mf.Mask, tokens: int, dtype: str, pairs: int, seed: int, floors: Mapping[tuple[str, str], float]
+) -> list[Row]:
     """Forward, backward and their sum, as in a training step; the mask is analysed in the uncounted first call."""
     work = workloads.inputs(tokens, getattr(torch, dtype), seed)
-    mask = workloads.masks(tokens, seed)["causal documents"]
     dense = mask.dense(tokens, tokens).contiguous()
     ours, theirs = runner.alternate(
         step(mf.compile(mask, backend="cpu"), work),
@@ -77,13 +82,13 @@ def _documents(tokens: int, dtype: str, pairs: int, seed: int) -> list[Row]:
     return [
         runner.compared(
             "documents",
-            "causal documents",
+            case,
             tokens,
             measure,
             mine,
             sdpa,
             dtype=dtype,
-            floor=SPEEDUP_FLOORS.get((measure, dtype)),
+            floor=floors.get((measure, dtype)),
         )
         for measure, mine, sdpa in zip(MEASURES, ours, theirs, strict=True)
     ]

@@ -16,6 +16,7 @@ HEADS: Final = 8
 HEAD_DIM: Final = 64
 SHORTEST: Final = 100  # tokens of a document
 LONGEST: Final = 2000
+SHORT: Final = (20, 200)  # tokens of a short one
 TILE: Final = 128
 
 
@@ -36,12 +37,12 @@ def inputs(tokens: int, dtype: torch.dtype, seed: int) -> Inputs:
     return Inputs(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
 
 
-def document_lengths(tokens: int, seed: int, longest: int = LONGEST) -> list[int]:
-    """Lengths drawn evenly from 100 to `longest`; the last document is cut to fit."""
+def document_lengths(tokens: int, seed: int, longest: int = LONGEST, shortest: int = SHORTEST) -> list[int]:
+    """Lengths drawn evenly from `shortest` to `longest`; the last document is cut to fit."""
     draw = random.Random(seed)
     lengths: list[int] = []
     while sum(lengths) < tokens:
-        lengths.append(min(draw.randint(SHORTEST, longest), tokens - sum(lengths)))
+        lengths.append(min(draw.randint(shortest, longest), tokens - sum(lengths)))
     return lengths
 
 
@@ -67,6 +68,12 @@ def masks(tokens: int, seed: int) -> dict[str, mf.Mask]:
         "causal documents": mf.causal() & mf.document(document_lengths(tokens, seed)),
         "causal window S/16": mf.sliding_window(tokens // 16),
     }
+
+
+def short_documents(tokens: int, seed: int) -> mf.Mask:
+    """Causal documents of 20 to 200 tokens, as conversations are packed."""
+    shortest, longest = SHORT
+    return mf.causal() & mf.document(document_lengths(tokens, seed, longest, shortest))
 
 
 def visited(mask: mf.Mask, tokens: int) -> float:

@@ -48,6 +48,7 @@ ORDER = {
         "cpu_irregular",
         "cpu_layers",
         "cpu_plan",
+        "cpu_threads",
         "cpu",
         "triton_work",
         "triton_device",

@@ -6,7 +6,9 @@ backward the *global* out and lse makes each call return its exact share of dq, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,11 @@ from torch.nn.functional import pad
 
 from maskflash.kernels.cpu_calls import Call, Causal, Pick, Schedule
 from maskflash.kernels.cpu_plan import Plan, plan
+from maskflash.kernels.cpu_threads import side_by_side
 
 __all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
+
+_WORTH_THREADS: Final = (1 << 16) * 512  # pairs x heads x head dim: for less, other threads aren't woken
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # its own binding: cheaper to call than torch.ops
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -51,13 +56,17 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         return _as(out, q.dtype).contiguous(), _as(lse, total).contiguous()
     lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=total)
     out = q.new_zeros((batch, heads, q_len, v_head_dim), dtype=total if schedule.merges else q.dtype)
-    for call, (qs, ks, vs, outs, lses) in _units(schedule, plan, (*inputs, out, lse)):
+
+    def make(call: Call, views: list[Tensor]) -> None:
+        qs, ks, vs, outs, lses = views
         part, part_lse = _attend(plan, call, qs, ks, vs, scale)
         if call.merges:
             _merge(outs, lses, call, part[..., :v_head_dim], part_lse)
         else:
             _put(outs, call, part[..., :v_head_dim])
             _put(lses, call, part_lse)
+
+    _make(make, plan, schedule, (*inputs, out, lse))
     return _as(out, q.dtype), lse
 
 
@@ -120,7 +129,9 @@ def backward(
         out = torch.cat((out.to(compute), -dlse.to(compute)[..., None]), dim=3)
         v = pad(v, (0, 1))
     inputs = tuple(_prepared(x, compute, width) for x in (q, k, v, dout, out))
-    for call, (qs, ks, vs, douts, outs, lses, dqs, dks, dvs) in _units(schedule, plan, (*inputs, lse, dq, dk, dv)):
+
+    def make(call: Call, views: list[Tensor]) -> None:
+        qs, ks, vs, douts, outs, lses, dqs, dks, dvs = views
         queries = _take(qs, call.rows, call)
         part_q, part_k, part_v = _kernel_backward(
             _take(douts, call.rows, call),
@@ -139,6 +150,8 @@ def backward(
         put(dqs, call, part_q[..., : dqs.shape[3]])
         _add(dks, call, part_k[..., : dks.shape[3]])
         _add(dvs, call, part_v[..., : dvs.shape[3]])
+
+    _make(make, plan, schedule, (*inputs, lse, dq, dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype)
 
 
@@ -179,17 +192,49 @@ def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     return x if stride[3] == 1 and stride[2] >= width else x.clone(memory_format=torch.contiguous_format)
 
 
-def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Iterator[tuple[Call, list[Tensor]]]:
-    """Each call with views of the tensors it runs over: (N, G, S, ...), or (N, 1, S, ...) for K and V's side.
+class _Part(NamedTuple):
+    """Calls to make in this order, each with views of the tensors it is made on; no two parts write to one place."""
 
-    N x G are the query heads that share the mask, G of them each key head. Which side a tensor is on shows in its
-    number of heads, q's being that of tensors[0]. With G > 1 and several batch rows, each row is a unit of its own:
-    so no strides ever force a copy. A repeated call needs N's dimension for its blocks: there N is 1.
+    calls: list[tuple[Call, list[Tensor]]]
+    cost: float
+
+    def make(self, each: Callable[[Call, list[Tensor]], None]) -> None:
+        for call, views in self.calls:
+            each(call, views)
+
+
+def _make(
+    each: Callable[[Call, list[Tensor]], None], plan: Plan, schedule: Schedule, tensors: tuple[Tensor, ...]
+) -> None:
+    """Makes every call: on all cores where it is a good part of all that is left, else beside others on one."""
+    parts = sorted(_parts(plan, schedule, tensors), key=lambda part: part.cost, reverse=True)
+    threads, left = torch.get_num_threads(), sum(part.cost for part in parts)
+    large = 0
+    while large < len(parts) and threads * parts[large].cost > left:
+        left -= parts[large].cost
+        large += 1
+    batch, heads, _, head_dim = tensors[0].shape
+    if threads == 1 or len(parts) - large < 2 or left * plan.work(batch, heads, head_dim) < _WORTH_THREADS:
+        large = len(parts)
+    for part in parts[:large]:
+        part.make(each)
+    if large < len(parts):
+        side_by_side([partial(part.make, each) for part in parts[large:]])
+
+
+def _parts(plan: Plan, schedule: Schedule, tensors: tuple[Tensor, ...]) -> list[_Part]:
+    """The schedule's chains, with views of the tensors.
+
+    Views are (N, G, S, ...), or (N, 1, S, ...) on K and V's side. N x G are the query heads that share the mask, G of
+    them each key head. Which side a tensor is on shows in its number of heads, q's being that of tensors[0]. With G > 1
+    and several batch rows, each row is a unit of its own: so no strides ever force a copy. A repeated call needs N's
+    dimension for its blocks: there N is 1.
     """
     heads, kv_heads = tensors[0].shape[1], tensors[1].shape[1]
     group = heads // kv_heads
     map_batch, map_heads = plan.block_map.shape[:2]
-    for (b, h), calls in schedule.calls.items():
+    parts: list[_Part] = []
+    for (b, h), chains in schedule.chains.items():
         views = list(tensors)
         if map_batch > 1:
             views = [x[b : b + 1] for x in views]
@@ -200,12 +245,18 @@ def _units(schedule: Schedule, plan: Plan, tensors: tuple[Tensor, ...]) -> Itera
             units = [views]
         else:
             units = [[x[row].unflatten(0, (kv_heads, -1)) for x in views] for row in range(views[0].shape[0])]
-        for call in calls:
-            for unit in units:
-                if call.repeat == 1:
-                    yield call, unit
-                else:
-                    yield from ((call, [x[n : n + 1] for x in unit]) for n in range(unit[0].shape[0]))
+        found = [_Part(_on(unit, calls), cost) for unit in units for calls, cost in chains]
+        if map_heads > 1 and group > 1:  # heads of one key head add to the same dk and dv
+            together = [parts.pop(), *found] if h % group else found
+            found = [_Part([call for part in together for call in part.calls], sum(part.cost for part in together))]
+        parts += found
+    return parts
+
+
+def _on(unit: list[Tensor], calls: list[Call]) -> list[tuple[Call, list[Tensor]]]:
+    """The calls on a unit's tensors, a repeated one on each of its batch rows."""
+    rows = [[x[n : n + 1] for x in unit] for n in range(unit[0].shape[0])]
+    return [(call, views) for call in calls for views in ([unit] if call.repeat == 1 else rows)]
 
 
 def _take(x: Tensor, pick: Pick, call: Call) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskflash.blocks.runs import BoolArray, IntArray
+from maskflash.kernels.cpu_costs import Pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +125,10 @@ class Call:
         """How many (query, key) pairs it covers."""
         return self.repeat * len(self.rows) * len(self.columns)
 
+    def span(self, pick: Pick) -> tuple[int, int]:
+        """Between which tokens its rows or columns lie, those of all blocks."""
+        return pick.start, pick.stop + (self.repeat - 1) * len(self.rows)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the call's tensors."""
@@ -135,18 +141,47 @@ class Call:
         return held
 
 
+class Chain(NamedTuple):
+    """Calls that follow one another, and their predicted cost, in pairs."""
+
+    calls: list[Call]
+    cost: float
+
+
+def chained(calls: list[Call], pass_: Pass, cost_of: Callable[[Call], float]) -> list[Chain]:
+    """Calls in chains that may run side by side, each in the calls' order: what they sum up is the same every time."""
+    groups = [[n] for n in range(len(calls))]
+    if any(call.merges for call in calls):
+        groups = _apart(groups, [call.span(call.rows) for call in calls])
+    if pass_ == "backward":
+        groups = _apart(groups, [call.span(call.columns) for call in calls])
+    return [Chain([calls[n] for n in sorted(g)], sum(cost_of(calls[n]) for n in g)) for g in groups]
+
+
+def _apart(groups: list[list[int]], spans: list[tuple[int, int]]) -> list[list[int]]:
+    """Groups joined where one begins before another ends, so that no two of them share a token."""
+    found: list[list[int]] = []
+    reached = 0
+    for start, stop, group in sorted((min(spans[n][0] for n in g), max(spans[n][1] for n in g), g) for g in groups):
+        if not found or start >= reached:
+            found.append([])
+        found[-1] += group
+        reached = max(reached, stop)
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
     """The calls of one pass. Every pair that is visible is in exactly one call.
 
     Attributes:
         native: compute in the tensors' own dtype, else in float32.
-        calls: per (b, h) of the mask, its calls.
+        chains: per (b, h) of the mask, its calls; those of different chains write to no token in common.
         cost: predicted, in pairs.
     """
 
     native: bool
-    calls: dict[tuple[int, int], list[Call]]
+    chains: dict[tuple[int, int], list[Chain]]
     cost: float
 
     @property
@@ -156,15 +191,16 @@ class Schedule:
 
     def only(self, q_len: int) -> Call | None:
         """The one call there is, if it computes all rows of every batch row and head."""
-        if len(self.calls) == 1:
-            (calls,) = self.calls.values()
-            if len(calls) == 1 and calls[0].repeat == 1 and len(calls[0].rows) == q_len:
-                return calls[0]
+        if len(self.chains) == 1:
+            (chains,) = self.chains.values()
+            if len(chains) == 1 and len(chains[0].calls) == 1:
+                (call,) = chains[0].calls
+                return call if call.repeat == 1 and len(call.rows) == q_len else None
         return None
 
     def all_calls(self) -> Iterator[Call]:
-        """Every call, in order."""
-        return (call for calls in self.calls.values() for call in calls)
+        """Every call, chain by chain."""
+        return (call for chains in self.chains.values() for chain in chains for call in chain.calls)
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.hulls import Hulls
 from maskflash.blocks.spans import Evaluate, Strip, row_spans
-from maskflash.kernels.cpu_calls import Band, Bits, Call, Intervals, Schedule, additive, spread
+from maskflash.kernels.cpu_calls import Band, Bits, Call, Intervals, Schedule, additive, chained, spread
 from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, Pass, candidates
 from maskflash.kernels.cpu_irregular import StripMerger
 from maskflash.kernels.cpu_layers import Layers
@@ -94,13 +94,15 @@ class Plan:
         key = (pass_, costs.native and dtype.itemsize == 2, work)
         if key not in self._schedules:
             costs = costs.for_work(work)
-            calls = {unit: _covered(layers, costs) + self.strips[unit] for unit, layers in self.segments.items()}
-            schedule = Schedule(costs.native, calls, 0.0)
-            cost = sum(cost_of(call, costs) for call in schedule.all_calls())
-            self._size_bands(schedule.all_calls())
-            self._schedules[key] = Schedule(costs.native, calls, cost)
+            chains = {
+                unit: chained(_covered(layers, costs) + self.strips[unit], pass_, partial(cost_of, costs=costs))
+                for unit, layers in self.segments.items()
+            }
+            cost = sum(chain.cost for of_unit in chains.values() for chain in of_unit)
+            self._schedules[key] = Schedule(costs.native, chains, cost)
+            self._size_bands(self._schedules[key].all_calls())
         found = self._schedules[key]
-        return found if found.native == costs.native else Schedule(costs.native, found.calls, found.cost)
+        return found if found.native == costs.native else replace(found, native=costs.native)
 
     def additive(self, call: Call, dtype: torch.dtype) -> Tensor | None:
         """The call's mask as the kernel wants it: (R, S) of 0 and -inf, last stride 1; None where it needs none."""

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskflash.kernels import cpu_costs, cpu_plan
+from maskflash.kernels import cpu, cpu_costs, cpu_plan
 from maskflash.kernels.reference import error_budget
 
 
@@ -32,6 +32,27 @@ def assert_within_budget(case, got, lse_error=0.0):
 def test_results_are_within_the_error_budget_of_float64(cases, data):
     case = data.draw(cases())
     assert_within_budget(case, case.run())
+
+
+@pytest.fixture
+def side_by_side(monkeypatch):
+    """However little there is to do, and with more threads than a test's few calls keep busy."""
+    monkeypatch.setattr(cpu, "_WORTH_THREADS", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_calls_side_by_side_are_within_the_error_budget_and_the_same_every_time(cases, side_by_side, data):
+    case = data.draw(cases())
+    plan = case.plan()
+    results = case.run(plan)
+    assert_within_budget(case, results)
+    for name, again in case.run(plan).items():
+        assert torch.equal(results[name], again), name
 
 
 def long_mask(name, q_len, kv_len):
@@ -78,7 +99,7 @@ def long_case(make_case):
 
 @pytest.mark.parametrize("name", [*LONG, *MERGED, "dilated"])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1100, 1100), (700, 1201)])
-def test_long_masks_are_within_the_error_budget(long_case, name, q_len, kv_len):
+def test_long_masks_are_within_the_error_budget(long_case, side_by_side, name, q_len, kv_len):
     case = long_case(name, q_len, kv_len)
     assert_within_budget(case, case.run())
 

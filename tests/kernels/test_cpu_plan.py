@@ -170,22 +170,62 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
         plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
     for pass_, work in (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000)):
         covered = torch.zeros(mask.shape, dtype=torch.int32)
-        for (b, h), calls in plan.schedule(pass_, torch.float32, work).calls.items():
-            for call in calls:
-                visible = torch.ones(len(call.rows), len(call.columns), dtype=torch.bool)
-                if isinstance(call.mask, Causal):
-                    assert len(call.rows) == len(call.columns)
-                    visible = visible.tril()
-                elif call.mask is not None:
-                    visible = plan.additive(call, torch.float32) == 0
-                assert visible.any(1).all(), "a row that sees nothing is in a call"
-                assert visible.any(0).all(), "a column that nobody sees is in a call"
-                for block in range(call.repeat):
-                    rows, columns = (pick.tokens() + block * len(call.rows) for pick in (call.rows, call.columns))
-                    merges = covered[b, h, rows].any(1)
-                    assert (merges == call.merges).all(), "results are written over, or merged with none"
-                    covered[b, h, rows[:, None], columns] += visible.int()
+        schedule = plan.schedule(pass_, torch.float32, work)
+        for (b, h), call in (
+            (unit, call) for unit, of in schedule.chains.items() for chain in of for call in chain.calls
+        ):
+            visible = torch.ones(len(call.rows), len(call.columns), dtype=torch.bool)
+            if isinstance(call.mask, Causal):
+                assert len(call.rows) == len(call.columns)
+                visible = visible.tril()
+            elif call.mask is not None:
+                visible = plan.additive(call, torch.float32) == 0
+            assert visible.any(1).all(), "a row that sees nothing is in a call"
+            assert visible.any(0).all(), "a column that nobody sees is in a call"
+            for block in range(call.repeat):
+                rows, columns = (pick.tokens() + block * len(call.rows) for pick in (call.rows, call.columns))
+                merges = covered[b, h, rows].any(1)
+                assert (merges == call.merges).all(), "results are written over, or merged with none"
+                covered[b, h, rows[:, None], columns] += visible.int()
         assert torch.equal(covered, mask.int())
+
+
+def assert_chains_apart(plan, pass_):
+    """No two chains write to one row, nor, in backward, to one column."""
+    lengths = {"rows": plan.block_map.q_len, "columns": plan.block_map.kv_len}
+    for chains in plan.schedule(pass_, torch.float32, 512).chains.values():
+        for name in ("rows",) if pass_ == "forward" else ("rows", "columns"):
+            writer = torch.full((lengths[name],), -1)
+            for n, call in ((n, call) for n, chain in enumerate(chains) for call in chain.calls):
+                for block in range(call.repeat):
+                    tokens = getattr(call, name).tokens() + block * len(call.rows)
+                    assert ((writer[tokens] == -1) | (writer[tokens] == n)).all(), f"{name} of two chains"
+                    writer[tokens] = n
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_chains_write_to_no_token_in_common(mask_strategy, kinds_of, data):
+    q_len, kv_len = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
+    mask = data.draw(mask_strategy((1, 2, q_len, kv_len)))
+    block_map = BlockMap.from_kinds(kinds_of(mask, (32, 16)), q_len, kv_len, (32, 16))
+    plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
+    for pass_ in ("forward", "backward"):
+        assert_chains_apart(plan, pass_)
+
+
+@pytest.mark.parametrize("predicate", [causal, window, documents, sinks, dilated])
+def test_chains_of_long_masks_write_to_no_token_in_common(predicate):
+    for pass_ in ("forward", "backward"):
+        assert_chains_apart(plan_of(predicate, 4096), pass_)
+
+
+def test_documents_are_chains_of_their_own():
+    plan = plan_of(documents, 4096)
+    for pass_ in ("forward", "backward"):
+        schedule = plan.schedule(pass_, torch.float32, 512)
+        assert len(schedule.chains[0, 0]) >= 4096 // 700
+        assert sum(chain.cost for chain in schedule.chains[0, 0]) == pytest.approx(schedule.cost)
 
 
 def test_the_limit_on_kept_bits_is_for_all_heads_together(monkeypatch):

@@ -1,0 +1,91 @@
+"""Jobs side by side: each runs once, errors arrive, and torch's own threads stay as they were."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from maskflash.kernels.cpu_threads import side_by_side
+
+
+@pytest.fixture(autouse=True)
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_job_runs_once_and_each_on_one_core():
+    numbers, cores = [], set()
+
+    def job(n):
+        numbers.append(n)
+        cores.add(torch.get_num_threads())
+
+    side_by_side([lambda n=n: job(n) for n in range(200)])
+    assert sorted(numbers) == list(range(200))
+    assert cores == {1}
+
+
+def test_jobs_run_at_the_same_time():
+    together = threading.Barrier(3, timeout=60)
+    side_by_side([together.wait] * 3)
+
+
+def test_torch_keeps_its_threads():
+    side_by_side([lambda: None])
+    seen = [torch.get_num_threads()]
+    another = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    another.start()
+    another.join()
+    assert seen == [3, 3]
+    torch.set_num_threads(2)
+    side_by_side([lambda: None])
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_arrives_once_all_have_stopped():
+    running = []
+
+    def fails():
+        raise ValueError("of a job")
+
+    def takes_long():
+        running.append(1)
+        threading.Event().wait(0.1)
+        running.pop()
+
+    with pytest.raises(ValueError, match="of a job"):
+        side_by_side([takes_long, fails, takes_long])
+    assert not running
+
+
+def test_autograd_is_off_and_inference_mode_is_the_callers():
+    x = torch.ones(3, requires_grad=True)
+    found = []
+    side_by_side([lambda: found.append(x * 2)])
+    with torch.inference_mode():
+        y = torch.zeros(3)
+        side_by_side([lambda: y.add_(1), lambda: found.append(x * 2)])
+    assert [z.requires_grad for z in found] == [False, False]
+    assert [z.is_inference() for z in found] == [False, True]
+    assert y.tolist() == [1, 1, 1]
+
+
+def test_a_forked_process_makes_threads_of_its_own():
+    program = """
+import os, torch
+from maskflash.kernels.cpu_threads import side_by_side
+torch.set_num_threads(2)
+side_by_side([lambda: None])
+child = os.fork()
+if child == 0:
+    found = []
+    side_by_side([lambda: found.append(1)] * 5)
+    os._exit(len(found))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
