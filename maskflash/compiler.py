@@ -3,7 +3,7 @@
     trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
     simplify    expr/simplify.py     the expression in normal form
     classify    blocks/classify.py   expression -> block map: formulas; bounds, samples, elements; or columns in pieces
-    hulls       blocks/hulls.py      expression -> what rows see, where formulas or pieces tell (CPU only)
+    hulls       blocks/hulls.py      expression -> what rows see, where formulas or pieces tell (CPU backend only)
     plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.
@@ -50,9 +50,10 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
     """
     from maskflash.blocks.classify import classify
 
+    device, problem = problem.device, problem.on_host()
     classified = classify(problem)
     if backend == "triton":
-        return Analysis(replace(classified, hulls=None), kernels.triton.plan(classified))
+        return Analysis(replace(classified, hulls=None), kernels.triton.plan(problem, classified, device))
     from maskflash.blocks.hulls import find_hulls
 
     block_map = classified.block_map

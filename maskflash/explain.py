@@ -61,7 +61,7 @@ class Explanation:
         offset = self.problem.q_offset
         if isinstance(offset, Tensor) or offset != 0:
             return None
-        pieces = find_pieces(self.problem)
+        pieces = find_pieces(self.problem.on_host())
         if pieces is None or any(turn.sign < 0 for turn in pieces.turns):
             return None
         separated = separate(self.problem.expr)
@@ -132,7 +132,7 @@ def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
     if not isinstance(plan, cpu.Plan):
         walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
         return {
-            name: {"full tiles": int(work.full.tiles.sum()), "partial tiles": int(work.partial.tiles.sum())}
+            name: dict(zip(("full tiles", "partial tiles"), work.counts.sum((1, 2)).tolist(), strict=True))
             for name, work in walks.items()
         }
     passes: dict[str, dict[str, int | str]] = {}

@@ -7,13 +7,14 @@ skipped tiles out and merge neighbours of one kind, so a map's memory follows th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from maskflash import html
+from maskflash import html, transfer
 from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError
 
@@ -112,6 +113,15 @@ class BlockMap:
     def device(self) -> torch.device:
         """Where the runs live."""
         return self.rows.start.device
+
+    def to(self, device: torch.device | str) -> BlockMap:
+        """The same map with its runs on a device; itself if they are there."""
+        device = torch.device(device)
+        if self.device == device:
+            return self
+        runs = iter(transfer.moved([*self.rows.tensors, *self.columns.tensors], device))
+        rows, columns = (Runs(*islice(runs, 4)) for _ in range(2))
+        return replace(self, rows=rows, columns=columns)
 
     def __repr__(self) -> str:
         batch, heads, n_q, n_kv = self.shape

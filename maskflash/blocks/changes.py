@@ -38,11 +38,12 @@ class Changes:
 
 
 def find_changes(problem: Problem) -> Changes:
-    """The changes of all columns of a problem, for the batch rows and heads of its shape.
+    """The changes of all columns of a problem, for the batch rows and heads of its shape; on the CPU.
 
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
+    problem = problem.on_host()
     pieces = find_pieces(problem)
     found = list(_of_tiles(problem) if pieces is None else _of_pieces(pieces))
     empty = torch.zeros(0, dtype=torch.int64, device=problem.device)

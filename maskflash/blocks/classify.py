@@ -75,11 +75,12 @@ def classify(problem: Problem) -> Classified:
     """Find the kind of every tile.
 
     Returns:
-        The map, equal to evaluating every pair.
+        The map, equal to evaluating every pair; on the CPU, wherever the problem is.
 
     Raises:
         MaskIndexError: a pair inside the lengths reads out of range, or divides by zero, and no guard excludes it.
     """
+    problem = problem.on_host()
     count = math.prod(problem.shape)
     largest = float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
     if not count:

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from maskflash import transfer
 from maskflash.expr.bounds import bounds, largest
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.intervals import Interval
@@ -26,14 +27,14 @@ class Problem:
 
     Attributes:
         expr: the mask.
-        inputs: values of its params and tables, all on `device`.
+        inputs: values of its params and tables, these on `device`.
         q_len: rows in tokens.
         kv_len: columns in tokens.
         batch: batch rows; the map has one where neither the mask nor the offset looks at them.
         heads: query heads; likewise.
         block_size: (bq, bkv) in tokens.
         q_offset: added to row numbers, an int or an integer tensor (batch,).
-        device: where the map is wanted.
+        device: where they are, and where a map of it is wanted.
         names: what the user calls each table, for people.
     """
 
@@ -58,6 +59,15 @@ class Problem:
             math.ceil(self.q_len / self.block_size[0]),
             math.ceil(self.kv_len / self.block_size[1]),
         )
+
+    def on_host(self) -> Problem:
+        """The same on the CPU, where it is analysed: one copy of what is elsewhere, which the host waits for."""
+        if self.device == _CPU:
+            return self
+        offsets = [self.q_offset] if isinstance(self.q_offset, Tensor) else []
+        tensors = transfer.to_host([*self.inputs.tables, *offsets])
+        offset = tensors.pop() if offsets else self.q_offset
+        return replace(self, inputs=Inputs(self.inputs.params, tuple(tensors)), q_offset=offset, device=_CPU)
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""

@@ -69,7 +69,12 @@ class Runs:
     @property
     def nbytes(self) -> int:
         """Bytes held by the four tensors."""
-        return sum(t.nbytes for t in (self.offsets, self.start, self.stop, self.full))
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that is held."""
+        return self.offsets, self.start, self.stop, self.full
 
     def lines(self) -> Tensor:
         """The line of each run: (runs,) int64, ascending."""

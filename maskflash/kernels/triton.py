@@ -71,10 +71,10 @@ def forward(
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or kv_len == 0:
         return cut(out.zero_(), v_dim), lse.fill_(-math.inf)
-    k, v = without_hidden(plan.seen(problem, rows=False), k, v)
+    k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     call = Call(plan, problem, q, v.shape[3])
-    plan.lend(problem)
+    plan.keep(problem)
     group = heads // kv_heads
     bytes_per_head = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
     share = gpu.heads_in_cache(q.device, bytes_per_head, group, batch * heads)
@@ -131,14 +131,14 @@ def backward(
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     if min(q.numel(), k.numel()) == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    k, v = without_hidden(plan.seen(problem, rows=False), k, v)
-    q, dout = without_hidden(plan.seen(problem, rows=True), q, dout)
+    k, v = without_hidden(plan.seen(rows=False), k, v)
+    q, dout = without_hidden(plan.seen(rows=True), q, dout)
     blind = lse == -math.inf
     lse = lse.masked_fill(blind, math.inf)  # so that p = exp(s - lse) is 0
     dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     q, k, v, dout, out = laid_out(q, k, v, dout, out)
     call = Call(plan, problem, q, v.shape[3])
-    plan.lend(problem)
+    plan.keep(problem)
     group = heads // kv_heads
     delta = _delta(out, dout, dlse)
     part = gpu.part_of_group(q.device, group, batch * kv_heads * -(-kv_len // 128))

@@ -50,16 +50,6 @@ def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def stream(device: torch.device) -> torch.Stream | None:
-    """The stream that launches go to; None where there is none."""
-    return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether launches are recorded into a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def name(device: torch.device) -> str:
     """What kind of device it is: measured tiles hold for it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

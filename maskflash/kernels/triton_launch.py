@@ -112,9 +112,7 @@ class Call:
         own, size = (
             (tile.block_n, self.problem.block_size[1]) if transposed else (tile.block_m, self.problem.block_size[0])
         )
-        direction = self.plan.columns if transposed else self.plan.rows
-        order = self.plan.order(transposed, tiles, size // own)
-        return [order, *direction.full.tensors, *direction.partial.tensors]
+        return self.plan.walks(transposed, tiles, size // own)
 
     def launch(self, pass_name: PassName, tile: Tile, programs: int, tensors: list[Any], rest: list[Any]) -> None:
         """Run one pass: its own tensors and strides, what follows them in its signature, then the mask's."""

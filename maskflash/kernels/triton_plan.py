@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.classify import Classified
 from maskflash.blocks.problem import Problem
 from maskflash.codegen.render import PassName
 from maskflash.codegen.tuning import Tile
-from maskflash.errors import BackendError
-from maskflash.kernels import triton_device
-from maskflash.kernels.triton_work import Work, seen, work
+from maskflash.kernels.triton_work import Walk, Work, seen, work
+from maskflash.transfer import Upload, capturing
 
 # What CUDA graphs read: they hold addresses alone, and may run for as long as the process.
 _captured: list[tuple[Plan, tuple[Tensor, ...]]] = []
@@ -25,84 +25,87 @@ class Plan:
     """What the kernels need of a mask at given lengths; reusable across calls, dtypes and head dims.
 
     Attributes:
-        block_map: the tiles.
+        device: where the kernels run.
         narrow: the mask's integers fit 32 bits.
         rows: the map's rows, for forward and dQ.
         columns: the map's columns, for dK and dV.
         tiles: the tile that each pass took for a dtype and head dim, once one has fitted.
     """
 
-    block_map: BlockMap
+    device: torch.device
     narrow: bool
     rows: Work
     columns: Work
+    _seen: dict[bool, Tensor | None]
+    _made: Upload
     tiles: dict[tuple[PassName, torch.dtype, int], Tile] = field(default_factory=dict)
-    _orders: dict[tuple[bool, int, int], Tensor] = field(default_factory=dict)
-    _seen: dict[bool, Tensor | None] = field(default_factory=dict)
-    _readers: set[torch.Stream] = field(default_factory=set)
+    _orders: dict[tuple[bool, int, int], Upload] = field(default_factory=dict)
 
-    def order(self, transposed: bool, tiles: int, per_line: int) -> Tensor:
-        """The kernel's row tiles (or column tiles), those with most work first."""
-        key = transposed, tiles, per_line
-        if key not in self._orders:
-            self._refuse_capture()
-            self._orders[key] = (self.columns if transposed else self.rows).order(tiles, per_line)
-            self._finish()
-        return self._orders[key]
+    def walks(self, transposed: bool, tiles: int, per_line: int) -> list[Tensor]:
+        """What a pass walks, as its signature has it.
 
-    def seen(self, problem: Problem, *, rows: bool) -> Tensor | None:
+        Args:
+            transposed: columns, else rows.
+            tiles: how many row tiles (or column tiles) the kernel has.
+            per_line: how many of them are in a line of the map.
+
+        Returns:
+            The order of the kernel's tiles, those with most work first; the full walk; the partial one.
+
+        Raises:
+            BackendError: the order isn't known yet, and a CUDA graph is being captured.
+        """
+        work, key = self.columns if transposed else self.rows, (transposed, tiles, per_line)
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = Upload([work.order(tiles, per_line)], self.device)
+        for upload in (order, self._made):
+            upload.lend()
+        return [*order.tensors, *work.tensors]
+
+    def seen(self, *, rows: bool) -> Tensor | None:
         """Which rows see something, or which columns are seen; None where all are. See `triton_work.seen`."""
-        if rows not in self._seen:
-            self._refuse_capture()
-            self._seen[rows] = seen(problem, self.block_map, rows=rows)
-            self._finish()
+        self._made.lend()
         return self._seen[rows]
 
-    def lend(self, problem: Problem) -> None:
-        """Let the current stream read the plan's tensors, now and, where it records a CUDA graph, for good."""
-        device = self.block_map.device
-        if triton_device.capturing(device):
+    def keep(self, problem: Problem) -> None:
+        """Keep the plan and the tables for good where the current stream records a CUDA graph."""
+        if capturing(self.device):
             _captured.append((self, problem.inputs.tables))
-        reader = triton_device.stream(device)
-        if reader is not None and reader not in self._readers:
-            for tensor in self._tensors():
-                tensor.record_stream(reader)  # its memory is not given away before the reader is done
-            self._readers.add(reader)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device."""
-        return sum(tensor.nbytes for tensor in self._tensors())
-
-    def _tensors(self) -> list[Tensor]:
-        known = (tensor for tensor in self._seen.values() if tensor is not None)
-        return [*self.rows.tensors, *self.columns.tensors, *self._orders.values(), *known]
-
-    def _finish(self) -> None:
-        """Wait for what was just computed: later calls read it on other streams without waiting for this one."""
-        made = triton_device.stream(self.block_map.device)
-        if made is not None:
-            made.synchronize()
-        self._readers.clear()  # they have not been lent the new tensor
-
-    def _refuse_capture(self) -> None:
-        if triton_device.capturing(self.block_map.device):
-            raise BackendError(
-                "attention: a CUDA graph is being captured, and this mask has not yet run at these lengths; run the "
-                "same call once before the capture, with backward if the graph has it"
-            )
+        """Bytes held, nearly all on the device."""
+        counts = self.rows.counts.nbytes + self.columns.counts.nbytes
+        return counts + sum(upload.nbytes for upload in (self._made, *self._orders.values()))
 
 
-def plan(classified: Classified) -> Plan:
-    """Prepare a block map for the kernels."""
+def plan(problem: Problem, classified: Classified, device: torch.device) -> Plan:
+    """Prepare a block map for the kernels.
+
+    Args:
+        problem: the mask, on the CPU.
+        classified: its block map.
+        device: where the kernels run.
+
+    Raises:
+        BackendError: a CUDA graph is being captured there.
+    """
     block_map = classified.block_map
     _, _, n_q, n_kv = block_map.shape
     (bq, bkv), (q_len, kv_len) = block_map.block_size, (block_map.q_len, block_map.kv_len)
-    made = Plan(
-        block_map,
-        classified.largest < 2**31,
+    directions = (
         work(block_map.rows, n_q, n_kv, kv_len % bkv != 0),
         work(block_map.columns, n_kv, n_q, q_len % bq != 0),
     )
-    made._finish()
-    return made
+    known = {rows: seen(problem, block_map, rows=rows) for rows in (True, False)}
+    walked = [tensor for one in directions for tensor in one.tensors]
+    made = Upload([*walked, *(bits for bits in known.values() if bits is not None)], device)
+    arrived = iter(made.tensors)
+    rows, columns = (replace(one, full=_walk(arrived), partial=_walk(arrived)) for one in directions)
+    known = {side: None if bits is None else next(arrived) for side, bits in known.items()}
+    return Plan(device, classified.largest < 2**31, rows, columns, known, made)
+
+
+def _walk(tensors: Iterator[Tensor]) -> Walk:
+    return Walk(*islice(tensors, 4))

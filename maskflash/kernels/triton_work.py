@@ -1,6 +1,7 @@
 """Runs of a block map -> what the Triton kernels walk: full and partial tiles apart, and the order to take lines in.
 
-And a mask with its block map -> which of the rows and columns that the kernels load are seen by nobody.
+And a mask with its block map -> which of the rows and columns that the kernels load are seen by nobody. All of it on
+the CPU; `triton_plan` takes it to the device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.problem import Problem
@@ -25,8 +27,7 @@ class Walk:
     Attributes:
         offsets: (lines,) int32, each line's first run.
         tiles: (lines,) int32, how many tiles its runs hold.
-        start: (runs + 1 or more,) int32, first tile of a run; at least one more than there are runs, since a cursor
-            looks ahead.
+        start: (runs + 1,) int32, first tile of a run; one more than there are runs, since a cursor looks ahead.
         stop: likewise, one past its last tile.
     """
 
@@ -48,22 +49,22 @@ class Work:
     Attributes:
         full: tiles that need neither mask nor bounds checks.
         partial: tiles that do: partial ones, and full ones in a ragged last column.
-        weight: (maps, lines of a map) int64, tiles per line.
+        counts: (2, maps, lines of a map) int64, full and partial tiles of each line; it stays on the CPU.
     """
 
     full: Walk
     partial: Walk
-    weight: Tensor
+    counts: Tensor
 
     def order(self, tiles: int, per_line: int) -> Tensor:
         """The kernel's own tiles, `per_line` to a line of the map, those with most work first: (maps, tiles) int32."""
-        weight = self.weight.repeat_interleave(per_line, 1)[:, :tiles]
+        weight = self.counts.sum(0).repeat_interleave(per_line, 1)[:, :tiles]
         return torch.sort(weight, dim=1, descending=True, stable=True).indices.int()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held."""
-        return *self.full.tensors, *self.partial.tensors, self.weight
+        """As a kernel's signature has them."""
+        return *self.full.tensors, *self.partial.tensors
 
 
 def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:
@@ -75,26 +76,22 @@ def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:
         across: tiles in a line.
         ragged: the last tile of a line reaches beyond the length.
     """
-    lines, count = len(runs.offsets) - 1, len(runs.start)
-    start, stop = runs.start.long(), runs.stop.long()
-    line = torch.arange(lines, device=start.device)
-    line = torch.repeat_interleave(line, runs.offsets.diff().long(), output_size=count)
-    edge = runs.full & (stop == across) & ragged
-    inner = stop - edge.long()
+    lines, line = len(runs.offsets) - 1, runs.lines()
+    edge = runs.full & (runs.stop == across) & ragged
+    inner = runs.stop - edge.int()
     # A full run may end in a ragged tile. It is the last of its line, so it is in place as the line's last partial one.
-    whole = _walk(line, start, inner, runs.full & (inner > start), lines)
-    broken = _walk(line, torch.where(edge, stop - 1, start), stop, ~runs.full | edge, lines)
-    weight = (whole.tiles + broken.tiles).long().view(-1, max(lines_per_map, 1))
-    return Work(whole, broken, weight)
+    whole = _walk(line, runs.start, inner, runs.full & (inner > runs.start), lines)
+    broken = _walk(line, torch.where(edge, runs.stop - 1, runs.start), runs.stop, ~runs.full | edge, lines)
+    counts = torch.stack((whole.tiles, broken.tiles)).long()
+    return Work(whole, broken, counts.view(2, -1, max(lines_per_map, 1)))
 
 
 def _walk(line: Tensor, start: Tensor, stop: Tensor, kept: Tensor, lines: int) -> Walk:
-    """The kept ones of runs sorted by line. How many that are is not asked: it would make the host wait."""
-    number = kept.long()
-    runs, tiles = (line.new_zeros(lines).index_add_(0, line, x * number) for x in (torch.ones_like(line), stop - start))
-    place = torch.where(kept, number.cumsum(0) - 1, len(line))  # the others share one place beyond them all
-    ends = (line.new_zeros(len(line) + 1).scatter_(0, place, end) for end in (start, stop))
-    return Walk((runs.cumsum(0) - runs).int(), tiles.int(), *(end.int() for end in ends))
+    """The kept ones of runs sorted by line."""
+    line, start, stop = line[kept], start[kept], stop[kept]
+    runs = torch.bincount(line, minlength=lines)
+    tiles = torch.zeros(lines, dtype=torch.int32).index_add_(0, line, stop - start)
+    return Walk((runs.cumsum(0) - runs).int(), tiles, *(pad(end, (0, 1)) for end in (start, stop)))
 
 
 def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
@@ -103,7 +100,7 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
     A full tile settles all of its rows and columns; the others take a few samples, then all their pairs.
 
     Args:
-        problem: the mask.
+        problem: the mask, on the CPU.
         block_map: of the mask.
         rows: rows, else columns.
 
@@ -119,17 +116,14 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
     line, position = runs.tiles(full=False)
     if not len(line):
         return None
-    known = torch.arange(n * size, device=line.device).view(n, size) >= lengths[axis]
+    known = torch.arange(n * size).view(n, size) >= lengths[axis]
     known = known.repeat(batch * heads, 1)
-    unsettled = torch.zeros(len(known), dtype=torch.bool, device=line.device)
+    unsettled, settled = torch.zeros(2, len(known), dtype=torch.bool)
     unsettled[line] = True
-    owner = torch.repeat_interleave(
-        torch.arange(len(known), device=line.device), runs.offsets.diff().long(), output_size=len(runs.full)
-    )
-    settled = torch.zeros(len(known), dtype=torch.int32, device=line.device).index_add_(0, owner, runs.full.int()) > 0
+    settled[runs.lines()[runs.full]] = True
     known |= (settled | ~unsettled)[:, None]
 
-    own, other = torch.arange(size, device=known.device), torch.arange(step, device=known.device)
+    own, other = torch.arange(size), torch.arange(step)
     # The ends of a tile's other side, and its diagonal: enough for most masks.
     ends = other[[0, -1]].expand(size, 2)
     samples = torch.cat((ends, (own * step // size)[:, None]), 1)
@@ -147,6 +141,6 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
             q, kv = (mine, theirs) if rows else (theirs, mine)
             bits = problem.visible(b, h, q, kv).expand(len(some), *places.shape).any(2)
             # Tiles of one line may lie in one piece: add, since writes to one place would race.
-            counted = torch.zeros(known.shape, dtype=torch.int32, device=known.device).index_add_(0, some, bits.int())
+            counted = torch.zeros(known.shape, dtype=torch.int32).index_add_(0, some, bits.int())
             known |= counted > 0
     return None if bool(known.all()) else known.view(batch, heads, n * size)[..., : lengths[axis]]

@@ -107,7 +107,7 @@ class Mask(Bindable):
             heads: query heads; likewise with h.
             block_size: tokens per tile, one number or (q_tokens, kv_tokens).
             q_offset: added to row numbers; an int, or an int tensor (batch,), which gives the map its batch rows.
-            device: where to analyse, and where the map lives.
+            device: where the map lives; the analysis runs on the CPU.
             **mask_args: the mask's own arguments.
 
         Raises:
@@ -124,7 +124,7 @@ class Mask(Bindable):
         problem = self.problem(
             "Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
         )
-        return classify(problem).block_map
+        return classify(problem).block_map.to(problem.device)
 
     def row(
         self,
@@ -264,7 +264,7 @@ class Mask(Bindable):
             causal: whether the vectors come with causal=True (aligned to the bottom right); None where the mask hides
                 all that causal hides.
             q_offset: added to row numbers; the vectors are for the rows of the query tensor itself.
-            device: where to analyse, and where the vectors live.
+            device: where the vectors live; the analysis runs on the CPU.
             **mask_args: the mask's own arguments.
 
         Returns:

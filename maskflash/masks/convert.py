@@ -29,11 +29,12 @@ def to_columns(problem: Problem, causal: bool | None) -> ColumnIntervals:
         UnsupportedMask: a column with too many hidden runs, the first of them.
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
+    device, problem = problem.device, problem.on_host()
     start, stop, more = _hidden(problem)
     batch, heads = problem.shape[:2]
     q_len, kv_len = problem.q_len, problem.kv_len
     # Rows that causal hides anyway, from the first.
-    future = (torch.arange(kv_len, device=problem.device) - (kv_len - q_len)).clamp(0, max(q_len, 0))
+    future = (torch.arange(kv_len) - (kv_len - q_len)).clamp(0, max(q_len, 0))
     future = future.expand(batch * heads, kv_len).reshape(-1)
     early = stop[0] < future
     if causal is None:
@@ -68,7 +69,7 @@ def to_columns(problem: Problem, causal: bool | None) -> ColumnIntervals:
         del vectors["ute"]
     if bool((lte == q_len).all()) and "uts" not in vectors and not (causal and "ute" in vectors):
         del vectors["lte"]
-    return ColumnIntervals(**vectors, causal=causal)
+    return ColumnIntervals(**vectors, causal=causal).to(device)
 
 
 def _hidden(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,8 +80,8 @@ def _hidden(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     changes = find_changes(problem)
     columns = changes.shape[0] * changes.shape[1] * problem.kv_len
     count = torch.bincount(changes.column, minlength=columns)
-    rank = torch.arange(len(changes.column), device=count.device) - (count.cumsum(0) - count)[changes.column]
-    rows = torch.full((2 * _RUNS, columns), problem.q_len, device=count.device)
+    rank = torch.arange(len(changes.column)) - (count.cumsum(0) - count)[changes.column]
+    rows = torch.full((2 * _RUNS, columns), problem.q_len)
     rows[0] = 0
     kept = rank < 2 * _RUNS - 1
     rows[1 + rank[kept], changes.column[kept]] = changes.row[kept]

@@ -31,7 +31,7 @@ def to_block_mask(problem: Problem) -> BlockMask:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    kinds = classify(problem).block_map.kinds()
+    kinds = classify(problem).block_map.kinds().to(problem.device)
     for axis, length, size in zip((2, 3), (problem.q_len, problem.kv_len), problem.block_size, strict=True):
         if length % size:
             kinds.narrow(axis, length // size, 1).clamp_(max=PARTIAL)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # table -> {device: (version, copy)}
+from maskflash import transfer
+
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # table -> {device: (version, upload)}
 
 
 def on(table: Tensor, device: torch.device) -> Tensor:
@@ -24,11 +26,15 @@ def on(table: Tensor, device: torch.device) -> Tensor:
         return table
     if table.is_inference() or torch.compiler.is_compiling():
         return table.to(device)
-    held: dict[torch.device, tuple[int, Tensor]] = _copies.setdefault(table, {})
-    if device not in held or held[device][0] != table._version:
-        with lasting():
-            held[device] = table._version, table.detach().to(device)
-    return held[device][1]
+    held: dict[torch.device, tuple[int, transfer.Upload]] = _copies.setdefault(table, {})
+    version, upload = held.get(device, (None, None))
+    if upload is None or version != table._version:
+        upload = transfer.Upload([table], device)
+        held[device] = table._version, upload
+        if table.device.type == "cpu":
+            transfer.remember(upload.tensors[0], table)
+    upload.lend()
+    return upload.tensors[0]
 
 
 @contextmanager

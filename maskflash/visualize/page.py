@@ -92,7 +92,7 @@ def explorer(
         size = arguments.block_size("explorer", block_size)
         problem = shown.problem(
             "explorer", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
-        )
+        ).on_host()
         decided = decide(problem)
         block_map = decided.classified.block_map
         documents = find_documents(problem)
