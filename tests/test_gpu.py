@@ -2,6 +2,7 @@
 
 import gc
 import os
+import warnings
 
 import pytest
 import torch
@@ -112,6 +113,69 @@ def test_streams_that_wait_for_nobody():
         torch.cuda.synchronize()
         assert same(*found)
         assert same(found[0], step(attn, q, k, v, dout))
+
+
+@pytest.fixture
+def waits():
+    """What torch notes of the waits of a call, `torch.cuda.set_sync_debug_mode` having asked for it."""
+
+    def of(call):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always")
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(warning.message) for warning in noted)
+
+    assert of(lambda: torch.ones(3, device="cuda").sum().item()) == 1
+    return of
+
+
+def test_an_analysis_waits_for_its_tables_once_or_not_at_all(waits, monkeypatch):
+    def asked(*args):
+        raise AssertionError("the host waited")
+
+    for thing in (torch.cuda.Stream, torch.cuda.Event):
+        monkeypatch.setattr(thing, "synchronize", asked)
+    length = 1008
+    q, k, v = tensors(length)
+    dout = torch.randn_like(q)
+    ids = (torch.arange(length) // 301).repeat(2, 1)
+    mine, scale, offset = ids.cuda(), torch.rand(7).cuda(), torch.tensor([0, -3]).cuda()
+
+    @mf.mask
+    def packed(b, h, q, kv, *, doc, scale):
+        return q >= kv and doc[b, q] == doc[b, kv] and scale[h] < 2
+
+    masks = {  # with waits of the first step
+        "no table": (mf.sliding_window(77), {}, 0),
+        "captured on the CPU": (fresh(length), {}, 0),
+        "on the GPU": (packed, {"doc": mine, "scale": scale}, 1),
+        "offset too": (packed, {"doc": mine, "scale": scale, "q_offset": offset}, 1),
+    }
+    for name, (mask, mask_args, most) in masks.items():
+        attn = mf.compile(mask)
+
+        def run(attn=attn, mask_args=mask_args):
+            torch.autograd.grad(attn(q, k, v, **mask_args), (q, k, v), dout)
+
+        assert (name, waits(run)) == (name, most)
+        assert (name, waits(run)) == (name, 0)
+
+
+def test_a_mask_that_has_not_run_is_refused_in_a_capture():
+    q, k, v = tensors(1000)
+    ids = (torch.arange(1000) // 333).cuda()
+    run = mf.compile(lambda b, h, q, kv: ids[q] == ids[kv])
+    for attn in (run, mf.compile(fresh(1000) & mf.sliding_window(41))):
+        with (
+            pytest.raises(mf.BackendError, match="CUDA graph is being captured"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            attn(q, k, v)
+    mf.attention(q, k, v, mf.causal())  # the device is as it was
 
 
 def test_a_captured_step_replays_and_outlives_its_plan():
