@@ -104,6 +104,13 @@ def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         return [part.expand(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def numbered(device: torch.device) -> torch.device:
+    """A device as its tensors name it: "cuda" is the current GPU."""
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def stream(device: torch.device) -> torch.cuda.Stream | None:
     """The stream that copies and launches go to; None where there is none."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None

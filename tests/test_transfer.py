@@ -130,6 +130,8 @@ def device(monkeypatch):
         "current_stream": main,
         "is_current_stream_capturing": False,
         "_lazy_init": None,
+        "is_available": True,
+        "current_device": 0,
         "device": nullcontext(),
         "get_device_name": "stand-in",
         "get_device_capability": (9, 0),
@@ -234,6 +236,15 @@ def test_what_was_written_to_is_no_original(device, which):
     (table if which == "original" else copy).add_(1)
     assert transfer.to_host([copy])[0].tolist() == [x + (which == "copy") for x in range(7)]
     assert len(device.waits) == 2
+
+
+def test_what_was_prepared_for_cuda_is_found_by_calls(device):
+    tables = arguments(device)
+    mf.compile(mf.mask(packed), block_size=32, backend="triton").prepare(200, 200, batch=2, device="cuda", **tables)
+    assert device.copies == ["to host", "to device"]
+    step(mf.mask(packed), **tables)
+    assert "to host" not in device.copies[2:]
+    assert len(device.waits) == 1
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from maskflash import arguments, html
+from maskflash import arguments, html, transfer
 from maskflash.blocks.problem import TILE, Problem
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.evaluate import Inputs
@@ -125,6 +125,7 @@ class Bindable:
             arguments.integer(operation, name, value) for name, value in {"batch": batch, "heads": heads}.items()
         )
         offset = arguments.q_offset(operation, q_offset, batch)
+        device = transfer.numbered(device)
         call = Call(operation, q_len, kv_len, batch, heads, offset, device)
         traced, inputs = self.bound(call, mask_args)
         return Problem(
