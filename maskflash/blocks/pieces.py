@@ -155,7 +155,7 @@ class Turn:
         if self.first is not None:  # documents are few: they are searched sooner than their tokens, and for each other
             distinct, counts = of.runs(self.columns)
             row = self.first[torch.searchsorted(self.values, distinct * self.sign, right=self.after)]
-            return row.repeat_interleave(counts).view(wanted.shape), faults
+            return torch.from_numpy(np.repeat(row.numpy(), counts.numpy())).view(wanted.shape), faults
         wanted = wanted.to(torch.int64) * self.sign
         values = _part(self.values, of.b, of.h)
         if self.step:

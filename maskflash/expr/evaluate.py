@@ -151,6 +151,8 @@ def _lookup(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor | None
         safe.append(index)
     if 0 in table.shape:
         return torch.zeros((), dtype=table.dtype, device=table.device), torch.ones_like(safe[0], dtype=torch.bool)
+    if len(safe) == 1:  # several times faster than an index
+        return table.index_select(0, safe[0].reshape(-1)).view(safe[0].shape), fault
     return table[tuple(safe)], fault
 
 
