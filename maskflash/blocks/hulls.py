@@ -14,7 +14,6 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.formula import Seen, find_formula, segments_of, tiles_of
@@ -107,21 +106,21 @@ def evaluated(problem: Problem) -> tuple[Hulls, BlockMap]:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
     (batch, heads, lines, across), (rows, width) = problem.shape, problem.block_size
-    device, kv_len = problem.device, problem.kv_len
-    b, h, q, kv = (torch.arange(n, device=device) for n in (batch, heads, problem.q_len, kv_len))
-    bits = problem.visible(b[:, None, None, None], h[:, None, None], q[:, None], kv)
-    bits = bits.expand(batch, heads, problem.q_len, kv_len)
-    rows = min(rows, problem.q_len)  # a tile may be far higher
-    outside = (0, across * width - kv_len, 0, lines * rows - problem.q_len)
-    some, every = (
-        pad(bits, outside, value=value).unflatten(3, (across, width)).unflatten(2, (lines, rows))
-        for value in (False, True)
-    )
-    kinds = some.any(-1).any(3).to(torch.int8) + every.all(-1).all(3)
-    count, first = bits.sum(-1), bits.to(torch.int8).argmax(-1)
-    stop = torch.where(count > 0, kv_len - bits.flip(-1).to(torch.int8).argmax(-1), 0)
-    block_map = BlockMap.from_kinds(kinds.to(torch.int8), problem.q_len, kv_len, problem.block_size)
-    return Hulls(first, stop, count, problem.largest()), block_map
+    q_len, kv_len = problem.q_len, problem.kv_len
+    b, h, q, kv = (torch.arange(n) for n in (batch, heads, q_len, kv_len))
+    visible = problem.visible(b[:, None, None, None], h[:, None, None], q[:, None], kv)
+    bits = visible.expand(batch, heads, q_len, kv_len).numpy()
+    rows = min(rows, q_len)  # a tile may be far higher
+    some, every = np.zeros((2, batch, heads, lines * rows, across * width), dtype=np.bool_)
+    every[:] = True
+    some[..., :q_len, :kv_len] = every[..., :q_len, :kv_len] = bits
+    tiles = batch, heads, lines, rows, across, width
+    kinds = np.any(some.reshape(tiles), axis=(3, 5)).astype(np.int8) + np.all(every.reshape(tiles), axis=(3, 5))
+    count = np.count_nonzero(bits, axis=-1)
+    stop = np.where(count > 0, kv_len - bits[..., ::-1].argmax(-1), 0)
+    block_map = BlockMap.from_kinds(torch.from_numpy(kinds), q_len, kv_len, problem.block_size)
+    start, end, seen = (torch.from_numpy(x) for x in (bits.argmax(-1), stop, count))
+    return Hulls(start, end, seen, problem.largest()), block_map
 
 
 def _pieces_of_rows(problem: Problem) -> Pieces | None:

@@ -94,13 +94,17 @@ class Runs:
     @staticmethod
     def from_lattice(kinds: Tensor) -> Runs:
         """Runs along the last axis of a (lines, n) int8 lattice of kinds."""
-        outside = kinds.new_full((kinds.shape[0], 1), -1)
-        changes = torch.cat((outside, kinds, outside), dim=1).diff(dim=1) != 0
-        visited = kinds != SKIP
+        lattice = kinds.cpu().numpy()
+        changes = np.ones((len(lattice), lattice.shape[1] + 1), dtype=np.bool_)
+        changes[:, 1:-1] = lattice[:, 1:] != lattice[:, :-1]
+        visited = lattice != SKIP
         # Both lists are in row-major order and every run has one start and one end, so they pair up.
-        line, start = (visited & changes[:, :-1]).nonzero(as_tuple=True)
-        last = (visited & changes[:, 1:]).nonzero(as_tuple=True)[1]
-        return Runs(_offsets(line, len(kinds)), start.int(), (last + 1).int(), kinds[line, start] == FULL)
+        line, start = np.nonzero(visited & changes[:, :-1])
+        last = np.nonzero(visited & changes[:, 1:])[1]
+        offsets = np.zeros(len(lattice) + 1, dtype=np.int32)
+        offsets[1:] = np.bincount(line, minlength=len(lattice)).cumsum()
+        arrays = offsets, start.astype(np.int32), (last + 1).astype(np.int32), lattice[line, start] == FULL
+        return Runs(*(torch.from_numpy(x).to(kinds.device) for x in arrays))
 
     @staticmethod
     def from_segments(lines: int, segments: Segments, device: torch.device) -> Runs:
@@ -211,13 +215,6 @@ def _before(ends: npt.NDArray[np.int32], band: IntArray, shape: tuple[int, int],
     total += np.bincount(place, weights=ends % side, minlength=len(before)).reshape(height, width + 1)
     counted: IntArray = total[:, :width].astype(np.int64)
     return counted
-
-
-def _offsets(line: Tensor, lines: int) -> Tensor:
-    """Where the runs of each line begin, from each run's line."""
-    offsets = torch.zeros(lines + 1, dtype=torch.int32, device=line.device)
-    offsets[1:] = torch.bincount(line, minlength=lines).cumsum(0)
-    return offsets
 
 
 def _steps(line: IntArray, runs: Runs, lines: int, across: int) -> tuple[IntArray, IntArray]:

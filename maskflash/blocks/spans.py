@@ -7,7 +7,7 @@ a time, and only where hulls don't tell; no strip outlives its turn: memory foll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,14 +89,17 @@ def row_spans(
     Returns:
         The interval of every row that is in no strip.
     """
-    lines = _lines(block_map, b, h)
     n_q, bq = block_map.shape[2], block_map.block_size[0]
+    groups: Iterable[tuple[int, int]]
     if hulls is None:
+        lines = _lines(block_map, b, h)
         start, stop, count = _full_hulls(lines)
         groups = _groups(lines)
     else:
-        start, stop, count = _given(lines, hulls)
-        groups = ((line, line + 1) for line in np.flatnonzero(_holes(start, stop, count)).tolist())
+        start, stop, count = _given(block_map, hulls, b, h)
+        groups = [(line, line + 1) for line in np.flatnonzero(_holes(start, stop, count)).tolist()]
+        if groups:
+            lines = _lines(block_map, b, h)
     for low, high in groups:
         bits = _evaluate_tiles(lines, evaluate, low, high)
         if hulls is None:
@@ -117,12 +120,12 @@ def _holes(start: IntArray, stop: IntArray, count: IntArray) -> BoolArray:
     return holes
 
 
-def _given(lines: _Lines, hulls: Hulls) -> tuple[IntArray, IntArray, IntArray]:
+def _given(block_map: BlockMap, hulls: Hulls, b: int, h: int) -> tuple[IntArray, IntArray, IntArray]:
     """Start, stop and count of each row as they are known: three (nQ, bq), 0 after the last row."""
-    n_q, bq = lines.block_map.shape[2], lines.block_map.block_size[0]
+    n_q, bq = block_map.shape[2], block_map.block_size[0]
     found = np.zeros((3, n_q * bq), dtype=np.int64)
     for place, x in enumerate((hulls.start, hulls.stop, hulls.count)):
-        found[place, : lines.block_map.q_len] = x[lines.b, lines.h].numpy()
+        found[place, : block_map.q_len] = x[b, h].numpy()
     start, stop, count = found.reshape(3, n_q, bq)
     return start, stop, count
 

@@ -58,19 +58,25 @@ def find_segments(spans: RowSpans) -> Segments:
     """Cuts the rows where the way their intervals move changes; rows that see nothing are in no segment."""
     start, stop = spans.start, spans.stop
     sees = stop > start
-    start_step = np.diff(start, prepend=-9)
-    stop_step = np.diff(stop, prepend=-9)
+    start_step, stop_step = _steps(start), _steps(stop)
     joins = sees & (start_step >= 0) & (start_step <= 1) & (stop_step >= 0) & (stop_step <= 1)
     joins[1:] &= sees[:-1]
     kind = np.where(joins, 2 * start_step + stop_step, -1)
-    before = np.concatenate(([-1], kind[:-1]))[: len(start)]
-    first = sees & (~joins | ((before >= 0) & (kind != before)))
+    first = sees & ~joins
+    first[1:] |= sees[1:] & (kind[:-1] >= 0) & (kind[1:] != kind[:-1])
     row = np.flatnonzero(first)
     # A segment ends where the next begins or where a row sees nothing.
     ends = np.flatnonzero(np.concatenate((first | ~sees, [True])))
     rows = ends[np.searchsorted(ends, row, side="right")] - row
     step = np.where(rows > 1, kind[np.where(rows > 1, row + 1, row)], 0)
     return Segments(row, rows, start[row], stop[row], step // 2, step % 2)
+
+
+def _steps(places: IntArray) -> IntArray:
+    """How far each row's place is from that of the row before; of the first, farther than a segment's."""
+    steps = np.full(len(places), 9)
+    np.subtract(places[1:], places[:-1], out=steps[1:])
+    return steps
 
 
 def cover(segments: Segments, costs: Costs) -> list[Call]:

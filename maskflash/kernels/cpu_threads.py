@@ -10,7 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -36,8 +36,13 @@ def side_by_side(jobs: Iterable[Callable[[], None]]) -> None:
                 job()
 
     threads = torch.get_num_threads()
-    pool = _pool(threads)
-    running = [pool.submit(work) for _ in range(min(threads, len(left)))]
+    running: list[Future[None]] = []
+    try:
+        pool = _pool(threads)
+        for _ in range(min(threads, len(left))):
+            running.append(pool.submit(work))
+    except RuntimeError:  # no thread is to be had, as when the interpreter ends
+        work()
     try:
         for each in running:
             each.result()
@@ -47,12 +52,22 @@ def side_by_side(jobs: Iterable[Callable[[], None]]) -> None:
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
+    """As many threads as that, each with one core.
+
+    Raises:
+        RuntimeError: they can't be started.
+    """
     with _lock:
         if threads not in _pools:
             pool = ThreadPoolExecutor(threads, thread_name_prefix="maskflash")
             everyone = threading.Barrier(threads + 1)
-            for _ in range(threads):
-                pool.submit(_join, everyone)
+            try:
+                for _ in range(threads):
+                    pool.submit(_join, everyone)
+            except RuntimeError:
+                everyone.abort()
+                raise
+            everyone.wait()
             everyone.wait()
             # The number is each thread's own, but also what threads begin with from now on: back to what it was.
             torch.set_num_threads(threads)
@@ -62,6 +77,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _join(everyone: threading.Barrier) -> None:
     torch.get_num_threads()  # a thread takes over the number for all when it first asks: not after it has its own
+    everyone.wait()
     torch.set_num_threads(1)
     everyone.wait()
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from maskflash.kernels import cpu_threads
 from maskflash.kernels.cpu_threads import side_by_side
 
 
@@ -73,6 +74,36 @@ def test_autograd_is_off_and_inference_mode_is_the_callers():
     assert [z.requires_grad for z in found] == [False, False]
     assert [z.is_inference() for z in found] == [False, True]
     assert y.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_jobs_run_where_no_thread_can_be_started(monkeypatch, started):
+    monkeypatch.setattr(cpu_threads, "_pools", {})
+    start, starts = threading.Thread.start, []
+
+    def refused(thread):
+        starts.append(thread)
+        if len(starts) > started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    numbers = []
+    side_by_side([lambda n=n: numbers.append(n) for n in range(20)])
+    assert sorted(numbers) == list(range(20))
+    assert torch.get_num_threads() == 3
+
+
+def test_jobs_run_while_the_interpreter_ends():
+    program = """
+import atexit, torch
+from maskflash.kernels.cpu_threads import side_by_side
+torch.set_num_threads(2)
+side_by_side([lambda: None])
+atexit.register(lambda: side_by_side([lambda: print("ran")] * 2))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    assert ended.stdout.split() == ["ran", "ran"]
 
 
 def test_a_forked_process_makes_threads_of_its_own():
