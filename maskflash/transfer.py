@@ -20,7 +20,8 @@ from maskflash.errors import BackendError
 _CPU: Final = torch.device("cpu")
 _LINE: Final = 128  # bytes of a cache line: each tensor begins with one, as in memory of its own
 
-_originals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # copy -> (weak reference to its original, both versions)
+# copy -> (weak reference to its original; of that its version, memory and shape, and the copy's version)
+_originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Upload:
@@ -73,9 +74,15 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [next(copies) if own is None else own for own in known]
 
 
-def remember(copy: Tensor, original: Tensor) -> None:
-    """Have `to_host` answer a copy by its original, for as long as neither is written to."""
-    _originals[copy] = weakref.ref(original), original._version, copy._version
+def remember(copy: Tensor, original: Tensor, version: int) -> None:
+    """Have `to_host` answer a copy by its original, for as long as neither is written to.
+
+    Args:
+        copy: as it is from now on.
+        original: what it was made of.
+        version: of the original, from before the copy was made.
+    """
+    _originals[copy] = weakref.ref(original), version, original.data_ptr(), original.shape, copy._version
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -126,9 +133,9 @@ def _original(copy: Tensor) -> Tensor | None:
     found = _originals.get(copy)
     if found is None:
         return None
-    reference, version, own = found
+    reference, *known = found
     original: Tensor | None = reference()
-    if original is None or (original._version, copy._version) != (version, own):
+    if original is None or [original._version, original.data_ptr(), original.shape, copy._version] != known:
         return None
     return original.detach()
 

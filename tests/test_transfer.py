@@ -19,6 +19,7 @@ from maskflash import op, plans, transfer
 from maskflash.blocks.classify import classify
 from maskflash.kernels import triton as kernels
 from maskflash.kernels import triton_launch
+from maskflash.masks import tables as table_copies
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 
@@ -224,12 +225,35 @@ def test_a_captured_table_may_be_written_to(device):
     assert not problem.inputs.tables[0].memory.any()
 
 
+def test_a_write_while_a_table_is_copied_is_noticed(device, monkeypatch):
+    table = torch.zeros(4, dtype=torch.int64)
+    copied = transfer.moved
+
+    def written_to(*args):
+        result = copied(*args)
+        table.fill_(1)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "moved", written_to)
+        table_copies.on(table, CUDA)
+    assert table_copies.on(table, CUDA).memory.tolist() == [1] * 4
+
+
+def test_an_original_with_other_memory_is_none(device):
+    table = torch.arange(4)
+    (copy,) = transfer.Upload([table], CUDA).tensors
+    transfer.remember(copy, table, table._version)
+    table.data = torch.zeros(9, dtype=torch.int64)  # no version tells
+    assert transfer.to_host([copy])[0].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("which", ["original", "copy"])
 def test_what_was_written_to_is_no_original(device, which):
     table = torch.arange(7)
     (copy,) = transfer.Upload([table], CUDA).tensors
     assert transfer.to_host([copy])[0].tolist() == list(range(7))
-    transfer.remember(copy, table)
+    transfer.remember(copy, table, table._version)
     assert len(device.waits) == 1
     assert transfer.to_host([copy])[0].data_ptr() == table.data_ptr()
     assert len(device.waits) == 1

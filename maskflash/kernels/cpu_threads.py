@@ -38,12 +38,12 @@ def side_by_side(jobs: Iterable[Callable[[], None]]) -> None:
     threads = torch.get_num_threads()
     running: list[Future[None]] = []
     try:
-        pool = _pool(threads)
-        for _ in range(min(threads, len(left))):
-            running.append(pool.submit(work))
-    except RuntimeError:  # no thread is to be had, as when the interpreter ends
-        work()
-    try:
+        try:
+            pool = _pool(threads)
+            for _ in range(min(threads, len(left))):
+                running.append(pool.submit(work))
+        except RuntimeError:  # no thread is to be had, as when the interpreter ends
+            work()
         for each in running:
             each.result()
     finally:
@@ -60,23 +60,28 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     with _lock:
         if threads not in _pools:
             pool = ThreadPoolExecutor(threads, thread_name_prefix="maskflash")
-            everyone = threading.Barrier(threads + 1)
+            everyone, begun_with = threading.Barrier(threads + 1), [threads]
             try:
                 for _ in range(threads):
-                    pool.submit(_join, everyone)
-            except RuntimeError:
+                    pool.submit(_join, everyone, begun_with)
+                everyone.wait()
+                everyone.wait()
+                _pools[threads] = pool
+            except BaseException:  # an interrupt too: threads that wait for ever would not let the process end
                 everyone.abort()
+                pool.shutdown()
                 raise
-            everyone.wait()
-            everyone.wait()
-            # The number is each thread's own, but also what threads begin with from now on: back to what it was.
-            torch.set_num_threads(threads)
-            _pools[threads] = pool
+            finally:
+                # The number is each thread's own, but also what threads begin with from now on: back to what it was.
+                restore = threading.Thread(target=torch.set_num_threads, args=begun_with[-1:])
+                restore.start()
+                restore.join()
     return _pools[threads]
 
 
-def _join(everyone: threading.Barrier) -> None:
-    torch.get_num_threads()  # a thread takes over the number for all when it first asks: not after it has its own
+def _join(everyone: threading.Barrier, begun_with: list[int]) -> None:
+    # A thread takes over the number for all when it first asks: not after it has its own.
+    begun_with.append(torch.get_num_threads())
     everyone.wait()
     torch.set_num_threads(1)
     everyone.wait()

@@ -28,11 +28,12 @@ def on(table: Tensor, device: torch.device) -> Tensor:
         return table.to(device)
     held: dict[torch.device, tuple[int, transfer.Upload]] = _copies.setdefault(table, {})
     version, upload = held.get(device, (None, None))
-    if upload is None or version != table._version:
+    current = table._version  # first: a write during the copy is noticed
+    if upload is None or version != current:
         upload = transfer.Upload([table], device)
-        held[device] = table._version, upload
+        held[device] = current, upload
         if table.device.type == "cpu":
-            transfer.remember(upload.tensors[0], table)
+            transfer.remember(upload.tensors[0], table, current)
     upload.lend()
     return upload.tensors[0]
 

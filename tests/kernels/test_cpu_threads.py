@@ -94,6 +94,78 @@ def test_jobs_run_where_no_thread_can_be_started(monkeypatch, started):
     assert torch.get_num_threads() == 3
 
 
+def test_an_error_of_the_caller_s_own_job_arrives_once_all_have_stopped(monkeypatch):
+    side_by_side([lambda: None])
+    pool, submitted, running = cpu_threads._pools[3], [], []
+
+    def submit(work):
+        if submitted:
+            raise RuntimeError("cannot schedule new futures")
+        submitted.append(1)
+        return type(pool).submit(pool, work)
+
+    def takes_long():
+        running.append(1)
+        began.set()
+        threading.Event().wait(0.1)
+        running.pop()
+
+    def fails():
+        began.wait(60)
+        raise ValueError("of a job")
+
+    began = threading.Event()
+    monkeypatch.setattr(pool, "submit", submit)
+    with pytest.raises(ValueError, match="of a job"):
+        side_by_side([takes_long, fails, *[takes_long] * 5])
+    assert not running
+
+
+@pytest.mark.parametrize("wait", [1, 2])
+def test_an_interrupt_while_threads_start_lets_the_process_end(wait):
+    program = f"""
+import threading, torch
+from maskflash.kernels.cpu_threads import side_by_side
+torch.set_num_threads(3)
+waits, original = [], threading.Barrier.wait
+def wait(barrier, timeout=None):
+    if threading.current_thread() is threading.main_thread():
+        waits.append(1)
+        if len(waits) == {wait}:
+            raise KeyboardInterrupt
+    return original(barrier, timeout)
+threading.Barrier.wait = wait
+try:
+    side_by_side([print] * 2)
+except KeyboardInterrupt:
+    another = threading.Thread(target=lambda: print(torch.get_num_threads()))
+    another.start()
+    another.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    assert ended.stdout.split() == ["3"]
+
+
+def test_a_thread_with_a_number_of_its_own_leaves_that_of_others(monkeypatch):
+    monkeypatch.setattr(cpu_threads, "_pools", {})
+    torch.set_num_threads(2)
+    seen = []
+
+    def own():
+        torch.get_num_threads()
+        restored = threading.Thread(target=torch.set_num_threads, args=(2,))
+        torch.set_num_threads(5)
+        restored.start()
+        restored.join()
+        side_by_side([lambda: None])
+
+    for target in (own, lambda: seen.append(torch.get_num_threads())):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert seen == [2]
+
+
 def test_jobs_run_while_the_interpreter_ends():
     program = """
 import atexit, torch
