@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.hulls import Hulls, find_hulls
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.runs import Runs
 
 _PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
+_MANY_PAIRS: Final = 1 << 19  # fewer are evaluated sooner than hulls are found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +99,8 @@ def _walk(line: Tensor, start: Tensor, stop: Tensor, kept: Tensor, lines: int) -
 def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
     """Whether each row sees anything, or each column is seen: what nobody sees must be zeros before the kernels run.
 
-    A full tile settles all of its rows and columns; the others take a few samples, then all their pairs.
+    A full tile settles all of its rows and columns; the others take a few samples, then what formulas or columns in
+    pieces tell, where that is less work than all their pairs.
 
     Args:
         problem: the mask, on the CPU.
@@ -127,11 +130,16 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
     # The ends of a tile's other side, and its diagonal: enough for most masks.
     ends = other[[0, -1]].expand(size, 2)
     samples = torch.cat((ends, (own * step // size)[:, None]), 1)
-    for places in (samples, other.expand(size, step)):
+    every = other.expand(size, step)
+    for places in (samples, every):
         left = (~known[line].all(1)).nonzero()[:, 0]
         if not len(left):
             return None
         line, position = line[left], position[left]
+        if len(line) * places.numel() > _MANY_PAIRS and places is every and (hulls := _hulls(problem, rows)):
+            some = pad(hulls.count > 0, (0, n * size - lengths[axis]), value=True)
+            known |= some.reshape(known.shape)
+            break
         pieces = (x.split(max(1, _PAIRS_AT_ONCE // places.numel())) for x in (line, position))
         for some, at in zip(*pieces, strict=True):
             b, h = (some // n // heads)[:, None, None], (some // n % heads)[:, None, None]
@@ -144,3 +152,9 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
             counted = torch.zeros(known.shape, dtype=torch.int32).index_add_(0, some, bits.int())
             known |= counted > 0
     return None if bool(known.all()) else known.view(batch, heads, n * size)[..., : lengths[axis]]
+
+
+def _hulls(problem: Problem, rows: bool) -> Hulls | None:
+    """What rows see, or by which rows columns are seen; None where only the pairs tell."""
+    view = problem if rows else problem.turned()
+    return None if view is None else find_hulls(view)

@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.blocks.classify import classify
+from maskflash.kernels import triton_work
 from maskflash.kernels.triton_work import seen
 from maskflash.testing import Shape, masks
 
 
+@pytest.mark.parametrize("many", [0, 1 << 19])
 @settings(max_examples=100)
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (16, 32), (32, 16)]))
-def test_seen_is_brute_force_over_visited_tiles(mask, q_len, kv_len, block_size):
+def test_seen_is_brute_force_over_visited_tiles(many, mask, q_len, kv_len, block_size):
     dense = mask.dense(q_len, kv_len, batch=2, heads=4)
     problem = mask.problem("test", q_len, kv_len, 2, 4, block_size, 0, torch.device("cpu"), {})
     block_map = classify(problem).block_map
@@ -22,7 +24,9 @@ def test_seen_is_brute_force_over_visited_tiles(mask, q_len, kv_len, block_size)
     dense = dense[: visited.shape[0], : visited.shape[1]]
     for rows, across in ((True, 3), (False, 2)):
         expected = dense.any(across) | ~visited.any(across)
-        found = seen(problem, block_map, rows=rows)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_work, "_MANY_PAIRS", many)
+            found = seen(problem, block_map, rows=rows)
         assert expected.all() if found is None else torch.equal(found, expected)
 
 
