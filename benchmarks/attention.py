@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for dtype in DTYPES:
         documents = workloads.masks(tokens, options.seed)["causal documents"]
         rows += _documents("causal documents", documents, tokens, dtype, pairs, options.seed, SPEEDUP_FLOORS)
-        short = workloads.short_documents(tokens, options.seed)
-        rows += _documents("short causal documents", short, tokens, dtype, pairs, options.seed, {})
+    short = workloads.short_documents(tokens, options.seed)
+    rows += _documents("short causal documents", short, tokens, "float32", pairs, options.seed, {})
     for length in lengths:
         for dtype in DTYPES:
             rows += _efficiency(length, dtype, pairs, options.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from heapq import heapreplace
 from typing import Final, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from maskflash.kernels.cpu_threads import side_by_side
 __all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
 
 _WORTH_THREADS: Final = (1 << 16) * 512  # pairs x heads x head dim: for less, other threads aren't woken
+_MAX_WAIT: Final = 0.05  # as a part of all work: about what a call of middling size gains from having one core
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # its own binding: cheaper to call than torch.ops
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -206,20 +208,28 @@ class _Part(NamedTuple):
 def _make(
     each: Callable[[Call, list[Tensor]], None], plan: Plan, schedule: Schedule, tensors: tuple[Tensor, ...]
 ) -> None:
-    """Makes every call: on all cores where it is a good part of all that is left, else beside others on one."""
+    """Makes every call: on all cores where side by side some core would wait for the others, else on one."""
     parts = sorted(_parts(plan, schedule, tensors), key=lambda part: part.cost, reverse=True)
-    threads, left = torch.get_num_threads(), sum(part.cost for part in parts)
-    large = 0
-    while large < len(parts) and threads * parts[large].cost > left:
-        left -= parts[large].cost
+    threads, large = torch.get_num_threads(), 0
+    while large < len(parts) and _waits(parts[large:], threads):
         large += 1
     batch, heads, _, head_dim = tensors[0].shape
-    if threads == 1 or len(parts) - large < 2 or left * plan.work(batch, heads, head_dim) < _WORTH_THREADS:
+    cost = sum(part.cost for part in parts[large:])
+    worth = cost * plan.work(batch, heads, head_dim) >= _WORTH_THREADS and 2 * cost >= sum(part.cost for part in parts)
+    if threads == 1 or len(parts) - large < 2 or not worth:
         large = len(parts)
+    if large < len(parts):  # first: after a call on all cores, torch's threads keep them busy for a while
+        side_by_side([partial(part.make, each) for part in parts[large:]])
     for part in parts[:large]:
         part.make(each)
-    if large < len(parts):
-        side_by_side([partial(part.make, each) for part in parts[large:]])
+
+
+def _waits(parts: list[_Part], threads: int) -> bool:
+    """Whether threads would wait long for the last of them, if they made the parts side by side in this order."""
+    done = [0.0] * threads
+    for part in parts:
+        heapreplace(done, done[0] + part.cost)
+    return threads * max(done) > (1 + _MAX_WAIT) * sum(done)
 
 
 def _parts(plan: Plan, schedule: Schedule, tensors: tuple[Tensor, ...]) -> list[_Part]:

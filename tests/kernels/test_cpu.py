@@ -38,6 +38,7 @@ def test_results_are_within_the_error_budget_of_float64(cases, data):
 def side_by_side(monkeypatch):
     """However little there is to do, and with more threads than a test's few calls keep busy."""
     monkeypatch.setattr(cpu, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(cpu, "_MAX_WAIT", float("inf"))
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
