@@ -53,7 +53,7 @@ class Line(NamedTuple):
     wanted: dict[str, Any]
 
 
-_DOCUMENTS: Final = {"table": "documents"}
+_DOCUMENTS: Final = {"table": "documents", "case": "causal documents"}
 _EFFICIENCY: Final = {"table": "efficiency", "tokens": 8192}
 SUMMARY: Final = (
     Line(
