@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
+import maskflash as mf
 from maskflash.kernels import cpu, cpu_costs, cpu_plan
 from maskflash.kernels.reference import error_budget
 
@@ -242,3 +244,25 @@ def test_sliding_windows_over_batches_and_heads(make_case, heads, kv_heads, per_
     plan = case.plan()
     assert any(call.repeat > 2 for call in plan.schedule("backward", torch.float32, 64).all_calls())
     assert_within_budget(case, case.run(plan))
+
+
+@pytest.mark.parametrize(
+    ("documents", "threads", "worth", "beside"),
+    [
+        ([400] * 4, 2, 0, 4),
+        ([400] * 3, 2, 0, 2),  # the third would be waited for: it is made on all cores
+        ([1500, 300, 300], 2, 0, 0),  # most of the work is one document
+        ([400] * 4, 1, 0, 0),
+        ([400] * 4, 2, 1 << 60, 0),
+    ],
+)
+def test_documents_are_made_side_by_side_where_no_thread_waits_long(monkeypatch, documents, threads, worth, beside):
+    jobs = []
+    monkeypatch.setattr(cpu, "side_by_side", lambda given: jobs.extend(given) or [job() for job in given])
+    monkeypatch.setattr(cpu, "_WORTH_THREADS", worth)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q = torch.randn(1, 2, sum(documents), 8)
+    out = mf.compile(mf.causal() & mf.document(documents))(q, q, q)
+    assert len(jobs) == beside
+    alone = [scaled_dot_product_attention(x, x, x, is_causal=True) for x in q.split(documents, 2)]
+    torch.testing.assert_close(out, torch.cat(alone, 2))
