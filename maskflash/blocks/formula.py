@@ -24,7 +24,7 @@ from maskflash.expr.cuts import find_cuts
 _T = TypeVar("_T")
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
-_LINES_AT_ONCE: Final = 4096  # whose numbers stay in the caches, and in memory that the process has already
+_LINES_AT_ONCE: Final = 8192  # whose numbers stay in the caches, and in memory that the process has already
 
 
 class Strip(NamedTuple):
@@ -198,8 +198,8 @@ def tiles_of(seen: Seen, across: int, width: int) -> Seen:
     some = seen.start < seen.stop
     stop = np.where(some, -(-seen.stop // width), 0).astype(np.int32)
     start = np.where(some, seen.start // width, stop).astype(np.int32)
-    if len(start) > 1:
-        start[1:] = np.maximum(start[1:], np.maximum.accumulate(stop)[:-1])
+    for place in range(1, len(start)):
+        start[place] = np.maximum(start[place], stop[:place].max(0))
     inner_start = -(-seen.inner_start // width)
     inner_stop = np.where(seen.inner_stop == across, -(-across // width), seen.inner_stop // width)
     return Seen(start, stop, inner_start.astype(np.int32), inner_stop.astype(np.int32))
@@ -209,10 +209,17 @@ def segments_of(line: TileArray | IntArray, tiles: Seen) -> Segments:
     """The stretches of lines of tiles that belong to one band, in order."""
     full = tiles.inner_start < tiles.inner_stop
     before, after = (np.where(full, end, tiles.start) for end in (tiles.inner_start, tiles.inner_stop))
-    ends = np.stack((tiles.start, before, after, tiles.stop), axis=1)  # of three stretches: (strips, 4, lines)
-    strip, stretch = np.nonzero((ends[:, 1:] > ends[:, :-1]).any(axis=2))  # those that any line has
-    start, stop = ends[strip, stretch].T.reshape(-1), ends[strip, stretch + 1].T.reshape(-1)
-    return Segments(line.repeat(len(strip)), start, stop, np.tile(stretch == 1, len(line)))
+    stretches = [
+        stretch
+        for start, inner, outer, stop in zip(tiles.start, before, after, tiles.stop, strict=True)
+        for stretch in ((start, inner, False), (inner, outer, True), (outer, stop, False))
+        if (stretch[0] < stretch[1]).any()
+    ]
+    starts, stops = np.empty((2, len(line), len(stretches)), dtype=tiles.start.dtype)
+    kinds = np.array([kind for _, _, kind in stretches], dtype=np.bool_)
+    for place, (start, stop, _) in enumerate(stretches):
+        starts[:, place], stops[:, place] = start, stop
+    return Segments(line.repeat(len(kinds)), starts.reshape(-1), stops.reshape(-1), np.tile(kinds, len(line)))
 
 
 def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[Segments]:

@@ -64,8 +64,24 @@ class Hulls:
             return None
         tiles = tiles_of(Seen(*(x[None] for x in ends)), problem.kv_len, width)
         of_rows = Runs.from_segments(len(most), segments_of(np.arange(len(most)), tiles), problem.device)
-        of_columns = of_rows.transposed(lines, across)
+        of_columns = _columns_of(tiles, lines, across, problem.device) or of_rows.transposed(lines, across)
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, of_rows, of_columns)
+
+
+def _columns_of(tiles: Seen, lines: int, across: int, device: torch.device) -> Runs | None:
+    """Runs along columns of tiles, where the ends of rows of tiles never move back; else None.
+
+    A column then belongs to the rows between the last that ends at or before it and the last that starts there.
+    """
+    units = np.arange(tiles.start.shape[1] // lines)[:, None]
+    moved = [(x.reshape(-1, lines) + units * across).reshape(-1) for x in tiles]  # those of a unit after all before
+    if any((x[1:] < x[:-1]).any() for x in moved):
+        return None
+    column = np.arange(len(units) * across)
+    start, stop, inner_start, inner_stop = (np.searchsorted(x, column, side="right") for x in moved)
+    before = (units * lines).repeat(across)
+    seen = Seen(*((x - before)[None] for x in (stop, start, inner_stop, inner_start)))
+    return Runs.from_segments(len(column), segments_of(column, seen), device)
 
 
 def _ends(start: IntArray, stop: IntArray, kv_len: int) -> IntArray:
@@ -131,16 +147,14 @@ def _pieces_of_rows(problem: Problem) -> Pieces | None:
 def _joined(pieces: Pieces) -> Hulls | None:
     turned = pieces.problem
     batch, heads = turned.shape[:2]
-    found = torch.empty(2, batch, heads, turned.kv_len, dtype=torch.int64, device=turned.device)
     step = max(1, _ROWS_AT_ONCE // (batch * heads))
+    parts: list[tuple[Tensor, Tensor]] = []
     for row in range(0, turned.kv_len, step):
-        rows = slice(row, min(row + step, turned.kv_len))
-        ends = pieces.interval(slice(None), slice(None), rows)
+        ends = pieces.interval(slice(None), slice(None), slice(row, min(row + step, turned.kv_len)))
         if ends is None:
             return None
-        for whole, part in zip(found, ends, strict=True):
-            whole[..., rows] = part
-    start, stop = found
+        parts.append(ends)
+    start, stop = parts[0] if len(parts) == 1 else (torch.cat(x, dim=-1) for x in zip(*parts, strict=True))
     return Hulls(start, stop, (stop - start).clamp_(min=0), pieces.largest)
 
 

@@ -80,21 +80,21 @@ class Pieces:
         if self.within is None:
             return None
         of = _Columns(self.problem, b, h, columns)
-        start, stop = (_part(edge, b, h) for edge in self.within)
+        start, stop = (_part(edge, b, h).expand(of.shape).clone() for edge in self.within)
         for turn in self.turns:
             row, faults = turn.row(of)
             if _any(faults):
                 return None
             if turn.hides == "above":
-                start = torch.maximum(start, row)
+                torch.maximum(start, row, out=start)
             else:
-                stop = torch.minimum(stop, row)
+                torch.minimum(stop, row, out=stop)
         for condition in self.conditions:
             shown, faults = of.values(condition)
             if _any(faults):
                 return None
-            stop = torch.where(shown.to(torch.bool), stop, 0)
-        return start.expand(of.shape), stop.expand(of.shape)
+            stop.masked_fill_(~shown.to(torch.bool), 0)
+        return start, stop
 
 
 class _Columns:
@@ -159,7 +159,7 @@ class Turn:
         wanted = wanted.to(torch.int64) * self.sign
         values = _part(self.values, of.b, of.h)
         if self.step:
-            return (wanted - values[..., :1] + self.after).clamp(0, of.problem.q_len), faults
+            return (wanted - (values[..., :1] - int(self.after))).clamp_(0, of.problem.q_len), faults
         sizes = np.broadcast_shapes(wanted.shape[:-1], values.shape[:-1])
         wanted, values = wanted.expand(*sizes, -1).contiguous(), values.expand(*sizes, -1).contiguous()
         return torch.searchsorted(values, wanted, right=self.after), faults
@@ -183,7 +183,8 @@ def find_pieces(problem: Problem) -> Pieces | None:
             values, faults = _of_rows(problem, threshold.rows)
             changes += map(_changes, faults)
             faulty |= _any(faults)
-            known[text] = _searchable(values, largest)
+            counted = threshold.rows.nodes[-1].op == "q" and largest < LARGEST_SUM  # no need to look
+            known[text] = (values, None, True, 1) if counted else _searchable(values, largest)
         ascending = known[text]
         if ascending is None:
             return None

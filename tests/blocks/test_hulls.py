@@ -1,5 +1,7 @@
 """Hulls are what rows see, whether formulas or the pieces of the problem turned over tell."""
 
+import operator
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 import maskflash as mf
 from maskflash import compiler, plans
 from maskflash.blocks import hulls as module
+from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.classify import classify
 from maskflash.blocks.hulls import Hulls, evaluated, find_hulls, find_intervals
 from maskflash.blocks.tiles import Tiles
@@ -108,7 +111,9 @@ def test_ends_of_joined_comparisons_are_what_rows_see_and_make_the_map(mask, q_l
         rows = torch.nn.functional.pad(dense.float(), (0, -kv_len % block_size[1], 0, -q_len % block_size[0]), value=-1)
         tiles = rows.unflatten(3, (-1, block_size[1])).unflatten(2, (-1, block_size[0])).transpose(3, 4)
         some, every = (tiles == 1).flatten(4).any(-1), (tiles != 0).flatten(4).all(-1)
-        assert torch.equal(block_map.kinds(), (some.int() + (some & every)).to(torch.int8))
+        expected = BlockMap.from_kinds((some.int() + (some & every)).to(torch.int8), q_len, kv_len, block_size)
+        assert all(map(torch.equal, block_map.rows.tensors, expected.rows.tensors))
+        assert all(map(torch.equal, block_map.columns.tensors, expected.columns.tensors))
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,8 @@ def test_numbers_far_apart_are_compared_and_not_subtracted(numbers):
     for table in (near, first):
         check(mf.mask(lambda b, h, q, kv, table=table: rows[q] < table[kv]), len(numbers), len(table))
         check(mf.mask(lambda b, h, q, kv, table=table: rows[q] >= table[kv]), len(numbers), len(table))
+    for compare in (operator.lt, operator.le, operator.gt, operator.ge):
+        check(mf.mask(lambda b, h, q, kv, compare=compare: compare(kv, rows[q])), len(numbers), 7)
 
 
 @pytest.mark.parametrize(
