@@ -18,6 +18,7 @@ import copy
 import functools
 import linecache
 import operator
+import symtable
 from collections.abc import Iterable
 from types import CodeType
 from typing import cast
@@ -56,9 +57,9 @@ def _rewrite(code: CodeType) -> CodeType | None:
     try:
         functions = _functions(source) if source else {}
         for node in functions.get((code.co_name, code.co_firstlineno), ()):
-            if _same_code(_compile(node, code), code):
+            if _same_code(_compile(node, code, _imported(source)), code):
                 new = cast("_Function", _Rewriter().generic_visit(copy.deepcopy(node)))
-                return _compile(new, code)
+                return _compile(new, code, _imported(source))
     except (SyntaxError, ValueError, RecursionError):  # the last: operators nested deeper than Python's own stack
         return None
     return None
@@ -77,14 +78,22 @@ def _functions(source: str) -> dict[tuple[str, int], list[_Function]]:
     return found
 
 
-def _compile(node: _Function, like: CodeType) -> CodeType | None:
+@functools.lru_cache(maxsize=64)
+def _imported(source: str) -> tuple[str, ...]:
+    """The names that a file's own scope imports: Python compiles calls of their attributes in another way."""
+    names = symtable.symtable(source, "<source>", "exec").get_symbols()
+    return tuple(name.get_name() for name in names if name.is_imported())
+
+
+def _compile(node: _Function, like: CodeType, imported: tuple[str, ...]) -> CodeType | None:
     """Compile one function as if it stood where `like` stands, with the same free variables."""
     parameters = ast.arguments([], [ast.arg(name) for name in (*like.co_freevars, *HOOKS)], None, [], [], None, [])
     body: ast.stmt = node if isinstance(node, ast.FunctionDef) else ast.Expr(node)
     factory = ast.FunctionDef("factory", parameters, [body], [])
     if _TYPE_PARAMS:
         factory.type_params = []  # type: ignore[attr-defined,unused-ignore]
-    module = ast.fix_missing_locations(ast.Module([factory], []))
+    imports = [ast.Import([ast.alias(name)]) for name in imported]
+    module = ast.fix_missing_locations(ast.Module([*imports, factory], []))
     compiled = compile(module, like.co_filename, "exec", flags=like.co_flags & _FUTURE, dont_inherit=True)
     (outer,) = _inner_code(compiled.co_consts, "factory")
     return next(iter(_inner_code(outer.co_consts, like.co_name)), None)

@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import math
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.attention.flex_attention import and_masks, noop_mask, or_masks
 
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskIndexError
 from maskflash.expr.evaluate import evaluate
+from maskflash.expr.rewrite import rewritten
 from maskflash.expr.trace import keyword_arguments, trace
 
 DOC = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
@@ -422,6 +424,16 @@ def test_functions_without_source_fork(agree):
             "    return 1 <= x <= 5"
         )
     )
+
+
+def test_functions_that_call_what_their_file_imports_do_not_fork(agree):
+    def calls(b, h, q, kv):
+        far = [torch.abs(q - kv) > i or math.isqrt(9) > kv for i in range(20)]
+        return far[3] and not all(far)
+
+    assert (math, torch) == tuple(map(globals().get, ("math", "torch")))
+    assert "else" not in str(agree(calls).expr)
+    assert all(map(rewritten, (calls.__code__, functools.wraps.__code__, or_masks.__code__)))
 
 
 def test_two_functions_on_one_line_are_told_apart(agree):
