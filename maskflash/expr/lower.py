@@ -163,6 +163,8 @@ def call(function: Any) -> Any:
     tracer: Tracer | None = getattr(ACTIVE, "tracer", None)
     if tracer is None or not callable(function):
         return function
+    if draw := _draw(function):
+        return lambda *args, **kwargs: tracer.fail_draw(draw)
     if isinstance(function, (type, type(len))):
         return _BUILTINS.get(function, function)
     plain = python_code(function)
@@ -177,6 +179,16 @@ def call(function: Any) -> Any:
             return lowered(*args, **kwargs)
 
     return explored
+
+
+def _draw(function: Any) -> str | None:
+    """What to call a method of one of Python's or numpy's random number generators; None if it is none."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    owner = type(getattr(function, "__self__", None))
+    if any(f"{kind.__module__}.".startswith(("random.", "numpy.random.")) for kind in owner.__mro__):
+        return f"{owner.__name__}.{function.__name__}"
+    return None
 
 
 def _is_foreign(function: FunctionType) -> bool:

@@ -39,6 +39,12 @@ _CASTS = {
     "bool": torch.bool,
 }
 _CONCRETE = frozenset(("item", "tolist", "numpy", "__int__", "__float__", "__index__", "__bool__", "__iter__"))
+_RANDOM = frozenset(
+    (
+        *("rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like"),
+        *("bernoulli", "binomial", "multinomial", "poisson"),
+    )
+)
 _METADATA = frozenset(
     (
         *("size", "dim", "numel", "stride", "__len__", "ndimension", "data_ptr"),
@@ -217,7 +223,7 @@ class CapturedTensors(TorchFunctionMode):
     """While a predicate runs, what it does with captured tensors alone.
 
     Their contents may change later, so a value computed from them now would silently go stale: reading sizes and
-    taking views is fine, arithmetic on 0-dim tensors is recorded, everything else is refused.
+    taking views is fine, arithmetic on 0-dim tensors is recorded, everything else is refused, random numbers first.
     """
 
     def __init__(self, tracer: Tracer) -> None:
@@ -233,6 +239,8 @@ class CapturedTensors(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = _name_of(func)
+        if name in _RANDOM:
+            self.tracer.fail_draw(f"torch.{name}")
         if tracer_of(args, kwargs) is not None:
             return call(self.tracer, func, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

@@ -171,6 +171,13 @@ class Tracer:
         self.failure = MaskTraceError(f"{source}: {code}{what}. {fix}")
         raise self.failure
 
+    def fail_draw(self, function: str) -> NoReturn:
+        """Raise MaskTraceError for a function that draws random numbers."""
+        self.fail(
+            f"draws random numbers (`{function}`) that would be frozen at this moment",
+            "Draw a tensor once, outside the predicate, and look it up: `keep = torch.rand(n) < 0.9`, then `keep[kv]`.",
+        )
+
     def _frame(self) -> FrameType | None:
         """The innermost frame that is neither this folder's nor torch's; None outside the predicate."""
         frame: FrameType | None = sys._getframe(1)
