@@ -56,8 +56,11 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         out, lse = _attend(plan, only, *inputs, scale)
         out = out if width == v_head_dim else out[..., :v_head_dim]
         return _as(out, q.dtype).contiguous(), _as(lse, total).contiguous()
-    lse = q.new_full((batch, heads, q_len), -torch.inf, dtype=total)
-    out = q.new_zeros((batch, heads, q_len, v_head_dim), dtype=total if schedule.merges else q.dtype)
+    lse = q.new_empty((batch, heads, q_len), dtype=total)
+    out = q.new_empty((batch, heads, q_len, v_head_dim), dtype=total if schedule.merges else q.dtype)
+    if not schedule.complete(q_len):
+        lse.fill_(-torch.inf)
+        out.zero_()
 
     def make(call: Call, views: list[Tensor]) -> None:
         qs, ks, vs, outs, lses = views
@@ -120,7 +123,9 @@ def backward(
         return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype)
     work = plan.work(q.shape[0], q.shape[1], max(q.shape[3], v.shape[3]))
     schedule = plan.schedule("backward", q.dtype, work, widen=dlse is not None)
-    dq = torch.zeros(q.shape, dtype=total if schedule.merges else q.dtype)
+    dq = torch.empty(q.shape, dtype=total if schedule.merges else q.dtype)
+    if not schedule.complete(q.shape[2]):
+        dq.zero_()
     compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
     if dlse is not None:

@@ -189,6 +189,13 @@ class Schedule:
         """Whether some rows are in several calls."""
         return any(call.merges for call in self.all_calls())
 
+    def complete(self, q_len: int) -> bool:
+        """Whether every row of every batch row and head is in a call, so that what it writes holds nothing else."""
+        written = (
+            [call for chain in chains for call in chain.calls if not call.merges] for chains in self.chains.values()
+        )
+        return all(sum(call.repeat * len(call.rows) for call in calls) == q_len for calls in written)
+
     def only(self, q_len: int) -> Call | None:
         """The one call there is, if it computes all rows of every batch row and head."""
         if len(self.chains) == 1:

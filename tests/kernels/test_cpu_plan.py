@@ -188,6 +188,7 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
                 assert (merges == call.merges).all(), "results are written over, or merged with none"
                 covered[b, h, rows[:, None], columns] += visible.int()
         assert torch.equal(covered, mask.int())
+        assert schedule.complete(q_len) is bool(mask.any(-1).all())
 
 
 def assert_chains_apart(plan, pass_):
@@ -215,9 +216,11 @@ def test_chains_write_to_no_token_in_common(mask_strategy, kinds_of, data):
 
 
 @pytest.mark.parametrize("predicate", [causal, window, documents, sinks, dilated])
-def test_chains_of_long_masks_write_to_no_token_in_common(predicate):
+def test_chains_of_long_masks_write_to_no_token_in_common_and_to_all(predicate):
+    plan = plan_of(predicate, 4096)
     for pass_ in ("forward", "backward"):
-        assert_chains_apart(plan_of(predicate, 4096), pass_)
+        assert_chains_apart(plan, pass_)
+        assert plan.schedule(pass_, torch.float32, 512).complete(4096)
 
 
 def test_documents_are_chains_of_their_own():
