@@ -64,22 +64,41 @@ class Costs:
         return replace(self, call=self.call * TABLE_WORK / work)
 
 
-# Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX), calls of 32 to 1,024 rows and 128 to 2,048
-# columns whose data was not in the caches. The kernel splits rows by 32 below 192 rows, by 64 below 768, by 256 from
-# there: hence the steps. Below 192 rows measurements differ: 0.83 of full speed when this was first measured, 0.45 to
-# 0.5 when measured again, 0.92 on an AMD machine. The table is between: few rows are worth avoiding everywhere.
-_FLOAT32: Final[dict[Pass, Costs]] = {
-    "forward": Costs(
-        True,
-        3000,
-        10,
-        0.89,
-        (1, 8, 16, 32, 64, 96, 160, 192, 320),
-        (0.12, 0.35, 0.45, 0.53, 0.57, 0.6, 0.64, 0.92, 0.97),
-    ),
-    "backward": Costs(True, 2000, 50, 0.94, (1, 8, 16, 32, 96, 192, 320), (0.15, 0.4, 0.5, 0.58, 0.64, 0.92, 1.0)),
+# By what torch says the CPU can do. Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX) and of an AMD EPYC
+# with AVX2, calls of 8 to 1,024 rows and 128 to 2,048 columns whose data was not in the caches. The kernel splits rows
+# by 32 below 192 rows, by 64 below 768, by 256 from there: hence the steps. Below 192 rows measurements with AVX512
+# differ: 0.83 of full speed when this was first measured, 0.45 to 0.5 when measured again; the table is between.
+_FLOAT32: Final[dict[str, dict[Pass, Costs]]] = {
+    "AVX512": {
+        "forward": Costs(
+            True,
+            3000,
+            10,
+            0.89,
+            (1, 8, 16, 32, 64, 96, 160, 192, 320),
+            (0.12, 0.35, 0.45, 0.53, 0.57, 0.6, 0.64, 0.92, 0.97),
+        ),
+        "backward": Costs(True, 2000, 50, 0.94, (1, 8, 16, 32, 96, 192, 320), (0.15, 0.4, 0.5, 0.58, 0.64, 0.92, 1.0)),
+    },
+    "AVX2": {
+        "forward": Costs(
+            True,
+            3000,
+            10,
+            0.94,
+            (1, 8, 16, 32, 64, 160, 192, 320, 768),
+            (0.12, 0.55, 0.66, 0.8, 0.83, 0.86, 0.93, 0.97, 1.05),
+        ),
+        "backward": Costs(
+            True,
+            2000,
+            50,
+            0.97,
+            (1, 8, 16, 32, 64, 160, 192, 320, 768),
+            (0.15, 0.45, 0.58, 0.68, 0.75, 0.82, 0.87, 0.92, 0.97),
+        ),
+    },
 }
-_WIDENED: Final[dict[Pass, Costs]] = {p: replace(costs, native=False) for p, costs in _FLOAT32.items()}
 # Half types in their own dtype, in pairs of the float32 kernel. Few rows are slow: products of 16-bit tiles are
 # repacked. Not measured on the machine that the table above comes from, which has no 16-bit products.
 _NATIVE_AMX: Final[dict[Pass, Costs]] = {
@@ -94,10 +113,13 @@ _NATIVE_AVX512: Final[dict[Pass, Costs]] = {
 
 def candidates(pass_: Pass, dtype: torch.dtype) -> tuple[Costs, ...]:
     """The ways to compute one pass for tensors of `dtype` on this machine; the planner takes the cheapest."""
+    # A CPU that nothing was measured on gets the table by which few rows are worth avoiding: that errs little anywhere.
+    costs = _FLOAT32.get(torch.backends.cpu.get_cpu_capability(), _FLOAT32["AVX512"])[pass_]
     if dtype in (torch.float32, torch.float64):
-        return (_FLOAT32[pass_],)
+        return (costs,)
+    widened = replace(costs, native=False)
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return (_WIDENED[pass_], _NATIVE_AMX[pass_])
+        return (widened, _NATIVE_AMX[pass_])
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
-        return (_WIDENED[pass_], _NATIVE_AVX512[pass_])
-    return (_WIDENED[pass_],)
+        return (widened, _NATIVE_AVX512[pass_])
+    return (widened,)

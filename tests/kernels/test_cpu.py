@@ -118,7 +118,8 @@ def test_half_types_computed_in_their_own_dtype_are_within_the_error_budget(long
 
 def test_an_lse_gradient_is_never_computed_in_a_half_type(long_case, monkeypatch):
     # The kernel takes it as one more column of out, where 16 bits would round it.
-    both = {p: (cpu_costs._WIDENED[p], cpu_costs._NATIVE_AVX512[p]) for p in ("forward", "backward")}
+    native, widened = cpu_costs._NATIVE_AVX512, cpu_costs._FLOAT32["AVX512"]
+    both = {p: (cpu_costs.replace(widened[p], native=False), native[p]) for p in ("forward", "backward")}
     cheap = cpu_costs.replace(cpu_costs._NATIVE_AVX512["backward"], rates=(100.0,) * 4, call=0, column=0)
     both["backward"] = (both["backward"][0], cheap)
     monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: both[pass_])

@@ -118,6 +118,13 @@ def test_bits_too_many_to_keep_are_evaluated_again(monkeypatch):
         assert torch.equal(got, want)
 
 
+CAPABILITIES = ("AVX2", "AVX512", "DEFAULT")
+
+
+def capable_of(patch, capability):
+    patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
 def masks_of(plan, pass_="forward"):
     return [type(call.mask) for call in plan.schedule(pass_, torch.float32, 512).all_calls()]
 
@@ -152,6 +159,15 @@ def test_describe_counts_what_a_pass_does():
     assert sum(min(q + 1, 300) for q in range(2000)) < about["pairs"] < 2000 * 700
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_low_blocks_are_for_cpus_that_are_fast_at_few_rows(monkeypatch, capability):
+    capable_of(monkeypatch, capability)
+    for pass_ in ("forward", "backward"):
+        calls = plan_of(window, 4096).schedule(pass_, torch.float32, 512).all_calls()
+        heights = {len(call.rows) for call in calls if call.repeat > 1}
+        assert (max(heights) < 192) is (capability == "AVX2" and pass_ == "forward")
+
+
 def test_cheap_heads_get_fewer_larger_calls():
     plan = plan_of(documents, 4096)
     calls = [plan.describe("forward", torch.float32, work)["calls"] for work in (8, 8192)]
@@ -165,12 +181,14 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
     mask = data.draw(mask_strategy((1, 2, q_len, kv_len)))
     block_map = BlockMap.from_kinds(kinds_of(mask, (32, 16)), q_len, kv_len, (32, 16))
     with pytest.MonkeyPatch.context() as patch:
+        capable_of(patch, data.draw(st.sampled_from(CAPABILITIES)))
         if data.draw(st.booleans()):  # columns that all rows see are then always a call of their own
             patch.setattr(cpu_irregular, "_COSTS", replace(cpu_irregular._COSTS, call=0, column=0))
         plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
-    for pass_, work in (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000)):
+        works = (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000))
+        schedules = [plan.schedule(pass_, torch.float32, work) for pass_, work in works]
+    for schedule in schedules:
         covered = torch.zeros(mask.shape, dtype=torch.int32)
-        schedule = plan.schedule(pass_, torch.float32, work)
         for (b, h), call in (
             (unit, call) for unit, of in schedule.chains.items() for chain in of for call in chain.calls
         ):
