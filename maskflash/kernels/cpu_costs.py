@@ -66,8 +66,8 @@ class Costs:
 
 # By what torch says the CPU can do. Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX), and of an AMD
 # EPYC with AVX2, calls of 8 to 1,024 rows and 128 to 2,048 columns whose data was not in the caches. The kernel splits
-# rows by 32 below 192 rows, by 64 below 768, by 256 from there: hence the steps. Below 192 rows measurements with AVX512
-# differ: 0.83 of full speed when this was first measured, 0.45 to 0.5 when measured again; the table is between.
+# rows by 32 below 192 rows, by 64 below 768, by 256 from there: hence the steps. Below 192 rows what was measured with
+# AVX512 differs: 0.83 of full speed at first, 0.45 to 0.5 when measured again; the table is between.
 _FLOAT32: Final[dict[str, dict[Pass, Costs]]] = {
     "AVX512": {
         "forward": Costs(
