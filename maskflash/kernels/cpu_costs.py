@@ -64,10 +64,11 @@ class Costs:
         return replace(self, call=self.call * TABLE_WORK / work)
 
 
-# By what torch says the CPU can do. Measured at B1 H8 D64 on two cores of a Xeon with AVX512 (no AMX), and of an AMD
-# EPYC with AVX2, calls of 8 to 1,024 rows and 128 to 2,048 columns whose data was not in the caches. The kernel splits
-# rows by 32 below 192 rows, by 64 below 768, by 256 from there: hence the steps. Below 192 rows what was measured with
-# AVX512 differs: 0.83 of full speed at first, 0.45 to 0.5 when measured again; the table is between.
+# By what torch says the CPU can do. Measured at B1 H8 D64: on two cores of a Xeon with AVX512 (no AMX), calls of 32 to
+# 1,024 rows and 128 to 2,048 columns whose data was not in the caches; on one core of an AMD EPYC with AVX2, calls of 8
+# to 1,024 rows, repeated (`call` and `column` are the Xeon's). The kernel splits rows by 32 below 192 rows, by 64 below
+# 768, by 256 from there: hence the steps. Below 192 rows what was measured with AVX512 differs: 0.83 of full speed at
+# first, 0.45 to 0.5 when measured again; the table is between.
 _FLOAT32: Final[dict[str, dict[Pass, Costs]]] = {
     "AVX512": {
         "forward": Costs(
@@ -113,7 +114,7 @@ _NATIVE_AVX512: Final[dict[Pass, Costs]] = {
 
 def candidates(pass_: Pass, dtype: torch.dtype) -> tuple[Costs, ...]:
     """The ways to compute one pass for tensors of `dtype` on this machine; the planner takes the cheapest."""
-    # A CPU that nothing was measured on gets the table by which few rows are worth avoiding: that errs little anywhere.
+    # A CPU that nothing was measured on gets the table by which few rows are worth avoiding.
     costs = _FLOAT32.get(torch.backends.cpu.get_cpu_capability(), _FLOAT32["AVX512"])[pass_]
     if dtype in (torch.float32, torch.float64):
         return (costs,)
