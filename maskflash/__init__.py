@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets
-from maskflash.api import attention, compile
+from maskflash.api import attention, compile, invalidate
 from maskflash.compiled import Attention
 from maskflash.errors import (
     ArgumentError,
@@ -71,6 +71,7 @@ __all__ = [
     "full",
     "global_tokens",
     "implies",
+    "invalidate",
     "mask",
     "natten",
     "padding",

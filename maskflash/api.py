@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from maskflash import arguments
+from maskflash import arguments, plans
 from maskflash.arguments import BlockSize
 from maskflash.compiled import Attention, BackendChoice
 from maskflash.errors import ArgumentError, ArgumentTypeError
@@ -28,6 +28,7 @@ def compile(
     backend: BackendChoice = "auto",
     deterministic: bool = True,
     tune: bool = False,
+    check: bool = False,
 ) -> Attention:
     """Compile a mask to an attention op.
 
@@ -40,6 +41,8 @@ def compile(
         deterministic: same inputs, same bits.
         tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a
             compiled graph uses what was found, and measures nothing.
+        check: read every table at every call, and raise ArgumentError where one was written to by something that torch
+            doesn't see (numpy, `.data`, another process); MASKFLASH_CHECK=1 in the environment does so for all calls.
 
     Returns:
         The op: `attn(q, k, v, **mask_args)`.
@@ -61,7 +64,7 @@ def compile(
     whole = _as_mask("compile", mask)
     if not (whole.keywords or whole.implied_names):
         slots_of(whole, {})
-    return Attention(whole, factor, size, backend, bool(deterministic), bool(tune))
+    return Attention(whole, factor, size, backend, bool(deterministic), bool(tune), bool(check))
 
 
 @overload
@@ -151,6 +154,27 @@ def attention(
         deterministic=deterministic,
     )
     return attn(q, k, v, q_offset=q_offset, return_lse=return_lse, **mask_args)
+
+
+def invalidate() -> None:
+    """Forget what is known of all masks' tables, whoever calls with them.
+
+    Needed only after a write to a table that torch doesn't see: by numpy into memory that a tensor shares, through
+    `.data`, or by another process into shared memory. Writes through torch, and other tensors, are always seen.
+
+    Example:
+        >>> import numpy as np
+        >>> ids = np.array([0, 0, 0, 1])
+        >>> attn = compile(lambda b, h, q, kv, *, doc: doc[q] == doc[kv])
+        >>> doc = torch.from_numpy(ids)
+        >>> q, k, v = torch.randn(3, 1, 1, 4, 8).unbind()
+        >>> before = attn(q, k, v, doc=doc)
+        >>> ids[:] = 0  # torch knows nothing of it
+        >>> invalidate()
+        >>> torch.equal(attn(q, k, v, doc=doc), before)
+        False
+    """
+    plans.invalidate()
 
 
 class _Standing:

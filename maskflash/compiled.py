@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, overload
 import torch
 from torch import Tensor
 
-from maskflash import arguments, op, plans
+from maskflash import arguments, checking, op, plans
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Backend
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
 from maskflash.expr.evaluate import Inputs
+from maskflash.identity import state
 from maskflash.masks.mask import Call, Mask
 from maskflash.masks.slots import Slots, slots_of
 
@@ -39,6 +40,7 @@ class Attention:
         backend: as asked for.
         deterministic: same inputs, same bits. Both backends always are.
         tune: measure tiles at the first call of a kind (triton only).
+        check: read every table at every call, to find writes that torch doesn't see.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Attention:
         backend: BackendChoice,
         deterministic: bool,
         tune: bool = False,
+        check: bool = False,
     ) -> None:
         self.mask = mask
         self.scale = scale
@@ -56,6 +59,7 @@ class Attention:
         self.backend = backend
         self.deterministic = deterministic
         self.tune = tune
+        self.check = check or checking.ALWAYS
 
     @overload
     def __call__(
@@ -130,7 +134,7 @@ class Attention:
         """
         q, k, v = arguments.as_autocast(q, k, v)
         named = None
-        if not (return_lse or torch.compiler.is_compiling() or op.watched(q, k, v)):
+        if not (return_lse or self.check or torch.compiler.is_compiling() or op.watched(q, k, v)):
             named = self._named(q, k, v, q_offset, mask_args)
             known = None if named is None else plans.again(named)
             if known is not None:  # every check below has passed for a call like this
@@ -143,6 +147,8 @@ class Attention:
         backend = self._backend_for(q.device)
         offset = q_offset if type(q_offset) is int else arguments.q_offset("attention", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
+        if self.check:
+            self._check(slots, tables, offset)
         scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
         if self.tune and backend == "triton" and not torch.compiler.is_compiling():
             self._tune(q, k, v, offset, mask_args, scale)
@@ -155,10 +161,9 @@ class Attention:
 
             classify(self._problem(q, k, q_offset, mask_args))
             raise
-        held = [table for table in slots.tables if isinstance(table, Tensor)]
-        if named is not None and backend == "cpu" and all(table.device == q.device for table in held):
+        if named is not None and backend == "cpu" and all(table.device == q.device for table in self.mask.held()):
             given = [value for value in mask_args.values() if isinstance(value, Tensor)]
-            plans.note(named, [self.mask, *tables, *given], self._problem(q, k, offset, mask_args), backend)
+            plans.note(named, [*self.mask.held(), *given], self._problem(q, k, offset, mask_args), backend)
         return (out, lse) if return_lse else out
 
     def source(
@@ -206,14 +211,24 @@ class Attention:
     def _named(
         self, q: Tensor, k: Tensor, v: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]
     ) -> Hashable | None:
-        """All that a call's analysis depends on, the mask and tables by their ids; None if it can't be told at once."""
-        given: list[Any] = [q_offset]
-        for name, value in mask_args.items():
-            given += [name, id(value)] if isinstance(value, Tensor) else [name, type(value), value]
+        """All that a call's analysis depends on, tables by their state; None if it can't be told at once."""
         if type(q_offset) is not int or not _TOLD.issuperset(map(type, mask_args.values())):
             return None
+        mask = self.mask
+        given: list[Any] = [mask.number, mask.look(), q_offset]
+        for tensor in mask.held():
+            if tensor.is_inference():
+                return None
+            given += state(tensor)
+        for name, value in mask_args.items():
+            if not isinstance(value, Tensor):
+                given += name, type(value), value
+            elif value.is_inference():
+                return None
+            else:
+                given += name, *state(value)
         return (
-            *(id(self.mask), self.backend, self.block_size, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype),
+            *(self.backend, self.block_size, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype),
             *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *given),
         )
 
@@ -226,11 +241,22 @@ class Attention:
         values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
         if mask_args or mask.keywords:
             values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
-        slots = slots_of(mask, values)
+        slots, values = slots_of(mask, values)
         params, tables = slots.filled(values, device)
         if tables or isinstance(offset, Tensor):
             arguments.same_device(device, slots.names, tables, offset)
         return slots, params, tables
+
+    def _check(self, slots: Slots, tables: list[Tensor], offset: int | Tensor) -> None:
+        """See `checking.check`."""
+        if not torch.compiler.is_compiling():
+            offsets = [("q_offset", offset)] if isinstance(offset, Tensor) else []
+            checking.check("attention", [*zip(slots.names, tables, strict=True), *offsets])
+        elif not checking.ALWAYS:
+            torch._dynamo.graph_break(
+                "attention: check=True looks at tables in Python, which torch.compile can't take in; set MASKFLASH_CHECK=1, "
+                "with which compiled graphs check too"
+            )
 
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
         """The mask at the lengths of a call."""
@@ -238,7 +264,7 @@ class Attention:
         slots, params, tables = self._bound(q, k, offset, mask_args)
         return Problem(
             slots.expr,
-            Inputs(tuple(params), tuple(tables)),
+            Inputs(slots.expr.decoded(params), tuple(tables)),
             q.shape[2],
             k.shape[2],
             q.shape[0],
@@ -344,7 +370,10 @@ class Attention:
         plans.find(problem, self._backend_for(device))
 
     def invalidate(self) -> None:
-        """Forget what is known of the mask's tables: needed only after a write that torch didn't see (numpy, C)."""
+        """Forget what is known of the mask's tables: needed only after a write that torch didn't see.
+
+        `maskflash.invalidate` does so for all masks, and says which writes these are.
+        """
         plans.invalidate(self.mask.forms.texts)
 
     def _backend_for(self, device: torch.device) -> Backend:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from maskflash import kernels, plans
+from maskflash import checking, kernels, plans
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend
 from maskflash.expr.evaluate import Inputs
+from maskflash.identity import state
 from maskflash.masks.slots import expression
 
 _MASK: Final = (
@@ -243,14 +244,24 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tenso
 def _analysis(q: Tensor, k: Tensor, *mask: Any) -> Analysis:
     """What is known of a call's mask, without a problem if there was a call like it: that would take 10 us."""
     tables, params, q_offset, q_offsets, _, expr, block_size, backend = mask
-    call = (expr, backend, *block_size, q.shape, k.shape, q_offset, *params, *map(id, tables))
-    found = plans.again(call) if q_offsets is None else None
+    if checking.ALWAYS:
+        checking.check("attention", _named(expr, tables))
+    if q_offsets is not None or any(table.is_inference() for table in tables):
+        return plans.find(_problem(q, k, *mask)[0], backend)
+    call = (expr, backend, *block_size, q.shape, k.shape, q_offset, *params, *map(state, tables))
+    found = plans.again(call)
     if found is None:
         problem = _problem(q, k, *mask)[0]
         found = plans.find(problem, backend)
-        if q_offsets is None:
-            plans.note(call, tables, problem, backend)
+        plans.note(call, tables, problem, backend)
     return found
+
+
+def _named(expr: str, tables: list[Tensor]) -> list[tuple[str, Tensor]]:
+    """Tables and what a user knows them by: the line that looks them up, or their number."""
+    mask = expression(expr)
+    lines = {node.value: mask.source(place) for place, node in enumerate(mask.nodes) if node.op == "lookup"}
+    return [(f"{slot} ({lines[slot]})" if lines.get(slot) else str(slot), table) for slot, table in enumerate(tables)]
 
 
 def _backward(
@@ -294,9 +305,10 @@ def _problem(
 ) -> tuple[Problem, float, Backend]:
     batch, heads, q_len, _ = q.shape
     rows, columns = block_size
+    mask = expression(expr)
     problem = Problem(
-        expression(expr),
-        Inputs(tuple(params), tuple(tables)),
+        mask,
+        Inputs(mask.decoded(params), tuple(tables)),
         q_len,
         k.shape[2],
         batch,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from maskflash import checking
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
+from maskflash.identity import Watch, owner, state
+from maskflash.masks import tables
 from maskflash.masks.tables import lasting
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
@@ -25,20 +26,18 @@ MEMORY: Final = 1 << 30  # bytes of them; likewise, but the latest stays, howeve
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """An analysis, its bytes when last weighed, its key for saved tensors, and weak references to what keys name."""
+    """An analysis, its bytes when last weighed, its key for saved tensors, and what keeps the addresses in its keys."""
 
     analysis: Analysis
     nbytes: int
     saved_key: Hashable
-    references: tuple[StorageWeakRef | weakref.ref[Tensor], ...]
+    watch: Watch
 
 
-# Of what follows; never held while a mask is analysed. Garbage collection runs anywhere, under it too, and then forgets
-# entries of tables that died: so nothing is walked in place, or taken to be there still.
-_lock = threading.RLock()
+_lock = threading.RLock()  # of what follows; never held while a mask is analysed
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _keys: dict[Hashable, Hashable] = {}  # of entries, by their keys for saved tensors
-_calls: dict[Hashable, tuple[Hashable, tuple[tuple[weakref.ref[Any], int | None], ...]]] = {}  # keys, by calls
+_calls: dict[Hashable, tuple[Hashable, Watch]] = {}  # keys, by calls
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
 
@@ -60,46 +59,36 @@ def find(problem: Problem, backend: Backend, *, saved: bool = False) -> Analysis
 
 
 def again(call: Hashable) -> Analysis | None:
-    """The analysis of a call like one before, as `note` was told; None where it has to be looked for.
-
-    It is another call once anything that it names is gone, or a table has been written to.
-    """
+    """The analysis of a call like one before, as `note` was told; None where it has to be looked for."""
     known = _calls.get(call)
-    if known is None:
-        return None
-    key, named = known
-    for reference, version in named:
-        thing = reference()
-        if thing is None or (version is not None and thing._version != version):
-            return None
-    return _get(key)
+    return None if known is None else _get(known[0])
 
 
-def note(call: Hashable, named: Sequence[object], problem: Problem, backend: Backend) -> None:
+def note(call: Hashable, tensors: Sequence[Tensor], problem: Problem, backend: Backend) -> None:
     """Have `again` find the analysis of a problem.
 
     Args:
-        call: all that the problem depends on; tables and the like by their ids.
-        named: what it names so.
+        call: all that the problem depends on; of tensors their `state`, from before the analysis was looked for.
+        tensors: those.
         problem: of which `find` has made the analysis.
         backend: it was made for.
     """
-    tensors = [thing for thing in named if isinstance(thing, Tensor)]
-    if any(tensor.is_inference() for tensor in tensors):
+    if any(tensor.is_inference() for tensor in problem.inputs.tables):
         return
-    # Versions first: a write after it is noticed.
-    seen = tuple([(weakref.ref(x), x._version if isinstance(x, Tensor) else None) for x in named])
     with _lock:
         if len(_calls) >= _CALLS:
             _calls.clear()
-        _calls[call] = _key(problem, backend), seen
+        _calls[call] = _key(problem, backend), Watch(tensors)
 
 
-def invalidate(expressions: set[str]) -> None:
-    """Forget the analyses of these expressions (canonical texts)."""
+def invalidate(expressions: set[str] | None = None) -> None:
+    """Forget the analyses of these expressions (canonical texts), or all; and what was copied or seen of any table."""
+    tables.forget()
+    checking.forget()
     with _lock:
-        for key in [key for key in list(_entries) if isinstance(key, tuple) and key[0] in expressions]:
-            _forget(key)
+        for key in list(_entries):
+            if expressions is None or (isinstance(key, tuple) and key[0] in expressions):
+                _forget(key)
 
 
 def _get(key: Hashable) -> Analysis | None:
@@ -135,18 +124,17 @@ def _keep(key: Hashable, analysis: Analysis, problem: Problem, backend: Backend)
     if isinstance(problem.q_offset, Tensor):
         tensors = (*tensors, problem.q_offset)
     with _lock:
-        # A key holds ids, which a dead tensor's successor may inherit: so it goes when the first of them dies. The
-        # address of a storage is kept from being given away by a weak reference.
+        for gone in [old for old, entry in _entries.items() if entry.watch.expired()]:
+            _forget(gone)
         counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        alive = [weakref.ref(_owner(tensor), lambda _: _forget(key)) for tensor in counted]
-        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in counted]
+        watch = Watch(map(owner, counted))
         latest = _entries.get(_latest)
         if latest is not None:  # it has made schedules since
             latest.nbytes = latest.analysis.nbytes
         saved_key = _key(problem, backend, saved=True)
-        _entries[key] = _Entry(analysis, analysis.nbytes, saved_key, (*alive, *storages))
+        _entries[key] = _Entry(analysis, analysis.nbytes, saved_key, watch)
         _keys[saved_key] = _latest = key
-        nbytes = sum(entry.nbytes for entry in list(_entries.values()))
+        nbytes = sum(entry.nbytes for entry in _entries.values())
         while len(_entries) > CAPACITY or (nbytes > MEMORY and len(_entries) > 1):
             oldest, entry = _entries.popitem(last=False)
             nbytes -= entry.nbytes
@@ -172,7 +160,7 @@ def _key(problem: Problem, backend: Backend, *, saved: bool = False) -> Hashable
     return (
         problem.expr.text,
         backend,
-        problem.inputs.params,
+        *problem.expr.coded(problem.inputs.params),
         problem.q_len,
         problem.kv_len,
         problem.batch if per_row or "b" in reads else 1,
@@ -188,11 +176,7 @@ def _fingerprint(tensor: Tensor, saved: bool) -> Hashable:
     if tensor.is_inference():
         content = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
         return tensor.dtype, tensor.shape, hashlib.blake2b(content, digest_size=16).digest()
-    place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-    return tensor.untyped_storage()._cdata if saved else id(_owner(tensor)), tensor._version, place
-
-
-def _owner(tensor: Tensor) -> Tensor:
-    """The tensor whose version counts: a view shares its base's."""
-    base = tensor._base
-    return tensor if base is None else base
+    if saved:
+        place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        return tensor.untyped_storage()._cdata, tensor._version, place
+    return id(owner(tensor)), *state(tensor)[1:]

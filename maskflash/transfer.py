@@ -6,7 +6,6 @@ memory from being used again until the copy has run. See docs/decisions/0015.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
@@ -20,7 +19,7 @@ from maskflash.errors import BackendError
 _CPU: Final = torch.device("cpu")
 _LINE: Final = 128  # bytes of a cache line: each tensor begins with one, as in memory of its own
 
-# copy -> (weak reference to its original; of that its version, memory and shape, and the copy's version)
+# copy -> (an alias of its original; the versions of both)
 _originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -82,7 +81,7 @@ def remember(copy: Tensor, original: Tensor, version: int) -> None:
         original: what it was made of.
         version: of the original, from before the copy was made.
     """
-    _originals[copy] = weakref.ref(original), version, original.data_ptr(), original.shape, copy._version
+    _originals[copy] = original.detach(), version, copy._version
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -130,14 +129,9 @@ def capturing(device: torch.device) -> bool:
 
 def _original(copy: Tensor) -> Tensor | None:
     """What a copy was made of, if neither has been written to since."""
-    found = _originals.get(copy)
-    if found is None:
-        return None
-    reference, *known = found
-    original: Tensor | None = reference()
-    if original is None or [original._version, original.data_ptr(), original.shape, copy._version] != known:
-        return None
-    return original.detach()
+    original, *known = _originals.get(copy, (None,))
+    unwritten = original is not None and [original._version, copy._version] == known
+    return original if unwritten else None
 
 
 def _unexpanded(tensor: Tensor) -> Tensor:

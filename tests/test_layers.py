@@ -9,8 +9,20 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
-    *("errors", "arguments", "html", "transfer", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
-    *("compiler", "explain", "plans", "op", "compiled", "api", "flashmask", "traffic", "visualize"),
+    *("errors", "arguments", "html", "identity", "transfer", "expr", "blocks", "masks", "presets", "codegen"),
+    *(
+        "kernels",
+        "compiler",
+        "explain",
+        "checking",
+        "plans",
+        "op",
+        "compiled",
+        "api",
+        "flashmask",
+        "traffic",
+        "visualize",
+    ),
     *("integrations", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
@@ -28,6 +40,8 @@ ORDER = {
             "tables",
             "slots",
             "traces",
+            "reach",
+            "captures",
             "fingerprint",
             "call",
             "lines",

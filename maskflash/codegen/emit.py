@@ -74,8 +74,12 @@ def emit(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, transposed: b
     writer = _Writer(expr, tables, narrow, transposed)
     if narrow:  # numbers arrive in 64 bits, whatever their value, so that none is compiled in
         sizes = (f"t{slot}_size{axis}" for slot, kind in enumerate(tables) for axis in range(kind.ndim))
-        numbers = [*(f"p{slot}" for slot in range(expr.slots("param"))), *sizes]
+        whole = (slot for slot in range(expr.slots("param")) if slot not in expr.real_params)
+        numbers = [*(f"p{slot}" for slot in whole), *sizes]
         writer.lines["once"] += [f"{name}_32 = {name}.to(tl.int32)" for name in numbers]
+    writer.lines["once"] += [
+        f"p{slot}_real = p{slot}.to(tl.float64, bitcast=True)" for slot in sorted(expr.real_params)
+    ]
     for position in range(len(expr.nodes)):
         writer.write(position)
     root = len(expr.nodes) - 1
@@ -84,7 +88,10 @@ def emit(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, transposed: b
 
 
 def signature(expr: Expr, tables: Sequence[TableKind]) -> tuple[str, ...]:
-    """What a mask adds to a kernel's arguments, in order: params, then each table's pointer, sizes and strides."""
+    """What a mask adds to a kernel's arguments, in order: params, then each table's pointer, sizes and strides.
+
+    All params are integers: a float comes as its 64 bits (`Expr.coded`).
+    """
     names = [f"p{slot}" for slot in range(expr.slots("param"))]
     for slot, kind in enumerate(tables):
         names += [f"t{slot}", *(f"t{slot}_{what}{axis}" for what in ("size", "stride") for axis in range(kind.ndim))]
@@ -115,7 +122,8 @@ class _Writer:
         elif node.op == "const":
             self.names.append("")  # written where it is used, in the dtype it is used in
         elif node.op == "param":
-            self.names.append(self._number(f"p{node.value}"))
+            real = node.dtype.is_floating_point
+            self.names.append(f"p{node.value}_real" if real else self._number(f"p{node.value}"))
         else:
             name = f"x{position}"
             self._comment(position, group)

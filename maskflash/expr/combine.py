@@ -11,7 +11,7 @@ from torch import Tensor
 from maskflash.expr.nodes import Builder, Node
 from maskflash.expr.simplify import simplify
 from maskflash.expr.trace import Traced, compact
-from maskflash.expr.tracer import Argument
+from maskflash.expr.tracer import Argument, View
 
 
 def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
@@ -54,6 +54,6 @@ def _unused(name: str, names: list[str]) -> str:
 
 def _identity(value: object) -> object:
     """What two slots share that always hold one value: a tensor or an argument. Equal ints may part ways later."""
-    if isinstance(value, Argument):
+    if isinstance(value, Argument | View):
         return value
     return id(value) if isinstance(value, Tensor) else object()

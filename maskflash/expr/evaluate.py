@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import MaskIndexError
-from maskflash.expr.nodes import CONNECTIVES, INDEX_VARIABLES, Expr, Node, operand_dtype
+from maskflash.expr.nodes import CONNECTIVES, INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
 
 LookUp = Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
 """A table and int64 indices into it -> what they read, and where they lie outside (None: nowhere)."""
@@ -21,7 +21,7 @@ LookUp = Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
 class Inputs:
     """The run-time values an expression's slots stand for."""
 
-    params: tuple[int, ...] = ()
+    params: tuple[Scalar, ...] = ()
     tables: tuple[Tensor, ...] = ()
 
 

@@ -11,9 +11,9 @@ import builtins
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterable
-from types import CellType, FunctionType, MethodType
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from torch import Tensor
 from maskflash.expr.branches import common_dtype, explore, merge
 from maskflash.expr.paths import CannotMerge
 from maskflash.expr.rewrite import HOOKS, rewritten
-from maskflash.expr.symbols import Symbol, apply, is_bool, position, symbol, truth
-from maskflash.expr.tracer import Tracer
+from maskflash.expr.symbols import Symbol, Table, apply, is_bool, position, symbol, truth
+from maskflash.expr.tracer import Captured, Tracer
 
 ACTIVE = threading.local()  # .tracer: the trace running in this thread
 
@@ -41,6 +41,16 @@ def lower(predicate: Callable[..., Any]) -> Callable[..., Any]:
     return predicate if method is None else MethodType(_lower_function(method), predicate)
 
 
+def read_elsewhere(code: CodeType) -> frozenset[str]:
+    """The names that code reads elsewhere than where `operate` is told of it."""
+    found = rewritten(code)
+    if found is not None:
+        return found.elsewhere
+    inner = (read_elsewhere(const) for const in code.co_consts if isinstance(const, CodeType))
+    strings = (const for const in code.co_consts if isinstance(const, str))
+    return frozenset((*code.co_names, *code.co_freevars, *strings)).union(*inner)
+
+
 def python_code(function: Any) -> FunctionType | None:
     """The Python function behind a method, a partial or an object with `__call__`, if there is one."""
     while isinstance(function, functools.partial):
@@ -53,11 +63,13 @@ def python_code(function: Any) -> FunctionType | None:
 
 def _lower_function(function: FunctionType) -> FunctionType:
     """The rewritten function, sharing globals, defaults and closure cells with the original."""
-    code = rewritten(function.__code__)
-    if code is None:
+    found = rewritten(function.__code__)
+    if found is None:
         return function
+    code = found.code
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    closure = tuple(cells[name] if name in cells else CellType(_RUNTIME[name]) for name in code.co_freevars)
+    runtime = {**_RUNTIME, "__mf_read": functools.partial(_read, function, cells)}
+    closure = tuple(cells[name] if name in cells else CellType(runtime[name]) for name in code.co_freevars)
     lowered = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     lowered.__kwdefaults__ = function.__kwdefaults__
     return lowered
@@ -95,9 +107,57 @@ def chain(left: Any, *links: tuple[Callable[[Any, Any], Any], Callable[[], Any]]
         if not isinstance(result, Symbol) and not result:
             return result
         right = _guarded(result, operand)
-        test, left = compare(left, right), right
+        test, left = operate(compare, left, right), right
         result = test if result is True else _connect("and", result, _constantly(test))
     return result
+
+
+class _Read(NamedTuple):
+    """A captured number on its way into an operation, and what fills its slot."""
+
+    value: int | float
+    name: Captured
+
+
+def operate(op: Callable[[Any, Any], Any], x: Any, y: Any) -> Any:
+    """`x + y`, `x < y` and the like, of which one may be a captured number: a param where it meets a symbol."""
+    tracer: Tracer | None = getattr(ACTIVE, "tracer", None)
+    if tracer is None or not (isinstance(x, _Read) or isinstance(y, _Read)):
+        return op(x, y)
+    others = [operand for operand in (x, y) if not isinstance(operand, _Read)]
+    recorded = any(isinstance(other, (Symbol, Table)) or _is_element(other) for other in others)
+    return op(*(_taken(tracer, operand, recorded) for operand in (x, y)))
+
+
+def _taken(tracer: Tracer, operand: Any, recorded: bool) -> Any:
+    """A captured number as a param, or where Python computes with it, as it is: then the trace depends on it."""
+    if not isinstance(operand, _Read):
+        return operand
+    if recorded:
+        return Symbol(tracer, tracer.argument(operand.name, operand.value))
+    tracer.specialised.add(operand.name)
+    return operand.value
+
+
+def _is_element(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def _read(function: FunctionType, cells: Mapping[str, CellType], name: str, value: Any) -> Any:
+    """A captured operand, by its name in a function."""
+    owner = id(cells[name]) if name in cells else (id(function.__globals__), name)
+    return _noted(owner, value)
+
+
+def attribute(owner: Any, name: str) -> Any:
+    """An operand that is an attribute."""
+    return _noted((id(owner), name), getattr(owner, name))
+
+
+def _noted(owner: object, value: Any) -> Any:
+    tracer: Tracer | None = getattr(ACTIVE, "tracer", None)
+    name = tracer.sources.numbers.get(owner) if tracer and type(value) in (int, float) else None
+    return value if name is None else _Read(value, name)
 
 
 def if_(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
@@ -264,10 +324,11 @@ _RUNTIME: dict[str, Any] = {
     **{"__mf_and": and_, "__mf_or": or_, "__mf_not": not_, "__mf_chain": chain, "__mf_if": if_},
     **{"__mf_in": in_, "__mf_not_in": lambda x, container: not_(in_(x, container)), "__mf_call": call},
     **{f"__mf_{name}": getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "is_not")},
-    "__mf_is": operator.is_,
+    **{f"__mf_{name}": getattr(operator, name) for name in ("add", "sub", "mul")},
+    **{"__mf_is": operator.is_, "__mf_operate": operate, "__mf_attribute": attribute},
 }
 _BUILTINS: dict[Any, Any] = {
     **{any: any_, all: all_, bool: _truth},
     **{min: _extreme("min", builtins.min), max: _extreme("max", builtins.max)},
 }
-assert set(_RUNTIME) == set(HOOKS)
+assert {*_RUNTIME, "__mf_read"} == set(HOOKS)

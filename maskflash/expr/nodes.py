@@ -5,7 +5,7 @@ The grammar (every operand precedes its user, the last node is the mask):
     expr    = node*
     node    = b | h | q | kv                          int64 indices of the pair
             | const value                             part of the structure (divisors, moduli, shifts, bit masks)
-            | param slot                              an int given at run time (windows, offsets, lengths)
+            | param slot                              a number given at run time (windows, offsets, lengths, radii)
             | lookup slot (index*)                    an element of a run-time table; no index for a 0-dim tensor
             | cast x | neg x | abs x | not x | bitnot x | floor x | ceil x | trunc x | round x | sqrt x
             | add x y | sub | mul | truediv | floordiv | mod | truncdiv | fmod | min | max
@@ -19,7 +19,8 @@ rules; lengths, windows, table contents and offsets are never part of the text, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ ARITY = {
 }  # "lookup" takes any number
 
 Scalar = int | float | bool
+
+_REAL, _INTEGER = struct.Struct("<d"), struct.Struct("<q")
 
 
 class Source(NamedTuple):
@@ -85,6 +88,21 @@ class Expr:
     def reads(self) -> frozenset[str]:
         """The index variables the mask looks at, of b, h, q, kv."""
         return frozenset(node.op for node in self.nodes if node.op in INDEX_VARIABLES)
+
+    @cached_property
+    def real_params(self) -> frozenset[int]:
+        """The slots of params that are floating-point numbers."""
+        params = (node for node in self.nodes if node.op == "param" and node.dtype.is_floating_point)
+        return frozenset(int(node.value or 0) for node in params)
+
+    def coded(self, params: Sequence[Scalar]) -> list[int]:
+        """Params as integers, which is how they leave this process: of a float its 64 bits, NaN and -0.0 too."""
+        return [bits_of(value) if isinstance(value, float) else int(value) for value in params]
+
+    def decoded(self, params: Sequence[int]) -> tuple[Scalar, ...]:
+        """What `coded` made integers of."""
+        real = self.real_params
+        return tuple([_float(value) if slot in real else value for slot, value in enumerate(params)])
 
     @cached_property
     def last_use(self) -> tuple[int, ...]:
@@ -140,6 +158,17 @@ def parse(text: str) -> Expr:
         operands = tuple(int(arg) for arg in args.split(",") if arg)
         nodes.append(Node(op, operands, dtype, kind.endswith("~"), _parse_scalar(value, dtype) if value else None))
     return Expr(tuple(nodes))
+
+
+def bits_of(number: float) -> int:
+    """The 64 bits of a float, as an integer."""
+    bits: int = _INTEGER.unpack(_REAL.pack(number))[0]
+    return bits
+
+
+def _float(bits: int) -> float:
+    number: float = _REAL.unpack(_INTEGER.pack(bits))[0]
+    return number
 
 
 def _restore(text: str, sources: tuple[Source | None, ...]) -> Expr:

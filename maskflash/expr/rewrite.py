@@ -8,6 +8,10 @@ rewritten as a syntax tree and compiled under the original file name and lines, 
     x if c else y       __mf_if(c, lambda: x, lambda: y)
     x in y, not x       __mf_in(x, y), __mf_not(x)
     f(x)                __mf_call(f)(x)
+    x - window          __mf_operate(__mf_sub, x, __mf_read("window", window))     where window is captured
+    x - self.window     __mf_operate(__mf_sub, x, __mf_attribute(self, "window"))
+
+The last two tell a captured number that only meets symbols from one that Python itself computes with.
 """
 
 from __future__ import annotations
@@ -21,12 +25,13 @@ import operator
 import symtable
 from collections.abc import Iterable
 from types import CodeType
-from typing import cast
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 HOOKS = (
     *("__mf_and", "__mf_or", "__mf_not", "__mf_chain", "__mf_if", "__mf_in", "__mf_not_in", "__mf_call"),
     *("__mf_lt", "__mf_le", "__mf_gt", "__mf_ge", "__mf_eq", "__mf_ne", "__mf_is", "__mf_is_not"),
+    *("__mf_operate", "__mf_read", "__mf_attribute", "__mf_add", "__mf_sub", "__mf_mul"),
 )  # free variables of rewritten code
 
 _COMPARISONS: dict[type[ast.cmpop], str] = {
@@ -34,22 +39,33 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
     **{ast.NotEq: "__mf_ne", ast.Is: "__mf_is", ast.IsNot: "__mf_is_not"},
     **{ast.In: "__mf_in", ast.NotIn: "__mf_not_in"},
 }
+_NUMERIC = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
+_ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "__mf_add", ast.Sub: "__mf_sub", ast.Mult: "__mf_mul"}
 _FUTURE = functools.reduce(operator.or_, (getattr(__future__, n).compiler_flag for n in __future__.all_feature_names))
 _TYPE_PARAMS = "type_params" in ast.FunctionDef._fields  # Python 3.12
 
 _Function = ast.FunctionDef | ast.Lambda
-_rewritten: WeakKeyDictionary[CodeType, dict[str, CodeType | None]] = WeakKeyDictionary()
 
 
-def rewritten(code: CodeType) -> CodeType | None:
-    """The rewritten code object, or None where the source can't be had or is not this code's."""
+class Rewritten(NamedTuple):
+    """Rewritten code, and the names that it also reads elsewhere than as operands of `__mf_operate`."""
+
+    code: CodeType
+    elsewhere: frozenset[str]
+
+
+_rewritten: WeakKeyDictionary[CodeType, dict[str, Rewritten | None]] = WeakKeyDictionary()
+
+
+def rewritten(code: CodeType) -> Rewritten | None:
+    """The rewritten code, or None where the source can't be had or is not this code's."""
     found = _rewritten.setdefault(code, {})  # equal code in another file has other lines to show
     if code.co_filename not in found:
         found[code.co_filename] = _rewrite(code)
     return found[code.co_filename]
 
 
-def _rewrite(code: CodeType) -> CodeType | None:
+def _rewrite(code: CodeType) -> Rewritten | None:
     if not set(HOOKS).isdisjoint(code.co_freevars):
         return None  # defined inside rewritten code, and so rewritten with it
     linecache.checkcache(code.co_filename)
@@ -58,8 +74,9 @@ def _rewrite(code: CodeType) -> CodeType | None:
         functions = _functions(source) if source else {}
         for node in functions.get((code.co_name, code.co_firstlineno), ()):
             if _same_code(_compile(node, code, _imported(source)), code):
-                new = cast("_Function", _Rewriter().generic_visit(copy.deepcopy(node)))
-                return _compile(new, code, _imported(source))
+                rewriter = _Rewriter(_bound(node))
+                new = _compile(cast("_Function", rewriter.generic_visit(copy.deepcopy(node))), code, _imported(source))
+                return new and Rewritten(new, frozenset(rewriter.elsewhere))
     except (SyntaxError, ValueError, RecursionError):  # the last: operators nested deeper than Python's own stack
         return None
     return None
@@ -112,12 +129,65 @@ def _same_code(x: CodeType | None, y: CodeType) -> bool:
     return all(_same_code(a, b) if isinstance(b, CodeType) else repr(a) == repr(b) for a, b in pairs)
 
 
+def _bound(node: _Function) -> frozenset[str]:
+    """Every name that a function, or one within it, binds: they are not read from outside."""
+    found: set[str] = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name) and not isinstance(child.ctx, ast.Load):
+            found.add(child.id)
+        elif isinstance(child, ast.arg):
+            found.add(child.arg)
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(child.name)
+        elif isinstance(child, ast.alias):
+            found.add((child.asname or child.name).partition(".")[0])
+        elif isinstance(child, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and child.name:
+            found.add(child.name)
+        elif isinstance(child, ast.MatchMapping) and child.rest:
+            found.add(child.rest)
+    return frozenset(found)
+
+
 class _Rewriter(ast.NodeTransformer):
-    """Replaces what Python decides by truth values with calls that can record."""
+    """Replaces what Python decides by truth values with calls that can record, and reads of captured operands."""
+
+    def __init__(self, bound: frozenset[str]) -> None:
+        self.elsewhere: set[str] = set()
+        self._bound = bound
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        self.elsewhere.add(node.id)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if isinstance(node.ctx, ast.Load):
+            self.elsewhere.add(node.attr)
+        return self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if isinstance(node.value, str):  # getattr(self, "window")
+            self.elsewhere.add(node.value)
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        operands = [self._operand(operand) for operand in (node.left, node.right)]
+        name = _ARITHMETIC.get(type(node.op))
+        if name is None or _binds(node) or not any(operands):
+            return self.generic_visit(node)
+        left, right = (new or self.visit(old) for new, old in zip(operands, (node.left, node.right), strict=True))
+        return self._call(node, "__mf_operate", self._name(node, name), left, right)
+
+    def _operand(self, node: ast.expr) -> ast.expr | None:
+        """What to read a captured number by; None for any other operand."""
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in self._bound:
+            return self._call(node, "__mf_read", self._text(node, node.id), node)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and not node.attr.startswith("__"):
+            return self._call(node, "__mf_attribute", self.visit(node.value), self._text(node, node.attr))
+        return None
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         if _binds(node):
-            return node
+            return self._kept(node)
         name = "__mf_and" if isinstance(node.op, ast.And) else "__mf_or"
         return self._call(node, name, *(self._thunk(value) for value in node.values))
 
@@ -126,22 +196,31 @@ class _Rewriter(ast.NodeTransformer):
         return self._call(node, "__mf_not", node.operand) if isinstance(node.op, ast.Not) else node
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        single = len(node.ops) == 1
-        if _binds(node) or (single and not isinstance(node.ops[0], (ast.In, ast.NotIn))):
+        if _binds(node):
             return self.generic_visit(node)
         names = [_COMPARISONS[type(op)] for op in node.ops]
-        if single:
-            self.generic_visit(node)
-            return self._call(node, names[0], node.left, node.comparators[0])
+        numeric = all(isinstance(op, _NUMERIC) for op in node.ops)
+        operands = [self._operand(x) if numeric else None for x in (node.left, *node.comparators)]
+        if len(node.ops) == 1:
+            if numeric and not any(operands):
+                return self.generic_visit(node)
+            if not numeric and not isinstance(node.ops[0], (ast.In, ast.NotIn)):
+                return self.generic_visit(node)
+            left, right = (
+                new or self.visit(x) for new, x in zip(operands, (node.left, *node.comparators), strict=True)
+            )
+            if numeric:
+                return self._call(node, "__mf_operate", self._name(node, names[0]), left, right)
+            return self._call(node, names[0], left, right)
         links: list[ast.expr] = []
-        for name, comparator in zip(names, node.comparators, strict=True):
-            pair = ast.Tuple([ast.Name(name, ast.Load()), self._thunk(comparator)], ast.Load())
-            links.append(ast.copy_location(pair, comparator))
-        return self._call(node, "__mf_chain", self.visit(node.left), *links)
+        for name, comparator, operand in zip(names, node.comparators, operands[1:], strict=True):
+            thunk = self._thunk(comparator) if operand is None else self._lambda(comparator, operand)
+            links.append(ast.copy_location(ast.Tuple([ast.Name(name, ast.Load()), thunk], ast.Load()), comparator))
+        return self._call(node, "__mf_chain", operands[0] or self.visit(node.left), *links)
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         if _binds(node):
-            return node
+            return self._kept(node)
         return self._call(node, "__mf_if", self.visit(node.test), self._thunk(node.body), self._thunk(node.orelse))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -152,15 +231,30 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return node  # class bodies have scopes that a lambda can't see
+        return self._kept(node)  # class bodies have scopes that a lambda can't see
+
+    def _kept(self, node: ast.AST) -> ast.AST:
+        """A part that stays as it is."""
+        for child in ast.walk(node):
+            if isinstance(child, (ast.Name, ast.Attribute)):
+                self.elsewhere.add(child.id if isinstance(child, ast.Name) else child.attr)
+        return node
 
     def _thunk(self, value: ast.expr) -> ast.expr:
+        return self._lambda(value, self.visit(value))
+
+    def _lambda(self, at: ast.AST, body: ast.expr) -> ast.expr:
         empty = ast.arguments([], [], None, [], [], None, [])
-        return ast.copy_location(ast.Lambda(empty, self.visit(value)), value)
+        return ast.copy_location(ast.Lambda(empty, body), at)
 
     def _call(self, at: ast.AST, name: str, *args: ast.expr) -> ast.Call:
-        function = ast.copy_location(ast.Name(name, ast.Load()), at)
-        return ast.copy_location(ast.Call(function, list(args), []), at)
+        return ast.copy_location(ast.Call(self._name(at, name), list(args), []), at)
+
+    def _name(self, at: ast.AST, name: str) -> ast.Name:
+        return ast.copy_location(ast.Name(name, ast.Load()), at)
+
+    def _text(self, at: ast.AST, text: str) -> ast.Constant:
+        return ast.copy_location(ast.Constant(text), at)
 
 
 def _binds(node: ast.AST) -> bool:

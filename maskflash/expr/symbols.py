@@ -98,12 +98,14 @@ def element(tracer: Tracer, slot: int, dtype: torch.dtype, indices: tuple[int, .
 
 
 def argument(tracer: Tracer, name: str, value: object) -> object:
-    """The stand-in for a keyword argument; values other than tensors and integers are used as they are."""
+    """The stand-in for a keyword argument; values other than tensors and numbers are used as they are."""
     if isinstance(value, Tensor):
         slot = tracer.table(value, Argument(name))
         return Table(tracer, slot, value, ()) if value.ndim else element(tracer, slot, value.dtype, ())
     if isinstance(value, numbers.Integral) and not is_bool(value):
-        return Symbol(tracer, tracer.argument(name, int(value)))
+        return Symbol(tracer, tracer.argument(Argument(name), int(value)))
+    if type(value) is float and not tracer.floats_fixed:
+        return Symbol(tracer, tracer.argument(Argument(name), value))
     tracer.specialised.add(name)
     return value
 
@@ -134,8 +136,8 @@ class Symbol:
     @property
     def device(self) -> torch.device:
         """As of a tensor."""
-        tensors = (table for table in self.tracer.tables if isinstance(table, Tensor))
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        held = (*self.tracer.tables, *self.tracer.sources.values.values())
+        return next((value.device for value in held if isinstance(value, Tensor)), torch.device("cpu"))
 
     @property
     def shape(self) -> torch.Size:

@@ -247,6 +247,8 @@ class CapturedTensors(TorchFunctionMode):
         if name == "__getitem__" and _is_element(*args):  # out of range, perhaps, on a path that is never taken
             return _look_up(self.tracer, *args)
         if name in _METADATA or name == "__get__":
+            for tensor in tensors:
+                self.tracer.reads_layout_of(tensor)
             return func(*args, **kwargs)
         if name in _CONCRETE:
             self.tracer.fail("needs a concrete value", "Index the tensor with q or kv instead.")

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -26,26 +26,54 @@ from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Source
 from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, TooManyPaths, Unrepeatable
 from maskflash.expr.simplify import simplify
 from maskflash.expr.symbols import Symbol, argument, is_bool, symbol, truth
-from maskflash.expr.tracer import Argument, TorchCalls, Tracer
+from maskflash.expr.tracer import Argument, Captured, Sources, TorchCalls, Tracer, View
 
-MaskArg = Tensor | int | bool
+MaskArg = Tensor | int | float | bool
 
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """A mask's expression, with what fills each slot: a captured value, or the name of a keyword argument."""
+    """A mask's expression, with what fills each slot: a value, or the name of one that comes with each call."""
 
     expr: Expr
-    params: tuple[int | Argument, ...]
-    tables: tuple[Tensor | Argument, ...]
+    params: tuple[int | float | Argument, ...]
+    tables: tuple[Tensor | Argument | View, ...]
     names: tuple[str, ...]  # what the user calls each table
-    specialised: frozenset[str] = frozenset()  # arguments whose value (or shape) the expression depends on
+    specialised: frozenset[str] = frozenset()  # names of those whose value (or layout) the expression depends on
+
+    def filled(self, captured: Mapping[str, Any]) -> Traced:
+        """The same with captured values in their slots."""
+        if not captured:
+            return self
+        params = (captured[x] if isinstance(x, Captured) else x for x in self.params)
+        return replace(self, params=tuple(params), tables=tuple(_table(captured, table) for table in self.tables))
+
+    def renamed(self, names: Mapping[str, Captured]) -> Traced:
+        """The same with other names for captured slots."""
+        if not names:
+            return self
+
+        def new(slot: Any) -> Any:
+            if isinstance(slot, View):
+                return slot._replace(name=names.get(slot.name, slot.name))  # type: ignore[call-overload]
+            return names.get(slot, slot) if isinstance(slot, Captured) else slot
+
+        specialised = frozenset(map(new, self.specialised))
+        params, tables = tuple(map(new, self.params)), tuple(map(new, self.tables))
+        return replace(self, params=params, tables=tables, specialised=specialised)
 
     def bind(self, mask_args: Mapping[str, MaskArg]) -> Inputs:
         """The run-time values of all slots."""
         params = (mask_args[param] if isinstance(param, Argument) else param for param in self.params)
         tables = (mask_args[table] if isinstance(table, Argument) else table for table in self.tables)
         return Inputs(tuple(params), tuple(tables))  # type: ignore[arg-type]
+
+
+def _table(captured: Mapping[str, Any], table: Tensor | Argument | View) -> Any:
+    """What is captured for a table's slot; what was there if nothing is."""
+    if isinstance(table, View):
+        return table.of(captured[table.name])
+    return captured[table] if isinstance(table, Captured) else table
 
 
 def keyword_arguments(predicate: Callable[..., Any]) -> tuple[str, ...]:
@@ -66,13 +94,16 @@ def keyword_arguments(predicate: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
 
 
-def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None = None) -> Traced:
+def trace(
+    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None = None, sources: Sources | None = None
+) -> Traced:
     """Run a predicate on symbols and return what it computes.
 
     Args:
         predicate: `f(b, h, q, kv, *, ...) -> bool`; plain Python over ints, closures and tensors.
         mask_args: a value for each keyword-only parameter. Tensors become tables by name: their contents, and
-            unless the predicate asks for it their shape, do not enter the expression.
+            unless the predicate asks for it their shape, do not enter the expression. Numbers become params.
+        sources: captured values that are read again at each call; they fill slots by name. Others are kept.
 
     Raises:
         MaskTraceError: something that can't be an expression, with file, line and the fix.
@@ -80,15 +111,18 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
     mask_args = mask_args or {}
     # In compiled code that makes a mask, dynamo would look into the very frames that a trace looks at.
     attempt = torch.compiler.disable(_attempt) if "torch._dynamo" in sys.modules else _attempt
-    traced: Traced = attempt(predicate, mask_args)
+    traced: Traced = attempt(predicate, mask_args, Sources() if sources is None else sources)
     return traced
 
 
-def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:
+def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources) -> Traced:
     with contextlib.suppress(Exception):  # it may lie on a path that the values of constants rule out
-        return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
+        return _trace(predicate, mask_args, sources, FEW_PATHS)
+    if any(type(value) is float for value in mask_args.values()):
+        with contextlib.suppress(Exception):  # Python may have to compute with them
+            return _trace(predicate, mask_args, sources, FEW_PATHS, floats_fixed=True)
     try:
-        return _trace(predicate, mask_args, MAX_PATHS, use_values=True)
+        return _trace(predicate, mask_args, sources, MAX_PATHS, use_values=True, floats_fixed=True)
     except TooManyPaths as limit:
         raise MaskTraceError(
             f"{limit.args[0]}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
@@ -96,10 +130,18 @@ def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) ->
         ) from None
 
 
-def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limit: int, use_values: bool) -> Traced:
+def _trace(
+    predicate: Callable[..., Any],
+    mask_args: Mapping[str, MaskArg],
+    sources: Sources,
+    limit: int,
+    *,
+    use_values: bool = False,
+    floats_fixed: bool = False,
+) -> Traced:
     home = _home(predicate)
     calls = TorchCalls(torch_calls.call, torch_calls.method)
-    tracer = Tracer(home, _trace.__code__, limit, use_values, calls)
+    tracer = Tracer(home, _trace.__code__, limit, use_values, calls, sources, floats_fixed)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
     keywords = {name: argument(tracer, name, value) for name, value in mask_args.items()}
     lowered = lower(predicate)
@@ -125,7 +167,7 @@ def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limi
         ACTIVE.tracer = outer
     expr = simplify(tracer.builder.finish(truth(tracer, result).position))
     function = python_code(predicate)
-    names = [_table_name(table, place, function) for place, table in enumerate(tracer.tables)]
+    names = [tracer.label(place) or _table_name(table, place, function) for place, table in enumerate(tracer.tables)]
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
 
 
@@ -141,8 +183,8 @@ def _as_truth(tracer: Tracer, value: object) -> Symbol:
 
 def compact(
     expr: Expr,
-    params: Sequence[int | Argument],
-    tables: Sequence[Tensor | Argument],
+    params: Sequence[int | float | Argument],
+    tables: Sequence[Tensor | Argument | View],
     names: Sequence[str],
     specialised: frozenset[str],
 ) -> Traced:
@@ -166,9 +208,7 @@ def compact(
     )
 
 
-def _table_name(table: Tensor | Argument, place: int, function: FunctionType | None) -> str:
-    if isinstance(table, Argument):
-        return table
+def _table_name(table: Any, place: int, function: FunctionType | None) -> str:
     if function is None:
         return f"table{place}"
     code = function.__code__

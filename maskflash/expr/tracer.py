@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple, NoReturn
@@ -34,6 +34,44 @@ class Argument(str):
     """The name of a keyword argument that fills a slot at run time."""
 
 
+class Captured(Argument):
+    """The name of a value that the predicate gets at by itself, read again at each call: no argument can have it."""
+
+
+def is_captured(name: str) -> bool:
+    """Whether a name is that of a captured value; as plain text too."""
+    return name.startswith("@")
+
+
+class View(NamedTuple):
+    """A slot that is filled by a view of a tensor, made of it again at each call: its sizes, strides and offset."""
+
+    name: Argument
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view."""
+        return tensor.as_strided(self.size, self.stride, int(tensor.storage_offset()) + self.offset)
+
+
+class Sources(NamedTuple):
+    """Where values come from that a trace meets and that are read again at each call.
+
+    Attributes:
+        numbers: names by where a number is read: a cell, or a name and the owner of it.
+        tensors: names by the tensor's id.
+        values: by name.
+        labels: what the user calls them.
+    """
+
+    numbers: Mapping[object, Captured] = {}
+    tensors: Mapping[int, Captured] = {}
+    values: Mapping[Captured, Any] = {}
+    labels: Mapping[Captured, str] = {}
+
+
 class TorchCalls(NamedTuple):
     """What a symbol does when torch meets it: handed down by `trace`, since it is written in terms of symbols."""
 
@@ -48,24 +86,37 @@ class Tracer:
         home: where the predicate is defined; errors that no line of its code causes point there.
         builder: the expression so far.
         paths: its undecided branches.
-        params: for each integer slot its value, or the argument that fills it.
-        tables: for each table slot the captured tensor, or the argument that fills it.
+        params: for each number's slot its value, or what fills it.
+        tables: for each table slot a tensor, or what fills it.
+        sources: the captured values that are read again at each call.
+        floats_fixed: whether float arguments are constants, since Python computes with them.
         specialised: arguments whose value or shape the expression depends on.
         torch: what torch functions and tensor methods do to symbols.
         failure: the last refusal; torch's operators turn a TypeError into one of their own.
     """
 
-    def __init__(self, home: Source, entry: CodeType, limit: int, use_values: bool, torch_calls: TorchCalls) -> None:
+    def __init__(
+        self,
+        home: Source,
+        entry: CodeType,
+        limit: int,
+        use_values: bool,
+        torch_calls: TorchCalls,
+        sources: Sources,
+        floats_fixed: bool,
+    ) -> None:
         self.home = home
+        self.sources = sources
+        self.floats_fixed = floats_fixed
         self.builder = Builder()
         self.paths = Paths(self.builder, self._fixed_number, limit, use_values)
-        self.params: list[int | Argument] = []
-        self.tables: list[Tensor | Argument] = []
+        self.params: list[int | float | Argument] = []
+        self.tables: list[Tensor | Argument | View] = []
         self.specialised: set[str] = set()
         self.torch = torch_calls
         self.failure: MaskTraceError | None = None
         self._entry = entry  # frames from here outward are not the predicate's
-        self._argument_values: dict[str, int] = {}
+        self._argument_values: dict[str, int | float] = {}
         self._slots: dict[object, int] = {}
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
@@ -94,32 +145,45 @@ class Tracer:
         self._journal.append(site)
         return self._param_node((site, turn, number), number)
 
-    def argument(self, name: str, value: int) -> int:
-        """A slot for an integer keyword argument."""
+    def argument(self, name: Argument, value: int | float) -> int:
+        """A slot for a number that a call gives, or that is read at each call."""
         self._argument_values[name] = value
-        return self._param_node(Argument(name), Argument(name))
+        return self._param_node(name, name, torch.float64 if isinstance(value, float) else torch.int64)
 
-    def _param_node(self, key: object, value: int | Argument) -> int:
+    def _param_node(self, key: object, value: int | Argument, dtype: torch.dtype = torch.int64) -> int:
         slot = self._slots.get(key)
         if slot is None:
             slot = self._slots[key] = len(self.params)
             self.params.append(value)
-        return self.builder.add("param", dtype=torch.int64, weak=True, value=slot)
+        return self.builder.add("param", dtype=dtype, weak=True, value=slot)
 
     def table(self, tensor: Tensor, name: Argument | None = None) -> int:
         """A slot for a tensor; captured views of the same memory share one."""
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
             self.fail(f"looks up a tensor of {kind}", "Convert it to int32, int64, bool or float32 beforehand.")
-        key: object = name
-        if name is None:
+        filler = self._source(tensor) if name is None else name
+        key: object = filler
+        if isinstance(filler, Tensor):
             memory = tensor.data_ptr() if tensor.numel() else id(tensor)
             key = (memory, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
         slot = self._slots.get(key)
         if slot is None:
             slot = self._slots[key] = len(self.tables)
-            self.tables.append(tensor if name is None else name)
+            self.tables.append(filler)
         return slot
+
+    def _source(self, tensor: Tensor) -> Tensor | Captured | View:
+        """What a captured tensor is read from, or is a view of; itself where nobody knows."""
+        name = self.sources.tensors.get(id(tensor))
+        if name is not None:
+            return name
+        for name, whole in self.sources.values.items():
+            if isinstance(whole, Tensor) and whole.dtype == tensor.dtype and _share_memory(whole, tensor):
+                self.specialised.add(name)
+                offset = tensor.storage_offset() - whole.storage_offset()
+                return View(name, tuple(tensor.shape), tensor.stride(), offset)
+        return tensor
 
     def fix(self, position: int) -> int:
         """An integer argument in a structural place: its value becomes part of the structure."""
@@ -130,9 +194,20 @@ class Tracer:
         return position
 
     def depends_on_shape(self, slot: int) -> None:
-        """Note that the expression depends on the shape of a table, if that is an argument."""
+        """Note that the expression depends on the shape of a table, if another may come in its place."""
         if isinstance(name := self.tables[slot], Argument):
             self.specialised.add(name)
+
+    def reads_layout_of(self, tensor: Tensor) -> None:
+        """Note that the expression depends on the shape or strides of a captured tensor."""
+        if (name := self.sources.tensors.get(id(tensor))) is not None:
+            self.specialised.add(name)
+
+    def label(self, slot: int) -> str | None:
+        """What the user calls a table; None if it has no name."""
+        table = self.tables[slot]
+        name = table.name if isinstance(table, View) else table
+        return None if isinstance(name, Tensor) else self.sources.labels.get(name, name)  # type: ignore[call-overload]
 
     def mark(self) -> int:
         """A point to `rewind` to, so that a second run of the same code meets the same slots."""
@@ -148,6 +223,9 @@ class Tracer:
         number = node.value if node.op == "const" else None
         if node.op == "param":
             value = self.params[int(node.value or 0)]
+            if isinstance(value, Captured):  # decided by its value now, so another one is another trace
+                self.specialised.add(value)
+                value = self.sources.values[value]
             number = value if isinstance(value, int) else None
         return float(number) if number is not None and abs(number) < 2**53 else None
 
@@ -187,6 +265,10 @@ class Tracer:
                 return frame
             frame = frame.f_back
         return None
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.device == y.device and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _code_text(frame: FrameType) -> str:

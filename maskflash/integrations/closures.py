@@ -89,7 +89,7 @@ class _Lifted(Mask):
         """The function, holding these tables, of shifted columns."""
         return _filled(self.structure, mask_args)(b, h, q, kv + mask_args["kv_offset"])
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
+    def template(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
         return self._traces.get(mask_args, lambda: trace(self, mask_args))
 

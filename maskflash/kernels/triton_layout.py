@@ -62,7 +62,7 @@ def padded(dim: int) -> int:
 
 def mask_arguments(problem: Problem) -> list[Any]:
     """Params, then each table with its sizes and strides: what `emit.signature` names."""
-    values: list[Any] = list(problem.inputs.params)
+    values: list[Any] = problem.expr.coded(problem.inputs.params)
     for table in problem.inputs.tables:
         memory = table.view(torch.uint8) if table.dtype == torch.bool else table
         values += [memory, *table.shape, *table.stride()]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from collections.abc import Hashable
+from itertools import count
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +15,11 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.format import format_expr
 from maskflash.expr.trace import Traced
-from maskflash.expr.tracer import Argument
+from maskflash.expr.tracer import Argument, Captured
 from maskflash.masks import slots, tables
 from maskflash.masks.fingerprint import fingerprint
 
+_numbers = count()
 _SIZES: Final = {"b": "batch", "h": "heads", "q": "q_len", "kv": "kv_len"}  # of a call, by what they bound
 
 
@@ -52,7 +55,11 @@ class Bindable:
         implied_names: arguments that follow from a call, by names that nobody can pass.
         sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
         forms: its traces so far, as the op takes them.
+        number: another for each mask of this process.
+        reachable: attributes that its `__call__` reads, which a predicate that calls it captures with it.
     """
+
+    reachable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -68,14 +75,48 @@ class Bindable:
         self.implied_names = implied_names
         self.sizes = sizes
         self.forms = slots.Known()
+        self.number = next(_numbers)
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible, for numbers, tensors or the symbols of a trace."""
         raise NotImplementedError
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
-        """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds."""
+    def template(self, mask_args: dict[str, Any]) -> Traced:
+        """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds.
+
+        What it captures comes into its slots by name, as arguments do: see `captured`.
+        """
         raise NotImplementedError
+
+    def traced(self, mask_args: dict[str, Any]) -> Traced:
+        """The same with what is captured now in its slots."""
+        template = self.template(mask_args)
+        return template.filled(self.captured())
+
+    def look(self) -> int:
+        """Read again what the mask captures; another number if something else is there now."""
+        return 0
+
+    def captured(self) -> dict[str, Any]:
+        """Numbers and tensors that fill captured slots, as `look` found them."""
+        return {}
+
+    def read(self) -> dict[str, Any]:
+        """The same, read now and in dynamo's sight: it makes them inputs, or guards, of what it compiles."""
+        return {}
+
+    def structure(self) -> Hashable:
+        """What traces depend on of all else that is captured."""
+        return ()
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Tensors that the mask looks up, besides its arguments."""
+        return tuple(value for value in self.captured().values() if isinstance(value, Tensor))
+
+    @slots.aside
+    def structure_name(self) -> int:
+        """A number that stands for `shape`."""
+        return slots.structure_name(self)
 
     @slots.aside
     def specialised(self, kinds: tuple[slots.Kind, ...]) -> tuple[str, ...]:
@@ -205,9 +246,11 @@ class Bindable:
         given = arguments.mask_args("Mask.fingerprint", mask_args, self.keywords, self.defaults)
         values = given | dict.fromkeys(self.implied_names, 1)
         traced = self.traced(values)
-        own = (isinstance(value, Argument) and value not in self.implied_names for value in traced.params)
-        params = tuple(values[str(x)] if given else x for x, given in zip(traced.params, own, strict=True))
-        return fingerprint(traced.expr, params, traced.bind(values).tables)
+        implied = [isinstance(value, Argument) and value in self.implied_names for value in traced.params]
+        bound = traced.bind(values)
+        coded = traced.expr.coded(bound.params)
+        params = tuple(name if by_call else x for name, x, by_call in zip(traced.params, coded, implied, strict=True))
+        return fingerprint(traced.expr, params, bound.tables)
 
     def known(self) -> Traced | None:
         """An expression of the mask: the only one, or the latest; None for a mask whose arguments nobody gave yet."""

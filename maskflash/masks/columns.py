@@ -164,10 +164,14 @@ class ColumnIntervals(Mask):
         implied = {_SHIFT: call.kv_len - call.q_len} if self.causal else {}
         return implied if heads == 1 else {**implied, _group(heads): call.heads // heads}
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
+    def template(self, mask_args: dict[str, Any]) -> Traced:
         """The comparisons with the vectors; those of one form are traced once, whatever the vectors."""
         traced = _trace(self._form, mask_args.get(_group(self._form.heads), 1))
         return replace(traced, tables=tuple(self._tables[name] for name in traced.names))
+
+    def held(self) -> tuple[Tensor, ...]:
+        """The vectors."""
+        return tuple(self._tables.values())
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible; what the call implies must be known."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, Final
+
+from torch import Tensor
 
 from maskflash.expr.combine import combine
 from maskflash.expr.trace import Traced
+from maskflash.expr.tracer import Captured
 from maskflash.masks.base import Mask
 from maskflash.masks.call import Call
 from maskflash.masks.traces import Traces
@@ -15,6 +19,8 @@ SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^"}
 
 class Combination(Mask):
     """Masks joined by a connective; both sides are always reached, as under Python's `&`."""
+
+    reachable = ("parts",)
 
     def __init__(self, op: str, *parts: Mask) -> None:
         self.op = op
@@ -51,19 +57,62 @@ class Combination(Mask):
         """What any part's call implies."""
         return {name: value for part in self.parts for name, value in part.implied(call).items()}
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
+    def template(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
-        return self._traces.get(
-            mask_args,
-            lambda: combine(self.op, tuple(part.traced(own(part, mask_args)) for part in self.parts)),
+        self.look()
+        return self._traces.get(mask_args, lambda: self._combined(mask_args), self.captured(), self.structure())
+
+    def _combined(self, mask_args: dict[str, Any]) -> Traced:
+        first: dict[int, str] = {}  # name of each tensor: parts that hold the same one share a slot
+        names = {
+            name: first.setdefault(id(value), name) if isinstance(value, Tensor) else name
+            for name, value in self.captured().items()
+        }
+        parts = (
+            part.template(own(part, mask_args)).renamed(
+                {name: Captured(names[_of_part(place, name)]) for name in part.captured()}
+            )
+            for place, part in enumerate(self.parts)
         )
+        return combine(self.op, tuple(parts))
+
+    def look(self) -> int:
+        """Whether any part has something else now."""
+        return sum(part.look() for part in self.parts)
+
+    def captured(self) -> dict[str, Any]:
+        """What all parts capture, by part."""
+        return {
+            _of_part(place, name): x for place, part in enumerate(self.parts) for name, x in part.captured().items()
+        }
+
+    def read(self) -> dict[str, Any]:
+        """See `captured`."""
+        return {_of_part(place, name): x for place, part in enumerate(self.parts) for name, x in part.read().items()}
+
+    def structure(self) -> Hashable:
+        """The parts' shapes, and which of their tensors are the same."""
+        first: dict[int, int] = {}
+        tensors = (value for value in self.captured().values() if isinstance(value, Tensor))
+        same = tuple(first.setdefault(id(value), place) for place, value in enumerate(tensors))
+        return (*(part.structure() for part in self.parts), same)
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Those of all parts."""
+        return tuple(tensor for part in self.parts for tensor in part.held())
 
     def known(self) -> Traced | None:
         """The latest, or the only one."""
-        return self._traces.latest() or super().known()
+        latest = self._traces.latest() if self.keywords else None
+        return latest.filled(self.captured()) if latest else super().known()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Combination, (self.op, *self.parts)
+
+
+def _of_part(place: int, name: str) -> str:
+    """What a combination calls a value that one of its parts captures."""
+    return f"@{place}.{name[1:]}"
 
 
 def own(part: Mask, mask_args: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from maskflash.errors import ArgumentError, ArgumentTypeError, DenseMaskWarning
 from maskflash.expr.nodes import INDEX_VARIABLES
 from maskflash.expr.trace import Traced, trace
+from maskflash.expr.tracer import Captured, View
 from maskflash.masks.mask import Call, Mask
 
 MOST_PAIRS: Final = 1 << 30  # of a dense mask; a byte each, and as much again while it is analysed
@@ -44,34 +45,38 @@ class DenseMask(Mask):
                 else "; pass mask.bool() if nonzero means visible"
             )
             raise ArgumentTypeError(f"{operation}: mask has dtype {tensor.dtype}, expected torch.bool{fix}")
-        if not 2 <= tensor.ndim <= 4:
-            raise ArgumentError(
-                f"{operation}: mask has shape {tuple(tensor.shape)}, expected (q_len, kv_len), or (batch, heads, "
-                "q_len, kv_len) where 1 serves all"
-            )
-        shape = (1,) * (4 - tensor.ndim) + tuple(tensor.shape)
-        stride = (0,) * (4 - tensor.ndim) + tensor.stride()
-        # A dimension that was expanded is one that nobody need look at.
-        seen = [size != 1 and step != 0 for size, step in zip(shape, stride, strict=True)]
-        table = tensor[tuple(slice(None) if here else 0 for here in seen[4 - tensor.ndim :])]
-        if table.numel() > MOST_PAIRS:
-            raise ArgumentError(
-                f"{operation}: mask holds {table.numel():,} pairs, more than {MOST_PAIRS:,}; write it as a predicate "
-                "f(b, h, q, kv), of which no pair is stored"
-            )
+        _layout(operation, tensor)
         super().__init__(f"tensor of {' x '.join(map(str, tensor.shape))}", (), {})
         self.tensor = tensor
-        self._shape = shape
-        self._table = table
-        self._looks_at = tuple(name for name, here in zip(INDEX_VARIABLES, seen, strict=True) if here)
+        self._layout = tensor.shape, tensor.stride()
+        self._looks = 0
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The tensor's entry."""
-        return _look_up(self._table, self._looks_at, b, h, q, kv)
+        layout = _layout("mask", self.tensor)
+        return _look_up(layout.of(self.tensor), layout.looks_at, b, h, q, kv)
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
+    def template(self, mask_args: dict[str, Any]) -> Traced:
         """One look-up; tensors that look at the same indices are traced once."""
-        return replace(_trace(self._looks_at), tables=(self._table,))
+        layout = _layout("mask", self.tensor)
+        traced = _trace(layout.looks_at)
+        name = Captured("@mask")
+        part = layout.of(self.tensor)
+        view = View(name, tuple(part.shape), part.stride(), 0)
+        return replace(traced, tables=(view,), specialised=frozenset((name,)))
+
+    def look(self) -> int:
+        """Whether the tensor has another shape, or other strides."""
+        if self._layout != (self.tensor.shape, self.tensor.stride()):
+            self._layout = self.tensor.shape, self.tensor.stride()
+            self._looks += 1
+        return self._looks
+
+    def captured(self) -> dict[str, Any]:
+        """The tensor."""
+        return {"@mask": self.tensor}
+
+    read = captured
 
     def implied(self, call: Call) -> dict[str, int]:
         """Nothing, if the call has the tensor's sizes."""
@@ -81,11 +86,45 @@ class DenseMask(Mask):
                 "instead: mask[..., offset : offset + q_len, :]"
             )
         wanted = (call.batch, call.heads, call.q_len, call.kv_len)
-        if any(size not in (1, needed) for size, needed in zip(self._shape, wanted, strict=True)):
+        shape = (1,) * (4 - self.tensor.ndim) + tuple(self.tensor.shape)
+        if any(size not in (1, needed) for size, needed in zip(shape, wanted, strict=True)):
             raise ArgumentError(
                 f"{call.operation}: mask has shape {tuple(self.tensor.shape)}, expected {wanted}, or 1 in place of any"
             )
         return {}
+
+
+class _Layout(NamedTuple):
+    """Which of b, h, q and kv a tensor looks at, and the part of it that has an entry for each."""
+
+    looks_at: tuple[str, ...]
+    place: tuple[int | slice, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """That part, a view."""
+        return tensor[self.place]
+
+
+def _layout(operation: str, tensor: Tensor) -> _Layout:
+    """How a tensor is read: a dimension of 1, or one that was expanded, is one that nobody need look at."""
+    if not 2 <= tensor.ndim <= 4:
+        raise ArgumentError(
+            f"{operation}: mask has shape {tuple(tensor.shape)}, expected (q_len, kv_len), or (batch, heads, q_len, "
+            "kv_len) where 1 serves all"
+        )
+    looked_at = [size != 1 and step != 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    names = INDEX_VARIABLES[4 - tensor.ndim :]
+    layout = _Layout(
+        tuple(name for name, here in zip(names, looked_at, strict=True) if here),
+        tuple(slice(None) if here else 0 for here in looked_at),
+    )
+    pairs = layout.of(tensor).numel()
+    if pairs > MOST_PAIRS:
+        raise ArgumentError(
+            f"{operation}: mask holds {pairs:,} pairs, more than {MOST_PAIRS:,}; write it as a predicate f(b, h, q, "
+            "kv), of which no pair is stored"
+        )
+    return layout
 
 
 def dense_mask(operation: str, tensor: Tensor) -> DenseMask:

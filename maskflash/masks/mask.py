@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentTypeError
-from maskflash.expr.lower import python_code
 from maskflash.expr.trace import Traced, keyword_arguments, trace
+from maskflash.expr.tracer import Captured
 from maskflash.masks.base import Mask
 from maskflash.masks.call import Call
+from maskflash.masks.captures import Captures
 from maskflash.masks.combination import Combination
+from maskflash.masks.slots import aside
 from maskflash.masks.traces import Traces
 
 __all__ = ["Call", "Combination", "Mask", "Predicate", "Recorded", "mask"]
@@ -27,7 +30,9 @@ __all__ = ["Call", "Combination", "Mask", "Predicate", "Recorded", "mask"]
 class Predicate(Mask):
     """A mask given by a function; traced at once unless it has arguments, whose kinds only a call tells."""
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+    reachable = ("function",)
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None, *, traced: bool = True) -> None:
         keywords = keyword_arguments(function)
         parameters = inspect.signature(function).parameters
         defaults = {k: p.default for k in keywords if (p := parameters[k]).default is not p.empty}
@@ -36,44 +41,87 @@ class Predicate(Mask):
         functools.update_wrapper(self, function, updated=())
         self._place = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
         self.function = function
+        self._captures = Captures(function)
         self._traces = Traces()
-        if not keywords:
+        if traced and not keywords:
             self.traced({})
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The function itself."""
         return self.function(b, h, q, kv, **mask_args)
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
+    def template(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
-        return self._traces.get(mask_args, lambda: trace(self.function, mask_args))
+        captures = self._captures
+        captures.look()
+        shape = captures.shape if captures.followed else object()
+        traced = self._traces.get(mask_args, lambda: self._trace(mask_args), captures.slots, shape)
+        captures.depend(traced.specialised)
+        return traced
+
+    def _trace(self, mask_args: dict[str, Any]) -> Traced:
+        traced = trace(self.function, mask_args, self._captures.sources())
+        if any(isinstance(table, Tensor) for table in traced.tables):
+            self._captures.lose()
+        return traced
+
+    def look(self) -> int:
+        """See `Captures.look`."""
+        return self._captures.look()
+
+    def captured(self) -> dict[str, Any]:
+        """See `Captures.slots`."""
+        return self._captures.slots
+
+    def read(self) -> dict[str, Any]:
+        """See `Captures.read`."""
+        self._look_aside()
+        if not self._captures.followed:
+            torch._dynamo.graph_break(
+                f"{self.name} looks up a tensor that its code reaches in a way maskflash can't follow, so it is traced "
+                "at each call, which torch.compile can't look into: pass the tensor by keyword"
+            )
+        return self._captures.read()
+
+    @aside
+    def _look_aside(self) -> None:
+        self._captures.look()
+
+    def structure(self) -> Hashable:
+        """See `Captures.shape`."""
+        return self._captures.shape
 
     def known(self) -> Traced | None:
-        """The latest; a mask without arguments has but one."""
-        return self._traces.latest()
+        """The latest, as it would be now; a mask without arguments has but one."""
+        if not self.keywords:
+            return self.traced({})
+        latest = self._traces.latest()
+        return latest and latest.filled(self.captured())
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """By reference where its module has it by name; otherwise what was recorded of the function."""
+        """By reference where its module has it, or its object's class, by name; otherwise what was recorded of it."""
         found = self._importable()
         if found is self:
             return self._place[1]
-        return (Predicate, (self.function, self.name)) if found is self.function else (Recorded, self._recorded())
+        by_name = found is self.function or _is_method_by_name(self.function)
+        return (_untraced, (self.function, self.name)) if by_name else (Recorded, self._recorded())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mask:
-        """Itself where its function is found by name or captures no tensors; else recorded, with copies of those."""
-        captures = self._traces.captures() if self.known() else _captures(self.function)
-        if self._importable() is not None or not captures:
+        """Itself where its function is found by name or captures nothing that is copied; else one of the copies."""
+        if self._importable() is not None:
             return self
-        return Recorded(*copy.deepcopy(self._recorded(), memo))
+        function = _copy(self.function, memo)
+        return self if function is self.function else _untraced(function, self.name)
 
     def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces]:
         if self.known() is None:
             raise ArgumentTypeError(
-                f"{self.name}: it can't be pickled, or copied with the tensors it captures, before a call has shown "
-                f"the kinds of its arguments ({', '.join(self.keywords)}), since its function is a lambda or local. "
-                "Define it with `def` at the top level of a module, or pass the tensors as arguments"
+                f"{self.name}: it can't be pickled before a call has shown the kinds of its arguments "
+                f"({', '.join(self.keywords)}), since its function is a lambda or local. Define it with `def` at the top level of a "
+                "module"
             )
-        return self.name, self.keywords, self.defaults, self._traces
+        self.look()
+        return self.name, self.keywords, self.defaults, self._traces.recorded(self.captured(), self.structure())
 
     def _importable(self) -> object:
         """The mask or its function, whichever its module has by name; None where it has neither."""
@@ -98,7 +146,7 @@ class Recorded(Mask):
             "with & | ^ ~, or define its function at the top level of a module"
         )
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
+    def template(self, mask_args: dict[str, Any]) -> Traced:
         """What was recorded for arguments like these."""
 
         def unknown() -> NoReturn:
@@ -114,6 +162,10 @@ class Recorded(Mask):
         """The latest."""
         return self._traces.latest()
 
+    def held(self) -> tuple[Tensor, ...]:
+        """Tensors that were recorded."""
+        return self._traces.tensors()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Recorded, (self.name, self.keywords, self.defaults, self._traces)
 
@@ -121,8 +173,8 @@ class Recorded(Mask):
 def mask(function: Callable[..., Any] | Mask) -> Mask:
     """Make a mask of a predicate; also a decorator.
 
-    Ints, floats and names that the predicate uses are read now (if it has keyword-only parameters, when it is first
-    called with arguments of a new kind); tensors are kept by reference, so their contents may change.
+    What the predicate captures (closures, globals, attributes and items of what these hold) is looked up again at each
+    call. Another number or tensor, or other contents of a tensor, never mean tracing again.
 
     Args:
         function: `f(b, h, q, kv, *, ...) -> bool`, plain Python over int64 indices. Keyword-only parameters are
@@ -148,14 +200,57 @@ def mask(function: Callable[..., Any] | Mask) -> Mask:
     return function if isinstance(function, Mask) else Predicate(function)
 
 
-def _captures(function: Callable[..., Any]) -> bool:
-    """Whether a function's closure holds tensors."""
-    code = python_code(function)
-    for cell in (code and code.__closure__) or ():
-        with contextlib.suppress(ValueError):  # an empty one
-            if isinstance(cell.cell_contents, Tensor):
-                return True
-    return False
+def _untraced(function: Callable[..., Any], name: str) -> Predicate:
+    """A mask whose function may not be ready to run: what it captures is still being made."""
+    return Predicate(function, name, traced=False)
+
+
+def _is_method_by_name(function: Any) -> bool:
+    """Whether a function is an object's method, of a class that its module has by name."""
+    if not isinstance(function, MethodType):
+        return False
+    kind = type(function.__self__)
+    try:
+        found = operator.attrgetter(f"{kind.__qualname__}.{function.__name__}")(sys.modules[kind.__module__])
+    except (AttributeError, KeyError):
+        return False
+    return found is function.__func__
+
+
+def _copy(function: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a function with what its closure holds; itself where nothing of that is copied."""
+    if isinstance(function, functools.partial):
+        args, keywords = copy.deepcopy((function.args, function.keywords), memo)
+        return functools.partial(_copy(function.func, memo), *args, **keywords)
+    if not isinstance(function, FunctionType):
+        return copy.deepcopy(function, memo)
+    if id(function) in memo or not function.__closure__:
+        return memo.get(id(function), function)
+    cells = tuple(CellType() for _ in function.__closure__)
+    new = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    new.__kwdefaults__, new.__qualname__, new.__module__ = (
+        function.__kwdefaults__,
+        function.__qualname__,
+        function.__module__,
+    )
+    memo[id(function)] = new
+    copied = [_fill(cell, old, memo) for cell, old in zip(cells, function.__closure__, strict=True)]
+    if not any(copied):
+        memo[id(function)] = function
+    return memo[id(function)]
+
+
+def _fill(cell: CellType, old: CellType, memo: dict[int, Any]) -> bool:
+    """Copy what a cell holds; whether that is another object."""
+    try:
+        held = old.cell_contents
+    except ValueError:  # nothing yet
+        return False
+    if isinstance(held, ModuleType):
+        cell.cell_contents = held
+    else:
+        cell.cell_contents = _copy(held, memo) if isinstance(held, FunctionType) else copy.deepcopy(held, memo)
+    return cell.cell_contents is not held
 
 
 def _kind(value: Any) -> str:

@@ -7,7 +7,8 @@ the result off the mask as plain data: it guards the text, and makes tables and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Final, Protocol, TypeVar
@@ -15,20 +16,29 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from maskflash.expr.nodes import Expr, parse
+from maskflash.expr.nodes import Expr, bits_of, parse
 from maskflash.expr.trace import Traced
+from maskflash.expr.tracer import View, is_captured
 from maskflash.masks import tables
 
 _MOST_EXPRESSIONS: Final = 1024  # remembered by their text
+_MOST_NAMES: Final = 4096  # of slots, and of shapes, in all masks
+_MOST_SLOTS: Final = 256  # of one mask
 
 Kind = tuple[str, Any, Any]
-"""Name, dtype and number of dimensions of a tensor; name, int and None; or name, type and value of anything else."""
+"""Name, dtype and dimensions of a tensor; name, int or float and None; name, type and value of anything else.
+
+While dynamo looks on, floats have their value too, as `float.hex` writes it.
+"""
 Exact = tuple[tuple[str, Any], ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
+_SHAPE: Final = ""  # the name of a kind that stands for the shape of what is captured
 _expressions: dict[str, Expr] = {}
-_names: dict[tuple[tuple[Kind, ...], Exact], str] = {}
-_lock = threading.Lock()  # of both
+_names: OrderedDict[tuple[tuple[Kind, ...], Exact], str] = OrderedDict()
+_shapes: OrderedDict[Hashable, int] = OrderedDict()
+_made = {"slots": 0, "shapes": 0}  # so far: what is forgotten leaves its name to nobody
+_lock = threading.Lock()  # of all these
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +47,35 @@ class Slots:
 
     Attributes:
         text: the expression.
-        params: for each integer slot its value, or the name of the argument that fills it.
-        tables: for each table slot the captured tensor, or likewise.
+        params: for each number's slot its value (of a float its 64 bits), or the name of what fills it.
+        tables: for each table slot a tensor, or the name of what fills it, or a view of that.
         names: what the user calls each table.
         expr: the expression, with the user's lines.
     """
 
     text: str
     params: tuple[int | str, ...]
-    tables: tuple[Tensor | str, ...]
+    tables: tuple[Tensor | str | View, ...]
     names: tuple[str, ...]
     expr: Expr
 
-    def filled(self, values: dict[str, Any], device: torch.device) -> tuple[list[int], list[Tensor]]:
-        """Numbers and tables of a call with these arguments; captured tables on its device."""
+    def filled(self, values: Mapping[str, Any], device: torch.device) -> tuple[list[int], list[Tensor]]:
+        """Numbers and tables of a call with these values; captured tables on its device."""
+        params = [values[param] if isinstance(param, str) else param for param in self.params]
         return (
-            [values[param] if isinstance(param, str) else param for param in self.params],
-            [values[table] if isinstance(table, str) else tables.on(table, device) for table in self.tables],
+            [bits_of(param) if isinstance(param, float) else param for param in params],
+            [_table_of(values, table, device) for table in self.tables],
         )
+
+
+def _table_of(values: Mapping[str, Any], table: Tensor | str | View, device: torch.device) -> Tensor:
+    """What fills a slot; what the mask captured goes to the device of the call, where arguments must be already."""
+    if isinstance(table, View):
+        return tables.on(table.of(values[table.name]), device)
+    if isinstance(table, Tensor):
+        return tables.on(table, device)
+    found: Tensor = values[table]
+    return tables.on(found, device) if is_captured(table) else found
 
 
 class Known:
@@ -64,15 +85,21 @@ class Known:
     with one mask runs with another that has the same slots there.
 
     Attributes:
-        plain: the slots where there are no arguments.
+        plain: the slots where there are no arguments, for captures as they were at `stamp`.
+        captured: what the mask captured then.
+        stamp: what its `look` gave then.
         texts: all expressions.
         specialised: for kinds of arguments, the names of those whose values (or shapes) traces depend on.
+        order: names of the slots, the oldest first.
     """
 
     def __init__(self) -> None:
         self.plain: Slots | None = None
+        self.captured: dict[str, Any] = {}
+        self.stamp = -1
         self.texts: set[str] = set()
-        self.specialised: dict[object, frozenset[str]] = {}
+        self.specialised: OrderedDict[object, frozenset[str]] = OrderedDict()
+        self.order: list[str] = []
 
 
 class Traceable(Protocol):
@@ -80,8 +107,23 @@ class Traceable(Protocol):
 
     forms: Known
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
-        """The mask's expression for arguments like these."""
+    def look(self) -> int:
+        """Read again what it captures; another number if that is another."""
+
+    def captured(self) -> dict[str, Any]:
+        """What fills captured slots."""
+
+    def read(self) -> dict[str, Any]:
+        """The same, in dynamo's sight."""
+
+    def structure(self) -> Hashable:
+        """What traces depend on of all else that it captures."""
+
+    def template(self, mask_args: dict[str, Any]) -> Traced:
+        """The mask's expression for arguments like these, captured slots by name."""
+
+    def structure_name(self) -> int:
+        """`structure_name` of this mask, aside."""
 
     def specialised(self, kinds: tuple[Kind, ...]) -> tuple[str, ...]:
         """`specialised` of this mask, aside."""
@@ -99,17 +141,34 @@ def aside(method: F) -> F:
     return method
 
 
-def slots_of(mask: Traceable, values: dict[str, Any]) -> Slots:
-    """The slots of a mask for checked arguments (see `arguments.mask_args`)."""
-    if not (values or torch.compiler.is_dynamo_compiling() or mask.forms.plain is None):
-        return mask.forms.plain
-    kinds = tuple([_kind(name, value) for name, value in values.items()])
+def slots_of(mask: Traceable, mask_args: dict[str, Any]) -> tuple[Slots, dict[str, Any]]:
+    """The slots of a mask for checked arguments (see `arguments.mask_args`), and all values that may fill them."""
+    forms, compiling = mask.forms, torch.compiler.is_dynamo_compiling()
+    stamp = 0 if compiling else mask.look()
+    if not (mask_args or compiling or forms.plain is None) and forms.stamp == stamp:
+        return forms.plain, forms.captured  # type: ignore[return-value]
+    captured = mask.read() if compiling else mask.captured()
+    values: dict[str, Any] = {**mask_args, **captured}
+    kinds = tuple([(_SHAPE, mask.structure_name(), None), *[_kind(name, value) for name, value in values.items()]])
     name = None
     while name is None:
-        exact = tuple([(name, _exact(values[name])) for name in mask.specialised(kinds)])
+        exact = tuple([(name, _exact(name, values[name])) for name in mask.specialised(kinds)])
         name = mask.slots_name(kinds, exact)
-    slots: Slots = getattr(mask.forms, name)
-    return slots
+    slots: Slots = getattr(forms, name)
+    if not (mask_args or compiling):
+        forms.plain, forms.captured, forms.stamp = slots, captured, stamp
+    return slots, values
+
+
+def structure_name(mask: Traceable) -> int:
+    """A number that stands for the shape of what a mask captures, in every mask."""
+    shape = mask.structure()
+    with _lock:
+        if shape not in _shapes:
+            _made["shapes"] += 1
+            _shapes[shape] = _made["shapes"]
+            _drop_oldest(_shapes)
+        return _shapes[shape]
 
 
 def specialised(mask: Traceable, kinds: tuple[Kind, ...]) -> tuple[str, ...]:
@@ -117,11 +176,13 @@ def specialised(mask: Traceable, kinds: tuple[Kind, ...]) -> tuple[str, ...]:
     known = mask.forms.specialised
     if kinds not in known:
         try:
-            traced = mask.traced({name: _stand_in(what, detail) for name, what, detail in kinds})
+            traced = mask.template(_stand_ins(kinds))
         except Exception:  # it may do with the true values; if not, the error had better name those
             known[kinds] = _variable(kinds)
         else:
             known[kinds] = _variable(kinds) & traced.specialised
+        while len(known) > _MOST_SLOTS:
+            known.popitem(last=False)
     return tuple(sorted(known[kinds]))
 
 
@@ -132,25 +193,31 @@ def slots_name(mask: Traceable, kinds: tuple[Kind, ...], exact: Exact) -> str | 
     if name is not None and hasattr(known, name):
         return name
     values = dict(exact)
-    traced = mask.traced({name: _stand_in(what, detail, values.get(name)) for name, what, detail in kinds})
+    traced = mask.template(_stand_ins(kinds, values))
     found = _variable(kinds) & traced.specialised
     if not found <= values.keys():
-        known.specialised[kinds] |= found
+        known.specialised[kinds] = known.specialised.get(kinds, frozenset()) | found
         return None
+    constants = {name: bits_of(float.fromhex(value)) for name, what, value in kinds if what is float and value}
     slots = Slots(
         traced.expr.text,
-        tuple(str(param) if isinstance(param, str) else param for param in traced.params),
-        tuple(str(table) if isinstance(table, str) else table for table in traced.tables),
+        tuple(_param(constants.get(param, param) if isinstance(param, str) else param) for param in traced.params),
+        tuple(_table(table) for table in traced.tables),
         traced.names,
         traced.expr,
     )
     _remember(slots.text, slots.expr)
     known.texts.add(slots.text)
     with _lock:
-        name = _names.setdefault((kinds, exact), f"slots{len(_names)}")
+        name = _names.get((kinds, exact))
+        if name is None:
+            _made["slots"] += 1
+            name = _names[kinds, exact] = f"slots{_made['slots']}"
+            _drop_oldest(_names)
     setattr(known, name, slots)
-    if not kinds:
-        known.plain = slots
+    known.order.append(name)
+    if len(known.order) > _MOST_SLOTS:
+        vars(known).pop(known.order.pop(0), None)
     return name
 
 
@@ -168,9 +235,30 @@ def _remember(text: str, expr: Expr) -> Expr:
     return expr
 
 
+def _drop_oldest(kept: OrderedDict[Any, Any]) -> None:
+    while len(kept) > _MOST_NAMES:
+        kept.popitem(last=False)
+
+
+def _param(value: int | float | str) -> int | str:
+    """What fills a number's slot, as plain data."""
+    if isinstance(value, str):
+        return str(value)
+    return bits_of(value) if isinstance(value, float) else value
+
+
+def _table(value: Tensor | str | View) -> Tensor | str | View:
+    if isinstance(value, View):
+        return value._replace(name=str(value.name))
+    return value if isinstance(value, Tensor) else str(value)
+
+
 def _variable(kinds: tuple[Kind, ...]) -> frozenset[str]:
-    """The arguments whose kind leaves their value (or shape) open."""
-    return frozenset(name for name, what, _ in kinds if what is int or isinstance(what, torch.dtype))
+    """The values whose kind leaves them (or their shape) open."""
+    open_ = (
+        name for name, what, value in kinds if isinstance(what, torch.dtype) or (what in (int, float) and value is None)
+    )
+    return frozenset(open_)
 
 
 def _kind(name: str, value: Any) -> Kind:
@@ -178,11 +266,27 @@ def _kind(name: str, value: Any) -> Kind:
         return name, value.dtype, value.ndim
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return name, int, None
+    if isinstance(value, float | torch.SymFloat):  # dynamo may have made a symbol of it: this makes it a number again
+        return name, float, value.hex() if torch.compiler.is_dynamo_compiling() else None  # type: ignore[union-attr]
     return name, type(value), value
 
 
-def _exact(value: Any) -> Any:
-    return tuple([index(size) for size in value.shape]) if isinstance(value, Tensor) else index(value)
+def _exact(name: str, value: Any) -> Any:
+    """As much of a value as a trace may depend on: see `traces.exact`."""
+    if isinstance(value, Tensor):
+        size = tuple([index(size) for size in value.shape])
+        return (size, tuple([index(step) for step in value.stride()])) if is_captured(name) else size
+    return value if isinstance(value, float) else index(value)
+
+
+def _stand_ins(kinds: tuple[Kind, ...], exact: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments of these kinds, for a trace; what is captured it finds by itself."""
+    values = exact or {}
+    return {
+        name: _stand_in(what, detail, values.get(name))
+        for name, what, detail in kinds
+        if name != _SHAPE and not is_captured(name)
+    }
 
 
 def _stand_in(what: Any, detail: Any, exact: Any = None) -> Any:
@@ -190,6 +294,8 @@ def _stand_in(what: Any, detail: Any, exact: Any = None) -> Any:
     if isinstance(what, torch.dtype):
         anything = torch.zeros((1,) * detail, dtype=what)
         return anything if exact is None else anything.expand(exact)
-    if what is int:
-        return 1 if exact is None else exact
+    if what is float and detail is not None:
+        return float.fromhex(detail)
+    if what in (int, float):
+        return what(1) if exact is None else exact
     return detail

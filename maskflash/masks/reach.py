@@ -1,0 +1,240 @@
+"""A function -> every value that its code can get at by the names that stand in it, and the steps that lead there."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from functools import partial
+from inspect import getattr_static
+from itertools import chain
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+_MOST: Final = 4096  # steps; code that reaches more is not followed
+_HERE: Final = __name__.partition(".")[0]
+_LIBRARIES: Final = frozenset((*sys.stdlib_module_names, "torch", "numpy", _HERE))  # nothing in them changes
+_VALUES: Final = (
+    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.Size),
+)
+_CALLED: Final = frozenset(
+    f"__{name}__"
+    for name in (
+        *("call", "getitem", "len", "iter", "next", "contains", "getattr", "getattribute", "bool", "index", "int"),
+        *("float", "eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "neg"),
+        *("and", "or", "xor", "invert", "radd", "rsub", "rmul", "rand", "ror", "abs", "enter", "exit", "get"),
+    )
+)  # methods that Python calls by itself
+_CONTAINERS: Final = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
+
+
+class Step(NamedTuple):
+    """One name that code reads.
+
+    Attributes:
+        parent: place of the value that it is read from; 0 is the function.
+        kind: "cell", "global", "attr" or "item".
+        key: the cell's number, the global's or attribute's name, the item's index or key.
+        name: what code calls it; "" for an item.
+    """
+
+    parent: int
+    kind: str
+    key: Any
+    name: str
+
+
+_Read = tuple[str, Any, str]  # a step without its parent
+
+
+class Names(NamedTuple):
+    """What code reads, by name."""
+
+    globals: frozenset[str]
+    attributes: frozenset[str]
+
+
+class Reach:
+    """What a search found.
+
+    Attributes:
+        values: in the order they were found, the function first.
+        steps: to each value but the first.
+        codes: of all functions among them.
+        alias: for places whose value was found before, the place of that.
+        complete: whether all steps were followed.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.values: list[Any] = [function]
+        self.steps: list[Step] = []
+        self.codes: dict[CodeType, None] = {}
+        self.alias: dict[int, int] = {}
+        self.complete = True
+
+
+def reach(function: Any) -> Reach:
+    """Follow the names in a function's code, and in that of all functions it can get at, to values."""
+    names: frozenset[str] = frozenset()
+    while True:
+        found = _search(function, names)
+        grown = names.union(*(names_of(code).attributes for code in found.codes))
+        if grown == names:
+            return found
+        names = grown
+
+
+def follow(value: Any, step: Step) -> Any:
+    """What a step leads to."""
+    if step.kind == "attr":
+        return getattr(value, step.key)
+    if step.kind == "cell":
+        return value.__closure__[step.key].cell_contents
+    return value.__globals__[step.key] if step.kind == "global" else value[step.key]
+
+
+def owner(value: Any, step: Step) -> object:
+    """Where a step reads: the same for all steps that read there."""
+    if step.kind == "cell":
+        return id(value.__closure__[step.key])
+    return (id(value.__globals__ if step.kind == "global" else value), step.key)
+
+
+def is_value(value: Any) -> bool:
+    """Whether nothing in a value can change, so that an equal one is as good: a number, a name, a tuple of those."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(is_value, value))
+    return isinstance(value, _VALUES) or type(value).__module__ == "numpy" and not hasattr(value, "__setitem__")
+
+
+def names_of(code: CodeType) -> Names:
+    """The names that a function's code reads, and the functions within it."""
+    found = _names.get(code)
+    if found is None:
+        inner = [names_of(const) for const in code.co_consts if isinstance(const, CodeType)]
+        globals_, attributes = set[str](), {x for x in code.co_consts if isinstance(x, str) and x.isidentifier()}
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                globals_.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                attributes.add(instruction.argval)
+        attributes = {name for name in attributes if name == "__dict__" or not name.endswith("__")}
+        found = Names(globals_.union(*(x.globals for x in inner)), attributes.union(*(x.attributes for x in inner)))
+        _names[code] = found
+    return found
+
+
+_names: WeakKeyDictionary[CodeType, Names] = WeakKeyDictionary()
+
+
+def _search(function: Any, names: frozenset[str]) -> Reach:
+    found = Reach(function)
+    places = {id(function): 0}
+    place = 0
+    while place < len(found.values):
+        value = found.values[place]
+        if isinstance(value, FunctionType):
+            found.codes[value.__code__] = None
+        if place in found.alias:
+            reads: Iterator[_Read] = iter(())
+        elif place and found.steps[place - 1].key == "__class__":
+            reads = _reads_of_class(value, names)  # of objects that are there already
+        else:
+            reads = _reads(value, names)
+        for kind, key, name in reads:
+            step = Step(place, kind, key, name)
+            try:
+                there = follow(value, step)
+            except Exception:  # an empty cell, an attribute that isn't there yet
+                continue
+            if len(found.steps) >= _MOST:
+                found.complete = False
+                return found
+            found.steps.append(step)
+            found.values.append(there)
+            if not is_value(there):
+                first = places.setdefault(id(there), len(found.steps))
+                if first != len(found.steps):
+                    found.alias[len(found.steps)] = first
+        place += 1
+    return found
+
+
+def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
+    """The steps from a value: kind, key and name of each."""
+    if is_value(value) or isinstance(value, (Tensor, set, frozenset, BuiltinFunctionType)):
+        return
+    if isinstance(value, FunctionType):
+        yield from _reads_of_function(value)
+    elif isinstance(value, MethodType):
+        yield from _attributes("__func__", "__self__")
+    elif isinstance(value, partial):
+        yield from _attributes("func", "args", "keywords")
+    elif isinstance(value, property):
+        yield from _attributes("fget")
+    elif isinstance(value, (list, tuple)):
+        yield from (("item", place, "") for place, item in enumerate(value) if not is_value(item))
+    elif isinstance(value, dict):
+        yield from (("item", key, "") for key, item in value.items() if not is_value(item))
+    elif isinstance(value, ModuleType):
+        if not _is_library(value.__name__):
+            yield from _attributes(*sorted(names & vars(value).keys()))
+    elif isinstance(value, type):
+        yield from chain(_reads_of_class(value, names), _attributes("__init__"))
+    elif hasattr(type(value), "reachable"):  # a mask
+        yield from _attributes(*value.reachable)
+    else:
+        yield from _reads_of_object(value, names)
+
+
+def _reads_of_function(function: FunctionType) -> Iterator[_Read]:
+    code = function.__code__
+    yield from (("cell", place, name) for place, name in enumerate(code.co_freevars))
+    if _is_library(function.__globals__.get("__name__")):
+        return
+    for name in sorted(names_of(code).globals & function.__globals__.keys()):
+        yield "global", name, name
+    for defaults in ("__defaults__", "__kwdefaults__"):
+        if getattr(function, defaults):
+            yield "attr", defaults, ""
+    if hasattr(function, "__wrapped__"):
+        yield "attr", "__wrapped__", ""
+
+
+def _reads_of_class(cls: type, names: frozenset[str]) -> Iterator[_Read]:
+    """Of a class its attributes that code names, and the methods that Python calls by itself."""
+    own = [kind for kind in cls.__mro__ if not _is_library(kind.__module__)]
+    special = (
+        name for kind in own for name in _CALLED & vars(kind).keys() if isinstance(vars(kind)[name], FunctionType)
+    )
+    found = {name for kind in own for name in names & vars(kind).keys()}
+    yield from _attributes(*sorted(found.union(special)))
+
+
+def _reads_of_object(value: Any, names: frozenset[str]) -> Iterator[_Read]:
+    if not _is_library(type(value).__module__):
+        yield "attr", "__class__", ""
+    if hasattr(value, "__wrapped__"):  # functools.lru_cache and the like
+        yield "attr", "__wrapped__", ""
+    if isinstance(value, _CONTAINERS):
+        yield from _attributes("_modules", "_parameters", "_buffers")
+    for name in sorted(names):
+        found = getattr_static(value, name, None)
+        of_class = isinstance(found, (FunctionType, property, classmethod, staticmethod))
+        if not of_class and (found is not None or hasattr(type(value), "__getattr__")):
+            yield "attr", name, name
+
+
+def _attributes(*names: str) -> Iterator[_Read]:
+    yield from (("attr", name, name) for name in names)
+
+
+def _is_library(module: object) -> bool:
+    """Whether a module's code and attributes are taken to stay as they are: Python's own, torch's, numpy's and ours."""
+    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES and module != "__main__"
