@@ -82,12 +82,26 @@ SUMMARY: Final = (
 )
 
 
+class Column(NamedTuple):
+    """What one kind of CPU has to say in the summary."""
+
+    heading: str
+    medians: dict[str, str]  # by the line's text; lines that weren't measured there are left out
+
+
+# Measured once and not stored: a folder of results of such a machine, `cpu-avx512-bf16`, takes its place.
+QUOTED: Final = Column(
+    "AMD EPYC (AVX512-BF16)²",
+    {SUMMARY[0].text: "11.2x (float32), 9.5x (bfloat16)", SUMMARY[1].text: "11.3x (float32), 9.3x (bfloat16)"},
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables; the exit status is 1 if `--check` found a stale one."""
     parser = argparse.ArgumentParser(description="Write the docs' tables from the stored results.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
     check = parser.parse_args(argv).check
-    results = load(RESULTS / "cpu") | load_gpus(RESULTS)
+    results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS)
     stale = []
     for path in FILES:
         before = path.read_text(encoding="utf-8")
@@ -112,6 +126,15 @@ def load(folder: Path) -> Results:
                 sys.exit(f"{path} comes from a --quick run, which measures nothing; run it again without")
             results[question] = Result(stored["conditions"], [_row(row) for row in stored["rows"]])
     return results
+
+
+def load_cpus(folder: Path) -> Results:
+    """What CPUs of other kinds stored, in folders named `cpu-...`; the summary shows them beside the first."""
+    return {
+        f"{question}: {path.name}": result
+        for path in sorted(folder.glob("cpu-*"))
+        for question, result in load(path).items()
+    }
 
 
 def load_gpus(folder: Path) -> Results:
@@ -161,13 +184,28 @@ def _gpus(results: Results) -> str:
 
 
 def _summary(results: Results) -> str:
-    """The medians that the README quotes."""
-    lines = []
+    """The medians that the README quotes, a column for each kind of CPU; the first has every line."""
+    kinds = sorted({where.partition(": ")[2] for where in results if ": cpu-" in where})
+    others = [{where.partition(": ")[0]: x for where, x in results.items() if where.endswith(f": {k}")} for k in kinds]
+    columns = [_column(results), *map(_column, others)] if others else [_column(results), QUOTED]
+    lines = [
+        [line.text, columns[0].medians.get(line.text, MISSING), *(c.medians.get(line.text, "") for c in columns[1:])]
+        for line in SUMMARY
+    ]
+    table = _markdown(["median", *(column.heading for column in columns)], lines)
+    return "\n\n".join([table, *(_conditions("attention", each) for each in (results, *others))])
+
+
+def _column(results: Results) -> Column:
+    """The medians of one machine's results."""
+    medians = {}
     for line in SUMMARY:
         rows = results[line.question].rows if line.question in results else []
         quoted = [row for row in rows if all(getattr(row, name) == value for name, value in line.wanted.items())]
-        lines.append([line.text, ", ".join(_median(row) for row in quoted) or MISSING])
-    return _markdown(["median", "measured"], lines) + "\n\n" + _conditions("attention", results)
+        if quoted:
+            medians[line.text] = ", ".join(_median(row) for row in quoted)
+    heading = results["attention"].conditions["device"] if "attention" in results else MISSING
+    return Column(heading, medians)
 
 
 def _median(row: Row) -> str:

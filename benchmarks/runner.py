@@ -329,14 +329,18 @@ def _rounded(value: Any) -> Any:
 
 
 def _cpu_name() -> str:
-    """The processor, and the vector instructions that torch uses on it."""
+    """The processor, the vector instructions that torch uses on it, and its products of bfloat16."""
     name = platform.processor() or platform.machine()
     listing = Path("/proc/cpuinfo")
     if listing.exists():
         models = [line for line in listing.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    amx = "with AMX" if torch.cpu._is_amx_tile_supported() else "without AMX"
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {amx})"
+    products = "without AMX"
+    if torch.cpu._is_amx_tile_supported():
+        products = "with AMX"
+    elif torch.cpu._is_avx512_bf16_supported():
+        products = "with AVX512-BF16"
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {products})"
 
 
 def _commit() -> str:

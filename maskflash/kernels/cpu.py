@@ -122,20 +122,19 @@ def backward(
     if lse.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype)
     work = plan.work(q.shape[0], q.shape[1], max(q.shape[3], v.shape[3]))
-    schedule = plan.schedule("backward", q.dtype, work, widen=dlse is not None)
+    schedule = plan.schedule("backward", q.dtype, work)
     dq = torch.empty(q.shape, dtype=total if schedule.merges else q.dtype)
     if not schedule.complete(q.shape[2]):
         dq.zero_()
-    compute = q.dtype if schedule.native else torch.float32
     width = max(q.shape[3], v.shape[3])
     if dlse is not None:
         # The kernel forms dS = P ∘ (dO vᵀ - rowsum(dO ∘ out)); lse adds dlse inside the bracket. One more column
         # with dO = 1, out = -dlse, v = 0 puts it there; whole vectors of columns keep the products aligned.
         width = -(-(width + 1) // 8) * 8
-        dout = torch.cat((dout.to(compute), torch.ones_like(dlse, dtype=compute)[..., None]), dim=3)
-        out = torch.cat((out.to(compute), -dlse.to(compute)[..., None]), dim=3)
+        dout = torch.cat((dout.to(total), torch.ones_like(dlse, dtype=total)[..., None]), dim=3)
+        out = torch.cat((out.to(total), -dlse.to(total)[..., None]), dim=3)
         v = pad(v, (0, 1))
-    inputs = tuple(_prepared(x, compute, width) for x in (q, k, v, dout, out))
+    inputs = tuple(_prepared(x, total, width) for x in (q, k, v, dout, out))
 
     def make(call: Call, views: list[Tensor]) -> None:
         qs, ks, vs, douts, outs, lses, dqs, dks, dvs = views
@@ -149,7 +148,7 @@ def backward(
             _take(lses, call.rows, call),
             0.0,
             isinstance(call.mask, Causal),
-            attn_mask=plan.additive(call, compute),
+            attn_mask=plan.additive(call, total),
             scale=scale,
         )
         # Most rows are in one call, a column may be in many.

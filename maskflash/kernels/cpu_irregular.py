@@ -18,7 +18,6 @@ from maskflash.blocks.spans import Strip
 from maskflash.kernels.cpu_calls import Bits, Call, Pick
 from maskflash.kernels.cpu_costs import TABLE_WORK, Costs, candidates
 
-_COSTS: Final[Costs] = candidates("forward", torch.float32)[0]
 _MAX_ROWS: Final = 512  # of a call: packed bits are unpacked per call
 _MAX_CUTS: Final = 8  # strips that change more often are cut every _FINEST_CUT rows
 _FINEST_CUT: Final = 32
@@ -62,7 +61,8 @@ class StripMerger:
     _costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:
-        self._costs = _COSTS.for_work(self.work)
+        (costs,) = candidates("forward", torch.float32)
+        self._costs = costs.for_work(self.work)
 
     def take(self, strip: Strip) -> None:
         """Adds a strip, cut where what its rows see changes abruptly."""

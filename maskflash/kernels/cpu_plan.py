@@ -43,26 +43,25 @@ class Plan:
     segments: dict[tuple[int, int], list[Segments]]
     strips: dict[tuple[int, int], list[Call]]
     _schedules: dict[tuple[Pass, bool, int], Schedule] = field(default_factory=dict)
-    _chosen: dict[tuple[Pass, torch.dtype, int, bool], Schedule] = field(default_factory=dict)
+    _chosen: dict[tuple[Pass, torch.dtype, int], Schedule] = field(default_factory=dict)
     _sole: dict[tuple[torch.dtype, int, int, int], Call | None] = field(default_factory=dict)
     _band_sizes: dict[tuple[int, int, int], tuple[int, int]] = field(default_factory=dict)
     _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     _bands: dict[tuple[tuple[int, int, int], torch.dtype], Tensor] = field(default_factory=dict)
 
-    def schedule(self, pass_: Pass, dtype: torch.dtype, work: int, *, widen: bool = False) -> Schedule:
-        """The cheapest calls for one pass.
+    def schedule(self, pass_: Pass, dtype: torch.dtype, work: int) -> Schedule:
+        """The cheapest calls for one pass, all in one dtype; half types are merged from float32 only.
 
         Args:
             pass_: "forward" or "backward".
             dtype: of q, k and v.
             work: heads x head dim that one call computes.
-            widen: rule out computing half types in their own dtype.
         """
-        key = (pass_, dtype, work, widen)
+        key = (pass_, dtype, work)
         found = self._chosen.get(key)
         if found is None:
             with lasting():
-                found = self._chosen[key] = self._choose(pass_, dtype, work, widen)
+                found = self._chosen[key] = self._choose(pass_, dtype, work)
         return found
 
     def sole(self, dtype: torch.dtype, batch: int, heads: int, head_dim: int) -> Call | None:
@@ -83,11 +82,13 @@ class Plan:
         own_batch, own_heads = self.block_map.shape[:2]
         return (batch if own_batch == 1 else 1) * (heads if own_heads == 1 else 1) * head_dim
 
-    def _choose(self, pass_: Pass, dtype: torch.dtype, work: int, widen: bool) -> Schedule:
+    def _choose(self, pass_: Pass, dtype: torch.dtype, work: int) -> Schedule:
         # Overheads matter to a factor of a few; schedules are shared between works of the same power of four.
         bucket = 4 ** max(round(np.log2(max(work, 1)) / 2), 0)
-        options = [c for c in candidates(pass_, dtype) if not (widen and c.native and dtype.itemsize == 2)]
-        return min((self._scheduled(pass_, costs, bucket, dtype) for costs in options), key=lambda s: s.cost)
+        options = [self._scheduled(pass_, costs, bucket, dtype) for costs in candidates(pass_, dtype)]
+        # A native call rounds what it returns, so rows in several calls would be rounded several times.
+        allowed = [s for s in options if not (dtype.itemsize == 2 and s.native and s.merges)]
+        return min(allowed, key=lambda s: s.cost)
 
     def _scheduled(self, pass_: Pass, costs: Costs, work: int, dtype: torch.dtype) -> Schedule:
         # float32 costs hold for float64 and for widened half types: one schedule serves them all.

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -297,6 +298,30 @@ def test_every_line_of_the_summary_can_be_found():
     results = {question: report.Result(runner.conditions(False), rows) for question, rows in made.items()}
     text = report.filled_in("<!-- figures: summary -->\n<!-- end figures -->", results)
     assert report.MISSING not in text
+
+
+def test_the_summary_shows_kinds_of_cpu_side_by_side(tmp_path):
+    row = Row("documents", "causal documents", 8192, "forward", "float32", "s", 1, *[Spread(7, 7, 7)] * 3)
+    first = {"attention": report.Result(runner.conditions(False) | {"device": "One"}, [row])}
+    text = "<!-- figures: summary -->\n<!-- end figures -->"
+    quoted = report.filled_in(text, first)
+    assert f"| median | One | {report.QUOTED.heading} |" in quoted
+    assert "| 7.00x (float32) | 11.2x (float32), 9.5x (bfloat16) |" in quoted
+    two = runner.conditions(False) | {"device": "Two"}
+    runner.store(tmp_path / "cpu-two" / "attention.json", "attention", two, [replace(row, ratio=Spread(8, 8, 8))])
+    stored = report.filled_in(text, first | report.load_cpus(tmp_path))
+    assert "| median | One | Two |" in stored
+    assert "| 7.00x (float32) | 8.00x (float32) |" in stored
+    assert report.QUOTED.heading not in stored
+    assert stored.count("; commit ") == 2
+
+
+@pytest.mark.parametrize(("amx", "bf16", "text"), [(1, 1, "AMX"), (0, 1, "AVX512-BF16"), (0, 0, "without AMX")])
+def test_a_cpu_is_named_by_what_the_planner_looks_at(monkeypatch, amx, bf16, text):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(bf16))
+    assert f"{torch.backends.cpu.get_cpu_capability()}, " in runner._cpu_name()
+    assert text in runner._cpu_name()
 
 
 def test_a_quick_run_is_no_result(tmp_path):

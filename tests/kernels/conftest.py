@@ -1,4 +1,4 @@
-"""Random attention problems for the kernels: a strategy of Case, and the two sides to compare."""
+"""Random attention problems for the kernels: a strategy of Case, the two sides to compare, and machines to run as."""
 
 from dataclasses import dataclass, replace
 
@@ -7,11 +7,54 @@ import torch
 from hypothesis import strategies as st
 
 from maskflash.blocks.block_map import BlockMap
-from maskflash.kernels import cpu
+from maskflash.kernels import cpu, cpu_costs
 from maskflash.kernels.reference import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "BSHD", "reversed", "last_strided", "padded", "expanded_heads", "expanded_tokens"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of CPU: what torch says of its vectors, and of its products of bfloat16."""
+
+    capability: str
+    products: str = ""
+
+    def __str__(self):
+        return f"{self.capability}-{self.products}" if self.products else self.capability
+
+    @property
+    def dtypes(self):
+        """What to try on it: machines that compute bfloat16 natively differ in that alone."""
+        return [torch.bfloat16] if self.products else DTYPES
+
+    def stands_in(self, patch):
+        """The planner decides as on this machine, and computes natively wherever that is allowed."""
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: self.capability)
+        patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: self.products == "AMX")
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: self.products == "BF16")
+        for name in ("_NATIVE_AMX", "_NATIVE_AVX512"):
+            costs = getattr(cpu_costs, name)
+            rates = tuple(1e6 * rate for rate in costs.rates)  # all of its costs: calls are cut as they would be
+            cheap = replace(costs, call=costs.call / 1e6, column=costs.column / 1e6, rates=rates)
+            patch.setattr(cpu_costs, name, cheap)
+
+
+MACHINES = [
+    Machine("AVX2"),
+    Machine("AVX512"),
+    Machine("AVX512", "BF16"),
+    Machine("AVX2", "BF16"),  # ATEN_CPU_CAPABILITY says less than the CPU can do
+    Machine("AVX512", "AMX"),
+]
+
+
+@pytest.fixture(params=MACHINES, ids=str)
+def machine(request, monkeypatch):
+    """Each kind of CPU in turn, whichever runs the tests."""
+    request.param.stands_in(monkeypatch)
+    return request.param
 
 
 def tile_kinds(mask, block_size):
@@ -61,6 +104,11 @@ class Case:
             out, lse = cpu.forward(plan, self.q, self.k, self.v, self.scale)
             grads = cpu.backward(plan, self.dout, self.dlse, self.q, self.k, self.v, out, lse, self.scale)
         return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+    def is_native(self, plan):
+        """Whether forward is computed in a half type."""
+        work = plan.work(*self.q.shape[:2], max(self.q.shape[3], self.v.shape[3]))
+        return self.q.dtype.itemsize == 2 and plan.schedule("forward", self.q.dtype, work).native
 
     def dense(self, dtype):
         """The same by `reference` and autograd, computed in `dtype`."""

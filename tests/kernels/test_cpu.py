@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
-from maskflash.kernels import cpu, cpu_costs, cpu_plan
+from maskflash.kernels import cpu
 from maskflash.kernels.reference import error_budget
 
+EXPONENTIALS = 2**-13  # relative error of the kernel's own in half types: its polynomial of degree 3 is off by 1.07e-4
 
-def assert_within_budget(case, got, lse_error=0.0):
+
+def assert_within_budget(case, plan=None):
     """Each result against float64, allowed twice a plain dense computation's own error plus a rounding unit or two."""
-    dtype = case.q.dtype
+    plan, dtype = plan or case.plan(), case.q.dtype
+    got = case.run(plan)
     exact, plain, rounding = case.dense(torch.float64), case.dense(dtype), case.rounding()
     if dtype.itemsize == 2:
         plain["lse"] = case.dense(torch.float32)["lse"]  # the kernel's lse is float32, so it is held to that
@@ -24,16 +27,28 @@ def assert_within_budget(case, got, lse_error=0.0):
         assert torch.equal(result[~finite].double(), exact[name][~finite])
         if finite.any():
             budget = error_budget(plain[name], exact[name]) + 2 * rounding[name]
-            budget += lse_error if name == "lse" else 0.0
+            budget += EXPONENTIALS if name == "lse" and case.is_native(plan) else 0.0
             error = (result - exact[name])[finite].abs().max().item()
             assert error <= budget, f"{name}: error {error:.3g}, budget {budget:.3g}"
+    return got
 
 
-@settings(max_examples=120)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_results_are_within_the_error_budget_of_float64(cases, data):
-    case = data.draw(cases())
-    assert_within_budget(case, case.run())
+def test_results_are_within_the_error_budget_of_float64(cases, machine, data):
+    assert_within_budget(data.draw(cases(machine.dtypes)))
+
+
+def test_exponentials_of_half_types_are_good_to_13_bits():
+    # A row sees scores 0 and 63 times -x, for x from 0 to log 2 as two half numbers: all that a polynomial is made for.
+    x = torch.linspace(0, 0.7, 4096, dtype=torch.float64)
+    high = x.bfloat16()
+    q = torch.stack((high, (x - high).bfloat16()), dim=1)[None, None]
+    k = torch.full((1, 1, 64, 2), -1.0, dtype=torch.bfloat16)
+    k[:, :, 0] = 0
+    lse = cpu._kernel(q, k, k, 0.0, False, scale=1.0)[1]
+    exact = (q.double() @ k.double().mT).logsumexp(-1)
+    assert (lse - exact).abs().max() <= EXPONENTIALS
 
 
 @pytest.fixture
@@ -47,13 +62,12 @@ def side_by_side(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_calls_side_by_side_are_within_the_error_budget_and_the_same_every_time(cases, side_by_side, data):
-    case = data.draw(cases())
+def test_calls_side_by_side_are_within_the_error_budget_and_the_same_every_time(cases, machine, side_by_side, data):
+    case = data.draw(cases(machine.dtypes))
     plan = case.plan()
-    results = case.run(plan)
-    assert_within_budget(case, results)
+    results = assert_within_budget(case, plan)
     for name, again in case.run(plan).items():
         assert torch.equal(results[name], again), name
 
@@ -101,38 +115,22 @@ def long_case(make_case):
 
 
 @pytest.mark.parametrize("name", [*LONG, *MERGED, "dilated"])
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1100, 1100), (700, 1201)])
-def test_long_masks_are_within_the_error_budget(long_case, side_by_side, name, q_len, kv_len):
-    case = long_case(name, q_len, kv_len)
-    assert_within_budget(case, case.run())
+def test_long_masks_are_within_the_error_budget(long_case, machine, side_by_side, name):
+    case = long_case(name, dtype=machine.dtypes[0])
+    plan = case.plan()
+    assert case.is_native(plan) is (bool(machine.products) and name not in MERGED)
+    assert_within_budget(case, plan)
 
 
-@pytest.mark.parametrize("costs", [cpu_costs._NATIVE_AMX, cpu_costs._NATIVE_AVX512])
-@pytest.mark.parametrize("name", [*LONG, *MERGED])
-def test_half_types_computed_in_their_own_dtype_are_within_the_error_budget(long_case, monkeypatch, name, costs):
-    monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: (costs[pass_],))
-    case = long_case(name, dtype=torch.bfloat16, dlse=False)
-    assert case.plan().schedule("forward", torch.bfloat16, 16).native
-    assert_within_budget(case, case.run(), lse_error=1e-4)  # its exponentials are good to 16 bits and a bit
+@pytest.mark.parametrize("name", [*LONG, *MERGED, "dilated"])
+def test_long_masks_with_more_columns_than_rows_are_within_the_error_budget(long_case, side_by_side, name):
+    assert_within_budget(long_case(name, 700, 1201))
 
 
-def test_an_lse_gradient_is_never_computed_in_a_half_type(long_case, monkeypatch):
-    # The kernel takes it as one more column of out, where 16 bits would round it.
-    native, widened = cpu_costs._NATIVE_AVX512, cpu_costs._FLOAT32["AVX512"]
-    both = {p: (cpu_costs.replace(widened[p], native=False), native[p]) for p in ("forward", "backward")}
-    cheap = cpu_costs.replace(cpu_costs._NATIVE_AVX512["backward"], rates=(100.0,) * 4, call=0, column=0)
-    both["backward"] = (both["backward"][0], cheap)
-    monkeypatch.setattr(cpu_plan, "candidates", lambda pass_, dtype: both[pass_])
-    case = long_case("causal", dtype=torch.bfloat16)
-    assert case.plan().schedule("backward", torch.bfloat16, 16).native
-    assert not case.plan().schedule("backward", torch.bfloat16, 16, widen=True).native
-    assert_within_budget(case, case.run())
-
-
-@settings(max_examples=60)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_what_nobody_sees_may_hold_anything(cases, data):
-    case = data.draw(cases(max_len=150))
+def test_what_nobody_sees_may_hold_anything(cases, machine, data):
+    case = data.draw(cases(machine.dtypes, max_len=150))
     junk = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
     rows, columns = ~case.seen, ~case.used
     dirty = case.with_tensors(
@@ -151,10 +149,10 @@ def test_what_nobody_sees_may_hold_anything(cases, data):
         assert not got.isnan().any(), name
 
 
-@settings(max_examples=60)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_rows_that_see_nothing_give_zero_and_no_gradient(cases, data):
-    case = data.draw(cases(max_len=150))
+def test_rows_that_see_nothing_give_zero_and_no_gradient(cases, machine, data):
+    case = data.draw(cases(machine.dtypes, max_len=150))
     got = case.run()
     assert (got["out"][~case.seen] == 0).all()
     assert (got["lse"][~case.seen] == -torch.inf).all()
@@ -163,10 +161,10 @@ def test_rows_that_see_nothing_give_zero_and_no_gradient(cases, data):
     assert (got["dv"][~case.used] == 0).all()
 
 
-@settings(max_examples=30)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_same_inputs_give_the_same_bits(cases, data):
-    case = data.draw(cases(max_len=150))
+def test_same_inputs_give_the_same_bits(cases, machine, data):
+    case = data.draw(cases(machine.dtypes, max_len=150))
     plan = case.plan()
     case.run(plan)  # a used plan has schedules and shared masks that a new one has not
     for (name, first), second in zip(case.run(plan).items(), case.run().values(), strict=True):
@@ -178,12 +176,13 @@ def test_a_tensor_may_be_expanded_over_its_tokens(long_case, layout):
     # Rows at distance zero: the kernel's products refuse them, so they are copied.
     case = long_case("causal_documents")
     x = getattr(case, layout)
-    case = case.with_tensors(**{layout: x[:, :, :1].expand(x.shape)})
-    assert_within_budget(case, case.run())
+    assert_within_budget(case.with_tensors(**{layout: x[:, :, :1].expand(x.shape)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_large_scores_stay_finite(long_case, dtype):
+def test_large_scores_stay_finite(long_case, machine, dtype):
+    if dtype not in machine.dtypes:
+        pytest.skip("as on machines that compute nothing natively")
     case = long_case("causal", dtype=dtype, dlse=False)
     # 8 x 120 x 120 is beyond float16's 65,504
     q, k = (torch.full_like(x, 120.0) * torch.randn((*x.shape[:3], 1)).sign().to(dtype) for x in (case.q, case.k))
@@ -214,7 +213,7 @@ def test_empty_batches_and_sequences(make_case, shape):
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_results_of_half_types_are_rounded_once_where_calls_are_merged(long_case, name):
+def test_results_of_half_types_are_rounded_once_where_calls_are_merged(long_case, machine, name):
     case = long_case(name, dtype=torch.bfloat16, dlse=False)
     plan = case.plan()
     assert plan.schedule("forward", torch.bfloat16, 16).merges
@@ -222,13 +221,25 @@ def test_results_of_half_types_are_rounded_once_where_calls_are_merged(long_case
     assert ((got - exact).abs() <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-5).all()
 
 
-def test_gradients_of_half_types_are_rounded_once(long_case):
+def test_gradients_of_half_types_are_rounded_once(long_case, machine):
     # The first 70 columns are in every call: their sums would be rounded once per call.
     case = long_case("prefix", 2000, 2000, dtype=torch.bfloat16, dlse=False)
     plan = case.plan()
     assert plan.describe("backward", torch.bfloat16, 16)["calls"] > 4
     exact, got = case.dense(torch.float64)["dv"], case.run(plan)["dv"]
-    assert ((got - exact).abs() <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-5).all()
+    allowed = 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-5
+    if case.is_native(plan):  # an error of lse is a factor of the probabilities
+        allowed += EXPONENTIALS * case.with_tensors(dout=case.dout.abs()).dense(torch.float64)["dv"]
+    assert ((got - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(50_000, 16), (16, 50_000)])
+def test_gradients_of_half_types_are_good_however_many_terms_they_sum(make_case, machine, q_len, kv_len):
+    # One call is hundreds of the kernel's blocks: gradients rounded after each of them would be off by a tenth.
+    q, dout = torch.randn(1, 1, q_len, 8), torch.randn(1, 1, q_len, 8) + 1
+    k, v = torch.randn(2, 1, 1, kv_len, 8) + 1
+    tensors = (x.bfloat16() for x in (q, k, v, dout))
+    assert_within_budget(make_case(torch.ones(1, 1, q_len, kv_len, dtype=torch.bool), (128, 128), *tensors, None, 0.4))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
@@ -244,7 +255,7 @@ def test_sliding_windows_over_batches_and_heads(make_case, heads, kv_heads, per_
     case = make_case(mask, (64, 64), q, k, v, dout, torch.randn(2, heads, 900), 0.4)
     plan = case.plan()
     assert any(call.repeat > 2 for call in plan.schedule("backward", torch.float32, 64).all_calls())
-    assert_within_budget(case, case.run(plan))
+    assert_within_budget(case, plan)
 
 
 @pytest.mark.parametrize(

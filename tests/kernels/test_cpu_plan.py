@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskflash.blocks.block_map import BlockMap
-from maskflash.kernels import cpu, cpu_irregular, cpu_plan, cpu_regular
+from maskflash.kernels import cpu, cpu_costs, cpu_irregular, cpu_plan, cpu_regular
 from maskflash.kernels.cpu_calls import Band, Bits, Causal, Intervals
 
 TILE = 128
@@ -118,11 +118,7 @@ def test_bits_too_many_to_keep_are_evaluated_again(monkeypatch):
         assert torch.equal(got, want)
 
 
-CAPABILITIES = ("AVX2", "AVX512", "DEFAULT")
-
-
-def capable_of(patch, capability):
-    patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def masks_of(plan, pass_="forward"):
@@ -159,13 +155,32 @@ def test_describe_counts_what_a_pass_does():
     assert sum(min(q + 1, 300) for q in range(2000)) < about["pairs"] < 2000 * 700
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_low_blocks_are_for_cpus_that_are_fast_at_few_rows(monkeypatch, capability):
-    capable_of(monkeypatch, capability)
+def test_low_blocks_are_for_cpus_that_are_fast_at_few_rows(machine):
     for pass_ in ("forward", "backward"):
         calls = plan_of(window, 4096).schedule(pass_, torch.float32, 512).all_calls()
         heights = {len(call.rows) for call in calls if call.repeat > 1}
-        assert (max(heights) < 192) is (capability == "AVX2" and pass_ == "forward")
+        assert (max(heights) < 192) is (machine.capability == "AVX2" and pass_ == "forward")
+
+
+def test_a_cpu_of_another_kind_gets_the_table_that_avoids_few_rows(monkeypatch):
+    for capability in ("DEFAULT", "SVE256"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert cpu_costs.candidates("forward", torch.float32) == (cpu_costs._FLOAT32["AVX512"]["forward"],)
+
+
+@pytest.mark.parametrize("predicate", [causal, window, documents, sinks])
+def test_half_types_are_native_where_a_cpu_has_16_bit_products_and_nothing_is_summed(machine, predicate):
+    plan = plan_of(predicate, 2000)
+    native = {dtype: plan.describe("forward", dtype)["compute"] != "float32" for dtype in HALF}
+    assert native == {torch.bfloat16: bool(machine.products) and predicate is not sinks, torch.float16: False}
+    assert {plan.describe("backward", dtype)["compute"] for dtype in HALF} == {"float32"}
+    assert all(plan.sole(dtype, 1, 1, 64) is None for dtype in HALF)
+
+
+def test_a_cpu_without_16_bit_products_computes_no_half_type_natively(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not any(c.native for dtype in HALF for p in ("forward", "backward") for c in cpu_costs.candidates(p, dtype))
 
 
 def test_cheap_heads_get_fewer_larger_calls():
@@ -174,19 +189,19 @@ def test_cheap_heads_get_fewer_larger_calls():
     assert calls[0] < calls[1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_of, data):
+def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_of, machine, data):
     q_len, kv_len = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
     mask = data.draw(mask_strategy((1, 2, q_len, kv_len)))
     block_map = BlockMap.from_kinds(kinds_of(mask, (32, 16)), q_len, kv_len, (32, 16))
     with pytest.MonkeyPatch.context() as patch:
-        capable_of(patch, data.draw(st.sampled_from(CAPABILITIES)))
         if data.draw(st.booleans()):  # columns that all rows see are then always a call of their own
-            patch.setattr(cpu_irregular, "_COSTS", replace(cpu_irregular._COSTS, call=0, column=0))
+            free = [replace(costs, call=0, column=0) for costs in cpu_costs.candidates("forward", torch.float32)]
+            patch.setattr(cpu_irregular, "candidates", lambda pass_, dtype: free)
         plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
-        works = (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000))
-        schedules = [plan.schedule(pass_, torch.float32, work) for pass_, work in works]
+    works = (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000))
+    schedules = [plan.schedule(pass_, dtype, work) for pass_, work in works for dtype in machine.dtypes[:1]]
     for schedule in schedules:
         covered = torch.zeros(mask.shape, dtype=torch.int32)
         for (b, h), call in (
