@@ -292,6 +292,7 @@ def problem_of(
     block_size: Sequence[int],
     backend: Backend,
 ) -> tuple[Problem, float, Backend]:
+    """What the op is given of a mask as a problem, and beside it the scale and the backend."""
     batch, heads, q_len, _ = q.shape
     rows, columns = block_size
     problem = Problem(

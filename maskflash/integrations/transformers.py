@@ -147,9 +147,7 @@ def _check_name(name: str) -> None:
     if found is not None or not name.strip():
         without = f'one without "{found}"' if found else "one that is not empty"
         why = ": Transformers takes such a name for an attention of its own" if found else ""
-        raise ArgumentError(
-            f"{_HERE}.register: name is {name!r}, expected {without}{why}; leave it out for {NAME!r}"
-        )
+        raise ArgumentError(f"{_HERE}.register: name is {name!r}, expected {without}{why}; leave it out for {NAME!r}")
     if AttentionInterface._global_mapping.get(name, attention_forward) is not attention_forward:
         raise ArgumentError(
             f"{_HERE}.register: name is {name!r}, which is registered for another attention; leave it out for {NAME!r}"
@@ -351,7 +349,7 @@ def _boundaries(documents: Tensor | None, batch: int, length: int) -> list[int]:
 
 
 def _documents(function: Any) -> Tensor | None:
-    """The document of each token, where a mask function of Transformers keeps documents apart, whatever else it asks."""
+    """The document of each token, where a mask function of Transformers keeps documents apart."""
     if not isinstance(function, FunctionType) or function.__globals__ is not vars(masking_utils):
         return None
     held = inspect.getclosurevars(function).nonlocals
