@@ -88,7 +88,6 @@ def test_buffers_of_floats_are_converted_after_calls(convert):
     assert_follows(layer, OTHER)
 
 
-@weakly_held
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_parameters_are_converted_after_calls(convert):
     layer = Layer(ONE, torch.float32)
@@ -98,8 +97,6 @@ def test_parameters_are_converted_after_calls(convert):
     call(layer)
     convert(layer)
     assert_follows(layer, ONE)
-    layer.doc.copy_(OTHER)
-    assert_follows(layer, OTHER)
 
 
 @weakly_held
