@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.nodes import Builder
@@ -22,7 +23,6 @@ from maskflash.masks.slots import expression
 _DIMENSIONS: Final = ("batch", "heads", "tokens", "head dim")
 
 
-@torch.library.register_torch_dispatch("maskflash::forward", DTensor)
 def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """The results out and lse, laid out as q is."""
     q, k, v, *mask = args
@@ -35,7 +35,6 @@ def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> 
         return tuple(_whole(x, mesh, placements, shape) for x, shape in zip(local, shapes, strict=True))
 
 
-@torch.library.register_torch_dispatch("maskflash::backward", DTensor)
 def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """dq, dk and dv, laid out as q is."""
     (dout, dlse, q, k, v, out, lse), mask = args[:7], args[7:]
@@ -147,3 +146,7 @@ def _shifted(text: str, names: tuple[str, ...], slot: int) -> str:
             place = builder.add("add", place, param)
         places.append(place)
     return simplify(builder.finish(places[-1])).text
+
+
+torch.library.register_torch_dispatch("maskflash::forward", DTensor, forward)
+torch.library.register_torch_dispatch("maskflash::backward", DTensor, backward)
