@@ -135,7 +135,7 @@ def register(name: str = NAME) -> str:
     AttentionInterface.register(name, attention_forward)
     outside = torch.compiler.disable(layer_mask, reason="masks of Transformers are made outside of what is compiled")
     AttentionMaskInterface.register(name, outside)
-    if not hasattr(PreTrainedModel.get_correct_attn_implementation, "__wrapped__"):
+    if not hasattr(PreTrainedModel.get_correct_attn_implementation, "knows_maskflash"):
         PreTrainedModel.get_correct_attn_implementation = _or_its_own(PreTrainedModel.get_correct_attn_implementation)
     return name
 
@@ -172,6 +172,7 @@ def _or_its_own(chosen: Callable[..., str]) -> Callable[..., str]:
         )
         return own
 
+    get_correct_attn_implementation.knows_maskflash = True  # type: ignore[attr-defined]
     return get_correct_attn_implementation
 
 
