@@ -77,7 +77,8 @@ def attend(
     number, tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     mask = tables, params, number, tensor, scale, expr, block_size, backend
     result: tuple[Tensor, Tensor | None]
-    if torch.compiler.is_compiling() or watched(q, k, v):
+    of_mask = tables if tensor is None else [*tables, tensor]
+    if torch.compiler.is_compiling() or watched(q, k, v, *of_mask):
         result = torch.ops.maskflash.forward.default(q, k, v, *mask)
         return result
     plan = _analysis(q, k, *mask).plan if backend == "cpu" and not return_lse else None
