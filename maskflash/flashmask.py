@@ -26,8 +26,13 @@ def flashmask_attention(
     causal: bool = False,
     window_size: int | tuple[int, int] | None = None,
     return_softmax_lse: bool = False,
+    return_seed_offset: bool = False,
+    fixed_seed_offset: Tensor | None = None,
+    rng_name: str = "",
     training: bool = True,
+    name: str | None = None,
     softmax_scale: float | None = None,
+    block_mask: Tensor | None = None,
     backend: BackendChoice = "auto",
 ) -> Any:
     """Attention under FlashMask's vectors, with the arguments of `paddle.nn.functional.flashmask_attention`.
@@ -49,8 +54,13 @@ def flashmask_attention(
         window_size: instead of vectors: row i sees from `left` columns before to `right` after its own, i + Skv - Sq,
             both ends included. One number is for both sides; with causal, right counts as 0.
         return_softmax_lse: also return the log-sum-exp.
+        return_seed_offset: False: without dropout there is no random number to repeat.
+        fixed_seed_offset: None, likewise.
+        rng_name: "", likewise.
         training: whether dropout applies.
+        name: without effect, as in Paddle's eager mode.
         softmax_scale: positive factor of the scores; None for 1/sqrt(D).
+        block_mask: None; tiles are found from the vectors.
         backend: as in `compile`.
 
     Returns:
@@ -71,34 +81,44 @@ def flashmask_attention(
         >>> flashmask_attention(q, k, v, ends.view(1, 1, 6, 1), causal=True).shape
         torch.Size([1, 6, 2, 16])
     """
-    name = "flashmask_attention"
+    operation = "flashmask_attention"
+    for what, asked in (
+        ("return_seed_offset", return_seed_offset),
+        ("fixed_seed_offset", fixed_seed_offset),
+        ("rng_name", rng_name),
+        ("block_mask", block_mask),
+    ):
+        _check_default(operation, what, asked)
     for what, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
-            raise ArgumentTypeError(f"{name}: {what} is a {type(x).__name__}, expected a tensor")
+            raise ArgumentTypeError(f"{operation}: {what} is a {type(x).__name__}, expected a tensor")
         if x.ndim != 4:
             raise ArgumentError(
-                f"{name}: {what} has shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)"
+                f"{operation}: {what} has shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, "
+                "head_dim)"
             )
     if dropout and training:
-        raise ArgumentError(f"{name}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False")
+        raise ArgumentError(
+            f"{operation}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False"
+        )
     q_len, kv_len, heads, kv_heads = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
     mask: Mask | None = _causal() if causal else None
     offset = kv_len - q_len  # aligned to the bottom right, as column intervals are by themselves
     if window_size is not None:
         if startend_row_indices is not None:
-            raise ArgumentError(f"{name}: got window_size and startend_row_indices, expected one of them")
-        left, right = _sides(name, window_size)
+            raise ArgumentError(f"{operation}: got window_size and startend_row_indices, expected one of them")
+        left, right = _sides(operation, window_size)
         mask = _window(left, 0 if causal else right)
     elif startend_row_indices is not None:
         mask = ColumnIntervals.from_flashmask(startend_row_indices, causal)
         given = startend_row_indices.shape
         if given[1] not in (1, kv_heads, heads):
             expected = " or ".join(str(n) for n in sorted({1, kv_heads, heads}))
-            raise ArgumentError(f"{name}: startend_row_indices has {given[1]} heads, expected {expected}")
+            raise ArgumentError(f"{operation}: startend_row_indices has {given[1]} heads, expected {expected}")
         if given[2] != kv_len or given[0] not in (1, query.shape[0]):
             raise ArgumentError(
-                f"{name}: startend_row_indices has shape {tuple(given)}, expected batch {query.shape[0]} (or 1) and "
-                f"{kv_len} columns, one for each token of key"
+                f"{operation}: startend_row_indices has shape {tuple(given)}, expected batch {query.shape[0]} (or 1) "
+                f"and {kv_len} columns, one for each token of key"
             )
         offset = 0
     out, lse = attention(
@@ -115,6 +135,14 @@ def flashmask_attention(
     return (out, lse) if return_softmax_lse else out
 
 
+def _check_default(operation: str, argument: str, value: object) -> None:
+    """Check that an argument of Paddle's that means nothing here is as Paddle has it by default."""
+    if value is None or value is False or (isinstance(value, str) and not value):
+        return
+    got = repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}"
+    raise ArgumentError(f"{operation}: {argument} is {got}, expected it left out: {_WITHOUT[argument]}")
+
+
 def _sides(name: str, window_size: int | tuple[int, int]) -> tuple[int, int]:
     """How far a window reaches to the left and to the right."""
     pair = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
@@ -123,6 +151,13 @@ def _sides(name: str, window_size: int | tuple[int, int]) -> tuple[int, int]:
     left, right = (arguments.integer(name, "window_size", side) for side in pair)
     return left, right
 
+
+_NO_RANDOM_NUMBERS: Final = "there is no dropout, so no random numbers are drawn"
+_WITHOUT: Final = {
+    **dict.fromkeys(("return_seed_offset", "fixed_seed_offset", "rng_name"), _NO_RANDOM_NUMBERS),
+    "block_mask": "tiles without a visible pair are found from the vectors, and skipped; what only it hides is a mask "
+    "to join, ColumnIntervals.from_flashmask(vectors, causal) & mf.mask(lambda b, h, q, kv: ...)",
+}
 
 # Traced once, since a call makes no mask of its own.
 _causal: Final = cache(basic.causal)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from maskflash import checking, kernels, plans
+from maskflash import checking, kernels, later, plans
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend
 from maskflash.expr.evaluate import Inputs
@@ -78,7 +78,8 @@ def attend(
     number, tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     mask = tables, params, number, tensor, scale, expr, block_size, backend
     result: tuple[Tensor, Tensor | None]
-    if torch.compiler.is_compiling() or watched(q, k, v):
+    of_mask = tables if tensor is None else [*tables, tensor]
+    if torch.compiler.is_compiling() or watched(q, k, v, *of_mask):
         result = torch.ops.maskflash.forward.default(q, k, v, *mask)
         return result
     plan = _analysis(q, k, *mask).plan if backend == "cpu" and not return_lse else None
@@ -238,7 +239,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tenso
     plan, scale = _analysis(q, k, *mask).plan, mask[4]
     if isinstance(plan, kernels.cpu.Plan):
         return kernels.cpu.forward(plan, q, k, v, scale)
-    return kernels.triton.forward(plan, _problem(q, k, *mask)[0], q, k, v, scale)
+    return kernels.triton.forward(plan, problem_of(q, k, *mask)[0], q, k, v, scale)
 
 
 def _analysis(q: Tensor, k: Tensor, *mask: Any) -> Analysis:
@@ -247,11 +248,11 @@ def _analysis(q: Tensor, k: Tensor, *mask: Any) -> Analysis:
     if checking.ALWAYS:
         checking.check("attention", _named(expr, tables))
     if q_offsets is not None or any(table.is_inference() for table in tables):
-        return plans.find(_problem(q, k, *mask)[0], backend)
+        return plans.find(problem_of(q, k, *mask)[0], backend)
     call = (expr, backend, *block_size, q.shape, k.shape, q_offset, *params, *map(state, tables))
     found = plans.again(call)
     if found is None:
-        problem = _problem(q, k, *mask)[0]
+        problem = problem_of(q, k, *mask)[0]
         found = plans.find(problem, backend)
         plans.note(call, tables, problem, backend)
     return found
@@ -274,7 +275,7 @@ def _backward(
     lse: Tensor,
     *mask: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem, scale, backend = _problem(q, k, *mask)
+    problem, scale, backend = problem_of(q, k, *mask)
     dout = torch.zeros_like(out) if dout is None else dout
     plan = plans.find(problem, backend, saved=True).plan
     if isinstance(plan, kernels.cpu.Plan):
@@ -291,7 +292,7 @@ def _backward_meta(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _problem(
+def problem_of(
     q: Tensor,
     k: Tensor,
     tables: list[Tensor],
@@ -303,6 +304,7 @@ def _problem(
     block_size: Sequence[int],
     backend: Backend,
 ) -> tuple[Problem, float, Backend]:
+    """What the op is given of a mask as a problem, and beside it the scale and the backend."""
     batch, heads, q_len, _ = q.shape
     rows, columns = block_size
     mask = expression(expr)
@@ -320,13 +322,25 @@ def _problem(
     return problem, scale, backend
 
 
-for _name, _implementations in {
-    "forward": (_forward, _forward_meta, _forward_autograd),
-    "backward": (_backward, _backward_meta, _backward_autograd),
-}.items():
-    _run, _meta, _autograd = _implementations
+def _with_lists(implementation: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """An implementation whose two lists, from this place on, may be None: AOTInductor hands empty ones over as that."""
+
+    def listed(*args: Any) -> Any:
+        return implementation(*args[:place], args[place] or [], args[place + 1] or [], *args[place + 2 :])
+
+    return listed
+
+
+for _name, _place, _implementations in (
+    ("forward", 3, (_forward, _forward_meta, _forward_autograd)),
+    ("backward", 7, (_backward, _backward_meta, _backward_autograd)),
+):
+    _run, _meta, _autograd = (_with_lists(_each, _place) for _each in _implementations)
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
     _library.impl(_name, _meta, "Meta")
     _library.impl(_name, _autograd, "Autograd")
     _library.impl(_name, _batched, "FuncTorchBatched")
+
+later.follow("torch.utils.flop_counter", "maskflash.flops")
+later.follow("torch.distributed.tensor", "maskflash.sharding")

@@ -66,6 +66,18 @@ KV = torch.zeros(2, 6, 2, 8)
 ENDS = torch.full((2, 1, 6, 1), 6, dtype=torch.int32)
 
 
+def test_paddle_s_own_defaults_are_taken():
+    defaults = {
+        "return_seed_offset": False,
+        "fixed_seed_offset": None,
+        "rng_name": "",
+        "name": "layer",
+        "block_mask": None,
+    }
+    expected = mf.flashmask_attention(Q, KV, KV, ENDS, causal=True)
+    assert torch.equal(mf.flashmask_attention(Q, KV, KV, ENDS, causal=True, **defaults), expected)
+
+
 def test_what_it_returns():
     out = mf.flashmask_attention(Q, KV, KV, ENDS, causal=True, dropout=0.1, training=False, softmax_scale=0.3)
     assert out.shape == Q.shape and out.dtype == Q.dtype
@@ -77,6 +89,10 @@ def test_what_it_returns():
         ((Q[0], KV, KV), {}, r"query has shape \(6, 4, 8\), expected 4 dimensions \(batch, tokens, heads, head_dim\)"),
         ((Q, KV, 3), {}, "value is a int, expected a tensor"),
         ((Q, KV, KV), {"dropout": 0.1}, "dropout is 0.1, expected 0"),
+        ((Q, KV, KV), {"return_seed_offset": True}, "return_seed_offset is True, expected it left out: there is no"),
+        ((Q, KV, KV), {"fixed_seed_offset": ENDS}, "fixed_seed_offset is a Tensor, expected it left out: there is"),
+        ((Q, KV, KV), {"rng_name": "local"}, "rng_name is 'local', expected it left out: there is no dropout"),
+        ((Q, KV, KV, ENDS), {"block_mask": ENDS}, "block_mask is a Tensor, expected it left out: tiles without a"),
         ((Q, KV, KV, ENDS), {"window_size": 3, "causal": True}, "window_size and startend_row_indices"),
         ((Q, KV, KV), {"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\), expected an int or \(left, right\)"),
         ((Q, KV, KV), {"window_size": -2}, "window_size is -2, expected at least 0"),

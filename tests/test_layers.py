@@ -9,21 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
-    *("errors", "arguments", "html", "identity", "transfer", "expr", "blocks", "masks", "presets", "codegen"),
-    *(
-        "kernels",
-        "compiler",
-        "explain",
-        "checking",
-        "plans",
-        "op",
-        "compiled",
-        "api",
-        "flashmask",
-        "traffic",
-        "visualize",
-    ),
-    *("integrations", "testing", "demo", "doctor", "cli"),
+    *("errors", "arguments", "later", "html", "identity", "transfer", "expr", "blocks", "masks", "presets"),
+    *("codegen", "kernels", "compiler", "explain", "checking", "plans", "op", "flops", "sharding", "compiled"),
+    *("api", "flashmask", "traffic", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {
     "expr": [

@@ -9,12 +9,18 @@ tensors as arguments, so that other documents, paddings, windows of a cache and 
 
 from __future__ import annotations
 
+import inspect
+import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
+from types import FunctionType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
@@ -26,10 +32,12 @@ from maskflash.presets.basic import causal
 NAME: Final = "mf"  # Transformers takes every name with "flash" in it for a FlashAttention of its own
 
 _HERE: Final = "maskflash.integrations.transformers"
+_RESERVED: Final = ("flash", "sdpa", "flex_attention", "eager", "|", "/")  # names with these mean Transformers' own
 _WITHOUT_EFFECT: Final = frozenset(  # what layers are handed, and what the mask already says or attention doesn't read
     (
         *("sliding_window", "position_ids", "cache_position", "seq_idx", "use_cache", "num_items_in_batch"),
         *("output_hidden_states", "output_router_logits", "return_dict", "deterministic"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),  # compared with the mask instead
     )
 )
 _FIXES: Final = {
@@ -37,7 +45,6 @@ _FIXES: Final = {
     "softcap": "use eager or flex_attention",
     "s_aux": "use eager or flex_attention",
     "output_attentions": "use eager to look at attention weights",
-    "cu_seq_lens_q": "leave the cu_seq_lens out: position_ids that start again say where documents start",
 }
 
 
@@ -50,11 +57,17 @@ class LayerMask(Tensor):
         mask: which pairs may attend.
         q_offset: of the first row.
         mask_args: the mask's own arguments.
+        of: the kind of model, for messages.
+        documents: (B, Sq), the document of each token, where the mask keeps documents apart; else None.
+        agreed: the cu_seq_lens that were last found to say the same.
     """
 
     mask: Mask
     q_offset: int
     mask_args: dict[str, Any]
+    of: str
+    documents: Tensor | None
+    agreed: tuple[Tensor | None, ...] | None
 
     @staticmethod
     def __new__(
@@ -64,11 +77,14 @@ class LayerMask(Tensor):
         mask_args: dict[str, Any],
         shape: Sequence[int],
         device: torch.device | str = "cpu",
+        of: str = "",
+        documents: Tensor | None = None,
     ) -> LayerMask:
         """A mask at the lengths of a forward pass."""
         at = torch.device(device)
         made: LayerMask = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.bool, device=at)
         made.mask, made.q_offset, made.mask_args = mask, q_offset, mask_args
+        made.of, made.documents, made.agreed = of, documents, None
         return made
 
     @classmethod
@@ -76,9 +92,11 @@ class LayerMask(Tensor):
         """Hand it on; refuse everything else."""
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return args[0]
-        raise ArgumentTypeError(
-            f"{_HERE}: the model computes {func} of its attention mask, which holds no pairs; use another "
-            "attn_implementation for this model"
+        of = next((x.of for x in tree_leaves((args, kwargs)) if isinstance(x, LayerMask)), "")
+        # A TypeError would be swallowed by operators, which then try the other side's.
+        raise ArgumentError(
+            f"{_HERE}: the model{of and f' ({of})'} computes {func} of its attention mask, which holds no pairs; use "
+            "another attn_implementation for this model"
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -93,6 +111,9 @@ def register(name: str = NAME) -> str:
     packed position ids, dynamic and static caches work as with "eager"; docs/integrations.md has what was checked.
     A row that sees nothing, such as padding on the left, gives 0, where "eager" averages over all keys.
 
+    A model whose attention is not taken from `AttentionInterface` can't be given any other: it says so in a warning,
+    and computes as if it had not been asked for one.
+
     Args:
         name: what models will ask for.
 
@@ -100,7 +121,8 @@ def register(name: str = NAME) -> str:
         The name.
 
     Raises:
-        ArgumentError: the name contains "flash": Transformers would look for a FlashAttention of that name.
+        ArgumentError: the name is Transformers' own, or somebody else's, or would be taken for a kernel of its own.
+        ArgumentTypeError: the name is no string.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,15 +131,64 @@ def register(name: str = NAME) -> str:
         >>> model(torch.arange(8)[None]).logits.shape
         torch.Size([1, 8, 64])
     """
-    if "flash" in name:
-        raise ArgumentError(
-            f'{_HERE}.register: name is {name!r}, expected one without "flash": Transformers takes such a name for a '
-            f"FlashAttention kernel; leave it out for {NAME!r}"
-        )
+    _check_name(name)
     AttentionInterface.register(name, attention_forward)
     outside = torch.compiler.disable(layer_mask, reason="masks of Transformers are made outside of what is compiled")
     AttentionMaskInterface.register(name, outside)
+    if not hasattr(PreTrainedModel.get_correct_attn_implementation, "knows_maskflash"):
+        PreTrainedModel.get_correct_attn_implementation = _or_its_own(PreTrainedModel.get_correct_attn_implementation)
     return name
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"{_HERE}.register: name is {name!r}, expected a str; leave it out for {NAME!r}")
+    found = next((part for part in _RESERVED if part in name), None)
+    if found is not None or not name.strip():
+        without = f'one without "{found}"' if found else "one that is not empty"
+        why = ": Transformers takes such a name for an attention of its own" if found else ""
+        raise ArgumentError(f"{_HERE}.register: name is {name!r}, expected {without}{why}; leave it out for {NAME!r}")
+    if AttentionInterface._global_mapping.get(name, attention_forward) is not attention_forward:
+        raise ArgumentError(
+            f"{_HERE}.register: name is {name!r}, which is registered for another attention; leave it out for {NAME!r}"
+        )
+
+
+def _or_its_own(chosen: Callable[..., str]) -> Callable[..., str]:
+    """Transformers' choice of a model's attention, but the model's own where it could not be given ours."""
+
+    @wraps(chosen)
+    def get_correct_attn_implementation(
+        self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        name = chosen(self, requested_attention, is_init_check)
+        if AttentionInterface._global_mapping.get(name) is not attention_forward or not _brings_its_own(type(self)):
+            return name
+        own = chosen(self, None, is_init_check)
+        warnings.warn(
+            f"{_HERE}: {type(self).__name__} brings its own attention, which can't be replaced: attn_implementation="
+            f"{name!r} has no effect on it, and it runs {own!r}",
+            stacklevel=2,
+        )
+        return own
+
+    get_correct_attn_implementation.knows_maskflash = True  # type: ignore[attr-defined]
+    return get_correct_attn_implementation
+
+
+def _brings_its_own(model: type[PreTrainedModel]) -> bool:
+    """Whether the module that a model's attention is from never asks Transformers' interface for one."""
+    for module in (sys.modules.get(each.__module__) for each in model.__mro__ if issubclass(each, PreTrainedModel)):
+        here = list(vars(module).values()) if module is not None else []
+        if any(isinstance(value, AttentionInterface) for value in here):
+            return False
+        if any(inspect.isclass(value) and _is_attention(value, module) for value in here):
+            return True
+    return False
+
+
+def _is_attention(found: type, module: Any) -> bool:
+    return "Attention" in found.__name__ and nn.Module in found.__bases__ and found.__module__ == module.__name__
 
 
 def layer_mask(
@@ -129,6 +200,7 @@ def layer_mask(
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> LayerMask:
     """The mask of a forward pass, as Transformers' mask interface asks for it.
@@ -142,11 +214,13 @@ def layer_mask(
         mask_function: `f(b, h, q, kv) -> bool` of row and column numbers.
         attention_mask: (B, tokens) bool, False at padding.
         device: of the mask's tables.
+        config: the model's.
         **_: what other implementations need.
 
     Raises:
         MaskTraceError: a custom mask function that can't become an expression.
     """
+    documents = _documents(mask_function)
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None and not padding.all():
         mask_function = masking_utils.and_masks(mask_function, masking_utils.padding_mask_function(padding))
@@ -155,7 +229,8 @@ def layer_mask(
     except Unknown:  # the user's own function may read anything: it is traced at each forward pass
         mask, tables = _shifted(mask_function), {}
     shape = batch_size, 1, q_length, kv_length
-    return LayerMask(mask, int(q_offset), {**tables, "kv_offset": int(kv_offset)}, shape, device)
+    kind = getattr(config, "model_type", "")
+    return LayerMask(mask, int(q_offset), {**tables, "kv_offset": int(kv_offset)}, shape, device, kind, documents)
 
 
 def attention_forward(
@@ -176,7 +251,8 @@ def attention_forward(
         query: (B, Hq, Sq, D).
         key: (B, Hkv, Skv, D); Hkv divides Hq.
         value: (B, Hkv, Skv, Dv).
-        attention_mask: what `layer_mask` made; None where the model made none.
+        attention_mask: what `layer_mask` made, or the user's own dense mask, (B or 1, Hq or 1, Sq, Skv) bool; None
+            where the model made none.
         scaling: factor of the scores; None for 1/sqrt(D).
         dropout: 0.
         is_causal: what None means for the mask; the module's own where left out.
@@ -196,13 +272,15 @@ def attention_forward(
             )
     lengths = query.shape[0], query.shape[2], key.shape[2]
     mask, q_offset, mask_args = _mask_of(module, attention_mask, is_causal, lengths)
+    if asked.get("cu_seq_lens_q") is not None or asked.get("cu_seq_lens_k") is not None:
+        _check_documents(module, attention_mask, asked.get("cu_seq_lens_q"), asked.get("cu_seq_lens_k"))
     out = attention(query, key, value, mask, scale=scaling, q_offset=q_offset, **mask_args)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _mask_of(
     module: nn.Module, given: Tensor | None, is_causal: bool | None, lengths: tuple[int, int, int]
-) -> tuple[Mask | None, int, dict[str, Any]]:
+) -> tuple[Mask | Tensor | None, int, dict[str, Any]]:
     """The mask of a layer's call, its offset and arguments."""
     batch, q_len, kv_len = lengths
     if isinstance(given, LayerMask):
@@ -213,10 +291,8 @@ def _mask_of(
             )
         return given.mask, given.q_offset, given.mask_args
     if given is not None:
-        raise ArgumentTypeError(
-            f"{_HERE}: attention_mask is a {type(given).__name__} of {given.ndim} dimensions, expected the mask that "
-            "Transformers makes; pass the model its padding as (batch, tokens), documents as position_ids, or None"
-        )
+        _check_dense(module, given)
+        return given, 0, {}
     follows = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not follows or q_len == 1:
         return None, 0, {}
@@ -226,6 +302,63 @@ def _mask_of(
             "causal to which; use another attn_implementation for this model"
         )
     return _CAUSAL, 0, {}
+
+
+def _check_dense(module: nn.Module, given: Any) -> None:
+    """A user's own mask of all pairs is taken as torch's attention takes it: bool, True where a pair is visible."""
+    if not isinstance(given, Tensor) or given.ndim != 4:
+        got = f"a tensor of {given.ndim} dimensions" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise ArgumentTypeError(
+            f"{_HERE}: {type(module).__name__} has {got} as attention_mask, expected the mask that Transformers makes; "
+            "pass the model its padding as (batch, tokens), documents as position_ids, a mask of all pairs as (batch, "
+            "1, queries, keys) of bool, or None"
+        )
+    if given.dtype != torch.bool:
+        raise ArgumentTypeError(
+            f"{_HERE}: {type(module).__name__} has a mask of {given.dtype}, expected torch.bool, True where a pair is "
+            "visible. If it is yours and holds 0 and -inf, pass mask == 0; if the model makes it to add it to its "
+            "scores, use another attn_implementation for this model"
+        )
+
+
+def _check_documents(module: nn.Module, mask: Any, *given: Tensor | None) -> None:
+    """FlashAttention's boundaries of documents are taken where the mask has the same."""
+    if isinstance(mask, LayerMask):
+        agreed = mask.agreed
+        if agreed is not None and all(one is other for one, other in zip(agreed, given, strict=True)):
+            return
+        batch, _, *lengths = mask.shape
+        expected = (_boundaries(mask.documents, batch, length) for length in lengths)
+        if all(x is None or x.unique().tolist() == own for x, own in zip(given, expected, strict=True)):
+            mask.agreed = given
+            return
+    raise ArgumentError(
+        f"{_HERE}: {type(module).__name__} is given cu_seq_lens whose documents are not those of its mask; give the "
+        "position_ids that start again where a document does, without attention_mask and cache, or leave the "
+        "cu_seq_lens out"
+    )
+
+
+def _boundaries(documents: Tensor | None, batch: int, length: int) -> list[int]:
+    """Where documents start and end, all batch rows in one."""
+    rows = range(0, batch * length + 1, length) if length else [0]
+    if documents is None:
+        return list(rows)
+    turns = (documents.diff() != 0).nonzero()
+    starts = turns[:, 0] * length + turns[:, 1] + 1
+    return sorted({*rows, *starts.tolist()})
+
+
+def _documents(function: Any) -> Tensor | None:
+    """The document of each token, where a mask function of Transformers keeps documents apart."""
+    if not isinstance(function, FunctionType) or function.__globals__ is not vars(masking_utils):
+        return None
+    held = inspect.getclosurevars(function).nonlocals
+    if "packed_sequence_mask" in held:
+        documents: Tensor = held["packed_sequence_mask"]
+        return documents
+    both = held.get("mask_functions", ()) if function.__qualname__.startswith("and_masks.") else ()
+    return next((found for each in both if (found := _documents(each)) is not None), None)
 
 
 def _shifted(function: Callable[..., Any]) -> Mask:

@@ -281,10 +281,13 @@ def test_what_maskflash_does_not_compute_is_refused_by_name():
     model.set_attn_implementation(NAME)
     with pytest.raises(mf.ArgumentError, match="LlamaAttention asks for output_attentions"):
         model(ids, output_attentions=True)
-    with pytest.raises(mf.ArgumentError, match=r"asks for cu_seq_lens_q.* position_ids"):
-        model(ids, cu_seq_lens_q=torch.tensor([0, 8]))
-    with pytest.raises(mf.ArgumentTypeError, match=r"of 4 dimensions.* padding as \(batch, tokens\)"):
-        model(ids, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    with pytest.raises(mf.ArgumentTypeError, match=r"mask of torch.float32, expected torch.bool.* pass mask == 0"):
+        model(ids, attention_mask=torch.zeros(1, 1, 8, 8))
+    q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
+    with pytest.raises(mf.ArgumentTypeError, match=r"a tensor of 2 dimensions.* padding as \(batch, tokens\)"):
+        integration.attention_forward(nn.Linear(1, 1), q, k, v, torch.ones(1, 4))
+    with pytest.raises(mf.ArgumentTypeError, match=r"has a list as attention_mask"):
+        integration.attention_forward(nn.Linear(1, 1), q, k, v, [1])
 
 
 def test_sinks_are_refused_by_name():
@@ -325,17 +328,84 @@ def test_a_layer_mask_holds_no_pairs():
     mask = integration.layer_mask(1, 1 << 20, 1 << 20)
     assert mask.contiguous() is mask
     assert mask.detach() is mask
-    with pytest.raises(mf.ArgumentTypeError, match=r"aten.slice.* holds no pairs"):
+    with pytest.raises(mf.ArgumentError, match=r"aten.slice.* holds no pairs"):
         mask[:, :, :, :8]
+    with pytest.raises(mf.ArgumentError, match=r"aten.add.* holds no pairs"):  # not an operand of another type
+        torch.zeros(()) + mask
     assert "q_offset=0" in repr(mask)
 
 
 def test_names_that_transformers_takes_for_flash_attention_are_refused():
     with pytest.raises(mf.ArgumentError, match='without "flash"'):
         integration.register("maskflash")
-    assert integration.register("mf_again") == "mf_again"
+    for name in ("sdpa", "eager", "flex_attention", "paged|mf", "kernels/mine", "my_sdpa"):
+        with pytest.raises(mf.ArgumentError, match=f"name is '{re.escape(name)}', expected one without"):
+            integration.register(name)
+    for name in ("", " "):
+        with pytest.raises(mf.ArgumentError, match="expected one that is not empty; leave it out"):
+            integration.register(name)
+    for name in (None, 3, b"mf"):
+        with pytest.raises(mf.ArgumentTypeError, match="expected a str; leave it out for 'mf'"):
+            integration.register(name)
+    assert integration.register("mf_again") == integration.register("mf_again") == "mf_again"
     model = make("Llama", attn_implementation="mf_again")
     assert model(torch.ones(1, 4, dtype=torch.long)).logits.shape == (1, 4, VOCABULARY)
+
+
+def test_the_name_of_somebody_else_s_attention_is_refused(monkeypatch):
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "theirs", lambda *args, **kw: None)
+    with pytest.raises(mf.ArgumentError, match="'theirs', which is registered for another attention"):
+        integration.register("theirs")
+
+
+@pytest.mark.parametrize("documents", [[9], [3, 1, 5], [4, 4, 1]], ids=str)
+def test_boundaries_of_flash_attention_are_taken_beside_positions_that_say_the_same(documents):
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collate([{"input_ids": list(range(1, n + 1))} for n in documents])
+    model = make("Llama")
+    model.set_attn_implementation(NAME)
+    boundaries = {name: batch.pop(name) for name in list(batch) if name.startswith(("cu_seq", "max_length"))}
+    assert len(boundaries) == 4
+    expected = model(**batch, use_cache=False)
+    assert torch.equal(model(**batch, **boundaries, use_cache=False).logits, expected.logits)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(expected.logits, model(**batch, use_cache=False).logits)
+
+
+def test_boundaries_that_the_mask_does_not_have_are_refused():
+    model, ids = make("Llama"), torch.ones(1, 8, dtype=torch.long)
+    model.set_attn_implementation(NAME)
+    ends = torch.tensor([0, 3, 8], dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "use_cache": False}
+    model(ids, position_ids=positions, **given)
+    others = ({}, {"position_ids": positions.roll(1)}, {"position_ids": positions, "attention_mask": torch.ones(1, 8)})
+    for other in others:  # with an attention_mask, Transformers looks for no documents
+        with pytest.raises(mf.ArgumentError, match="whose documents are not those of its mask; give the position_ids"):
+            model(ids, **other, **given)
+
+
+def test_boundaries_count_all_rows_of_a_batch():
+    documents = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    assert integration._boundaries(documents, 2, 4) == [0, 2, 4, 8]
+    assert integration._boundaries(None, 3, 4) == [0, 4, 8, 12]
+    assert integration._boundaries(None, 3, 0) == [0]
+
+
+@pytest.mark.filterwarnings("ignore::maskflash.DenseMaskWarning")
+@pytest.mark.parametrize("shape", [(1, 1, 9, 9), (2, 1, 9, 9), (2, 4, 9, 9)], ids=str)
+def test_a_mask_of_all_pairs_is_taken(shape):
+    model, ids = make("Llama"), torch.arange(1, 19).view(2, 9)
+    dense = (torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5) | torch.eye(9, dtype=torch.bool)
+    results = {}
+    for way in (NAME, "sdpa", "eager"):
+        model.set_attn_implementation(way)
+        given = torch.where(dense, 0.0, -torch.inf) if way == "eager" else dense
+        results[way] = {"logits": model(ids, attention_mask=given).logits}
+    exact = make("Llama", torch.float64)
+    exact.set_attn_implementation("sdpa")
+    truth = {"logits": exact(ids, attention_mask=dense).logits}
+    assert_within_budget(results[NAME], truth, results["eager"], results["sdpa"])
 
 
 def test_the_docs_list_what_is_checked():
