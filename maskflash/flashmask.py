@@ -75,10 +75,15 @@ def flashmask_attention(
     for what, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"{name}: {what} is a {type(x).__name__}, expected a tensor")
+        arguments.held(name, what, x, on_meta=True)
         if x.ndim != 4:
             raise ArgumentError(
                 f"{name}: {what} has shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, head_dim)"
             )
+    return_softmax_lse = arguments.flag(name, "return_softmax_lse", return_softmax_lse)
+    training = arguments.flag(name, "training", training)
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ArgumentTypeError(f"{name}: dropout is {dropout!r}, expected a number from 0 to 1")
     if dropout and training:
         raise ArgumentError(f"{name}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False")
     q_len, kv_len, heads, kv_heads = query.shape[1], key.shape[1], query.shape[2], key.shape[2]

@@ -10,12 +10,12 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
+from maskflash.masks.fingerprint import contents
 from maskflash.masks.tables import lasting
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
@@ -186,8 +186,7 @@ def _key(problem: Problem, backend: Backend, *, saved: bool = False) -> Hashable
 
 def _fingerprint(tensor: Tensor, saved: bool) -> Hashable:
     if tensor.is_inference():
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
-        return tensor.dtype, tensor.shape, hashlib.blake2b(content, digest_size=16).digest()
+        return tensor.dtype, tensor.shape, hashlib.blake2b(contents(tensor), digest_size=16).digest()
     place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     return tensor.untyped_storage()._cdata if saved else id(_owner(tensor)), tensor._version, place
 

@@ -81,6 +81,7 @@ def predict(
         >>> round(found.fused / found.block_sparse, 1), round(found.visited, 3)
         (8.5, 0.076)
     """
+    arguments.instance("predict", "block_map", block_map, BlockMap, "make one with mask.block_map")
     sizes = {"head_dim": head_dim, "itemsize": itemsize, "fast_bytes": fast_bytes}
     for name, value in sizes.items():
         arguments.integer("predict", name, value, low=1)

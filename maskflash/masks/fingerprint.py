@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Final
+from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,11 +25,13 @@ def fingerprint(expr: Expr, params: tuple[object, ...], tables: tuple[Tensor, ..
     digest = hashlib.blake2b(f"{_FORMAT}\n{expr.text}\n{params}\n".encode(), digest_size=_BYTES)
     for table in tables:
         digest.update(f"{table.dtype} {tuple(table.shape)}\n".encode())
-        digest.update(_bytes(table))
+        digest.update(contents(table))
     return digest.hexdigest()
 
 
-def _bytes(table: Tensor) -> Any:
-    """A table's contents in row-major order."""
-    plain = table.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return plain.numpy()
+def contents(table: Tensor) -> npt.NDArray[np.uint8]:
+    """A tensor's bytes in row-major order, whatever its strides and its device."""
+    plain = table.detach().cpu().contiguous()
+    # One element or none may have any stride, and yet count as contiguous.
+    flat: npt.NDArray[np.uint8] = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
+    return flat
