@@ -37,7 +37,7 @@ def compile(
         mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~; or a tensor of bool as
             torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all.
         scale: positive factor of the scores, from 2**-64 to 2**64; None for 1/sqrt(D).
-        block_size: tokens per tile, one number or (q_tokens, kv_tokens), to 2**20.
+        block_size: tokens per tile, one number or (q_tokens, kv_tokens): at most 2**24 pairs.
         backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
         deterministic: same inputs, same bits.
         tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a

@@ -18,7 +18,8 @@ from maskflash.names import unexpected
 BlockSize = int | tuple[int, int]
 
 MOST_SCALE: Final = 2.0**64  # and least its inverse: beyond them scores overflow float32, or the factor vanishes in it
-MOST_SIDE: Final = 1 << 20  # tokens of a tile: what is looked at pair by pair is held for one row of it, or a few
+MOST_SIDE: Final = 1 << 20  # tokens of a tile
+MOST_PAIRS: Final = 1 << 24  # of a tile: those that nothing else decides are evaluated together
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -90,8 +91,11 @@ def block_size(operation: str, value: Any) -> tuple[int, int]:
     if len(pair) != 2:
         raise ArgumentError(f"{operation}: block_size is {value!r}, expected an int or (q_tokens, kv_tokens)")
     rows, columns = (integer(operation, "block_size", side, low=1) for side in pair)
-    if max(rows, columns) > MOST_SIDE:
-        raise ArgumentError(f"{operation}: block_size is {_kind(value)}, expected at most {MOST_SIDE:,} tokens a side")
+    if max(rows, columns) > MOST_SIDE or rows * columns > MOST_PAIRS:
+        raise ArgumentError(
+            f"{operation}: block_size is {_kind(value)}, expected tiles of at most {MOST_SIDE:,} tokens a side and "
+            f"{MOST_PAIRS:,} pairs"
+        )
     return rows, columns
 
 

@@ -21,7 +21,14 @@ from typing import Final
 from maskflash import arguments
 from maskflash.blocks.block_map import BlockMap
 
+__all__ = ["FAST_BYTES", "Traffic", "predict"]
+
 FAST_BYTES: Final = 192 * 1024  # of a multiprocessor of the A100, the paper's example
+
+
+def __dir__() -> list[str]:
+    """What users may use."""
+    return sorted(__all__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,3 +205,9 @@ def test_what_is_no_block_mask_is_refused():
     one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     with pytest.raises(mf.ArgumentError, match=r"tile \(0, 0, 0, 0\) is in the list of full tiles and in that"):
         mf.from_flex(BlockMask.from_kv_blocks(one, first, one, first))
+
+
+def test_one_tile_for_all_pairs_however_large():
+    """As FlexAttention makes it where there is no block mask."""
+    flex = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 40, 40, device="cpu", BLOCK_SIZE=1 << 30)
+    assert mf.equivalent(mf.from_flex(flex), mf.causal(), 40, 40)
