@@ -195,9 +195,11 @@ def _describe_fault(
         return f"{place}{code}divides by zero at {at}. Guard it: `divisor != 0 and ...`."
     table = inputs.tables[int(node.value or 0)]
     index = tuple(int(values[arg].expand(shape)[where]) for arg in node.args)
-    read = f"{index if len(index) > 1 else index[0]} of a table of shape {tuple(table.shape)} at {at}"
-    indices = [expr.nodes[arg].op for arg in node.args]
-    return f"{place}{code}reads index {read}. {_fix(indices, index, tuple(table.shape))}"
+    fix = _fix([expr.nodes[arg].op for arg in node.args], index, tuple(table.shape))
+    return (
+        f"{place}{code}reads index {index if len(index) > 1 else index[0]} of a table of shape {tuple(table.shape)} "
+        f"at {at}. {fix}"
+    )
 
 
 def _fix(indices: Sequence[str], index: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -209,5 +209,7 @@ def test_what_is_no_block_mask_is_refused():
 
 def test_one_tile_for_all_pairs_however_large():
     """As FlexAttention makes it where there is no block mask."""
-    flex = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, 40, 40, device="cpu", BLOCK_SIZE=1 << 30)
+    one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    sizes = {"BLOCK_SIZE": 1 << 30, "seq_lengths": (40, 40)}
+    flex = BlockMask.from_kv_blocks(one, first, mask_mod=lambda b, h, q, kv: q >= kv, **sizes)
     assert mf.equivalent(mf.from_flex(flex), mf.causal(), 40, 40)
