@@ -297,7 +297,7 @@ def test_the_bytes_of_a_tensor_do_not_depend_on_its_strides(inference):
         several += [several[0].bfloat16(), wide[1:2, 3].to(torch.bool)]
         for tensor in several:
             plain = tensor.clone(memory_format=torch.contiguous_format)
-            assert bytes(contents(tensor)) == bytes(contents(plain)) and contents(tensor).size == tensor.nbytes
+            assert bytes(contents(tensor)) == bytes(contents(plain)) and contents(tensor).nbytes == tensor.nbytes
         one = torch.zeros(1, 2).long()[:, 0]
         mask = mf.mask(lambda b, h, q, kv, *, n: kv < n[0] + 3)
         assert mask.fingerprint(n=one) == mask.fingerprint(n=torch.zeros(1).long())

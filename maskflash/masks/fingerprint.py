@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,9 +27,8 @@ def fingerprint(expr: Expr, params: tuple[object, ...], tables: tuple[Tensor, ..
     return digest.hexdigest()
 
 
-def contents(table: Tensor) -> npt.NDArray[np.uint8]:
+def contents(table: Tensor) -> memoryview:
     """A tensor's bytes in row-major order, whatever its strides and its device."""
     plain = table.detach().cpu().contiguous()
     # One element or none may have any stride, and yet count as contiguous.
-    flat: npt.NDArray[np.uint8] = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy()
-    return flat
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
