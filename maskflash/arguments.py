@@ -140,10 +140,9 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
         ArgumentTypeError: it is sparse, nested or quantized.
         ArgumentError: it is on meta.
     """
-    plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized)
-    if plain and (on_meta or not tensor.is_meta):
-        return
-    if plain:
+    if not (tensor.is_nested or tensor.is_quantized) and tensor.layout == torch.strided:
+        if on_meta or not tensor.is_meta:
+            return
         raise ArgumentError(f"{operation}: {name} is on meta, which holds no data; make it on the call's device")
     kind, fix = "quantized", "dequantize()"
     if not tensor.is_quantized:
@@ -213,7 +212,9 @@ def _mask_arg(operation: str, name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         held(operation, name, value)
         return value
-    if value is None or isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(value, (int, float)) or value is None:
+        return value
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value
     if isinstance(value, np.number | np.bool_) and isinstance(value.item(), (int, float)):
         return value.item()
