@@ -125,7 +125,11 @@ def _unusable(found: torch.device) -> str | None:
     if found.type == "meta":
         return "which holds no data"
     if found.type == "cuda":  # nothing that would start CUDA: a data loader's process may not
-        return None if (found.index or 0) < torch.cuda.device_count() else "which torch doesn't find here"
+        return (
+            None
+            if torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()
+            else "which torch doesn't find here"
+        )
     try:
         torch.empty(0, device=found)
     except Exception:  # of as many kinds as there are devices
