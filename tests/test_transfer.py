@@ -134,6 +134,7 @@ def device(monkeypatch):
         "is_available": True,
         "current_device": 0,
         "device": nullcontext(),
+        "device_count": 1,
         "get_device_name": "stand-in",
         "get_device_capability": (9, 0),
         "get_device_properties": limits,
