@@ -106,4 +106,5 @@ if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """What users may use."""
+    return sorted({*__all__, "__doc__", "__file__", "__name__", "__path__", "__version__"})

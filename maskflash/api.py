@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, Never, overload
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from maskflash import arguments, plans
 from maskflash.arguments import BlockSize
 from maskflash.compiled import Attention, BackendChoice
-from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.errors import ArgumentTypeError
 from maskflash.masks.dense import dense_mask
 from maskflash.masks.mask import Mask, mask
 from maskflash.masks.slots import aside, slots_of
+from maskflash.names import instead_of, unexpected
 from maskflash.presets.basic import full
 
 MaskLike = Mask | Callable[..., Any]
@@ -29,20 +30,22 @@ def compile(
     deterministic: bool = True,
     tune: bool = False,
     check: bool = False,
+    **others: Never,
 ) -> Attention:
     """Compile a mask to an attention op.
 
     Args:
         mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~; or a tensor of bool as
             torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all.
-        scale: positive factor of the scores; None for 1/sqrt(D).
-        block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+        scale: positive factor of the scores, from 2**-64 to 2**64; None for 1/sqrt(D).
+        block_size: tokens per tile, one number or (q_tokens, kv_tokens): at most 2**24 pairs.
         backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
         deterministic: same inputs, same bits.
         tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a
             compiled graph uses what was found, and measures nothing.
         check: read every table at every call, and raise ArgumentError where one was written to by something that torch
             doesn't see (numpy, `.data`, another process); MASKFLASH_CHECK=1 in the environment does so for all calls.
+        **others: none; those that other libraries have are answered by what to write here.
 
     Returns:
         The op: `attn(q, k, v, **mask_args)`.
@@ -57,14 +60,18 @@ def compile(
         >>> attn(q, k, v).shape
         torch.Size([1, 4, 512, 64])
     """
+    for name in others:
+        raise unexpected("compile", name, None)
     size = arguments.block_size("compile", block_size)
-    if backend not in ("auto", "cpu", "triton"):
-        raise ArgumentError(f'compile: backend is {backend!r}, expected "auto", "cpu" or "triton"')
+    arguments.choice("compile", "backend", backend, ("auto", "cpu", "triton"))
+    deterministic = arguments.flag("compile", "deterministic", deterministic)
+    tune = arguments.flag("compile", "tune", tune)
+    check = arguments.flag("compile", "check", check)
     factor = None if scale is None else arguments.scale("compile", scale)
     whole = _as_mask("compile", mask)
     if not (whole.keywords or whole.implied_names):
         slots_of(whole, {})
-    return Attention(whole, factor, size, backend, bool(deterministic), bool(tune), bool(check))
+    return Attention(whole, factor, size, backend, deterministic, tune, check)
 
 
 @overload
@@ -197,11 +204,12 @@ def _as_mask(operation: str, value: Any) -> Mask:
             f"maskflash.{operation} was given a mask to trace, which torch.compile can't look into: make it outside of "
             "what is compiled, with mf.mask or mf.compile; what varies goes in by keyword"
         )
-    if isinstance(value, Tensor):
+    foreign = instead_of(value)
+    if isinstance(value, Tensor) and not foreign:
         return dense_mask(operation, value)
     if not callable(value):
         raise ArgumentTypeError(
             f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "
-            "of bool"
+            f"of bool{foreign}"
         )
     return mask(value)

@@ -115,7 +115,8 @@ class Attention:
             q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0.
             k: (B, Hkv, Skv, D), Hkv divides Hq (grouped queries share a key head without a copy); Skv may be 0.
             v: (B, Hkv, Skv, Dv).
-            q_offset: added to row numbers before the mask sees them: an int, or an int tensor (B,).
+            q_offset: added to row numbers before the mask sees them: an int, or an int tensor (B,); one element serves
+                all rows.
             return_lse: also return the log-sum-exp of the scores.
             **mask_args: the mask's own arguments.
 
@@ -133,6 +134,8 @@ class Attention:
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
         q, k, v = arguments.as_autocast(q, k, v)
+        if return_lse is not True and return_lse is not False:
+            return_lse = arguments.flag("attention", "return_lse", return_lse)
         named = None
         if not (return_lse or self.check or torch.compiler.is_compiling() or op.watched(q, k, v)):
             named = self._named(q, k, v, q_offset, mask_args)
@@ -154,7 +157,7 @@ class Attention:
             self._tune(q, k, v, offset, mask_args, scale)
         try:
             out, lse = op.attend(
-                q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend, bool(return_lse)
+                q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend, return_lse
             )
         except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
             from maskflash.blocks.classify import classify
@@ -201,8 +204,7 @@ class Attention:
         from maskflash.kernels import triton
 
         arguments.tensors(q, k, v)
-        if pass_name not in PASSES:
-            raise ArgumentError(f"Attention.source: pass_name is {pass_name!r}, expected one of {', '.join(PASSES)}")
+        arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
         problem = self._problem(q, k, q_offset, mask_args)
@@ -213,6 +215,8 @@ class Attention:
     ) -> Hashable | None:
         """All that a call's analysis depends on, tables by their state; None if it can't be told at once."""
         if type(q_offset) is not int or not _TOLD.issuperset(map(type, mask_args.values())):
+            return None
+        if q.is_nested or k.is_nested or v.is_nested:  # which have no shape
             return None
         mask = self.mask
         given: list[Any] = [mask.number, mask.look(), q_offset]
@@ -323,12 +327,11 @@ class Attention:
         """
         from maskflash.explain import Explanation
 
-        device = torch.device(device)
-        backend = self._backend_for(device)
         problem = self.mask.problem(
             "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
         )
-        why = f"since the tensors are on {device.type}" if self.backend == "auto" else "as asked for"
+        backend = self._backend_for(problem.device)
+        why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
         return Explanation(self.mask.name, problem, plans.find(problem, backend), backend, why)
 
     def prepare(
@@ -363,11 +366,10 @@ class Attention:
             >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
             >>> attn.prepare(512, 512)
         """
-        device = torch.device(device)
         problem = self.mask.problem(
             "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
         )
-        plans.find(problem, self._backend_for(device))
+        plans.find(problem, self._backend_for(problem.device))
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see.

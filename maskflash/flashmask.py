@@ -92,11 +92,16 @@ def flashmask_attention(
     for what, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"{operation}: {what} is a {type(x).__name__}, expected a tensor")
+        arguments.held(operation, what, x, on_meta=True)
         if x.ndim != 4:
             raise ArgumentError(
                 f"{operation}: {what} has shape {tuple(x.shape)}, expected 4 dimensions (batch, tokens, heads, "
                 "head_dim)"
             )
+    return_softmax_lse = arguments.flag(operation, "return_softmax_lse", return_softmax_lse)
+    training = arguments.flag(operation, "training", training)
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        raise ArgumentTypeError(f"{operation}: dropout is {dropout!r}, expected a number from 0 to 1")
     if dropout and training:
         raise ArgumentError(
             f"{operation}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False"

@@ -9,7 +9,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from maskflash import checking
@@ -17,6 +16,7 @@ from maskflash.blocks.problem import Problem
 from maskflash.compiler import Analysis, Backend, analyse
 from maskflash.identity import Watch, owner, state
 from maskflash.masks import tables
+from maskflash.masks.fingerprint import contents
 from maskflash.masks.tables import lasting
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
@@ -174,8 +174,7 @@ def _key(problem: Problem, backend: Backend, *, saved: bool = False) -> Hashable
 
 def _fingerprint(tensor: Tensor, saved: bool) -> Hashable:
     if tensor.is_inference():
-        content = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes()
-        return tensor.dtype, tensor.shape, hashlib.blake2b(content, digest_size=16).digest()
+        return tensor.dtype, tensor.shape, hashlib.blake2b(contents(tensor), digest_size=16).digest()
     if saved:
         place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
         return tensor.untyped_storage()._cdata, tensor._version, place

@@ -17,6 +17,7 @@ from maskflash import arguments, presets
 from maskflash.api import MaskLike, attention
 from maskflash.arguments import BlockSize
 from maskflash.compiled import BackendChoice
+from maskflash.errors import ArgumentError
 from maskflash.kernels.reference import error_budget, reference
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 __all__ = ["Shape", "assert_matches_dense", "columns", "error_budget", "masks", "reference", "shapes"]
+
+
+def __dir__() -> list[str]:
+    """What users may use."""
+    return sorted(__all__)
+
 
 RESULTS: Final = ("out", "lse", "dq", "dk", "dv")
 
@@ -42,15 +49,24 @@ class Shape:
     head_dim: int = 16
     v_head_dim: int = 16
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "q_len", "kv_len"):
+            arguments.integer("Shape", name, getattr(self, name))
+        for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
+            arguments.integer("Shape", name, getattr(self, name), low=1)
+        if self.heads % self.kv_heads:
+            raise ArgumentError(f"Shape: heads is {self.heads}, expected a multiple of kv_heads, {self.kv_heads}")
+
     def tensors(self, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Normally distributed q, k and v that require gradients."""
-        draw = torch.Generator().manual_seed(seed)
+        dtype, on = arguments.dtype("Shape.tensors", dtype), arguments.device("Shape.tensors", device)
+        draw = torch.Generator().manual_seed(_seed("Shape.tensors", seed))
         sizes = (
             (self.batch, self.heads, self.q_len, self.head_dim),
             (self.batch, self.kv_heads, self.kv_len, self.head_dim),
             (self.batch, self.kv_heads, self.kv_len, self.v_head_dim),
         )
-        q, k, v = (torch.randn(size, generator=draw).to(device, dtype).requires_grad_() for size in sizes)
+        q, k, v = (torch.randn(size, generator=draw).to(on, dtype).requires_grad_() for size in sizes)
         return q, k, v
 
 
@@ -94,11 +110,14 @@ def assert_matches_dense(
     Example:
         >>> assert_matches_dense(presets.sliding_window(20), Shape(q_len=100, kv_len=100), block_size=32)
     """
-    shape = shape or Shape()
+    operation = "assert_matches_dense"
+    shape = Shape() if shape is None else shape
+    arguments.instance(operation, "shape", shape, Shape, "such as mf.testing.Shape(q_len=100)")
+    dtype, seed = arguments.dtype(operation, dtype), _seed(operation, seed)
     checked = as_mask(mask)
     sizes: dict[str, Any] = {"batch": shape.batch, "heads": shape.heads, "q_offset": q_offset, "device": device}
     dense = checked.dense(shape.q_len, shape.kv_len, **sizes, **mask_args)
-    _assert_map(checked, dense, arguments.block_size("assert_matches_dense", block_size), sizes, mask_args)
+    _assert_map(checked, dense, arguments.block_size(operation, block_size), sizes, mask_args)
     inputs = shape.tensors(dtype, seed=seed, device=device)
     draw = torch.Generator().manual_seed(seed + 1)
     given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, "q_offset": q_offset}
@@ -129,6 +148,8 @@ def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[M
     """
     from hypothesis import strategies as st
 
+    _sizes("masks", 0, max_len=max_len)
+    _sizes("masks", 1, batch=batch, heads=heads)
     number = st.integers(0, max_len)
     seeds = st.integers(0, 2**16)
     written = st.builds(
@@ -207,6 +228,9 @@ def columns(q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> SearchSt
     """
     from hypothesis import strategies as st
 
+    _sizes("columns", 0, q_len=q_len, kv_len=kv_len)
+    _sizes("columns", 1, batch=batch, heads=heads)
+
     def build(names: tuple[str, ...], causal: bool, rows: int, groups: int, near: bool, seed: int) -> ColumnIntervals:
         draw = torch.Generator().manual_seed(seed)
         shape = (rows, groups, kv_len)
@@ -239,6 +263,9 @@ def shapes(max_len: int = 64, max_batch: int = 2, max_heads: int = 4, max_head_d
     """
     from hypothesis import strategies as st
 
+    _sizes("shapes", 0, max_len=max_len)
+    _sizes("shapes", 1, max_batch=max_batch, max_heads=max_heads, max_head_dim=max_head_dim)
+
     def grouped(shape: Shape) -> SearchStrategy[Shape]:
         divisors = [n for n in range(1, shape.heads + 1) if shape.heads % n == 0]
         return st.sampled_from(divisors).map(lambda kv_heads: replace(shape, kv_heads=kv_heads))
@@ -254,6 +281,20 @@ def shapes(max_len: int = 64, max_batch: int = 2, max_heads: int = 4, max_head_d
         head_dim=dim,
         v_head_dim=dim,
     ).flatmap(grouped)
+
+
+def _seed(operation: str, value: Any) -> int:
+    """Of torch's generators."""
+    seed = arguments.integer(operation, "seed", value, low=None)
+    if not -(2**63) <= seed < 2**64:
+        raise ArgumentError(f"{operation}: seed is {seed:.3g}, expected a number of 64 bits")
+    return seed
+
+
+def _sizes(operation: str, low: int, **sizes: int) -> None:
+    """Check what a strategy is told of sizes."""
+    for name, size in sizes.items():
+        arguments.integer(operation, name, size, low=low)
 
 
 def _assert_map(

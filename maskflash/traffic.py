@@ -21,7 +21,14 @@ from typing import Final
 from maskflash import arguments
 from maskflash.blocks.block_map import BlockMap
 
+__all__ = ["FAST_BYTES", "Traffic", "predict"]
+
 FAST_BYTES: Final = 192 * 1024  # of a multiprocessor of the A100, the paper's example
+
+
+def __dir__() -> list[str]:
+    """What users may use."""
+    return sorted(__all__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,7 @@ def predict(
         >>> round(found.fused / found.block_sparse, 1), round(found.visited, 3)
         (8.5, 0.076)
     """
+    arguments.instance("predict", "block_map", block_map, BlockMap, "make one with mask.block_map")
     sizes = {"head_dim": head_dim, "itemsize": itemsize, "fast_bytes": fast_bytes}
     for name, value in sizes.items():
         arguments.integer("predict", name, value, low=1)

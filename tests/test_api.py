@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
+from maskflash.arguments import same_device
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -233,7 +234,7 @@ Q, K, V = torch.zeros(3, 2, 4, 8, 16).unbind()
         (
             lambda: mf.attention(Q, K, V, q_offset=torch.zeros(3).int()),
             mf.ArgumentError,
-            r"shape \(3,\), expected \(2,\)",
+            r"shape \(3,\), expected \(2,\).*tensor of one element",
         ),
         (lambda: mf.attention(Q, K, V, doc=1), mf.ArgumentTypeError, "unexpected argument 'doc'.*are: none"),
         (lambda: mf.attention(Q, K, V, 3), mf.ArgumentTypeError, "mask is a int, expected a predicate"),
@@ -256,9 +257,12 @@ def test_wrong_arguments_are_told(call, error, message):
 
 
 def test_an_argument_on_another_device_is_told():
-    mask = mf.mask(lambda b, h, q, kv, *, doc: doc[q] == doc[kv])
+    elsewhere = torch.zeros(8, device="meta")
     with pytest.raises(mf.ArgumentError, match=r"the mask's doc is on meta, expected q's cpu; move it once"):
-        mf.attention(Q, K, V, mask, doc=torch.zeros(8, device="meta"))
+        same_device(Q.device, ("doc",), [elsewhere], 0)
+    mask = mf.mask(lambda b, h, q, kv, *, doc: doc[q] == doc[kv])
+    with pytest.raises(mf.ArgumentError, match=r"doc is on meta, which holds no data; make it on the call's device"):
+        mf.attention(Q, K, V, mask, doc=elsewhere)
 
 
 def test_a_look_up_out_of_range_names_the_line():

@@ -143,17 +143,17 @@ def test_an_analysis_waits_for_its_tables_once_or_not_at_all(waits, monkeypatch)
     q, k, v = tensors(length)
     dout = torch.randn_like(q)
     ids = (torch.arange(length) // 301).repeat(2, 1)
-    mine, scale, offset = ids.cuda(), torch.rand(7).cuda(), torch.tensor([0, -3]).cuda()
+    mine, weight, offset = ids.cuda(), torch.rand(7).cuda(), torch.tensor([0, -3]).cuda()
 
     @mf.mask
-    def packed(b, h, q, kv, *, doc, scale):
-        return q >= kv and doc[b, q] == doc[b, kv] and scale[h] < 2
+    def packed(b, h, q, kv, *, doc, weight):
+        return q >= kv and doc[b, q] == doc[b, kv] and weight[h] < 2
 
     masks = {  # with waits of the first step
         "no table": (mf.sliding_window(77), {}, 0),
         "captured on the CPU": (fresh(length), {}, 0),
-        "on the GPU": (packed, {"doc": mine, "scale": scale}, 1),
-        "offset too": (packed, {"doc": mine, "scale": scale, "q_offset": offset}, 1),
+        "on the GPU": (packed, {"doc": mine, "weight": weight}, 1),
+        "offset too": (packed, {"doc": mine, "weight": weight, "q_offset": offset}, 1),
     }
     for name, (mask, mask_args, most) in masks.items():
         attn = mf.compile(mask)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import maskflash
+from maskflash import traffic
 
 LATER = [
     *("sympy", "triton", "jinja2", "rich", "hypothesis", "matplotlib", "torch._dynamo", "torch._inductor"),
@@ -31,6 +32,14 @@ def test_the_check_can_fail():
     assert loaded_beyond_torch("import maskflash, jinja2.sandbox") == ["jinja2"]
     call = "maskflash.compile(maskflash.causal())(*torch.ones(3, 1, 1, 2, 2))"
     assert loaded_beyond_torch(f"import maskflash; {call}") == ["maskflash.blocks.classify", "maskflash.kernels.cpu"]
+
+
+def test_what_dir_shows_is_what_users_may_use():
+    public = maskflash, maskflash.presets, maskflash.presets.vectors, maskflash.testing, maskflash.visualize, traffic
+    for module in public:
+        shown = {name for name in dir(module) if not name.startswith("__")}
+        assert shown == set(module.__all__)
+        assert all(hasattr(module, name) for name in shown)
 
 
 def test_public_names_resolve():

@@ -1,12 +1,20 @@
-"""Masks at their limits: large tables, wide and negative numbers, hardly any tokens, and very many operations."""
+"""Masks at their limits: large tables, wide and negative numbers, hardly any tokens, and very many operations.
 
+And every argument of every public call with values of every kind: a right result, or an error of ours.
+"""
+
+import inspect
 import linecache
+import math
 import operator
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
 import maskflash as mf
+from maskflash import testing, traffic
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.pieces import find_pieces
 from maskflash.blocks.runs import FULL
@@ -181,3 +189,189 @@ def test_columns_are_cut_right_at_the_ends_of_64_bits(name, compare, offset):
         assert torch.equal(cover(pieces).kinds() == FULL, dense)
     else:
         assert name in ("wrapping", "plunging", "falling to the lowest")
+
+
+with warnings.catch_warnings(action="ignore"):  # the layout is a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+VALUES = {
+    "None": None,
+    "text": "yes",
+    "no text": "",
+    "bytes": b"yes",
+    "float": 3.5,
+    "nan": math.nan,
+    "inf": math.inf,
+    "complex": 1j,
+    "True": True,
+    "-1": -1,
+    "0": 0,
+    "1": 1,
+    "3": 3,
+    "numpy int": np.int64(2),
+    "numpy float": np.float32(2.5),
+    "array": np.arange(3),
+    "tensor": torch.arange(3),
+    "tensor of one": torch.tensor(1),
+    "tensor of floats": torch.randn(2, 3),
+    "tensor on meta": torch.zeros(4, dtype=torch.long, device="meta"),
+    "sparse tensor": torch.eye(4).to_sparse(),
+    "unsigned tensor": torch.ones(1, dtype=torch.uint64),
+    "nested tensor": NESTED,
+    "list": [1, 2],
+    "pair": (2, 2),
+    "dict": {"a": 1},
+    "set": {1},
+    "object": object(),
+    "class": int,
+    "function": len,
+}
+INTS = {"1", "3", "numpy int"}
+SIZES = {"0", *INTS}
+NUMBERS = {"float", "numpy float", *INTS}
+OFFSETS = {"-1", "tensor of one", *SIZES}
+BLOCKS = {"list", "pair", *INTS}
+NONE = {"None"}
+ANYTHING = {"tensor", "tensor of one", "tensor of floats", "True", "nan", "inf", "-1", *NONE, *SIZES, *NUMBERS}
+FLAG = {"True"}
+
+X = torch.randn(1, 2, 4, 8)
+BY_NAME = mf.mask(lambda b, h, q, kv, *, doc: q >= kv)  # what a function does with a value is its own affair
+CAUSAL, ATTN = mf.causal(), mf.compile(mf.causal())
+MAP = CAUSAL.block_map(4, 4, block_size=2)
+VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
+QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
+CALL = {"q_offset": (0, OFFSETS), "return_lse": (False, FLAG)}
+HOW = {
+    "scale": (0.5, NUMBERS | NONE),
+    "block_size": (2, BLOCKS),
+    "backend": ("cpu", set()),
+    "deterministic": (True, FLAG),
+}
+SIZED = {
+    "q_len": (4, SIZES),
+    "kv_len": (4, SIZES),
+    "batch": (1, SIZES),
+    "heads": (2, SIZES),
+    "q_offset": (0, OFFSETS),
+    "device": ("cpu", set()),
+}
+AT = {"b": (0, {"0"}), "h": (0, {"0", "1"}), "batch": (1, INTS | NONE), "heads": (2, INTS | NONE)}
+ROW = {**AT, "q": (1, SIZES), "kv_len": (4, SIZES | NONE), "q_len": (None, NONE | {"3", "numpy int"})}
+COLUMN = {**AT, "kv": (1, SIZES), "q_len": (4, SIZES | NONE), "kv_len": (None, NONE | {"3", "numpy int"})}
+DRAWN = {"ax": (None, NONE), "batch_row": (0, SIZES), "head": (0, SIZES), "legend": (True, FLAG)}
+
+# What each call takes: a right value of each argument, and which of VALUES are right as well.
+CALLS = {
+    mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
+    mf.compile: {"mask": (CAUSAL, set()), **HOW, "tune": (False, FLAG)},
+    ATTN: {**QKV, **CALL},
+    ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "pass_name": ("dq", set())},
+    ATTN.explain: SIZED,
+    ATTN.prepare: SIZED,
+    CAUSAL.dense: SIZED,
+    CAUSAL.block_map: {**SIZED, "block_size": (2, BLOCKS)},
+    CAUSAL.to_flashmask: {**SIZED, "causal": (None, NONE | FLAG)},
+    CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
+    CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
+    CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
+    CAUSAL.why: {
+        **{**ROW, **COLUMN, "q_len": ROW["q_len"], "kv_len": COLUMN["kv_len"]},
+        "q_offset": (0, OFFSETS),
+        "device": ("cpu", set()),
+    },
+    BY_NAME.fingerprint: {"doc": (1, ANYTHING)},
+    BY_NAME.dense: {**SIZED, "doc": (1, ANYTHING)},
+    mf.mask: {"function": (lambda b, h, q, kv: q >= kv, set())},
+    mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
+    mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
+    mf.from_flex: {"block_mask": (CAUSAL.to_block_mask(4, 4), set())},
+    mf.BlockMap.from_kinds: {
+        "kinds": (torch.ones(1, 1, 2, 2).char(), set()),
+        "q_len": (4, {"3"}),
+        "kv_len": (4, {"3"}),
+        "block_size": (2, {"3", "numpy int", "pair"}),
+    },
+    MAP.to: {"device": ("cpu", set())},
+    VECTORS.to: {"device": ("cpu", set())},
+    mf.flashmask_attention: {
+        **{name: (X, set()) for name in ("query", "key", "value")},
+        "startend_row_indices": (None, NONE),
+        "dropout": (0.0, {"0"}),
+        "return_softmax_lse": (False, FLAG),
+        "training": (True, FLAG),
+        "softmax_scale": (None, NUMBERS | NONE),
+        "backend": ("cpu", set()),
+    },
+    Shape: {
+        **dict.fromkeys(("batch", "q_len", "kv_len"), (4, SIZES)),
+        **dict.fromkeys(("head_dim", "v_head_dim"), (8, INTS)),
+        "heads": (4, INTS),
+        "kv_heads": (1, {"1", "numpy int"}),
+    },
+    Shape().tensors: {"dtype": (torch.float32, set()), "seed": (0, SIZES | {"-1"}), "device": ("cpu", set())},
+    testing.assert_matches_dense: {
+        "mask": (CAUSAL, set()),
+        "shape": (Shape(q_len=4, kv_len=4), NONE),
+        "dtype": (torch.float32, set()),
+        "seed": (0, SIZES | {"-1"}),
+        **{name: HOW[name] for name in ("scale", "block_size", "backend")},
+        "device": ("cpu", set()),
+        "q_offset": (0, OFFSETS),
+        "return_lse": (True, FLAG),
+    },
+    testing.masks: {"max_len": (4, SIZES), "batch": (1, INTS), "heads": (1, INTS)},
+    testing.columns: {"q_len": (4, SIZES), "kv_len": (4, SIZES), "batch": (1, INTS), "heads": (1, INTS)},
+    testing.shapes: {"max_len": (4, SIZES), **dict.fromkeys(("max_batch", "max_heads", "max_head_dim"), (4, INTS))},
+    testing.reference: {**QKV, "mask": (torch.ones(1, 1, 4, 4, dtype=torch.bool), set()), "scale": (0.5, NUMBERS)},
+    testing.error_budget: {"plain": (X, set()), "exact": (X.double(), set()), "dtype": (None, NONE)},
+    mf.visualize.draw_mask: {
+        "mask": (CAUSAL, set()),
+        **{name: entry for name, entry in SIZED.items() if name != "device"},
+        **DRAWN,
+    },
+    mf.visualize.draw_tiles: {"block_map": (MAP, set()), **DRAWN},
+    mf.visualize.draw_intervals: {"columns": (VECTORS, set()), "q_len": (4, SIZES), **DRAWN},
+    mf.visualize.side_by_side: {"panels": ({"a": CAUSAL}, set()), "q_len": (4, SIZES), "kv_len": (4, SIZES)},
+    mf.visualize.explorer: {
+        "shown": (CAUSAL, set()),
+        "path": (None, NONE),
+        "title": (None, NONE | {"text", "no text"}),
+        "block_size": (2, BLOCKS),
+        **SIZED,
+    },
+    traffic.predict: {
+        "block_map": (MAP, set()),
+        **dict.fromkeys(("head_dim", "itemsize", "fast_bytes"), (64, INTS)),
+        "v_head_dim": (None, INTS | NONE),
+    },
+}
+CASES = [(call, argument) for call, arguments in CALLS.items() for argument in arguments]
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    CASES,
+    ids=[f"{getattr(call, '__qualname__', 'Attention')}-{argument}" for call, argument in CASES],
+)
+def test_an_argument_of_any_kind_is_right_or_told(call, argument, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # of the explorer
+    given = {name: right for name, (right, _) in CALLS[call].items()}
+    call(**given)
+    taken = set()
+    for name, value in VALUES.items():
+        if argument == "path" and isinstance(value, str):
+            continue
+        try:
+            call(**{**given, argument: value})
+        except mf.MaskflashError:
+            continue
+        taken.add(name)
+    assert taken == CALLS[call][argument][1]
+
+
+def test_the_table_has_every_public_function():
+    modules = mf, mf.testing, mf.visualize
+    functions = {getattr(module, name) for module in modules for name in module.__all__}
+    functions = {function for function in functions if inspect.isfunction(function)}
+    presets = {function for function in functions if function.__module__.startswith("maskflash.presets")}
+    assert functions - presets <= CALLS.keys()

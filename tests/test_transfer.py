@@ -134,6 +134,7 @@ def device(monkeypatch):
         "is_available": True,
         "current_device": 0,
         "device": nullcontext(),
+        "device_count": 1,
         "get_device_name": "stand-in",
         "get_device_capability": (9, 0),
         "get_device_properties": limits,
@@ -151,8 +152,8 @@ DOC = [[0] * 90 + [1] * 50 + [2] * 60, [0] * 120 + [1] * 80]
 SCATTERED = mf.mask(lambda b, h, q, kv: (q - kv) * (q + 1) % 64 > 3 and kv <= q + h)
 
 
-def packed(b, h, q, kv, *, doc, scale):
-    return q >= kv and doc[b, q] == doc[b, kv] and scale[q % 5] > 0.5
+def packed(b, h, q, kv, *, doc, weight):
+    return q >= kv and doc[b, q] == doc[b, kv] and weight[q % 5] > 0.5
 
 
 def step(mask, offset=0, **mask_args):
@@ -175,8 +176,8 @@ def on_device(*tensors):
 
 def arguments(device):
     """Tables of a batch, on the stand-in."""
-    doc, scale = on_device(torch.tensor(DOC), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]))
-    return {"doc": doc, "scale": scale}
+    doc, weight = on_device(torch.tensor(DOC), torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]))
+    return {"doc": doc, "weight": weight}
 
 
 def memory(tensors):

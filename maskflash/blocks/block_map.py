@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash import html, transfer
+from maskflash import arguments, html, transfer
 from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError
 
@@ -57,20 +57,32 @@ class BlockMap:
             The map, on the device of `kinds`.
 
         Raises:
-            ArgumentError: the lattice does not fit the lengths.
+            ArgumentTypeError: they are no integers.
+            ArgumentError: the lattice does not fit the lengths, or holds another number.
         """
-        expected = (math.ceil(q_len / block_size[0]), math.ceil(kv_len / block_size[1]))
-        if kinds.dim() != 4 or tuple(kinds.shape[2:]) != expected:
+        operation = "BlockMap.from_kinds"
+        kinds = arguments.int_table(operation, "kinds", kinds, (4,))
+        arguments.held(operation, "kinds", kinds)
+        rows, columns = arguments.block_size(operation, block_size)
+        q_len, kv_len = (
+            arguments.integer(operation, name, length) for name, length in (("q_len", q_len), ("kv_len", kv_len))
+        )
+        expected = -(-q_len // rows), -(-kv_len // columns)
+        if tuple(kinds.shape[2:]) != expected:
             raise ArgumentError(
-                f"BlockMap.from_kinds: kinds has shape {tuple(kinds.shape)}, "
+                f"{operation}: kinds has shape {tuple(kinds.shape)}, "
                 f"expected (B, H, {expected[0]}, {expected[1]}) for {q_len} x {kv_len} tokens "
-                f"in tiles of {block_size[0]} x {block_size[1]}"
+                f"in tiles of {rows} x {columns}"
             )
+        low, high = (int(end) for end in torch.aminmax(kinds)) if kinds.numel() else (SKIP, FULL)
+        if low < SKIP or high > FULL:
+            wrong = low if low < SKIP else high
+            raise ArgumentError(f"{operation}: kinds holds {wrong}, expected 0 (skip), 1 (partial) or 2 (full)")
         batch, heads, n_q, n_kv = kinds.shape
         return BlockMap(
             q_len=q_len,
             kv_len=kv_len,
-            block_size=(int(block_size[0]), int(block_size[1])),
+            block_size=(rows, columns),
             shape=(batch, heads, n_q, n_kv),
             rows=Runs.from_lattice(kinds.reshape(batch * heads * n_q, n_kv)),
             columns=Runs.from_lattice(kinds.transpose(2, 3).reshape(batch * heads * n_kv, n_q)),
@@ -116,10 +128,10 @@ class BlockMap:
 
     def to(self, device: torch.device | str) -> BlockMap:
         """The same map with its runs on a device; itself if they are there."""
-        device = torch.device(device)
-        if self.device == device:
+        on = transfer.numbered(arguments.device("BlockMap.to", device))
+        if self.device == on:
             return self
-        runs = iter(transfer.moved([*self.rows.tensors, *self.columns.tensors], device))
+        runs = iter(transfer.moved([*self.rows.tensors, *self.columns.tensors], on))
         rows, columns = (Runs(*islice(runs, 4)) for _ in range(2))
         return replace(self, rows=rows, columns=columns)
 

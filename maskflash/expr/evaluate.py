@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from maskflash.errors import MaskIndexError
 from maskflash.expr.nodes import CONNECTIVES, INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
+
+_SHARED: Final = {"b": "batch", "h": "heads"}  # of what a dimension of 1 might be meant to serve all
 
 LookUp = Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
 """A table and int64 indices into it -> what they read, and where they lie outside (None: nowhere)."""
@@ -192,10 +195,28 @@ def _describe_fault(
         return f"{place}{code}divides by zero at {at}. Guard it: `divisor != 0 and ...`."
     table = inputs.tables[int(node.value or 0)]
     index = tuple(int(values[arg].expand(shape)[where]) for arg in node.args)
+    fix = _fix([expr.nodes[arg].op for arg in node.args], index, tuple(table.shape))
     return (
         f"{place}{code}reads index {index if len(index) > 1 else index[0]} of a table of shape {tuple(table.shape)} "
-        f"at {at}. Make the table longer, or guard the look-up: `q < n and table[q] == ...` "
-        "(`&` does not guard: both of its sides are always read)."
+        f"at {at}. {fix}"
+    )
+
+
+def _fix(indices: Sequence[str], index: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What to do about an index out of range.
+
+    Args:
+        indices: what each dimension is indexed by, where that is b or h.
+        index: the values.
+        shape: of the table.
+    """
+    lacking = [name in _SHARED and at >= size == 1 for name, at, size in zip(indices, index, shape, strict=True)]
+    if any(lacking):
+        sizes = ", ".join(_SHARED[name] if here else "-1" for name, here in zip(indices, lacking, strict=True))
+        return f"A dimension of 1 doesn't serve all: expand it, without a copy: table.expand({sizes})."
+    return (
+        "Make the table longer, or guard the look-up: `q < n and table[q] == ...` (`&` does not guard: both of its "
+        "sides are always read)."
     )
 
 

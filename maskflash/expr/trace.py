@@ -27,6 +27,7 @@ from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, TooManyPaths, Unrepeatabl
 from maskflash.expr.simplify import simplify
 from maskflash.expr.symbols import Symbol, argument, is_bool, symbol, truth
 from maskflash.expr.tracer import Argument, Captured, Sources, TorchCalls, Tracer, View
+from maskflash.names import instead_of
 
 MaskArg = Tensor | int | float | bool
 
@@ -82,15 +83,19 @@ def keyword_arguments(predicate: Callable[..., Any]) -> tuple[str, ...]:
     try:
         parameters = list(inspect.signature(predicate).parameters.values())
     except (TypeError, ValueError):
-        raise ArgumentTypeError(f"mask: predicate is a {type(predicate).__name__}; pass a function") from None
+        fix = instead_of(predicate) or "; pass a function f(b, h, q, kv)"
+        raise ArgumentTypeError(f"mask: predicate is a {type(predicate).__name__}{fix}") from None
     required = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for place, p in enumerate(required) if place < 4 or p.default is p.empty]
     if len(required) != 4 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
         got = ", ".join(p.name for p in parameters)
-        raise ArgumentError(
-            f"{name}: a mask predicate takes (b, h, q, kv), got ({got}). Take all four, also those you don't use; "
-            "put run-time tensors after a `*`: def packed(b, h, q, kv, *, doc)."
+        fix = (
+            "Score functions are not supported yet; one that only hides is a mask: return where it keeps the score."
+            if required and required[0].name.startswith("score")
+            else "Take all four, also those you don't use; put run-time tensors after a `*`: "
+            "def packed(b, h, q, kv, *, doc)."
         )
+        raise ArgumentError(f"{name}: a mask predicate takes (b, h, q, kv), got ({got}). {fix}")
     return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskflash import arguments
+from maskflash.errors import ArgumentError
+
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Dense masked attention: out = softmax(scale · q kᵀ over the visible columns) v.
@@ -24,7 +27,18 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tu
         out: (B, Hq, Sq, Dv) and lse: (B, Hq, Sq), natural logarithm, both in q's dtype. A row that sees nothing
         has out 0, lse -inf and zero gradients; what hidden rows and columns hold, even NaN, has no effect.
     """
+    arguments.tensors(q, k, v, "reference")
+    scale = arguments.scale("reference", scale)
+    arguments.instance("reference", "mask", mask, Tensor, "Mask.dense makes one")
+    arguments.held("reference", "mask", mask)
     batch, heads, q_len, _ = q.shape
+    wanted = batch, heads, q_len, k.shape[2]
+    sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
+    if mask.dtype != torch.bool or mask.ndim > 4 or any(size not in (1, needed) for size, needed in sizes):
+        raise ArgumentError(
+            f"reference: mask is {mask.dtype} of shape {tuple(mask.shape)}, expected torch.bool of {wanted}, or 1 in "
+            "place of any"
+        )
     visible = mask.expand(batch, heads, q_len, k.shape[2])
     group = heads // k.shape[1]
     seen = visible.any(-1)
@@ -56,9 +70,17 @@ def error_budget(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None)
 
     Source: the practice of FlashAttention's and attention-gym's tests, which replaces hand-tuned tolerances.
     """
+    for name, x in (("plain", plain), ("exact", exact)):
+        arguments.instance("error_budget", name, x, Tensor, "reference makes one")
+        arguments.held("error_budget", name, x)
+    if plain.shape != exact.shape:
+        raise ArgumentError(
+            f"error_budget: plain has shape {tuple(plain.shape)}, expected that of exact, {tuple(exact.shape)}"
+        )
+    unit = arguments.dtype("error_budget", plain.dtype if dtype is None else dtype)
     finite = exact.isfinite()
     if not bool(finite.any()):
         return 0.0
     truth = exact[finite].double()
     error = (plain[finite].double() - truth).abs().max().item()
-    return 2 * error + torch.finfo(dtype or plain.dtype).eps * truth.abs().max().item()
+    return 2 * error + torch.finfo(unit).eps * truth.abs().max().item()

@@ -71,13 +71,11 @@ class Mask(Bindable):
             tensor([[1, 0, 0],
                     [1, 1, 0]], dtype=torch.int32)
         """
-        problem = self.problem(
-            "Mask.dense", q_len, kv_len, batch, heads, (1, 1), q_offset, torch.device(device), mask_args
-        )
+        problem = self.problem("Mask.dense", q_len, kv_len, batch, heads, (1, 1), q_offset, device, mask_args)
         rows, columns = problem.shape[:2]
-        seen = torch.zeros(rows, columns, q_len, kv_len, dtype=torch.bool, device=device)
+        seen = torch.zeros(rows, columns, q_len, kv_len, dtype=torch.bool, device=problem.device)
         b, h, q, kv = (
-            torch.arange(n, device=device).view([-1 if axis == place else 1 for axis in range(4)])
+            torch.arange(n, device=problem.device).view([-1 if axis == place else 1 for axis in range(4)])
             for place, n in enumerate(seen.shape)
         )
         if seen.numel():
@@ -121,9 +119,7 @@ class Mask(Bindable):
         from maskflash.blocks.classify import classify
 
         size = arguments.block_size("Mask.block_map", block_size)
-        problem = self.problem(
-            "Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
-        )
+        problem = self.problem("Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, device, mask_args)
         return classify(problem).block_map.to(problem.device)
 
     def row(
@@ -281,12 +277,10 @@ class Mask(Bindable):
         """
         from maskflash.masks.convert import to_columns
 
-        return to_columns(
-            self.problem(
-                "Mask.to_flashmask", q_len, kv_len, batch, heads, TILE, q_offset, torch.device(device), mask_args
-            ),
-            causal,
-        )
+        operation = "Mask.to_flashmask"
+        chosen = None if causal is None else arguments.flag(operation, "causal", causal)
+        problem = self.problem(operation, q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
+        return to_columns(problem, chosen)
 
     def to_block_mask(
         self,
@@ -326,12 +320,11 @@ class Mask(Bindable):
         """
         from maskflash.masks.flex import to_block_mask
 
-        size = arguments.block_size("Mask.to_block_mask", block_size)
-        return to_block_mask(
-            self.problem(
-                "Mask.to_block_mask", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
-            )
-        )
+        operation = "Mask.to_block_mask"
+        size = arguments.block_size(operation, block_size)
+        for name, length in (("q_len", q_len), ("kv_len", kv_len)):
+            arguments.integer(operation, name, length, low=1)
+        return to_block_mask(self.problem(operation, q_len, kv_len, batch, heads, size, q_offset, device, mask_args))
 
     def __and__(self, other: Joinable) -> Mask:
         return self._joined("bitand", other)

@@ -156,7 +156,7 @@ class Bindable:
         heads: int,
         block_size: tuple[int, int],
         q_offset: int | Tensor,
-        device: torch.device,
+        device: torch.device | str,
         mask_args: dict[str, Any],
     ) -> Problem:
         """This mask at these lengths, ready to be classified; checks what the caller passed."""
@@ -166,19 +166,19 @@ class Bindable:
             arguments.integer(operation, name, value) for name, value in {"batch": batch, "heads": heads}.items()
         )
         offset = arguments.q_offset(operation, q_offset, batch)
-        device = transfer.numbered(device)
-        call = Call(operation, q_len, kv_len, batch, heads, offset, device)
+        on = transfer.numbered(arguments.device(operation, device))
+        call = Call(operation, q_len, kv_len, batch, heads, offset, on)
         traced, inputs = self.bound(call, mask_args)
         return Problem(
             traced.expr,
-            Inputs(inputs.params, tuple(table.to(device) for table in inputs.tables)),
+            Inputs(inputs.params, tuple(table.to(on) for table in inputs.tables)),
             q_len,
             kv_len,
             batch,
             heads,
             block_size,
-            offset.to(device) if isinstance(offset, Tensor) else offset,
-            device,
+            offset.to(on) if isinstance(offset, Tensor) else offset,
+            on,
             traced.names,
         )
 
@@ -206,7 +206,7 @@ class Bindable:
             raise ArgumentError(
                 f"{operation}: {self.name} depends on the sizes of a call; pass {', '.join(missing)} as well"
             )
-        if isinstance(q_offset, Tensor) and sizes["batch"] is None:
+        if isinstance(q_offset, Tensor) and sizes["batch"] is None and q_offset.numel() > 1:
             sizes = {**sizes, "batch": q_offset.numel()}
         found = {}
         for name, size in _SIZES.items():
@@ -223,7 +223,7 @@ class Bindable:
             found["heads"],
             TILE,
             q_offset,
-            torch.device(device),
+            device,
             mask_args,
         )
 

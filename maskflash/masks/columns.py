@@ -138,7 +138,8 @@ class ColumnIntervals(Mask):
 
     def to(self, device: torch.device | str) -> ColumnIntervals:
         """The same mask with its vectors on a device; itself if they are there."""
-        moved = {name: x.to(device) for name, x in self.vectors().items()}
+        on = arguments.device("ColumnIntervals.to", device, on_meta=True)
+        moved = {name: x.to(on) for name, x in self.vectors().items()}
         return self if moved["lts"] is self.lts else ColumnIntervals(**moved, causal=self.causal)
 
     def implied(self, call: Call) -> dict[str, int]:

@@ -116,9 +116,7 @@ def _nothing(
     mask_args: dict[str, Any],
 ) -> Comparison:
     """Whether a mask shows nothing; else the first pair of the first column that shows one."""
-    problem = difference.problem(
-        operation, q_len, kv_len, batch, heads, TILE, q_offset, torch.device(device), mask_args
-    )
+    problem = difference.problem(operation, q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
     changes = find_changes(problem)
     if not len(changes.column):
         return Comparison(True, None)

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from maskflash import arguments
 from maskflash.errors import ArgumentError, ArgumentTypeError, DenseMaskWarning
 from maskflash.expr.nodes import INDEX_VARIABLES
 from maskflash.expr.trace import Traced, trace
@@ -38,6 +39,7 @@ class DenseMask(Mask):
     """
 
     def __init__(self, operation: str, tensor: Tensor) -> None:
+        arguments.held(operation, "mask", tensor, on_meta=True)
         if tensor.dtype != torch.bool:
             fix = (
                 "; one that is added to the scores is `mask == 0` if it holds 0 and -inf, else it has no form here"

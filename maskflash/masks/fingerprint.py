@@ -28,6 +28,7 @@ def fingerprint(expr: Expr, params: tuple[object, ...], tables: tuple[Tensor, ..
 
 
 def contents(table: Tensor) -> memoryview:
-    """A table's contents in row-major order, as bytes."""
+    """A tensor's bytes in row-major order, whatever its strides and its device."""
     plain = table.detach().cpu().contiguous()
+    # One element or none may have any stride, and yet count as contiguous.
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data

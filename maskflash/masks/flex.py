@@ -124,9 +124,11 @@ def _says_all(function: Mask, kinds: Tensor, block_mask: BlockMask) -> bool:
     reads = function.traced({}).expr.reads
     if (batch == 1 and "b" in reads) or (heads == 1 and "h" in reads):
         return False  # the lists are for all rows (or heads), the function tells them apart
-    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "block_size": block_mask.BLOCK_SIZE}
+    lengths = block_mask.seq_lengths
+    tile = tuple(min(size, max(n, 1)) for size, n in zip(block_mask.BLOCK_SIZE, lengths, strict=True))  # as it fits
+    sizes: dict[str, Any] = {"batch": batch, "heads": heads, "block_size": tile}
     try:
-        own = function.block_map(*block_mask.seq_lengths, **sizes, device=kinds.device).kinds()
+        own = function.block_map(*lengths, **sizes, device=kinds.device).kinds()
     except MaskIndexError:  # perhaps in a tile that isn't listed
         return False
     return bool(((kinds == PARTIAL) | (kinds == own)).all())

@@ -23,6 +23,7 @@ from maskflash.masks.captures import Captures
 from maskflash.masks.combination import Combination
 from maskflash.masks.slots import aside
 from maskflash.masks.traces import Traces
+from maskflash.names import check_free
 
 __all__ = ["Call", "Combination", "Mask", "Predicate", "Recorded", "mask"]
 
@@ -37,6 +38,7 @@ class Predicate(Mask):
         parameters = inspect.signature(function).parameters
         defaults = {k: p.default for k in keywords if (p := parameters[k]).default is not p.empty}
         name = name or str(getattr(function, "__name__", type(function).__name__))
+        check_free(name, keywords)
         super().__init__(name, keywords, defaults)
         functools.update_wrapper(self, function, updated=())
         self._place = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")

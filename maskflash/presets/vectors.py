@@ -33,6 +33,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What users may use."""
+    return sorted(__all__)
+
+
 def full(seq_len: int) -> ColumnIntervals:
     """`presets.full()`: lts = S, ute = 0."""
     columns = _columns("full", seq_len)

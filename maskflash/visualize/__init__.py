@@ -10,3 +10,8 @@ from maskflash.visualize.page import explorer
 from maskflash.visualize.vectors import draw_intervals
 
 __all__ = ["draw_intervals", "draw_mask", "draw_tiles", "explorer", "side_by_side"]
+
+
+def __dir__() -> list[str]:
+    """What users may use."""
+    return sorted(__all__)

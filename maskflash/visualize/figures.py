@@ -74,6 +74,7 @@ def draw_mask(
         'causal()'
     """
     _check(mask, Mask, "draw_mask")
+    legend = arguments.flag("draw_mask", "legend", legend)
     q_len, kv_len = arguments.integer("draw_mask", "q_len", q_len), arguments.integer("draw_mask", "kv_len", kv_len)
     size = max(1, math.ceil(max(q_len, kv_len) / _MOST))
     block_map = mask.block_map(q_len, kv_len, batch=batch, heads=heads, block_size=size, q_offset=q_offset, **mask_args)
@@ -116,6 +117,7 @@ def draw_tiles(
         'tiles of 128 x 128 tokens'
     """
     _check(block_map, BlockMap, "draw_tiles")
+    legend = arguments.flag("draw_tiles", "legend", legend)
     drawn = cells(block_map, _MOST, batch_row, head)
     ax = axes(ax)
     outlined = max(drawn.kinds.shape) <= _OUTLINED and drawn.side == 1
@@ -156,6 +158,7 @@ def side_by_side(
         >>> [ax.get_title() for ax in made.axes]
         ['pairs', 'tiles']
     """
+    arguments.instance("side_by_side", "panels", panels, Mapping, "it is {title: mask or block map}")
     if not panels:
         raise ArgumentError("side_by_side: panels is empty, expected {title: mask or block map}")
     for title, panel in panels.items():

@@ -83,6 +83,10 @@ def explorer(
         >>> page.startswith("<!doctype html>"), "28 full, 8 partial, 28 skip" in page
         (True, True)
     """
+    if title is not None:
+        arguments.instance("explorer", "title", title, str, "it is what the page is called")
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ArgumentTypeError(f"explorer: path is a {type(path).__name__}, expected a str or a path")
     decided, documents, vectors = None, [], None
     if isinstance(shown, BlockMap):
         block_map = shown
@@ -90,9 +94,7 @@ def explorer(
         if q_len is None or kv_len is None:
             raise ArgumentError(f"explorer: {shown.name} is a mask, so q_len and kv_len are needed")
         size = arguments.block_size("explorer", block_size)
-        problem = shown.problem(
-            "explorer", q_len, kv_len, batch, heads, size, q_offset, torch.device(device), mask_args
-        ).on_host()
+        problem = shown.problem("explorer", q_len, kv_len, batch, heads, size, q_offset, device, mask_args).on_host()
         decided = decide(problem)
         block_map = decided.classified.block_map
         documents = find_documents(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from maskflash import arguments
 from maskflash.blocks.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import BackendError
 
@@ -27,8 +28,14 @@ def axes(ax: Axes | None) -> Axes:
 
     Raises:
         BackendError: matplotlib is not installed.
+        ArgumentTypeError: it can't be drawn on.
     """
-    return ax if ax is not None else figure(1).axes[0]
+    if ax is None:
+        return figure(1).axes[0]
+    from matplotlib.axes import Axes
+
+    arguments.instance("visualize", "ax", ax, Axes, "such as matplotlib's plt.subplots makes")
+    return ax
 
 
 def figure(panels: int) -> Figure:

@@ -62,6 +62,7 @@ def draw_intervals(
         raise ArgumentTypeError(
             f"draw_intervals: got a {type(columns).__name__}, expected ColumnIntervals; use mask.to_flashmask(...)"
         )
+    legend = arguments.flag("draw_intervals", "legend", legend)
     rows = arguments.integer("draw_intervals", "q_len", q_len)
     batch, heads, kv_len = columns.lts.shape
     place = index("batch_row", batch_row, batch), index("head", head, heads)

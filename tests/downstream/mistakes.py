@@ -9,7 +9,7 @@ def mistakes(q: Tensor, attn: mf.Attention, mask: mf.Mask) -> None:
     mf.causal(3)  # error: call-arg
     mf.compile(42)  # error: arg-type
     mf.compile(mask, backend="cuda")  # error: arg-type
-    mf.compile(mask, blocksize=64)  # error: call-arg
+    mf.compile(mask, blocksize=64)  # error: arg-type
     mf.sliding_window("256")  # error: arg-type
     mf.document(lengths="300, 724")  # error: arg-type
     attn(q, q)  # error: call-overload

@@ -205,3 +205,11 @@ def test_what_is_no_block_mask_is_refused():
     one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     with pytest.raises(mf.ArgumentError, match=r"tile \(0, 0, 0, 0\) is in the list of full tiles and in that"):
         mf.from_flex(BlockMask.from_kv_blocks(one, first, one, first))
+
+
+def test_one_tile_for_all_pairs_however_large():
+    """As FlexAttention makes it where there is no block mask."""
+    one, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    sizes = {"BLOCK_SIZE": 1 << 30, "seq_lengths": (40, 40)}
+    flex = BlockMask.from_kv_blocks(one, first, mask_mod=lambda b, h, q, kv: q >= kv, **sizes)
+    assert mf.equivalent(mf.from_flex(flex), mf.causal(), 40, 40)

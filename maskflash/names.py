@@ -1,0 +1,168 @@
+"""Names of arguments -> what takes them here: attention's own, which no mask may use, and those of other libraries."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from maskflash.errors import ArgumentError, ArgumentTypeError
+
+_QUESTIONS: Final = "Mask.dense and the other questions about a mask (a call has it from q and k)"
+_LATER: Final = "attention itself, which is to have it some day"
+
+OWN: Final = {
+    **dict.fromkeys(("q", "k", "v", "q_offset", "return_lse"), "mf.attention and of the compiled op's calls"),
+    **dict.fromkeys(("mask", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"),
+    "tune": "mf.compile",
+    "pass_name": "Attention.source",
+    **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
+    **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
+    "causal": "Mask.to_flashmask",
+    "self": "Python's methods",
+    **dict.fromkeys(("check", "dropout_p", "generator", "kv_offset", "score", "seed", "sinks"), _LATER),
+}
+"""Arguments of ours, present and to come, by what takes them: a mask's own arguments have other names."""
+
+_MASK: Final = "the mask is the fourth argument"
+_CAUSAL: Final = f"{_MASK}: mf.causal()"
+_WINDOW: Final = f"{_MASK}: mf.sliding_window(left, right)"
+_DOCUMENTS: Final = f"{_MASK}: mf.document(cu_seqlens=...)"
+_PADDED: Final = f"{_MASK}: mf.padding(lengths)"
+_VECTORS: Final = f"{_MASK}: mf.ColumnIntervals.from_flashmask(indices, causal); or call mf.flashmask_attention"
+_NATTEN: Final = f"{_MASK}: mf.natten(height, width, kernel_h, kernel_w)"
+_NEEDLESS: Final = "leave it out"
+_NO_DROPOUT: Final = "not yet: there is no dropout; leave it out where it is 0"
+_NO_SCORES: Final = "not yet: there are no score functions, soft caps or biases"
+_NO_SINKS: Final = "not yet: there are no learned sinks; for sinks that are tokens join a mask of kv < n"
+_NO_PAGES: Final = "not yet: there are no paged caches; pass contiguous k and v"
+_LSE: Final = "return_lse=True gives the lse; probabilities are never stored"
+_OFFSET: Final = "q_offset=cache_seqlens, after writing into the cache yourself"
+_BEFORE: Final = "apply it to q and k before the call"
+
+PEERS: Final = {
+    # torch's scaled_dot_product_attention and MultiheadAttention
+    "attn_mask": _MASK,
+    "is_causal": _CAUSAL,
+    "dropout_p": _NO_DROPOUT,
+    "enable_gqa": f"{_NEEDLESS}: fewer heads of k and v are grouped by themselves",
+    "key_padding_mask": f"{_PADDED}, or mf.mask(lambda b, h, q, kv: not hidden[b, kv])",
+    "need_weights": _LSE,
+    "average_attn_weights": _LSE,
+    # FlexAttention
+    "score_mod": _NO_SCORES,
+    "mask_mod": f"{_MASK}, a mask_mod as it is",
+    "block_mask": f"{_MASK}: mf.from_flex(block_mask), or its mask_mod",
+    "kernel_options": f"{_NEEDLESS}; block_size= and mf.compile(..., tune=True) choose tiles",
+    "return_aux": "return_lse=True",
+    # flash-attention
+    "causal": _CAUSAL,
+    "window_size": _WINDOW,
+    "softmax_scale": "scale=",
+    "softcap": _NO_SCORES,
+    "alibi_slopes": _NO_SCORES,
+    "return_attn_probs": _LSE,
+    "return_softmax_lse": "return_lse=True",
+    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens_q", "cu_seq_lens_k"), _DOCUMENTS),
+    **dict.fromkeys(
+        ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_length_q", "max_length_k"),
+        f"{_NEEDLESS}: lengths are read off the mask",
+    ),
+    **dict.fromkeys(("seqused_q", "seqused_k", "seqlens_k"), _PADDED),
+    "cache_seqlens": _OFFSET,
+    "k_cache": f"it is k; {_OFFSET}",
+    "v_cache": f"it is v; {_OFFSET}",
+    **dict.fromkeys(("block_table", "block_tables", "page_table", "cache_batch_idx", "cache_leftpad"), _NO_PAGES),
+    **dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_interleaved"), _BEFORE),
+    **dict.fromkeys(("num_splits", "pack_gqa", "sm_margin"), _NEEDLESS),
+    **dict.fromkeys(("sinks", "s_aux", "learnable_sink", "attention_sinks"), _NO_SINKS),
+    # xFormers
+    "attn_bias": f"{_MASK}: mf.causal(), mf.document(lengths=...); not yet: biases added to scores",
+    "p": _NO_DROPOUT,
+    "op": "backend=",
+    "output_dtype": f"{_NEEDLESS}: out has q's dtype",
+    # FlashMask
+    "startend_row_indices": _VECTORS,
+    **dict.fromkeys(("training", "fixed_seed_offset", "rng_name", "return_seed_offset"), _NO_DROPOUT),
+    # Transformers
+    "attention_mask": f"{_MASK}: {_PADDED.rpartition(': ')[2]}, or the boolean tensor",
+    "scaling": "scale=",
+    "dropout": _NO_DROPOUT,
+    "sliding_window": f"{_MASK}: mf.sliding_window(n - 1), which counts the tokens before each one",
+    "position_ids": f"{_MASK}: mf.document(ids=...)",
+    "position_bias": _NO_SCORES,
+    "head_mask": f"multiply the heads of out by it: {_NEEDLESS}",
+    "output_attentions": _LSE,
+    # NATTEN
+    "kernel_size": _NATTEN,
+    "dilation": f"{_MASK}: mf.dilated_window(window, dilation)",
+    # to come
+    "score": _NO_SCORES,
+    **dict.fromkeys(("generator", "seed"), _NO_DROPOUT),
+    "kv_offset": "not yet: write kv + offset in a predicate",
+    "dtype": f"{_NEEDLESS}: cast q, k and v, or use autocast",
+}
+"""What other attentions call their arguments -> what to write here."""
+
+_CAUSAL_MASK: Final = "mf.causal()"
+_BOTTOM: Final = "q_offset=kv_len - q_len"
+_LENGTHS: Final = "mf.document(lengths=..., kv_lengths=...)"
+
+MASKS: Final = {
+    "BlockMask": "mf.from_flex(block_mask)",
+    "CausalBias": f"{_CAUSAL_MASK}, with {_BOTTOM} if it is aligned to the lower right",
+    "LowerTriangularMask": _CAUSAL_MASK,
+    "LowerTriangularMaskWithTensorBias": f"{_CAUSAL_MASK}; biases are not supported yet",
+    "LowerTriangularFromBottomRightMask": f"{_CAUSAL_MASK} with {_BOTTOM}",
+    "LowerTriangularFromBottomRightLocalAttentionMask": f"mf.sliding_window(left) with {_BOTTOM}",
+    "LocalAttentionFromBottomRightMask": f"mf.sliding_window(left, right) with {_BOTTOM}",
+    "BlockDiagonalMask": _LENGTHS,
+    "BlockDiagonalCausalMask": f"{_CAUSAL_MASK} & {_LENGTHS}",
+    "BlockDiagonalCausalLocalAttentionMask": f"mf.sliding_window(left) & {_LENGTHS}",
+    "BlockMap": "the mask that it is the map of: a map has tiles, not pairs",
+    "ndarray": "torch.from_numpy(mask), if it holds truth values",
+    "list": "torch.tensor(mask), if it holds truth values",
+    "tuple": "torch.tensor(mask), if it holds truth values",
+    "bool": "mf.causal(), if that is what it is about",
+    "int": "a mask such as mf.causal(); all else, such as scale=, goes by name",
+    "float": "a mask such as mf.causal(); all else, such as scale=, goes by name",
+    "NoneType": "mf.full(), if everything is visible",
+}
+"""What others have for masks, by the name of its type -> what to write here."""
+
+
+def unexpected(operation: str, name: str, known: tuple[str, ...] | None) -> ArgumentTypeError:
+    """The error for an argument that nothing takes.
+
+    Args:
+        operation: what messages call it.
+        name: the argument.
+        known: what the mask takes; None where masks' arguments aren't passed.
+    """
+    if name in PEERS:
+        answer = PEERS[name]
+    elif name in OWN:
+        answer = f"it is an argument of {OWN[name]}"
+    elif known is None:
+        answer = "a mask's own arguments are passed in each call: attn(q, k, v, name=...)"
+    else:
+        answer = f"the mask's own arguments are: {', '.join(known) or 'none'}"
+    return ArgumentTypeError(f"{operation}: unexpected argument {name!r}; {answer}")
+
+
+def check_free(mask: str, keywords: tuple[str, ...]) -> None:
+    """Check that a mask's arguments can be passed to it: that none has a name of ours.
+
+    Raises:
+        ArgumentError: one has.
+    """
+    for name in keywords:
+        if name in OWN:
+            raise ArgumentError(
+                f"{mask}: its argument {name!r} would never reach it, since that is one of {OWN[name]}; "
+                f"give it another name, such as mask_{name}"
+            )
+
+
+def instead_of(value: Any) -> str:
+    """What to write instead of another library's mask, or of a value that is none: "; write ...", or nothing."""
+    found = [MASKS[kind.__name__] for kind in type(value).__mro__ if kind.__name__ in MASKS]
+    return f"; write {found[0]}" if found else ""
