@@ -39,6 +39,7 @@ ARITY = {
 }  # "lookup" takes any number
 
 Scalar = int | float | bool
+_OF_INTEGERS = frozenset(("neg", "abs", "bitnot", "add", "sub", "mul", "floordiv", "mod", "shl", "shr"))
 
 
 class Source(NamedTuple):
@@ -243,6 +244,6 @@ def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
     dtype, weak = promote(args[0], args[-1])
     if op in ("truediv", "sqrt") and not dtype.is_floating_point:
         dtype = torch.float64 if weak else torch.get_default_dtype()
-    if op in ("neg", "abs", "floordiv", "mod", "shl", "shr", "sub") and dtype == torch.bool and weak:
+    if op in _OF_INTEGERS and dtype == torch.bool and weak:
         dtype = torch.int64  # Python's True is the int 1
     return dtype, weak

@@ -8,6 +8,10 @@ rewritten as a syntax tree and compiled under the original file name and lines, 
     x if c else y       __mf_if(c, lambda: x, lambda: y)
     x in y, not x       __mf_in(x, y), __mf_not(x)
     f(x)                __mf_call(f)(x)
+    x is y              __mf_is(x, y)
+    x.a = y, x[i] = y   __mf_written(x).a = y, __mf_written(x)[i] = y
+    nonlocal x          nonlocal x; __mf_rebinds(lambda: x)
+    for x in y          for x in __mf_iterated(y)
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from weakref import WeakKeyDictionary
 HOOKS = (
     *("__mf_and", "__mf_or", "__mf_not", "__mf_chain", "__mf_if", "__mf_in", "__mf_not_in", "__mf_call"),
     *("__mf_lt", "__mf_le", "__mf_gt", "__mf_ge", "__mf_eq", "__mf_ne", "__mf_is", "__mf_is_not"),
+    *("__mf_written", "__mf_rebinds", "__mf_iterated"),
 )  # free variables of rewritten code
 
 _COMPARISONS: dict[type[ast.cmpop], str] = {
@@ -113,11 +118,11 @@ def _same_code(x: CodeType | None, y: CodeType) -> bool:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Replaces what Python decides by truth values with calls that can record."""
+    """Replaces what Python decides by truth values with calls that can record, and tells what is changed."""
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         if _binds(node):
-            return node
+            return self.generic_visit(node)
         name = "__mf_and" if isinstance(node.op, ast.And) else "__mf_or"
         return self._call(node, name, *(self._thunk(value) for value in node.values))
 
@@ -127,7 +132,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         single = len(node.ops) == 1
-        if _binds(node) or (single and not isinstance(node.ops[0], (ast.In, ast.NotIn))):
+        if _binds(node) or (single and not isinstance(node.ops[0], (ast.In, ast.NotIn, ast.Is, ast.IsNot))):
             return self.generic_visit(node)
         names = [_COMPARISONS[type(op)] for op in node.ops]
         if single:
@@ -141,7 +146,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         if _binds(node):
-            return node
+            return self.generic_visit(node)
         return self._call(node, "__mf_if", self.visit(node.test), self._thunk(node.body), self._thunk(node.orelse))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -149,6 +154,41 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node.func, ast.Name) and (node.func.id == "super" or node.func.id.startswith("__mf_")):
             return node
         node.func = self._call(node.func, "__mf_call", node.func)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return self._stored(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        return self._stored(node)
+
+    def _stored(self, node: ast.Attribute | ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            node.value = self._call(node.value, "__mf_written", node.value)
+        return node
+
+    def visit_Global(self, node: ast.Global) -> list[ast.stmt]:
+        return [node, self._rebinds(node, ast.Constant(None))]
+
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> list[ast.stmt]:
+        names: list[ast.expr] = [ast.copy_location(ast.Name(name, ast.Load()), node) for name in node.names]
+        return [node, self._rebinds(node, ast.Tuple(names, ast.Load()))]
+
+    def _rebinds(self, node: ast.stmt, names: ast.expr) -> ast.stmt:
+        """Tell of outer variables: a lambda that reads them has their cells."""
+        reader = ast.Lambda(ast.arguments([], [], None, [], [], None, []), ast.copy_location(names, node))
+        return ast.copy_location(ast.Expr(self._call(node, "__mf_rebinds", ast.copy_location(reader, node))), node)
+
+    def visit_For(self, node: ast.For) -> ast.AST:
+        return self._iterated(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
+        return self._iterated(node)
+
+    def _iterated(self, node: ast.For | ast.comprehension) -> ast.AST:
+        self.generic_visit(node)
+        node.iter = self._call(node.iter, "__mf_iterated", node.iter)
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskTraceError
 from maskflash.expr import torch_calls
-from maskflash.expr.branches import explore
+from maskflash.expr.branches import explore_all
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.lower import ACTIVE, lower, python_code
 from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Source
-from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, TooManyPaths, Unrepeatable
+from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, Apart, RaisesInBranch, TooManyPaths, Unrepeatable
 from maskflash.expr.simplify import simplify
 from maskflash.expr.symbols import Symbol, argument, is_bool, symbol, truth
 from maskflash.expr.tracer import Argument, TorchCalls, Tracer
@@ -85,7 +85,7 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
 
 
 def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:
-    with contextlib.suppress(Exception):  # it may lie on a path that the values of constants rule out
+    with contextlib.suppress(Exception, TooManyPaths):  # it may lie on a path that the values of constants rule out
         return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
     try:
         return _trace(predicate, mask_args, MAX_PATHS, use_values=True)
@@ -97,9 +97,20 @@ def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) ->
 
 
 def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limit: int, use_values: bool) -> Traced:
+    apart: set[CodeType] = set()
+    while True:
+        try:
+            return _trace_once(predicate, mask_args, limit, use_values, apart)
+        except Apart as found:
+            apart.add(found.code)
+
+
+def _trace_once(
+    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limit: int, use_values: bool, apart: set[CodeType]
+) -> Traced:
     home = _home(predicate)
     calls = TorchCalls(torch_calls.call, torch_calls.method)
-    tracer = Tracer(home, _trace.__code__, limit, use_values, calls)
+    tracer = Tracer(home, _trace_once.__code__, limit, use_values, calls, apart)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
     keywords = {name: argument(tracer, name, value) for name, value in mask_args.items()}
     lowered = lower(predicate)
@@ -107,13 +118,7 @@ def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limi
     ACTIVE.tracer = tracer
     try:
         with torch_calls.CapturedTensors(tracer):
-            result = explore(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
-    except MaskTraceError:
-        raise
-    except TypeError:
-        if tracer.failure is not None:
-            raise tracer.failure from None
-        raise
+            result = explore_all(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
     except TooManyPaths:
         raise TooManyPaths(home) from None
     except Unrepeatable:
@@ -121,12 +126,33 @@ def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limi
             f"{home}: takes other branches when it is run again. A predicate may depend only on its arguments and on "
             "captured values that stay the same: no random numbers, counters or tensors made anew on each call."
         ) from None
+    except RaisesInBranch as raised:
+        raise _raises(tracer, raised.__cause__) from raised.__cause__
+    except RecursionError:
+        raise MaskTraceError(
+            f"{home}: nests calls deeper than Python's stack of {sys.getrecursionlimit():,} frames; a level of a "
+            "predicate's own takes up to a dozen. If its recursion ends, join fewer functions by calling one another "
+            "(masks joined by `&` and `|` don't nest), or trace it under a greater `sys.setrecursionlimit`."
+        ) from None
     finally:
         ACTIVE.tracer = outer
+        tracer.tells = True
     expr = simplify(tracer.builder.finish(truth(tracer, result).position))
     function = python_code(predicate)
     names = [_table_name(table, place, function) for place, table in enumerate(tracer.tables)]
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
+
+
+def _raises(tracer: Tracer, error: BaseException | None) -> MaskTraceError:
+    """What is said of an error that the predicate raises in a branch."""
+    assert error is not None
+    source = tracer.source_of(error)
+    code = f'"{source.text}" ' if source.text else ""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return MaskTraceError(
+        f"{source}: {code}raises in a branch that some pairs may take ({said}). A mask can't raise for single pairs: "
+        "return False for those, and check tensors and arguments before."
+    )
 
 
 def _as_truth(tracer: Tracer, value: object) -> Symbol:
