@@ -37,7 +37,7 @@ def explore(tracer: Tracer, run: Callable[[], Any], code: CodeType, conditional:
     def watched() -> Any:
         outer, tracer.written = tracer.written, {}
         try:
-            value = _run(tracer, run)
+            value = _run(tracer, run, conditional)
         except RaisesInBranch as raised:  # the code that called may catch it
             raise (Apart(code) if tracer.written else CannotMerge) from raised.__cause__
         finally:
@@ -64,7 +64,7 @@ def explore_all(tracer: Tracer, run: Callable[[], Any]) -> Any:
 
     def watched() -> Any:
         tracer.written = {}
-        value = _run(tracer, run)
+        value = _run(tracer, run, conditional=False)
         if any(write.branching for write in tracer.written.values()):
             drop_private(tracer.written)
             for write in tracer.written.values():
@@ -75,7 +75,7 @@ def explore_all(tracer: Tracer, run: Callable[[], Any]) -> Any:
     return tracer.paths.explore(watched, lambda *args: merge(tracer, *args), tracer.mark, tracer.rewind)
 
 
-def _run(tracer: Tracer, run: Callable[[], Any]) -> Any:
+def _run(tracer: Tracer, run: Callable[[], Any], conditional: bool) -> Any:
     """`run()`, or NEVER; a refusal that the user's code caught is raised after all."""
     try:
         value = run()
@@ -89,7 +89,7 @@ def _run(tracer: Tracer, run: Callable[[], Any]) -> Any:
             return NEVER
         if tracer.failure is not None:
             raise tracer.failure from None
-        if tracer.paths.branching():
+        if conditional or tracer.paths.branching():
             raise RaisesInBranch from error
         raise
     return value

@@ -26,13 +26,25 @@ from types import (
 )
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskflash.expr.branches import common_dtype, explore, joined, merge
 from maskflash.expr.paths import Apart, CannotMerge
 from maskflash.expr.rewrite import HOOKS, rewritten
-from maskflash.expr.symbols import Symbol, Table, apply, fail_type, is_bool, position, stands_for, symbol, truth
+from maskflash.expr.symbols import (
+    Symbol,
+    Table,
+    apply,
+    fail_member,
+    fail_type,
+    is_bool,
+    position,
+    stands_for,
+    symbol,
+    truth,
+)
 from maskflash.expr.tracer import Tracer, drop_private
 
 ACTIVE = threading.local()  # .tracer: the trace running in this thread
@@ -42,11 +54,23 @@ _IN_C = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDe
 _CHANGES = frozenset(
     (
         *("append", "appendleft", "extend", "extendleft", "insert", "remove", "pop", "popleft", "popitem", "clear"),
-        *("sort", "reverse", "rotate", "add", "discard", "update", "setdefault", "move_to_end", "send", "throw", "close"),
+        *(
+            "sort",
+            "reverse",
+            "rotate",
+            "add",
+            "discard",
+            "update",
+            "setdefault",
+            "move_to_end",
+            "send",
+            "throw",
+            "close",
+        ),
         *("difference_update", "intersection_update", "symmetric_difference_update", "fill", "put", "partition"),
         *("__setitem__", "__delitem__", "__setattr__", "__delattr__", "__iadd__", "__ior__", "__next__"),
         *("setattr", "delattr", "setitem", "delitem", "iadd", "iconcat", "ior", "insort_left", "insort_right"),
-        *("heappush", "heappop", "heapreplace", "heappushpop", "heapify"),
+        *("heappush", "heappop", "heapreplace", "heappushpop", "heapify", "_count_elements"),
     )
 )  # functions in C that change their owner, or else what they are given first
 _READS = frozenset(
@@ -145,6 +169,8 @@ def if_(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -
 
 def in_(value: Any, container: Any) -> Any:
     """`x in container`, of a tuple, list, set or range."""
+    if isinstance(value, Symbol) and isinstance(container, np.ndarray):
+        fail_member(value.tracer)
     if isinstance(value, Symbol) and isinstance(container, range):
         return _in_range(value, container)
     if isinstance(container, (tuple, list)) and any(isinstance(item, Symbol) for item in (value, *container)):

@@ -19,6 +19,7 @@ rules; lengths, windows, table contents and offsets are never part of the text, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -177,6 +178,8 @@ class Builder:
         if dtype is None:
             dtype, inferred = result_type(op, [self.nodes[arg] for arg in args])
             weak = inferred if weak is None else weak
+        if value != value:
+            value = math.nan  # one object: others are no keys
         node = Node(op, args, dtype, bool(weak), value)
         key = (node, repr(value) if isinstance(value, float) else "")  # 0.0 == -0.0, yet they divide differently
         position = self._positions.get(key)

@@ -10,6 +10,7 @@ rewritten as a syntax tree and compiled under the original file name and lines, 
     f(x)                __mf_call(f)(x)
     x is y              __mf_is(x, y)
     x.a = y, x[i] = y   __mf_written(x).a = y, __mf_written(x)[i] = y
+    x += y              __mf_written(x); x += y
     nonlocal x          nonlocal x; __mf_rebinds(lambda: x)
     for x in y          for x in __mf_iterated(y)
 """
@@ -167,6 +168,13 @@ class _Rewriter(ast.NodeTransformer):
         if not isinstance(node.ctx, ast.Load):
             node.value = self._call(node.value, "__mf_written", node.value)
         return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        if not isinstance(node.target, ast.Name):
+            return node
+        target = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+        return [ast.copy_location(ast.Expr(self._call(node, "__mf_written", target)), node), node]
 
     def visit_Global(self, node: ast.Global) -> list[ast.stmt]:
         return [node, self._rebinds(node, ast.Constant(None))]

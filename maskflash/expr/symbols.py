@@ -78,10 +78,13 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     if isinstance(value, numbers.Integral):
         number = int(value)
         if not _INT64.min <= number <= _INT64.max:
-            tracer.fail(f"uses {number}, which does not fit 64 bits", "Tables and indices are at most 64-bit.")
+            _fail_size(tracer, number)
         return tracer.builder.const(number) if structural else tracer.param(number, place)
     if isinstance(value, numbers.Real):
-        return tracer.builder.const(float(value))
+        try:
+            return tracer.builder.const(float(value))
+        except OverflowError:
+            _fail_size(tracer, int(value))
     if isinstance(value, Tensor) and value.ndim == 0:
         return element(tracer, tracer.table(value), value.dtype, ()).position
     if isinstance(value, (Tensor, Table)):
@@ -89,6 +92,11 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     if value is None:
         tracer.fail("computes with None", "Is a `return` missing in a helper function?")
     tracer.fail(f"computes with a {type(value).__name__}", "Use numbers, tensors and the indices b, h, q, kv.")
+
+
+def _fail_size(tracer: Tracer, number: int) -> NoReturn:
+    shown = str(number) if number.bit_length() < 256 else f"an integer of {number.bit_length():,} bits"
+    tracer.fail(f"uses {shown}, which does not fit 64 bits", "Tables and indices are at most 64-bit.")
 
 
 def is_bool(value: object) -> bool:
@@ -101,12 +109,15 @@ def element(tracer: Tracer, slot: int, dtype: torch.dtype, indices: tuple[int, .
     return Symbol(tracer, tracer.record("lookup", *indices, dtype=dtype, weak=False, value=slot))
 
 
-def argument(tracer: Tracer, name: str, value: object) -> object:
-    """The stand-in for a keyword argument; values other than tensors and integers are used as they are."""
+def argument(tracer: Tracer, name: str, value: object, exact: bool = False) -> object:
+    """The stand-in for a keyword argument; values other than tensors and integers are used as they are.
+
+    `exact` uses integers as they are, too: the trace then serves these only.
+    """
     if isinstance(value, Tensor):
         slot = tracer.table(value, Argument(name))
         return Table(tracer, slot, value, ()) if value.ndim else element(tracer, slot, value.dtype, ())
-    if isinstance(value, numbers.Integral) and not is_bool(value):
+    if isinstance(value, numbers.Integral) and not is_bool(value) and not exact:
         return Symbol(tracer, tracer.argument(name, int(value)))
     tracer.specialised.add(name)
     return value
@@ -406,7 +417,7 @@ def _is_asked(frame: FrameType | None) -> bool:
         return False
     code = frame.f_code
     instruction = opname[code.co_code[frame.f_lasti]]
-    if not instruction.startswith("CALL"):
+    if "CALL" not in instruction:
         return instruction in ("LOAD_ATTR", "MATCH_CLASS")
     rewritten = any(name.startswith("__mf_") for name in code.co_freevars)  # there `isinstance` is ours
     return "isinstance" in code.co_names and not rewritten

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from maskflash.expr.symbols import Symbol, argument, is_bool, symbol, truth
 from maskflash.expr.tracer import Argument, TorchCalls, Tracer
 
 MaskArg = Tensor | int | bool
+
+_DEEPER: Final = 6  # times Python's own limit
+_stack = threading.Lock()  # of whoever changes that limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,27 @@ def trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None
     mask_args = mask_args or {}
     # In compiled code that makes a mask, dynamo would look into the very frames that a trace looks at.
     attempt = torch.compiler.disable(_attempt) if "torch._dynamo" in sys.modules else _attempt
-    traced: Traced = attempt(predicate, mask_args)
+    try:
+        traced: Traced = attempt(predicate, mask_args)
+    except RecursionError:
+        traced = _deeper(lambda: attempt(predicate, mask_args), _home(predicate))
     return traced
+
+
+def _deeper(run: Callable[[], Traced], home: Source) -> Traced:
+    """`run()` on a deeper stack: one level of a predicate's own calls takes several of ours."""
+    with _stack:
+        frames = sys.getrecursionlimit()
+        sys.setrecursionlimit(_DEEPER * frames)
+        try:
+            return run()
+        except RecursionError:
+            raise MaskTraceError(
+                f"{home}: calls functions within functions beyond Python's limit of {frames:,}. Let its recursion end, "
+                "join masks by `&` and `|`, which don't nest, or trace it under a greater `sys.setrecursionlimit`."
+            ) from None
+        finally:
+            sys.setrecursionlimit(frames)
 
 
 def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:
@@ -89,30 +112,40 @@ def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) ->
         return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
     try:
         return _trace(predicate, mask_args, MAX_PATHS, use_values=True)
-    except TooManyPaths as limit:
-        raise MaskTraceError(
-            f"{limit.args[0]}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
-            "and `... if ... else ...` instead of `if` and `while` on q or kv, or look the outcome up in a tensor."
-        ) from None
+    except _Raises:  # perhaps for other integers than these, as in `if n < 1: raise`
+        if not any(isinstance(value, int) for value in mask_args.values()):
+            raise
+        return _trace(predicate, mask_args, MAX_PATHS, use_values=True, exact=True)
 
 
-def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limit: int, use_values: bool) -> Traced:
+def _trace(
+    predicate: Callable[..., Any],
+    mask_args: Mapping[str, MaskArg],
+    limit: int,
+    use_values: bool,
+    exact: bool = False,
+) -> Traced:
     apart: set[CodeType] = set()
     while True:
         try:
-            return _trace_once(predicate, mask_args, limit, use_values, apart)
+            return _trace_once(predicate, mask_args, limit, use_values, exact, apart)
         except Apart as found:
             apart.add(found.code)
 
 
 def _trace_once(
-    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], limit: int, use_values: bool, apart: set[CodeType]
+    predicate: Callable[..., Any],
+    mask_args: Mapping[str, MaskArg],
+    limit: int,
+    use_values: bool,
+    exact: bool,
+    apart: set[CodeType],
 ) -> Traced:
     home = _home(predicate)
     calls = TorchCalls(torch_calls.call, torch_calls.method)
     tracer = Tracer(home, _trace_once.__code__, limit, use_values, calls, apart)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
-    keywords = {name: argument(tracer, name, value) for name, value in mask_args.items()}
+    keywords = {name: argument(tracer, name, value, exact) for name, value in mask_args.items()}
     lowered = lower(predicate)
     outer = getattr(ACTIVE, "tracer", None)
     ACTIVE.tracer = tracer
@@ -120,7 +153,12 @@ def _trace_once(
         with torch_calls.CapturedTensors(tracer):
             result = explore_all(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
     except TooManyPaths:
-        raise TooManyPaths(home) from None
+        if limit < MAX_PATHS:
+            raise
+        raise MaskTraceError(
+            f"{home}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
+            "and `... if ... else ...` instead of `if` and `while` on q or kv, or look the outcome up in a tensor."
+        ) from None
     except Unrepeatable:
         raise MaskTraceError(
             f"{home}: takes other branches when it is run again. A predicate may depend only on its arguments and on "
@@ -128,12 +166,6 @@ def _trace_once(
         ) from None
     except RaisesInBranch as raised:
         raise _raises(tracer, raised.__cause__) from raised.__cause__
-    except RecursionError:
-        raise MaskTraceError(
-            f"{home}: nests calls deeper than Python's stack of {sys.getrecursionlimit():,} frames; a level of a "
-            "predicate's own takes up to a dozen. If its recursion ends, join fewer functions by calling one another "
-            "(masks joined by `&` and `|` don't nest), or trace it under a greater `sys.setrecursionlimit`."
-        ) from None
     finally:
         ACTIVE.tracer = outer
         tracer.tells = True
@@ -143,13 +175,17 @@ def _trace_once(
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
 
 
+class _Raises(MaskTraceError):
+    """The predicate raises an error of its own in a branch."""
+
+
 def _raises(tracer: Tracer, error: BaseException | None) -> MaskTraceError:
-    """What is said of an error that the predicate raises in a branch."""
     assert error is not None
+    tracer.tells = True
     source = tracer.source_of(error)
     code = f'"{source.text}" ' if source.text else ""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return MaskTraceError(
+    return _Raises(
         f"{source}: {code}raises in a branch that some pairs may take ({said}). A mask can't raise for single pairs: "
         "return False for those, and check tensors and arguments before."
     )

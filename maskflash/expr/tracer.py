@@ -192,9 +192,15 @@ class Tracer:
 
     def table(self, tensor: Tensor, name: Argument | None = None) -> int:
         """A slot for a tensor; captured views of the same memory share one."""
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
-            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            self.fail(f"looks up a tensor of {kind}", "Convert it to int32, int64, bool or float32 beforehand.")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_nested:
+            kind = (
+                "nested rows" if tensor.is_nested else tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            )
+            called = "" if name is None else f" (`{name}`)"
+            self.fail(
+                f"looks up a tensor of {kind}{called}",
+                "Convert it beforehand, to a dense tensor of int32, int64, bool or float32.",
+            )
         key: object = name
         if name is None:
             memory = tensor.data_ptr() if tensor.numel() else id(tensor)
