@@ -65,7 +65,7 @@ def explore_all(tracer: Tracer, run: Callable[[], Any]) -> Any:
     def watched() -> Any:
         tracer.written = {}
         value = _run(tracer, run, conditional=False)
-        if any(write.branching for write in tracer.written.values()):
+        if tracer.paths.branching():
             drop_private(tracer.written)
             for write in tracer.written.values():
                 if write.branching:

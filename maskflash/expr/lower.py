@@ -147,7 +147,12 @@ def chain(left: Any, *links: tuple[Callable[[Any, Any], Any], Callable[[], Any]]
     for compare, operand in links:
         if not isinstance(result, Symbol) and not result:
             return result
-        right = _guarded(result, operand)
+        try:
+            right = _explored(result.tracer, operand) if isinstance(result, Symbol) else operand()
+        except CannotMerge:
+            if not result:
+                return result
+            result, right = True, operand()
         test, left = compare(left, right), right
         result = test if result is True else _connect("and", result, _constantly(test))
     return result
@@ -304,8 +309,9 @@ def written(target: Any) -> Any:
 
 def rebinds(reader: FunctionType) -> None:
     """Outer variables are about to be bound anew: those that a lambda reads, or else global ones."""
-    for variables in reader.__closure__ or (reader.__globals__,):
-        written(variables)
+    tracer = getattr(ACTIVE, "tracer", None)
+    for variables in (reader.__closure__ or (reader.__globals__,)) if tracer is not None else ():
+        tracer.wrote(variables, some_time=True)
 
 
 def iterated(items: Any) -> Any:
@@ -394,16 +400,6 @@ def _lift(value: Any) -> Any:
     """A captured 0-dim tensor as a symbol: its truth may change later."""
     tracer = getattr(ACTIVE, "tracer", None)
     return symbol(tracer, value) if tracer and isinstance(value, Tensor) and value.ndim == 0 else value
-
-
-def _guarded(before: Any, operand: Callable[[], Any]) -> Any:
-    """An operand that is evaluated only if `before` allows: a branch inside it must not escape that guard."""
-    if not isinstance(before, Symbol):
-        return operand()
-    try:
-        return _explored(before.tracer, operand)
-    except CannotMerge:
-        return operand()
 
 
 def _explored(tracer: Tracer, operand: Callable[[], Any]) -> Any:

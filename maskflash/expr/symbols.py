@@ -402,7 +402,7 @@ def fail_member(tracer: Tracer) -> NoReturn:
 
 
 def _class(value: Symbol | Table) -> type:
-    """`value.__class__`, which `isinstance` and class patterns read: of ours the true one, of others' what it is for."""
+    """`value.__class__`, which `isinstance` and class patterns read: for our code the true one."""
     if not _is_asked(sys._getframe(2)):
         return type(value)
     kinds = stands_for(value)

@@ -147,9 +147,9 @@ class Tracer:
 
     # What the user's code changes
 
-    def wrote(self, target: object) -> None:
-        """Note a change that is about to be made."""
-        self.note_write(Write(target, self.source(), self.paths.branching(everywhere=True)))
+    def wrote(self, target: object, some_time: bool = False) -> None:
+        """Note a change that is about to be made, or will be, perhaps, on one of the branches to come."""
+        self.note_write(Write(target, self.source(), some_time or self.paths.branching(everywhere=True)))
 
     def note_write(self, write: Write) -> None:
         """Note a change; of two of the same the one that is made for some pairs only."""
