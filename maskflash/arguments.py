@@ -15,6 +15,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 BlockSize = int | tuple[int, int]
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LEAST, _MOST = -(2**63), 2**63 - 1
 _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 
@@ -102,6 +103,9 @@ def mask_args(
                 f"{operation}: {name} is {_kind(value)}, expected a tensor or a number; "
                 f"convert it once, before the call: torch.as_tensor({name})"
             )
+        if not (isinstance(value, (Tensor, float, torch.SymInt)) or value is None or _LEAST <= value <= _MOST):
+            bits = operator.index(value).bit_length() + 1
+            raise ArgumentError(f"{operation}: {name} is an integer of {bits} bits, expected one that fits 64")
     return {name: values[name] for name in keywords}
 
 

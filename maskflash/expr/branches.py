@@ -50,7 +50,7 @@ def explore(tracer: Tracer, run: Callable[[], Any], code: CodeType, conditional:
         return value
 
     try:
-        return tracer.paths.explore(watched, lambda *args: merge(tracer, *args, code), tracer.mark, tracer.rewind)
+        return tracer.paths.explore(watched, lambda c, x, y: merge(tracer, c, x, y, code), tracer.mark, tracer.rewind)
     except (Apart, TooManyPaths, Unrepeatable) as problem:
         tracer.stop(problem)
 

@@ -309,9 +309,10 @@ def written(target: Any) -> Any:
 
 def rebinds(reader: FunctionType) -> None:
     """Outer variables are about to be bound anew: those that a lambda reads, or else global ones."""
-    tracer = getattr(ACTIVE, "tracer", None)
-    for variables in (reader.__closure__ or (reader.__globals__,)) if tracer is not None else ():
-        tracer.wrote(variables, some_time=True)
+    tracer: Tracer | None = getattr(ACTIVE, "tracer", None)
+    if tracer is not None:
+        for variables in reader.__closure__ or (reader.__globals__,):
+            tracer.wrote(variables, some_time=True)
 
 
 def iterated(items: Any) -> Any:
@@ -416,8 +417,8 @@ def _connect(op: str, x: Any, operand: Callable[[], Any]) -> Any:
         if x.dtype == torch.bool and (is_bool(y) or (isinstance(y, Symbol) and y.dtype == torch.bool)):
             return apply(tracer, op, x, y)
         test = truth(tracer, x).position
-        operands = (y, x) if op == "and" else (x, y)
-        return merge(tracer, test, *operands, operand.__code__)
+        then, otherwise = (y, x) if op == "and" else (x, y)
+        return merge(tracer, test, then, otherwise, operand.__code__)
     except CannotMerge:
         return operand() if bool(x) == (op == "and") else x
 

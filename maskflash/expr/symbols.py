@@ -78,13 +78,14 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     if isinstance(value, numbers.Integral):
         number = int(value)
         if not _INT64.min <= number <= _INT64.max:
-            _fail_size(tracer, number)
+            short = number.bit_length() < 256
+            _fail_size(tracer, str(number) if short else f"an integer of {number.bit_length():,} bits")
         return tracer.builder.const(number) if structural else tracer.param(number, place)
     if isinstance(value, numbers.Real):
         try:
             return tracer.builder.const(float(value))
         except OverflowError:
-            _fail_size(tracer, int(value))
+            _fail_size(tracer, f"a {type(value).__name__}")
     if isinstance(value, Tensor) and value.ndim == 0:
         return element(tracer, tracer.table(value), value.dtype, ()).position
     if isinstance(value, (Tensor, Table)):
@@ -94,9 +95,8 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     tracer.fail(f"computes with a {type(value).__name__}", "Use numbers, tensors and the indices b, h, q, kv.")
 
 
-def _fail_size(tracer: Tracer, number: int) -> NoReturn:
-    shown = str(number) if number.bit_length() < 256 else f"an integer of {number.bit_length():,} bits"
-    tracer.fail(f"uses {shown}, which does not fit 64 bits", "Tables and indices are at most 64-bit.")
+def _fail_size(tracer: Tracer, number: str) -> NoReturn:
+    tracer.fail(f"uses {number}, which does not fit 64 bits", "Tables and indices are at most 64-bit.")
 
 
 def is_bool(value: object) -> bool:
@@ -136,8 +136,8 @@ class Symbol:
         self.tracer = tracer
         self.position = position
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return _class(self)
 
     @property
@@ -281,8 +281,8 @@ class Table:
         self.tensor = tensor
         self.indices = indices
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return _class(self)
 
     @property

@@ -32,7 +32,7 @@ from maskflash.expr.tracer import Argument, TorchCalls, Tracer
 MaskArg = Tensor | int | bool
 
 _DEEPER: Final = 6  # times Python's own limit
-_stack = threading.Lock()  # of whoever changes that limit
+_stack = threading.RLock()  # of whoever changes that limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,16 @@ def _deeper(run: Callable[[], Traced], home: Source) -> Traced:
 def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg]) -> Traced:
     with contextlib.suppress(Exception, TooManyPaths):  # it may lie on a path that the values of constants rule out
         return _trace(predicate, mask_args, FEW_PATHS, use_values=False)
+    return _with_values(predicate, mask_args, exact=False)
+
+
+def _with_values(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], exact: bool) -> Traced:
     try:
-        return _trace(predicate, mask_args, MAX_PATHS, use_values=True)
-    except _Raises:  # perhaps for other integers than these, as in `if n < 1: raise`
-        if not any(isinstance(value, int) for value in mask_args.values()):
-            raise
-        return _trace(predicate, mask_args, MAX_PATHS, use_values=True, exact=True)
+        return _trace(predicate, mask_args, MAX_PATHS, True, exact)
+    except _Raises as raised:  # perhaps for other integers than these, as in `if n < 1: raise`
+        if exact or not any(isinstance(value, int) for value in mask_args.values()):
+            raise raised.refusal from raised.__cause__
+    return _with_values(predicate, mask_args, exact=True)
 
 
 def _trace(
@@ -165,7 +169,8 @@ def _trace_once(
             "captured values that stay the same: no random numbers, counters or tensors made anew on each call."
         ) from None
     except RaisesInBranch as raised:
-        raise _raises(tracer, raised.__cause__) from raised.__cause__
+        assert raised.__cause__ is not None
+        raise _Raises(tracer, raised.__cause__) from raised.__cause__
     finally:
         ACTIVE.tracer = outer
         tracer.tells = True
@@ -175,20 +180,19 @@ def _trace_once(
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
 
 
-class _Raises(MaskTraceError):
+class _Raises(Exception):
     """The predicate raises an error of its own in a branch."""
 
-
-def _raises(tracer: Tracer, error: BaseException | None) -> MaskTraceError:
-    assert error is not None
-    tracer.tells = True
-    source = tracer.source_of(error)
-    code = f'"{source.text}" ' if source.text else ""
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return _Raises(
-        f"{source}: {code}raises in a branch that some pairs may take ({said}). A mask can't raise for single pairs: "
-        "return False for those, and check tensors and arguments before."
-    )
+    def __init__(self, tracer: Tracer, error: BaseException) -> None:
+        super().__init__()
+        tracer.tells = True  # what is raised may show symbols
+        source = tracer.source_of(error)
+        code = f'"{source.text}" ' if source.text else ""
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self.refusal = MaskTraceError(
+            f"{source}: {code}raises in a branch that some pairs may take ({said}). A mask can't raise for single "
+            "pairs: return False for those, and check tensors and arguments before."
+        )
 
 
 def _as_truth(tracer: Tracer, value: object) -> Symbol:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskflash.errors import MaskIndexError, MaskTraceError
+from maskflash.errors import MaskIndexError
 from maskflash.expr.evaluate import evaluate
 from maskflash.expr.trace import trace
 
