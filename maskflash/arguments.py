@@ -24,6 +24,7 @@ MOST_PAIRS: Final = 1 << 24  # of a tile: those that nothing else decides are ev
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _UNSIGNED: Final = (torch.uint16, torch.uint32, torch.uint64)  # of which torch computes next to nothing
+_LEAST, _MOST = -(2**63), 2**63 - 1
 _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 
@@ -216,14 +217,17 @@ def _mask_arg(operation: str, name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         held(operation, name, value)
         return value
-    if isinstance(value, (int, float)) or value is None:
-        return value
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, float)) or value is None:
         return value
     if isinstance(value, np.number | np.bool_) and isinstance(value.item(), (int, float)):
-        return value.item()
-    if hasattr(type(value), "__index__") and not isinstance(value, np.ndarray):
-        return operator.index(value)
+        value = value.item()
+    elif hasattr(type(value), "__index__") and not isinstance(value, bool | np.ndarray):
+        value = operator.index(value)
+    if isinstance(value, int) and not _LEAST <= value <= _MOST:
+        bits = value.bit_length() + 1
+        raise ArgumentError(f"{operation}: {name} is an integer of {bits} bits, expected one that fits 64")
+    if isinstance(value, (int, float)):
+        return value
     if isinstance(value, np.ndarray):
         fix = f"convert it once, before the call: torch.from_numpy({name})"
     elif isinstance(value, Mapping) or (is_dataclass(value) and not isinstance(value, type)):

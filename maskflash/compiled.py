@@ -258,8 +258,8 @@ class Attention:
             checking.check("attention", [*zip(slots.names, tables, strict=True), *offsets])
         elif not checking.ALWAYS:
             torch._dynamo.graph_break(
-                "attention: check=True looks at tables in Python, which torch.compile can't take in; set MASKFLASH_CHECK=1, "
-                "with which compiled graphs check too"
+                "attention: check=True looks at tables in Python, which torch.compile can't take in; set "
+                "MASKFLASH_CHECK=1, with which compiled graphs check too"
             )
 
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:

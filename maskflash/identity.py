@@ -1,8 +1,8 @@
 """A tensor -> what tells it from all others, and from itself once it has been written to or given other memory.
 
-Ids and addresses are given away again, so whoever keeps them has to know that the tensor is still there. Weak references
-won't do: torch refuses to exchange the contents of tensors that have one, which is how some modules load their state.
-So a tensor is kept, once for all who watch it, and seen to be gone when nobody else has it.
+Ids and addresses are given away again, so whoever keeps them has to know that the tensor is still there. Weak
+references won't do: torch refuses to exchange the contents of tensors that have one, which is how some modules load
+their state. So a tensor is kept, once for all who watch it, and is taken for gone when nobody else has it.
 """
 
 from __future__ import annotations

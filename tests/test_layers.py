@@ -10,7 +10,19 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
     *("errors", "names", "arguments", "later", "html", "identity", "transfer", "expr", "blocks", "masks"),
-    *("presets", "codegen", "kernels", "compiler", "explain", "checking", "plans", "op", "flops", "sharding", "compiled"),
+    *(
+        "presets",
+        "codegen",
+        "kernels",
+        "compiler",
+        "explain",
+        "checking",
+        "plans",
+        "op",
+        "flops",
+        "sharding",
+        "compiled",
+    ),
     *("api", "flashmask", "traffic", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
 ]
 ORDER = {

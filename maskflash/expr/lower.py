@@ -9,24 +9,77 @@ from __future__ import annotations
 
 import builtins
 import functools
+import numbers
 import operator
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from types import CellType, CodeType, FunctionType, MethodType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodType,
+    MethodWrapperType,
+    ModuleType,
+    WrapperDescriptorType,
+)
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.expr.branches import common_dtype, explore, merge
-from maskflash.expr.paths import CannotMerge
+from maskflash.expr.branches import common_dtype, explore, joined, merge
+from maskflash.expr.paths import Apart, CannotMerge
 from maskflash.expr.rewrite import HOOKS, rewritten
-from maskflash.expr.symbols import Symbol, Table, apply, is_bool, position, symbol, truth
-from maskflash.expr.tracer import Captured, Tracer
+from maskflash.expr.symbols import (
+    Symbol,
+    Table,
+    apply,
+    fail_member,
+    fail_type,
+    is_bool,
+    position,
+    stands_for,
+    symbol,
+    truth,
+)
+from maskflash.expr.tracer import Captured, Tracer, drop_private
 
 ACTIVE = threading.local()  # .tracer: the trace running in this thread
 
 _GENERATORS = 0x2A0  # code flags of generators, coroutines and asynchronous generators
+_IN_C = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+_CHANGES = frozenset(
+    (
+        *("append", "appendleft", "extend", "extendleft", "insert", "remove", "pop", "popleft", "popitem", "clear"),
+        *(
+            "sort",
+            "reverse",
+            "rotate",
+            "add",
+            "discard",
+            "update",
+            "setdefault",
+            "move_to_end",
+            "send",
+            "throw",
+            "close",
+        ),
+        *("difference_update", "intersection_update", "symmetric_difference_update", "fill", "put", "partition"),
+        *("__setitem__", "__delitem__", "__setattr__", "__delattr__", "__iadd__", "__ior__", "__next__"),
+        *("setattr", "delattr", "setitem", "delitem", "iadd", "iconcat", "ior", "insort_left", "insort_right"),
+        *("heappush", "heappop", "heapreplace", "heappushpop", "heapify", "_count_elements"),
+    )
+)  # functions in C that change their owner, or else what they are given first
+_READS = frozenset(
+    (
+        *("next", "list", "tuple", "set", "frozenset", "dict", "sum", "sorted", "enumerate", "zip", "filter", "reduce"),
+        *("iter", "islice", "chain", "takewhile", "dropwhile", "pairwise", "accumulate", "deque", "join", "fromkeys"),
+    )
+)  # and that may take iterators
+_UNCHANGING = (Symbol, Table, Tensor, int, float, complex, str, bytes, tuple, frozenset, range, type(None))
 
 
 def lower(predicate: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +159,12 @@ def chain(left: Any, *links: tuple[Callable[[Any, Any], Any], Callable[[], Any]]
     for compare, operand in links:
         if not isinstance(result, Symbol) and not result:
             return result
-        right = _guarded(result, operand)
+        try:
+            right = _explored(result.tracer, operand) if isinstance(result, Symbol) else operand()
+        except CannotMerge:
+            if not result:
+                return result
+            result, right = True, operand()
         test, left = operate(compare, left, right), right
         result = test if result is True else _connect("and", result, _constantly(test))
     return result
@@ -168,13 +226,16 @@ def if_(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any]) -
     tracer = condition.tracer
     test = truth(tracer, condition)
     try:
-        return merge(tracer, test.position, explore(tracer, then), explore(tracer, otherwise))
+        x, y = _explored(tracer, then), _explored(tracer, otherwise)
+        return merge(tracer, test.position, x, y, then.__code__)
     except CannotMerge:
         return then() if test else otherwise()
 
 
 def in_(value: Any, container: Any) -> Any:
     """`x in container`, of a tuple, list, set or range."""
+    if isinstance(value, Symbol) and isinstance(container, np.ndarray):
+        fail_member(value.tracer)
     if isinstance(value, Symbol) and isinstance(container, range):
         return _in_range(value, container)
     if isinstance(container, (tuple, list)) and any(isinstance(item, Symbol) for item in (value, *container)):
@@ -200,22 +261,41 @@ def _in_range(value: Symbol, numbers: range) -> Any:
 
 def any_(items: Iterable[Any]) -> Any:
     """`any(...)`."""
-    result: Any = False
-    for item in items:
-        result = _connect("or", result, _constantly(_truth(item)))
-        if result is True:
-            break
-    return result
+    return _all_of("or", items)
 
 
 def all_(items: Iterable[Any]) -> Any:
     """`all(...)`."""
-    result: Any = True
-    for item in items:
-        result = _connect("and", result, _constantly(_truth(item)))
-        if result is False:
-            break
-    return result
+    return _all_of("and", items)
+
+
+def _all_of(op: str, items: Iterable[Any]) -> Any:
+    """Items joined by `and` or `or`; Python itself would not ask for those after the one that decides."""
+    code = getattr(items, "gi_code", _all_of.__code__)
+    rest = iter(iterated(items))
+    result: Any = op == "and"
+    while True:
+        if isinstance(result, Symbol) and code in result.tracer.apart:
+            result = bool(result)
+        if result is (op == "or"):
+            return result
+        try:
+            item = _next(rest, result.tracer, code) if isinstance(result, Symbol) else next(rest)
+        except StopIteration:
+            return result
+        result = _connect(op, result, _constantly(_truth(item)))
+
+
+def _next(items: Iterator[Any], tracer: Tracer, code: CodeType) -> Any:
+    """The next item, which Python may not ask for; what it takes to find it must not outlive it."""
+    outer, tracer.written = tracer.written, {}
+    try:
+        return next(items)
+    finally:
+        changed, tracer.written = tracer.written, outer
+        drop_private(changed)
+        if changed:
+            tracer.stop(Apart(code))
 
 
 def call(function: Any) -> Any:
@@ -225,16 +305,16 @@ def call(function: Any) -> Any:
         return function
     if draw := _draw(function):
         return lambda *args, **kwargs: tracer.fail_draw(draw)
-    if isinstance(function, (type, type(len))):
-        return _BUILTINS.get(function, function)
+    if isinstance(function, (type, *_IN_C)):
+        return _BUILTINS.get(function) or _telling(tracer, function)
     plain = python_code(function)
-    if plain is None or plain.__code__.co_flags & _GENERATORS or _is_foreign(plain):
+    if plain is None or plain.__code__.co_flags & _GENERATORS or _is_foreign(plain) or not _is_rewritten(plain):
         return function
     lowered = lower(function)
 
     def explored(*args: Any, **kwargs: Any) -> Any:
         try:
-            return explore(tracer, lambda: lowered(*args, **kwargs))
+            return explore(tracer, lambda: lowered(*args, **kwargs), plain.__code__, conditional=False)
         except CannotMerge:
             return lowered(*args, **kwargs)
 
@@ -253,8 +333,96 @@ def _draw(function: Any) -> str | None:
 
 def _is_foreign(function: FunctionType) -> bool:
     module: str = function.__globals__.get("__name__", "")
-    own = module.startswith("maskflash.expr") or module.partition(".")[0] in ("torch", "numpy")
+    own = module.startswith("maskflash.expr") or module.partition(".")[0] in ("torch", "numpy", "copy")
     return own and not module.startswith("torch.nn.attention")
+
+
+def _is_rewritten(function: FunctionType) -> bool:
+    """Whether it tells what it changes; if not, its branches must not be merged."""
+    return not set(HOOKS).isdisjoint(function.__code__.co_freevars) or rewritten(function.__code__) is not None
+
+
+def _telling(tracer: Tracer, function: Any) -> Any:
+    """A function written in C, or the same, telling what it changes: iterators that it reads, and containers."""
+    name = function.__name__
+    if name not in _CHANGES and name not in _READS:
+        return function
+
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        if name in _CHANGES:
+            written(owner if owner is not None and not isinstance(owner, (ModuleType, type)) else args[:1] and args[0])
+        for arg in args:
+            iterated(arg)
+        return function(*args, **kwargs)
+
+    return telling
+
+
+def written(target: Any) -> Any:
+    """What is about to be changed."""
+    tracer = getattr(ACTIVE, "tracer", None)
+    if tracer is not None and not isinstance(target, _UNCHANGING):
+        tracer.wrote(target)
+    return target
+
+
+def rebinds(reader: FunctionType) -> None:
+    """Outer variables are about to be bound anew: those that a lambda reads, or else global ones."""
+    tracer: Tracer | None = getattr(ACTIVE, "tracer", None)
+    if tracer is not None:
+        for variables in reader.__closure__ or (reader.__globals__,):
+            tracer.wrote(variables, some_time=True)
+
+
+def iterated(items: Any) -> Any:
+    """What is about to be iterated over: an iterator changes."""
+    return written(items) if hasattr(type(items), "__next__") else items
+
+
+# What rewritten code calls instead of builtins
+
+
+def is_(x: Any, y: Any) -> bool:
+    """`x is y`."""
+    for one, other in ((x, y), (y, x)):
+        if isinstance(one, Symbol) and one is not other and (_is_scalar(other) or isinstance(other, Tensor)):
+            one.tracer.fail("compares numbers by identity", "Which are one object is Python's own affair: use `==`.")
+    return x is y
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (Symbol, numbers.Number)) or is_bool(value)
+
+
+def _isinstance(value: Any, kinds: Any) -> bool:
+    if not isinstance(value, (Symbol, Table)):
+        return isinstance(value, kinds)
+    answers = {issubclass(kind, kinds) for kind in stands_for(value)}
+    return fail_type(value) if len(answers) > 1 else answers.pop()
+
+
+def _type(*args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and isinstance(args[0], (Symbol, Table)):
+        kinds = stands_for(args[0])
+        return fail_type(args[0]) if len(kinds) > 1 else kinds[0]
+    return type(*args, **kwargs)
+
+
+def _id(value: Any) -> int:
+    return is_(value, 0) or id(value)
+
+
+def _print(*values: Any, **options: Any) -> None:
+    """`print(...)`, which shows symbols as expressions."""
+    tracer = getattr(ACTIVE, "tracer", None)
+    if tracer is not None:
+        tracer.tells = True
+    try:
+        print(*values, **options)
+    finally:
+        if tracer is not None:
+            tracer.tells = False
 
 
 def _extreme(op: str, builtin: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,12 +431,12 @@ def _extreme(op: str, builtin: Callable[..., Any]) -> Callable[..., Any]:
     def pick(tracer: Tracer, x: Any, y: Any) -> Any:
         if not (isinstance(x, Symbol) or isinstance(y, Symbol)):
             return builtin(x, y)
+        code = pick.__code__
         args = [position(tracer, value, place) for place, value in enumerate((x, y))]
         dtype = common_dtype(*(tracer.builder.nodes[arg] for arg in args))
-        if dtype is None or dtype.is_floating_point:  # Python returns one of the two as it is, also beside a NaN
+        if dtype is None or dtype.is_floating_point or code in tracer.apart:  # one of the two as it is, also beside NaN
             return if_(y < x if op == "min" else y > x, lambda: y, lambda: x)
-        weak = all(tracer.builder.nodes[arg].weak for arg in args)
-        return Symbol(tracer, tracer.record(op, *args, dtype=dtype, weak=weak))
+        return joined(tracer, op, args, code)
 
     def extreme(*args: Any, **kwargs: Any) -> Any:
         items = list(args[0] if len(args) == 1 and not isinstance(args[0], Symbol) else args)
@@ -295,14 +463,8 @@ def _lift(value: Any) -> Any:
     return symbol(tracer, value) if tracer and isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-def _guarded(before: Any, operand: Callable[[], Any]) -> Any:
-    """An operand that is evaluated only if `before` allows: a branch inside it must not escape that guard."""
-    if not isinstance(before, Symbol):
-        return operand()
-    try:
-        return explore(before.tracer, operand)
-    except CannotMerge:
-        return operand()
+def _explored(tracer: Tracer, operand: Callable[[], Any]) -> Any:
+    return explore(tracer, operand, operand.__code__, conditional=True)
 
 
 def _connect(op: str, x: Any, operand: Callable[[], Any]) -> Any:
@@ -311,11 +473,12 @@ def _connect(op: str, x: Any, operand: Callable[[], Any]) -> Any:
         return operand() if bool(x) == (op == "and") else x
     tracer = x.tracer
     try:
-        y = explore(tracer, operand)
+        y = _explored(tracer, operand)
         if x.dtype == torch.bool and (is_bool(y) or (isinstance(y, Symbol) and y.dtype == torch.bool)):
             return apply(tracer, op, x, y)
         test = truth(tracer, x).position
-        return merge(tracer, test, y, x) if op == "and" else merge(tracer, test, x, y)
+        then, otherwise = (y, x) if op == "and" else (x, y)
+        return merge(tracer, test, then, otherwise, operand.__code__)
     except CannotMerge:
         return operand() if bool(x) == (op == "and") else x
 
@@ -323,12 +486,16 @@ def _connect(op: str, x: Any, operand: Callable[[], Any]) -> Any:
 _RUNTIME: dict[str, Any] = {
     **{"__mf_and": and_, "__mf_or": or_, "__mf_not": not_, "__mf_chain": chain, "__mf_if": if_},
     **{"__mf_in": in_, "__mf_not_in": lambda x, container: not_(in_(x, container)), "__mf_call": call},
-    **{f"__mf_{name}": getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "is_not")},
+    **{f"__mf_{name}": getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     **{f"__mf_{name}": getattr(operator, name) for name in ("add", "sub", "mul")},
-    **{"__mf_is": operator.is_, "__mf_operate": operate, "__mf_attribute": attribute},
+    **{"__mf_operate": operate, "__mf_attribute": attribute},
+    **{"__mf_is": is_, "__mf_is_not": lambda x, y: not is_(x, y)},
+    **{"__mf_written": written, "__mf_rebinds": rebinds, "__mf_iterated": iterated},
 }
 _BUILTINS: dict[Any, Any] = {
     **{any: any_, all: all_, bool: _truth},
     **{min: _extreme("min", builtins.min), max: _extreme("max", builtins.max)},
+    **{isinstance: _isinstance, type: _type, id: _id, print: _print},
+    **{map: lambda function, *items: map(call(function), *items)},
 }
 assert {*_RUNTIME, "__mf_read"} == set(HOOKS)

@@ -19,6 +19,7 @@ rules; lengths, windows, table contents and offsets are never part of the text, 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ ARITY = {
 }  # "lookup" takes any number
 
 Scalar = int | float | bool
+_OF_INTEGERS = frozenset(("neg", "abs", "bitnot", "add", "sub", "mul", "floordiv", "mod", "shl", "shr"))
 
 _REAL, _INTEGER = struct.Struct("<d"), struct.Struct("<q")
 
@@ -205,6 +207,8 @@ class Builder:
         if dtype is None:
             dtype, inferred = result_type(op, [self.nodes[arg] for arg in args])
             weak = inferred if weak is None else weak
+        if value != value:
+            value = math.nan  # one object: others are no keys
         node = Node(op, args, dtype, bool(weak), value)
         key = (node, repr(value) if isinstance(value, float) else "")  # 0.0 == -0.0, yet they divide differently
         position = self._positions.get(key)
@@ -272,6 +276,6 @@ def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
     dtype, weak = promote(args[0], args[-1])
     if op in ("truediv", "sqrt") and not dtype.is_floating_point:
         dtype = torch.float64 if weak else torch.get_default_dtype()
-    if op in ("neg", "abs", "floordiv", "mod", "shl", "shr", "sub") and dtype == torch.bool and weak:
+    if op in _OF_INTEGERS and dtype == torch.bool and weak:
         dtype = torch.int64  # Python's True is the int 1
     return dtype, weak

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any
 
 from maskflash.expr.nodes import INDEX_VARIABLES, Builder, Node
@@ -16,7 +17,10 @@ FEW_PATHS = 64  # beyond this many, conditions are also decided by the values of
 MAX_PATHS = 4096
 
 
-class TooManyPaths(Exception):
+# What passes through the user's code derives from BaseException: `except Exception` there must not end it.
+
+
+class TooManyPaths(BaseException):
     """The limit of the current attempt is passed."""
 
 
@@ -24,10 +28,23 @@ class CannotMerge(Exception):
     """Two branches gave values that no expression covers, such as a number and None."""
 
 
-class Unrepeatable(Exception):
+class Unrepeatable(BaseException):
     """A second run with the same answers met another condition: the predicate depends on more than its arguments."""
 
 
+class Apart(BaseException):
+    """Branches were merged that may not be, as came out too late: trace anew, with this code's branches apart."""
+
+    def __init__(self, code: CodeType) -> None:
+        super().__init__(code.co_name)
+        self.code = code
+
+
+class RaisesInBranch(BaseException):
+    """The user's code raises on some of its paths, as far as their conditions say; the error is its cause."""
+
+
+NEVER = object()  # the value of a path that no pair takes
 Range = tuple[float, float]
 Answer = tuple[int, bool]  # a condition's node, and what it was taken to be
 
@@ -66,7 +83,7 @@ class Paths:
     ) -> Any:
         """The value of `run()` over all its branches; `merge(condition, x, y)` joins two (or raises CannotMerge).
 
-        `mark` and `rewind` put per-run counters back before the next run.
+        A run whose value is NEVER is left out. `mark` and `rewind` put per-run counters back before the next run.
 
         Raises:
             TooManyPaths: the branches exceed the limit.
@@ -83,22 +100,40 @@ class Paths:
                 value = run()
             finally:
                 self._stack.pop()
+            if len(path.taken) < len(prefix):
+                raise Unrepeatable
             outcomes.append((path.taken, value))
             while len(outcomes) > 1 and _siblings(outcomes[-2][0], outcomes[-1][0]):
                 (_, other), (taken, this) = outcomes[-2:]
-                outcomes[-2:] = [(taken[:-1], merge(taken[-1][0], other, this))]
-            if len(path.taken) < len(prefix):
-                raise Unrepeatable
+                joined = this if other is NEVER else other if this is NEVER else merge(taken[-1][0], other, this)
+                outcomes[-2:] = [(taken[:-1], joined)]
             prefix = list(path.taken)
             while prefix and not prefix[-1][1]:
                 prefix.pop()
             if not prefix:
+                if outcomes[0][1] is NEVER:
+                    raise CannotMerge
                 return outcomes[0][1]
             prefix[-1] = (prefix[-1][0], False)
             rewind(start)
             self._count += 1
             if self._count >= self._limit:
                 raise TooManyPaths
+
+    def branching(self, everywhere: bool = False) -> bool:
+        """Whether the code that runs does so for some pairs only: since the innermost `explore` began, or at all."""
+        return any(path.taken for path in (self._stack if everywhere else self._stack[-1:]))
+
+    def impossible(self) -> bool:
+        """Whether no pair with q >= 0 takes the current path, as far as the ranges of the index variables say."""
+        path = self._stack[-1]
+        low, high = path.ranges.get("q", _ANYTHING)
+        ranges = {**path.ranges, "q": (max(low, 0.0), high)}
+        if not self._use_values or not path.taken:
+            return False
+        if any(low > high for low, high in ranges.values()):
+            return True
+        return not all(self._implied(condition, ranges) in (None, answer) for condition, answer in path.taken)
 
     def decide(self, condition: int) -> bool:
         """The answer to a condition on the current path; True first when both are possible."""
@@ -157,6 +192,9 @@ class Paths:
             if decisive in sides:
                 return decisive
             return None if None in sides else not decisive
+        if node.op == "not":
+            inner = self._implied(node.args[0], ranges)
+            return None if inner is None else not inner
         if comparison := self._against_constant(node):
             name, op, number = comparison
             low, high = ranges.get(name, _START[name])

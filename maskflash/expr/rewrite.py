@@ -8,6 +8,11 @@ rewritten as a syntax tree and compiled under the original file name and lines, 
     x if c else y       __mf_if(c, lambda: x, lambda: y)
     x in y, not x       __mf_in(x, y), __mf_not(x)
     f(x)                __mf_call(f)(x)
+    x is y              __mf_is(x, y)
+    x.a = y, x[i] = y   __mf_written(x).a = y, __mf_written(x)[i] = y
+    x += y              __mf_written(x); x += y
+    nonlocal x          nonlocal x; __mf_rebinds(lambda: x)
+    for x in y          for x in __mf_iterated(y)
     x - window          __mf_operate(__mf_sub, x, __mf_read("window", window))     where window is captured
     x - self.window     __mf_operate(__mf_sub, x, __mf_attribute(self, "window"))
 
@@ -32,6 +37,7 @@ HOOKS = (
     *("__mf_and", "__mf_or", "__mf_not", "__mf_chain", "__mf_if", "__mf_in", "__mf_not_in", "__mf_call"),
     *("__mf_lt", "__mf_le", "__mf_gt", "__mf_ge", "__mf_eq", "__mf_ne", "__mf_is", "__mf_is_not"),
     *("__mf_operate", "__mf_read", "__mf_attribute", "__mf_add", "__mf_sub", "__mf_mul"),
+    *("__mf_written", "__mf_rebinds", "__mf_iterated"),
 )  # free variables of rewritten code
 
 _COMPARISONS: dict[type[ast.cmpop], str] = {
@@ -149,7 +155,10 @@ def _bound(node: _Function) -> frozenset[str]:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Replaces what Python decides by truth values with calls that can record, and reads of captured operands."""
+    """Replaces what Python decides by truth values with calls that can record, and reads of captured operands.
+
+    It also tells of what is changed.
+    """
 
     def __init__(self, bound: frozenset[str]) -> None:
         self.elsewhere: set[str] = set()
@@ -158,11 +167,6 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.AST:
         self.elsewhere.add(node.id)
         return node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        if isinstance(node.ctx, ast.Load):
-            self.elsewhere.add(node.attr)
-        return self.generic_visit(node)
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if isinstance(node.value, str):  # getattr(self, "window")
@@ -187,7 +191,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
         if _binds(node):
-            return self._kept(node)
+            return self.generic_visit(node)
         name = "__mf_and" if isinstance(node.op, ast.And) else "__mf_or"
         return self._call(node, name, *(self._thunk(value) for value in node.values))
 
@@ -204,8 +208,6 @@ class _Rewriter(ast.NodeTransformer):
         if len(node.ops) == 1:
             if numeric and not any(operands):
                 return self.generic_visit(node)
-            if not numeric and not isinstance(node.ops[0], (ast.In, ast.NotIn)):
-                return self.generic_visit(node)
             left, right = (
                 new or self.visit(x) for new, x in zip(operands, (node.left, *node.comparators), strict=True)
             )
@@ -220,7 +222,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         if _binds(node):
-            return self._kept(node)
+            return self.generic_visit(node)
         return self._call(node, "__mf_if", self.visit(node.test), self._thunk(node.body), self._thunk(node.orelse))
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -228,6 +230,52 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node.func, ast.Name) and (node.func.id == "super" or node.func.id.startswith("__mf_")):
             return node
         node.func = self._call(node.func, "__mf_call", node.func)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if isinstance(node.ctx, ast.Load):
+            self.elsewhere.add(node.attr)
+        return self._stored(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        return self._stored(node)
+
+    def _stored(self, node: ast.Attribute | ast.Subscript) -> ast.AST:
+        self.generic_visit(node)
+        if not isinstance(node.ctx, ast.Load):
+            node.value = self._call(node.value, "__mf_written", node.value)
+        return node
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        if not isinstance(node.target, ast.Name):
+            return node
+        target = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+        return [ast.copy_location(ast.Expr(self._call(node, "__mf_written", target)), node), node]
+
+    def visit_Global(self, node: ast.Global) -> list[ast.stmt]:
+        self.elsewhere.update(node.names)
+        return [node, self._rebinds(node, ast.Constant(None))]
+
+    def visit_Nonlocal(self, node: ast.Nonlocal) -> list[ast.stmt]:
+        self.elsewhere.update(node.names)
+        names: list[ast.expr] = [ast.copy_location(ast.Name(name, ast.Load()), node) for name in node.names]
+        return [node, self._rebinds(node, ast.Tuple(names, ast.Load()))]
+
+    def _rebinds(self, node: ast.stmt, names: ast.expr) -> ast.stmt:
+        """Tell of outer variables: a lambda that reads them has their cells."""
+        reader = ast.Lambda(ast.arguments([], [], None, [], [], None, []), ast.copy_location(names, node))
+        return ast.copy_location(ast.Expr(self._call(node, "__mf_rebinds", ast.copy_location(reader, node))), node)
+
+    def visit_For(self, node: ast.For) -> ast.AST:
+        return self._iterated(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
+        return self._iterated(node)
+
+    def _iterated(self, node: ast.For | ast.comprehension) -> ast.AST:
+        self.generic_visit(node)
+        node.iter = self._call(node.iter, "__mf_iterated", node.iter)
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dis import opname
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from maskflash.expr.nodes import COMPARISONS, Node
 from maskflash.expr.tracer import Argument, Tracer
 
+_OWN = f"{__name__.rpartition('.')[0]}."
 _INT64 = torch.iinfo(torch.int64)
 _DIVISIONS = frozenset(("floordiv", "mod", "truncdiv", "fmod", "truediv"))
 _SHIFTS = frozenset(("shl", "shr"))
@@ -74,10 +78,14 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     if isinstance(value, numbers.Integral):
         number = int(value)
         if not _INT64.min <= number <= _INT64.max:
-            tracer.fail(f"uses {number}, which does not fit 64 bits", "Tables and indices are at most 64-bit.")
+            short = number.bit_length() < 256
+            _fail_size(tracer, str(number) if short else f"an integer of {number.bit_length():,} bits")
         return tracer.builder.const(number) if structural else tracer.param(number, place)
     if isinstance(value, numbers.Real):
-        return tracer.builder.const(float(value))
+        try:
+            return tracer.builder.const(float(value))
+        except OverflowError:
+            _fail_size(tracer, f"a {type(value).__name__}")
     if isinstance(value, Tensor) and value.ndim == 0:
         return element(tracer, tracer.table(value), value.dtype, ()).position
     if isinstance(value, (Tensor, Table)):
@@ -85,6 +93,10 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     if value is None:
         tracer.fail("computes with None", "Is a `return` missing in a helper function?")
     tracer.fail(f"computes with a {type(value).__name__}", "Use numbers, tensors and the indices b, h, q, kv.")
+
+
+def _fail_size(tracer: Tracer, number: str) -> NoReturn:
+    tracer.fail(f"uses {number}, which does not fit 64 bits", "Tables and indices are at most 64-bit.")
 
 
 def is_bool(value: object) -> bool:
@@ -97,14 +109,17 @@ def element(tracer: Tracer, slot: int, dtype: torch.dtype, indices: tuple[int, .
     return Symbol(tracer, tracer.record("lookup", *indices, dtype=dtype, weak=False, value=slot))
 
 
-def argument(tracer: Tracer, name: str, value: object) -> object:
-    """The stand-in for a keyword argument; values other than tensors and numbers are used as they are."""
+def argument(tracer: Tracer, name: str, value: object, fixed: Collection[type] = ()) -> object:
+    """The stand-in for a keyword argument; values other than tensors and numbers are used as they are.
+
+    Numbers of `fixed` types are too: the trace then serves these only.
+    """
     if isinstance(value, Tensor):
         slot = tracer.table(value, Argument(name))
         return Table(tracer, slot, value, ()) if value.ndim else element(tracer, slot, value.dtype, ())
-    if isinstance(value, numbers.Integral) and not is_bool(value):
+    if isinstance(value, numbers.Integral) and not is_bool(value) and int not in fixed:
         return Symbol(tracer, tracer.argument(Argument(name), int(value)))
-    if type(value) is float and not tracer.floats_fixed:
+    if type(value) is float and float not in fixed:
         return Symbol(tracer, tracer.argument(Argument(name), value))
     tracer.specialised.add(name)
     return value
@@ -122,6 +137,10 @@ class Symbol:
     def __init__(self, tracer: Tracer, position: int) -> None:
         self.tracer = tracer
         self.position = position
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return _class(self)
 
     @property
     def node(self) -> Node:
@@ -150,7 +169,7 @@ class Symbol:
         return 0
 
     def __bool__(self) -> bool:
-        return self.tracer.paths.decide(truth(self.tracer, self).position)
+        return self.tracer.decide(truth(self.tracer, self).position)
 
     def __abs__(self) -> Symbol:
         return apply(self.tracer, "abs", self)
@@ -162,7 +181,9 @@ class Symbol:
         return self
 
     def __invert__(self) -> Symbol:
-        return apply(self.tracer, "not" if self.dtype == torch.bool else "bitnot", self)
+        self.tracer.settle("bitnot", self.position)
+        strong_truth = self.dtype == torch.bool and not self.node.weak  # Python's ~True is -2
+        return apply(self.tracer, "not" if strong_truth else "bitnot", self)
 
     def __rtruediv__(self, other: object) -> Symbol:
         if isinstance(other, numbers.Real):  # as torch does, to the last bit
@@ -204,7 +225,18 @@ class Symbol:
             return self
         self.tracer.fail("indexes a single element", "This tensor has fewer dimensions than indices.")
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self._concrete()
+
+    def __copy__(self) -> Symbol:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Symbol:
+        return self
+
     def __repr__(self) -> str:
+        if not self.tracer.tells:
+            self._concrete()
         return f"Symbol({self.tracer.builder.finish(self.position)})"
 
     def __getattr__(self, name: str) -> Any:
@@ -250,6 +282,10 @@ class Table:
         self.slot = slot
         self.tensor = tensor
         self.indices = indices
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return _class(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -316,6 +352,15 @@ class Table:
     def __setitem__(self, index: object, value: object) -> NoReturn:
         self.tracer.fail("writes to a tensor", "A predicate may only read; prepare tensors before the call.")
 
+    def __contains__(self, value: object) -> NoReturn:
+        fail_member(self.tracer)
+
+    def __copy__(self) -> Table:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Table:
+        return self
+
     def __repr__(self) -> str:
         return f"Table(slot={self.slot}, shape={tuple(self.tensor.shape)})"
 
@@ -328,6 +373,56 @@ class Table:
         )
 
     __torch_function__ = Symbol.__dict__["__torch_function__"]
+
+
+# What they pass for
+
+
+def stands_for(value: Symbol | Table) -> tuple[type, ...]:
+    """The types that a value may have where Python runs the predicate on pairs: indices may be ints or tensors."""
+    if isinstance(value, Table):
+        return (type(value.tensor),)
+    number = bool if value.dtype == torch.bool else float if value.dtype.is_floating_point else int
+    return (number,) if value.node.weak else (number, Tensor)
+
+
+def fail_type(value: Symbol | Table) -> NoReturn:
+    """Refuse to say whether a value is a number or a tensor."""
+    value.tracer.fail(
+        "asks for the type of an index or of what is computed from it, which may be a number or a tensor",
+        "Write what serves both, or decide by an argument of the mask.",
+    )
+
+
+def fail_member(tracer: Tracer) -> NoReturn:
+    """Refuse to search a tensor."""
+    tracer.fail(
+        "looks for a value in the contents of a tensor or array",
+        "Look it up instead, in a table of bools: `seen = torch.zeros(n, dtype=torch.bool)`, `seen[ids] = True` "
+        "beforehand, then `seen[kv]`.",
+    )
+
+
+def _class(value: Symbol | Table) -> type:
+    """`value.__class__`, which `isinstance` and class patterns read: for our code the true one."""
+    if not _is_asked(sys._getframe(2)):
+        return type(value)
+    kinds = stands_for(value)
+    return fail_type(value) if len(kinds) > 1 else kinds[0]
+
+
+def _is_asked(frame: FrameType | None) -> bool:
+    """Whether user code asks for a class; functions in C that it calls do so too, such as torch's."""
+    while frame is not None and frame.f_globals.get("__name__") in ("abc", "typing"):
+        frame = frame.f_back
+    if frame is None or f"{frame.f_globals.get('__name__')}.".startswith((_OWN, "torch.", "numpy.")):
+        return False
+    code = frame.f_code
+    instruction = opname[code.co_code[frame.f_lasti]]
+    if "CALL" not in instruction:
+        return instruction in ("LOAD_ATTR", "MATCH_CLASS")
+    rewritten = any(name.startswith("__mf_") for name in code.co_freevars)  # there `isinstance` is ours
+    return "isinstance" in code.co_names and not rewritten
 
 
 def _takes_several(index: object) -> bool:

@@ -12,7 +12,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskflash.errors import MaskTraceError
-from maskflash.expr.symbols import BINARY, Symbol, Table, apply, element, is_bool, position, symbol, tracer_of, truth
+from maskflash.expr.symbols import (
+    BINARY,
+    Symbol,
+    Table,
+    apply,
+    element,
+    fail_member,
+    is_bool,
+    position,
+    symbol,
+    tracer_of,
+    truth,
+)
 from maskflash.expr.tracer import Tracer
 
 _BINARY = {
@@ -86,6 +98,8 @@ def _look_up(tracer: Tracer, tensor: Tensor, index: object) -> object:
 def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if name in _CONCRETE:
         tracer.fail(f"needs a concrete value (`.{name}`)", "Index the tensor with q or kv instead.")
+    if name in ("isin", "__contains__"):
+        fail_member(tracer)
     if "out" in kwargs:
         tracer.fail("writes to a tensor", "Use the function's result instead of `out=`.")
     args, kwargs = _positional(args, kwargs)
@@ -257,7 +271,12 @@ class CapturedTensors(TorchFunctionMode):
         if tensors and name != "__getitem__" and all(tensor.ndim == 0 for tensor in tensors):
             wrapped = [symbol(self.tracer, value) if isinstance(value, Tensor) else value for value in args]
             return _dispatch(self.tracer, name, tuple(wrapped), kwargs)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except IndexError:
+            if name == "__getitem__" and (partial_row := _out_of_range(self.tracer, *args)) is not None:
+                return partial_row
+            raise
         parts = result if isinstance(result, (tuple, list)) else (result,)
         if all(_is_view(part, tensors) for part in parts):
             return result
@@ -276,6 +295,24 @@ class CapturedTensors(TorchFunctionMode):
 def _is_element(tensor: Tensor, index: object) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     return len(items) == tensor.ndim > 0 and all(isinstance(i, Integral) and not is_bool(i) for i in items)
+
+
+def _out_of_range(tracer: Tracer, tensor: Tensor, index: object) -> Table | None:
+    """A view at indices that its tensor does not have: a guard may keep every pair from it. None if it isn't one."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    whole = slice(None)
+    if Ellipsis in items:
+        place = items.index(Ellipsis)
+        items[place : place + 1] = [whole] * (tensor.ndim + 1 - len(items))
+    items += [whole] * (tensor.ndim - len(items))
+    fixed = [axis for axis, item in enumerate(items) if isinstance(item, Integral) and not is_bool(item)]
+    free = [axis for axis, item in enumerate(items) if isinstance(item, slice) and item == whole]
+    if sorted(fixed + free) != list(range(tensor.ndim)):
+        return None
+    order = fixed + free
+    moved = tensor if order == sorted(order) else tensor.permute(order)
+    row: Table = Table(tracer, tracer.table(moved), moved, ())[tuple(items[axis] for axis in fixed)]
+    return row
 
 
 def _is_view(value: object, tensors: list[Tensor]) -> bool:

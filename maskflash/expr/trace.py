@@ -9,27 +9,31 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskTraceError
 from maskflash.expr import torch_calls
-from maskflash.expr.branches import explore
+from maskflash.expr.branches import explore_all
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.lower import ACTIVE, lower, python_code
 from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Source
-from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, TooManyPaths, Unrepeatable
+from maskflash.expr.paths import FEW_PATHS, MAX_PATHS, Apart, RaisesInBranch, TooManyPaths, Unrepeatable
 from maskflash.expr.simplify import simplify
 from maskflash.expr.symbols import Symbol, argument, is_bool, symbol, truth
 from maskflash.expr.tracer import Argument, Captured, Sources, TorchCalls, Tracer, View
 from maskflash.names import instead_of
 
 MaskArg = Tensor | int | float | bool
+
+_DEEPER: Final = 6  # times Python's own limit
+_stack = threading.RLock()  # of whoever changes that limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +120,48 @@ def trace(
     mask_args = mask_args or {}
     # In compiled code that makes a mask, dynamo would look into the very frames that a trace looks at.
     attempt = torch.compiler.disable(_attempt) if "torch._dynamo" in sys.modules else _attempt
-    traced: Traced = attempt(predicate, mask_args, Sources() if sources is None else sources)
+    sources = Sources() if sources is None else sources
+    try:
+        traced: Traced = attempt(predicate, mask_args, sources)
+    except RecursionError:
+        traced = _deeper(lambda: attempt(predicate, mask_args, sources), _home(predicate))
     return traced
 
 
+def _deeper(run: Callable[[], Traced], home: Source) -> Traced:
+    """`run()` on a deeper stack: one level of a predicate's own calls takes several of ours."""
+    with _stack:
+        frames = sys.getrecursionlimit()
+        sys.setrecursionlimit(_DEEPER * frames)
+        try:
+            return run()
+        except RecursionError:
+            raise MaskTraceError(
+                f"{home}: calls functions within functions beyond Python's limit of {frames:,}. Let its recursion end, "
+                "join masks by `&` and `|`, which don't nest, or trace it under a greater `sys.setrecursionlimit`."
+            ) from None
+        finally:
+            sys.setrecursionlimit(frames)
+
+
 def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources) -> Traced:
-    with contextlib.suppress(Exception):  # it may lie on a path that the values of constants rule out
+    with contextlib.suppress(Exception, TooManyPaths):  # it may lie on a path that the values of constants rule out
         return _trace(predicate, mask_args, sources, FEW_PATHS)
     if any(type(value) is float for value in mask_args.values()):
-        with contextlib.suppress(Exception):  # Python may have to compute with them
-            return _trace(predicate, mask_args, sources, FEW_PATHS, floats_fixed=True)
+        with contextlib.suppress(Exception, TooManyPaths):  # Python may have to compute with them
+            return _trace(predicate, mask_args, sources, FEW_PATHS, fixed=(float,))
+    return _with_values(predicate, mask_args, sources, (float,))
+
+
+def _with_values(
+    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources, fixed: tuple[type, ...]
+) -> Traced:
     try:
-        return _trace(predicate, mask_args, sources, MAX_PATHS, use_values=True, floats_fixed=True)
-    except TooManyPaths as limit:
-        raise MaskTraceError(
-            f"{limit.args[0]}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
-            "and `... if ... else ...` instead of `if` and `while` on q or kv, or look the outcome up in a tensor."
-        ) from None
+        return _trace(predicate, mask_args, sources, MAX_PATHS, use_values=True, fixed=fixed)
+    except _Raises as raised:  # perhaps for other integers than these, as in `if n < 1: raise`
+        if int in fixed or not any(isinstance(value, int) for value in mask_args.values()):
+            raise raised.refusal from raised.__cause__
+    return _with_values(predicate, mask_args, sources, (int, float))
 
 
 def _trace(
@@ -142,38 +171,73 @@ def _trace(
     limit: int,
     *,
     use_values: bool = False,
-    floats_fixed: bool = False,
+    fixed: tuple[type, ...] = (),
+) -> Traced:
+    apart: set[CodeType] = set()
+    while True:
+        try:
+            return _trace_once(predicate, mask_args, sources, limit, use_values, fixed, apart)
+        except Apart as found:
+            apart.add(found.code)
+
+
+def _trace_once(
+    predicate: Callable[..., Any],
+    mask_args: Mapping[str, MaskArg],
+    sources: Sources,
+    limit: int,
+    use_values: bool,
+    fixed: tuple[type, ...],
+    apart: set[CodeType],
 ) -> Traced:
     home = _home(predicate)
     calls = TorchCalls(torch_calls.call, torch_calls.method)
-    tracer = Tracer(home, _trace.__code__, limit, use_values, calls, sources, floats_fixed)
+    tracer = Tracer(home, _trace_once.__code__, limit, use_values, calls, sources, apart)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
-    keywords = {name: argument(tracer, name, value) for name, value in mask_args.items()}
+    keywords = {name: argument(tracer, name, value, fixed) for name, value in mask_args.items()}
     lowered = lower(predicate)
     outer = getattr(ACTIVE, "tracer", None)
     ACTIVE.tracer = tracer
     try:
         with torch_calls.CapturedTensors(tracer):
-            result = explore(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
-    except MaskTraceError:
-        raise
-    except TypeError:
-        if tracer.failure is not None:
-            raise tracer.failure from None
-        raise
+            result = explore_all(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
     except TooManyPaths:
-        raise TooManyPaths(home) from None
+        if limit < MAX_PATHS:
+            raise
+        raise MaskTraceError(
+            f"{home}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
+            "and `... if ... else ...` instead of `if` and `while` on q or kv, or look the outcome up in a tensor."
+        ) from None
     except Unrepeatable:
         raise MaskTraceError(
             f"{home}: takes other branches when it is run again. A predicate may depend only on its arguments and on "
             "captured values that stay the same: no random numbers, counters or tensors made anew on each call."
         ) from None
+    except RaisesInBranch as raised:
+        assert raised.__cause__ is not None
+        raise _Raises(tracer, raised.__cause__) from raised.__cause__
     finally:
         ACTIVE.tracer = outer
+        tracer.tells = True
     expr = simplify(tracer.builder.finish(truth(tracer, result).position))
     function = python_code(predicate)
     names = [tracer.label(place) or _table_name(table, place, function) for place, table in enumerate(tracer.tables)]
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
+
+
+class _Raises(Exception):
+    """The predicate raises an error of its own in a branch."""
+
+    def __init__(self, tracer: Tracer, error: BaseException) -> None:
+        super().__init__()
+        tracer.tells = True  # what is raised may show symbols
+        source = tracer.source_of(error)
+        code = f'"{source.text}" ' if source.text else ""
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        self.refusal = MaskTraceError(
+            f"{source}: {code}raises in a branch that some pairs may take ({said}). A mask can't raise for single "
+            "pairs: return False for those, and check tensors and arguments before."
+        )
 
 
 def _as_truth(tracer: Tracer, value: object) -> Symbol:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice, product
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -16,18 +16,24 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import MaskTraceError
-from maskflash.expr.nodes import Builder, Node, Source
-from maskflash.expr.paths import Paths
+from maskflash.expr.nodes import COMPARISONS, Builder, Node, Source, operand_dtype, result_type
+from maskflash.expr.paths import Apart, Paths, TooManyPaths, Unrepeatable
 
 MAX_OPERATIONS: Final = 1 << 18  # recorded by one trace, over all its branches: some ten seconds
 
 _OWN = __name__.rpartition(".")[0]
+_OUR_REFERENCES = 2  # that of a Write, and sys.getrefcount's own
+_AS_IT_IS = frozenset((*COMPARISONS, "min", "max"))  # the same in every integer dtype that holds the operands
 _DTYPES = frozenset(
     (
         *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     )
 )
+
+
+Kind = tuple[torch.dtype, bool]
+"""Dtype and weakness of a value."""
 
 
 class Argument(str):
@@ -79,6 +85,14 @@ class TorchCalls(NamedTuple):
     method: Callable[[Any, str], Any]
 
 
+class Write(NamedTuple):
+    """A change of something that the user's code holds: a list, an object, a cell, an iterator."""
+
+    target: object
+    source: Source
+    branching: bool  # whether it is made for some pairs only
+
+
 class Tracer:
     """The state of one trace.
 
@@ -89,10 +103,12 @@ class Tracer:
         params: for each number's slot its value, or what fills it.
         tables: for each table slot a tensor, or what fills it.
         sources: the captured values that are read again at each call.
-        floats_fixed: whether float arguments are constants, since Python computes with them.
         specialised: arguments whose value or shape the expression depends on.
         torch: what torch functions and tensor methods do to symbols.
-        failure: the last refusal; torch's operators turn a TypeError into one of their own.
+        apart: code whose branches must not be merged before the predicate returns.
+        written: by id, what was changed since the innermost `explore` began.
+        failure: what ends the trace, whoever catches it: torch's operators do, and perhaps the user's code.
+        tells: whether symbols may show themselves as text.
     """
 
     def __init__(
@@ -103,18 +119,20 @@ class Tracer:
         use_values: bool,
         torch_calls: TorchCalls,
         sources: Sources,
-        floats_fixed: bool,
+        apart: Collection[CodeType],
     ) -> None:
         self.home = home
         self.sources = sources
-        self.floats_fixed = floats_fixed
         self.builder = Builder()
         self.paths = Paths(self.builder, self._fixed_number, limit, use_values)
         self.params: list[int | float | Argument] = []
         self.tables: list[Tensor | Argument | View] = []
         self.specialised: set[str] = set()
         self.torch = torch_calls
-        self.failure: MaskTraceError | None = None
+        self.apart = apart
+        self.written: dict[int, Write] = {}
+        self.failure: BaseException | None = None
+        self.tells = False
         self._entry = entry  # frames from here outward are not the predicate's
         self._argument_values: dict[str, int | float] = {}
         self._slots: dict[object, int] = {}
@@ -122,6 +140,7 @@ class Tracer:
         self._journal: list[object] = []
         self._sources: dict[tuple[CodeType, int], Source] = {}
         self._recorded = 0
+        self._either: dict[int, tuple[frozenset[Kind], CodeType]] = {}
 
     def record(self, op: str, *args: int, **kwargs: Any) -> int:
         """The position of an operation on earlier nodes, noting the line of the user's code."""
@@ -132,7 +151,62 @@ class Tracer:
                 "Return one expression built with `and`, `or` and `... if ... else ...` instead of `if` and `while` on "
                 "q or kv, or look the outcome up in a tensor.",
             )
-        return self.builder.add(op, *args, source=self.source(), **kwargs)
+        mixed = self.settle(op, *args) if "dtype" not in kwargs else None
+        position = self.builder.add(op, *args, source=self.source(), **kwargs)
+        if mixed is not None:
+            self._either[position] = mixed
+        return position
+
+    # Values that are of one kind or another
+
+    def either(self, position: int, args: Iterable[int], code: CodeType | None) -> None:
+        """Note that a node is one of these, as it is, and what code chose so."""
+        kinds = frozenset[Kind]().union(*map(self._kinds, args))
+        if len(kinds) > 1 and code is not None:
+            self._either[position] = kinds, code
+
+    def settle(self, op: str, *args: int) -> tuple[frozenset[Kind], CodeType] | None:
+        """The kinds that an operation may have on values of several kinds; None if there is one.
+
+        Raises:
+            Apart: it computes something else on each.
+        """
+        code = next((self._either[arg][1] for arg in args if arg in self._either), None)
+        if code is None:
+            return None
+        nodes = [[Node(op, (), *kind) for kind in self._kinds(arg)] for arg in args]
+        ways = [(result_type(op, list(way)), list(way)) for way in product(*nodes)]
+        dtypes = {operand_dtype(Node(op, (), *kind), way) for kind, way in ways}
+        if len(dtypes) > 1 and (op not in _AS_IT_IS or any(dtype.is_floating_point for dtype in dtypes)):
+            self.stop(Apart(code))
+        kinds = frozenset(kind for kind, _ in ways)
+        return (kinds, code) if len(kinds) > 1 else None
+
+    def _kinds(self, position: int) -> frozenset[Kind]:
+        node = self.builder.nodes[position]
+        return self._either[position][0] if position in self._either else frozenset(((node.dtype, node.weak),))
+
+    # What the user's code changes
+
+    def wrote(self, target: object, some_time: bool = False) -> None:
+        """Note a change that is about to be made, or will be, perhaps, on one of the branches to come."""
+        self.note_write(Write(target, self.source(), some_time or self.paths.branching(everywhere=True)))
+
+    def note_write(self, write: Write) -> None:
+        """Note a change; of two of the same the one that is made for some pairs only."""
+        known = self.written.get(id(write.target))
+        if known is None or (write.branching and not known.branching):
+            self.written[id(write.target)] = write
+
+    def fail_write(self, write: Write) -> NoReturn:
+        """Raise MaskTraceError for a change that outlives the predicate."""
+        kind = type(write.target).__name__
+        what = {"cell": "a nonlocal variable", "dict": "a dict or a global variable"}.get(kind, f"a {kind}")
+        self.fail(
+            f"changes {what} that outlives the predicate, for some pairs only",
+            "A predicate is run once for all pairs. Return what it finds, or make what it fills inside of it.",
+            write.source,
+        )
 
     # Slots
 
@@ -159,9 +233,15 @@ class Tracer:
 
     def table(self, tensor: Tensor, name: Argument | None = None) -> int:
         """A slot for a tensor; captured views of the same memory share one."""
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
-            kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-            self.fail(f"looks up a tensor of {kind}", "Convert it to int32, int64, bool or float32 beforehand.")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_nested:
+            kind = (
+                "nested rows" if tensor.is_nested else tensor.dtype if tensor.layout == torch.strided else tensor.layout
+            )
+            called = "" if name is None else f" (`{name}`)"
+            self.fail(
+                f"looks up a tensor of {kind}{called}",
+                "Convert it beforehand, to a dense tensor of int32, int64, bool or float32.",
+            )
         filler = self._source(tensor) if name is None else name
         key: object = filler
         if isinstance(filler, Tensor):
@@ -234,20 +314,41 @@ class Tracer:
     def source(self) -> Source:
         """The line of the predicate that is running."""
         frame = self._frame()
-        if frame is None:
-            return self.home
-        key = (frame.f_code, frame.f_lasti)
+        return self.home if frame is None else self._source_at(frame.f_code, frame.f_lasti, frame.f_lineno)
+
+    def source_of(self, error: BaseException) -> Source:
+        """The line of the predicate that raised."""
+        source, step = self.home, error.__traceback__
+        while step is not None:
+            if not _is_ours(step.tb_frame):
+                source = self._source_at(step.tb_frame.f_code, step.tb_lasti, step.tb_lineno)
+            step = step.tb_next
+        return source
+
+    def _source_at(self, code: CodeType, instruction: int, line: int) -> Source:
+        key = (code, instruction)
         if key not in self._sources:
-            filename, line = frame.f_code.co_filename, frame.f_lineno
-            self._sources[key] = Source(self.home.function, filename, line, _code_text(frame))
+            text = _code_text(code, instruction, line)
+            self._sources[key] = Source(self.home.function, code.co_filename, line, text)
         return self._sources[key]
 
-    def fail(self, what: str, fix: str) -> NoReturn:
+    def decide(self, condition: int) -> bool:
+        """The answer to a condition that the user's code branches on."""
+        try:
+            return self.paths.decide(condition)
+        except (TooManyPaths, Unrepeatable) as problem:
+            self.stop(problem)
+
+    def fail(self, what: str, fix: str, source: Source | None = None) -> NoReturn:
         """Raise MaskTraceError: where, the offending code, what it does, and how to put it right."""
-        source = self.source()
+        source = source or self.source()
         code = f'"{source.text}" ' if source.text else ""
-        self.failure = MaskTraceError(f"{source}: {code}{what}. {fix}")
-        raise self.failure
+        self.stop(MaskTraceError(f"{source}: {code}{what}. {fix}"))
+
+    def stop(self, problem: BaseException) -> NoReturn:
+        """End the trace: what is raised here is raised again at the end, if the user's code catches it."""
+        self.failure = self.failure or problem
+        raise problem
 
     def fail_draw(self, function: str) -> NoReturn:
         """Raise MaskTraceError for a function that draws random numbers."""
@@ -260,8 +361,7 @@ class Tracer:
         """The innermost frame that is neither this folder's nor torch's; None outside the predicate."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code is not self._entry:
-            module = f"{frame.f_globals.get('__name__', '')}."
-            if not module.startswith((_OWN + ".", "torch.")):
+            if not _is_ours(frame):
                 return frame
             frame = frame.f_back
         return None
@@ -271,11 +371,22 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return x.device == y.device and x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
-def _code_text(frame: FrameType) -> str:
-    """The source of the expression the frame is evaluating, or its first line where it has several."""
+def _is_ours(frame: FrameType) -> bool:
+    return f"{frame.f_globals.get('__name__', '')}.".startswith((_OWN + ".", "torch."))
+
+
+def drop_private(written: dict[int, Write]) -> None:
+    """Forget what nothing else refers to any more: it went with the code that changed it."""
+    while private := [key for key, write in written.items() if sys.getrefcount(write.target) <= _OUR_REFERENCES]:
+        for key in private:
+            del written[key]
+
+
+def _code_text(code: CodeType, instruction: int, line_number: int) -> str:
+    """The source of the expression that an instruction belongs to, or its first line where it has several."""
     nowhere: tuple[int | None, ...] = (None, None, None, None)
-    first, last, start, stop = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), nowhere)
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    first, last, start, stop = next(islice(code.co_positions(), instruction // 2, None), nowhere)
+    line = linecache.getline(code.co_filename, line_number)
     if first is not None and first == last and start is not None and stop is not None:
         return line.encode()[start:stop].decode(errors="replace").strip()
     return line.strip()

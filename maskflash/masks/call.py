@@ -15,7 +15,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.format import format_expr
 from maskflash.expr.trace import Traced
-from maskflash.expr.tracer import Argument, Captured
+from maskflash.expr.tracer import Argument
 from maskflash.masks import slots, tables
 from maskflash.masks.fingerprint import fingerprint
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentTypeError
 from maskflash.expr.trace import Traced, keyword_arguments, trace
-from maskflash.expr.tracer import Captured
 from maskflash.masks.base import Mask
 from maskflash.masks.call import Call
 from maskflash.masks.captures import Captures
@@ -119,8 +118,8 @@ class Predicate(Mask):
         if self.known() is None:
             raise ArgumentTypeError(
                 f"{self.name}: it can't be pickled before a call has shown the kinds of its arguments "
-                f"({', '.join(self.keywords)}), since its function is a lambda or local. Define it with `def` at the top level of a "
-                "module"
+                f"({', '.join(self.keywords)}), since its function is a lambda or local. Define it with "
+                "`def` at the top level of a module"
             )
         self.look()
         return self.name, self.keywords, self.defaults, self._traces.recorded(self.captured(), self.structure())

@@ -110,7 +110,7 @@ def is_value(value: Any) -> bool:
     """Whether nothing in a value can change, so that an equal one is as good: a number, a name, a tuple of those."""
     if isinstance(value, (tuple, frozenset)):
         return all(map(is_value, value))
-    return isinstance(value, _VALUES) or type(value).__module__ == "numpy" and not hasattr(value, "__setitem__")
+    return isinstance(value, _VALUES) or (type(value).__module__ == "numpy" and not hasattr(value, "__setitem__"))
 
 
 def names_of(code: CodeType) -> Names:

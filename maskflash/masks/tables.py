@@ -22,7 +22,8 @@ _copies: dict[tuple[Hashable, torch.device], tuple[transfer.Upload, tuple[Any, .
 def on(table: Tensor, device: torch.device) -> Tensor:
     """A captured table on a device; the same object for as long as the table stays as it is.
 
-    The copy of a table that is gone goes when the next is made. Tensors of inference mode have no version: they are copied at each call.
+    The copy of a table that is gone goes when the next is made. Tensors of inference mode have no version: they are
+    copied at each call.
     """
     if table.device == device:
         return table

@@ -2,12 +2,17 @@
 """What can't become an expression is refused with file and line, the offending code and what to do instead."""
 
 import ast
+import contextlib
 import functools
 import inspect
 import itertools
 import math
+import numbers
+import pickle
 import random
 import secrets
+import sys
+from fractions import Fraction
 from random import choice
 
 import numpy as np
@@ -66,6 +71,14 @@ CONCRETE = ("needs a concrete value", "Index tensors with q or kv, not lists")
         (lambda b, h, q, kv: round(q / 2, 1) > kv, "round(q / 2, 1)"),
         (lambda b, h, q, kv: 2**q > kv, "2**q"),
         (lambda b, h, q, kv: f"{q}" == "3", None),
+        (lambda b, h, q, kv: f"{q!r}" == "3", None),
+        (lambda b, h, q, kv: str(q) == "3", "str(q)"),
+        (lambda b, h, q, kv: repr(q - kv) == "3", "repr(q - kv)"),
+        (lambda b, h, q, kv: "%s" % q == "3", None),  # noqa: UP031
+        (lambda b, h, q, kv: "{}".format(q) == "3", None),  # noqa: UP032
+        (lambda b, h, q, kv: ascii([q]) == "[3]", "ascii([q])"),
+        (lambda b, h, q, kv: bytes(q) == b"", "bytes(q)"),
+        (lambda b, h, q, kv: pickle.loads(pickle.dumps(q)) > kv, "pickle.dumps(q)"),
         (lambda b, h, q, kv: bin(q).count("1") > 2, "bin(q)"),
     ],
 )
@@ -89,6 +102,226 @@ def test_what_needs_a_number_now(predicate, code):
 def test_what_reads_a_tensor_now(predicate, code):
     message = refuse(predicate, "needs a concrete value", code=code)
     assert "Index the tensor with q or kv" in message or "Index tensors with q or kv" in message
+
+
+NOWHERE = {"torch": torch, "DOC": DOC, "ARRAY": ARRAY}
+
+
+def without_source(text):
+    exec(text, NOWHERE)
+    return NOWHERE["f"]
+
+
+@pytest.mark.parametrize(
+    ("predicate", "code"),
+    [
+        (lambda b, h, q, kv: q > kv if isinstance(q, int) else q < kv, "isinstance(q, int)"),
+        (lambda b, h, q, kv: q > kv if isinstance(q, torch.Tensor) else q < kv, "isinstance(q, torch.Tensor)"),
+        (lambda b, h, q, kv: q > kv if isinstance(q / 2, float) else q < kv, "isinstance(q / 2, float)"),
+        (lambda b, h, q, kv: q > kv if isinstance(DOC[q], numbers.Number) else q < kv, None),
+        (lambda b, h, q, kv: type(q) is int and q > kv, "type(q)"),
+        (lambda b, h, q, kv: q > kv or type(q).__name__ == "Tensor", "type(q)"),
+        (lambda b, h, q, kv: q.__class__ is int or q > kv, "q.__class__"),
+    ],
+)
+def test_the_type_of_an_index_is_no_answer(predicate, code):
+    refuse(predicate, "asks for the type of an index", "Write what serves both", code=code)
+
+
+def test_class_patterns_ask_for_the_type():
+    def matches(b, h, q, kv):
+        match q:
+            case int():
+                return q > kv
+        return q < kv
+
+    refuse(matches, "asks for the type of an index", code="int()")
+
+
+def test_without_source_types_are_refused_too():
+    with pytest.raises(MaskTraceError, match="asks for the type of an index"):
+        trace(without_source("f = lambda b, h, q, kv: q > kv if isinstance(q, int) else q < kv"))
+    with pytest.raises(MaskTraceError, match="needs a concrete value"):
+        trace(without_source("f = lambda b, h, q, kv: q > kv or str(q) == '3'"))
+
+
+def test_identity():
+    fix = ("compares numbers by identity", "use `==`")
+    refuse(lambda b, h, q, kv: q is kv, *fix, code="q is kv")
+    refuse(lambda b, h, q, kv: (q > kv) is not True, *fix, code="(q > kv) is not True")
+    refuse(lambda b, h, q, kv: 0 <= q is kv, *fix)
+    refuse(lambda b, h, q, kv: id(q) == id(kv), *fix, code="id(q)")
+
+
+@pytest.mark.parametrize(
+    ("predicate", "code"),
+    [
+        (lambda b, h, q, kv: kv in DOC, "kv in DOC"),
+        (lambda b, h, q, kv: q > kv and kv not in DOC, "kv not in DOC"),
+        (lambda b, h, q, kv, *, doc: kv in doc, "kv in doc"),
+        (lambda b, h, q, kv: torch.isin(q, DOC), "torch.isin(q, DOC)"),
+        (lambda b, h, q, kv: torch.isin(DOC, q)[0], "torch.isin(DOC, q)"),
+        (lambda b, h, q, kv: q in ARRAY, "q in ARRAY"),
+    ],
+)
+def test_membership_in_a_tensor_names_the_table_of_bools(predicate, code):
+    words = ("looks for a value in the contents of a tensor or array", "`seen[ids] = True`", "`seen[kv]`")
+    refuse(predicate, *words, code=code, **({"doc": DOC} if "doc" in predicate.__code__.co_varnames else {}))
+    with pytest.raises(MaskTraceError, match="in the contents of a tensor"):
+        trace(without_source("f = lambda b, h, q, kv: kv in DOC"))
+
+
+# What the user's code catches
+
+
+def catching(b, h, q, kv):
+    try:
+        w = math.isqrt(q)
+    except Exception:
+        w = 0
+    return q - kv <= w
+
+
+def catching_all(b, h, q, kv):
+    try:
+        w = int(q)
+    except:  # noqa: E722
+        w = 0
+    return q - kv <= w
+
+
+def suppressing(b, h, q, kv):
+    w = 0
+    with contextlib.suppress(TypeError):
+        w = LIST[q]
+    return q - kv <= w
+
+
+def returning_at_last(b, h, q, kv):
+    try:
+        return DOC[q].item() > kv
+    finally:
+        return q > kv  # noqa: B012, SIM107
+
+
+def raising_its_own(b, h, q, kv):
+    try:
+        return kv in range(q)
+    except TypeError:
+        raise ValueError("mine") from None
+
+
+@pytest.mark.parametrize("predicate", [catching, catching_all, suppressing, returning_at_last, raising_its_own])
+def test_a_refusal_is_raised_whoever_catches_it(predicate):
+    refuse(predicate, "needs a concrete value")
+
+
+def test_a_refusal_caught_in_a_helper_is_raised_too():
+    def root(x):
+        try:
+            return math.isqrt(x)
+        except TypeError:
+            return 0
+
+    with pytest.raises(MaskTraceError, match=r'"math.isqrt\(x\)" needs a concrete value'):
+        trace(lambda b, h, q, kv: q >= kv and q - kv <= root(q))
+
+
+def test_a_limit_is_raised_whoever_catches_it():
+    def counts(b, h, q, kv):
+        n = 0
+        try:
+            while n < q:
+                n += 1
+        except BaseException:
+            n = 3
+        return n == kv
+
+    refuse(counts, "branches in more than 4096 ways")
+
+
+# What the user's code raises
+
+
+def test_an_error_in_a_branch_is_named():
+    def small(b, h, q, kv):
+        if q < 3:
+            raise ValueError(f"no {3}")
+        return q >= kv
+
+    code = 'raise ValueError(f"no {3}")'
+    message = refuse(small, "raises in a branch that some pairs may take (ValueError: no 3)", "return False", code=code)
+    assert "check tensors and arguments before" in message
+    refuse(lambda b, h, q, kv: q > 3 or [][0], "(IndexError: list index out of range)", code="[][0]")
+    refuse(lambda b, h, q, kv: q > 3 or TABLE.select(0, 9)[q] == 1, "(IndexError: select(): index 9 out of range")
+
+
+def test_an_error_that_an_argument_causes_is_the_user_s():
+    def checked(b, h, q, kv, *, n):
+        if n < 1:
+            raise ValueError("n is small")
+        return q - kv < n
+
+    assert trace(checked, {"n": 4}).specialised == {"n"}
+    with pytest.raises(ValueError, match="n is small"):
+        trace(checked, {"n": 0})
+
+
+# What outlives the predicate
+
+HITS: list[int] = []
+CACHE: dict[str, int] = {}
+COUNT = 0
+COUNTER = itertools.count()
+
+
+class Box:
+    hits = 0
+
+
+def noted(x):
+    if x:
+        HITS.append(1)
+
+
+def counted(x):
+    global COUNT
+    if x:
+        COUNT += 1
+
+
+@pytest.mark.parametrize(
+    ("predicate", "kind"),
+    [
+        (lambda b, h, q, kv: noted(q > 3) or len(HITS) > 3, "a list"),
+        (lambda b, h, q, kv: counted(q > 3) or COUNT > 3, "a dict or a global variable"),
+        (lambda b, h, q, kv: (q > 3 and HITS.append(1)) or len(HITS) > 3, "a list"),
+        (lambda b, h, q, kv: (CACHE.setdefault("q", 1) if q > 3 else 0) > kv, "a dict"),
+        (lambda b, h, q, kv: (setattr(Box, "hits", 1) if q > 3 else None) or kv > 2, "a type"),
+        (lambda b, h, q, kv: q > 3 and next(COUNTER) > 2, "a count"),
+        (lambda b, h, q, kv: any(x > 3 and not HITS.append(1) for x in (q, kv)), "a list"),
+    ],
+)
+def test_changes_of_what_outlives_the_predicate_are_refused_in_branches(predicate, kind):
+    with pytest.raises(MaskTraceError) as caught:
+        trace(predicate)
+    assert f"changes {kind}" in str(caught.value)
+    assert "that outlives the predicate, for some pairs only. A predicate is run once" in str(caught.value)
+    assert HERE in str(caught.value)
+
+
+def test_a_changed_variable_of_an_enclosing_function_is_refused():
+    calls = 0
+
+    def counts(b, h, q, kv):
+        nonlocal calls
+        if q > 3:
+            calls += 1
+            return True
+        return kv > calls
+
+    with pytest.raises(MaskTraceError, match="changes a nonlocal variable that outlives the predicate"):
+        trace(counts)
 
 
 def test_loops_over_data():
@@ -217,7 +450,6 @@ def test_writes():
         (lambda b, h, q, kv: q.cumsum(0) > kv, "`.cumsum`"),
         (lambda b, h, q, kv: torch.stack([q, kv]).max() > 3, "`stack`"),
         (lambda b, h, q, kv: q.unsqueeze(0) > kv, "`.unsqueeze`"),
-        (lambda b, h, q, kv: torch.isin(q, DOC), "`isin`"),
         (lambda b, h, q, kv: torch.add(q, kv, alpha=2) > 3, "`add` with these arguments"),
         (lambda b, h, q, kv: torch.round(q / 3, decimals=1) > kv, "`round` with these arguments"),
         (lambda b, h, q, kv: q.view(torch.int32) > kv, "`view` with these arguments"),
@@ -253,6 +485,47 @@ def test_kinds_of_numbers():
         lambda b, h, q, kv, *, z: z[q] > 1, "looks up a tensor of torch.complex64", "Convert", z=DOC.to(torch.cfloat)
     )
     refuse(lambda b, h, q, kv, *, z: z[q] > 1, "looks up a tensor of torch.sparse_coo", z=DOC.to_sparse())
+
+
+def test_numbers_beyond_64_bits():
+    fix = ("which does not fit 64 bits", "at most 64-bit")
+    refuse(lambda b, h, q, kv: q in range(2**70), *fix, code="q in range(2**70)")
+    refuse(lambda b, h, q, kv: q in (1, 2**70), *fix)
+    refuse(lambda b, h, q, kv: max(q, -(2**64)) > kv, *fix)
+    refuse(lambda b, h, q, kv: q > 10**5000, "an integer of 16,610 bits", *fix, code="q > 10**5000")
+    refuse(lambda b, h, q, kv: q > Fraction(10**400, 3), *fix)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e5m2])
+def test_tables_of_other_dtypes_are_named(dtype):
+    z = DOC.to(dtype)
+    words = (
+        f"looks up a tensor of {dtype}",
+        "Convert it beforehand, to a dense tensor of int32, int64, bool or float32",
+    )
+    refuse(lambda b, h, q, kv: z[q] == z[kv], *words, code="z[q]")
+    refuse(lambda b, h, q, kv, *, ids: ids[q] == ids[kv], f"{words[0]} (`ids`)", words[1], ids=z)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR tensor")
+def test_tables_of_other_layouts_are_named():
+    rows = torch.nested.nested_tensor([torch.arange(3), torch.arange(2)])
+    square = torch.eye(5).to_sparse_csr()
+    refuse(lambda b, h, q, kv: rows[b, q] == 1, "looks up a tensor of nested rows", "dense")
+    refuse(lambda b, h, q, kv: square[q, kv] == 1, "looks up a tensor of torch.sparse_csr", code="square[q, kv]")
+
+
+def test_recursion_without_end():
+    def endless(x):
+        return endless(x) or x > 3
+
+    def mask(b, h, q, kv):
+        return endless(q)
+
+    limit = sys.getrecursionlimit()
+    words = (f"calls functions within functions beyond Python's limit of {limit:,}", "join masks by `&` and `|`")
+    refuse(mask, *words)
+    assert sys.getrecursionlimit() == limit
 
 
 def test_indices():
