@@ -24,7 +24,7 @@ def flashmask_attention(
     *,
     dropout: float = 0.0,
     causal: bool = False,
-    window_size: int | tuple[int, int] | None = None,
+    window_size: int | tuple[int | None, int | None] | None = None,
     return_softmax_lse: bool = False,
     training: bool = True,
     softmax_scale: float | None = None,
@@ -47,7 +47,8 @@ def flashmask_attention(
         dropout: 0, or any with training=False.
         causal: row i sees the columns j <= i + Skv - Sq: aligned to the bottom right.
         window_size: instead of vectors: row i sees from `left` columns before to `right` after its own, i + Skv - Sq,
-            both ends included. One number is for both sides; with causal, right counts as 0.
+            both ends included. One number is for both sides, None stands for a side without an end; with causal, right
+            counts as 0.
         return_softmax_lse: also return the log-sum-exp.
         training: whether dropout applies.
         softmax_scale: positive factor of the scores; None for 1/sqrt(D).
@@ -72,6 +73,7 @@ def flashmask_attention(
         torch.Size([1, 6, 2, 16])
     """
     name = "flashmask_attention"
+    causal = arguments.flag(name, "causal", causal)
     for what, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"{name}: {what} is a {type(x).__name__}, expected a tensor")
@@ -115,12 +117,12 @@ def flashmask_attention(
     return (out, lse) if return_softmax_lse else out
 
 
-def _sides(name: str, window_size: int | tuple[int, int]) -> tuple[int, int]:
+def _sides(name: str, window_size: int | tuple[int | None, int | None]) -> tuple[int | None, int | None]:
     """How far a window reaches to the left and to the right."""
     pair = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
     if len(pair) != 2:
         raise ArgumentError(f"{name}: window_size is {window_size!r}, expected an int or (left, right)")
-    left, right = (arguments.integer(name, "window_size", side) for side in pair)
+    left, right = (arguments.side(name, "window_size", side) for side in pair)
     return left, right
 
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
-    *("errors", "arguments", "html", "transfer", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
+    *("errors", "modes", "arguments", "html", "transfer", "expr", "blocks", "masks", "presets", "codegen", "kernels"),
     *("compiler", "explain", "plans", "op", "compiled", "api", "flashmask", "traffic", "visualize"),
     *("integrations", "testing", "demo", "doctor", "cli"),
 ]

@@ -85,7 +85,9 @@ def _tree(line: str) -> ast.expr:
     try:
         return ast.parse(line, mode="eval").body
     except SyntaxError as error:
-        _refuse(line, (error.offset or 1) - 1, 1, f"this can't be read as a mask: {error.msg}")
+        if not error.offset:
+            _refuse(line, len(line), 1, "the text ends where a mask is expected")
+        _refuse(line, error.offset - 1, 1, f"this can't be read as a mask: {error.msg}")
     except (ValueError, MemoryError):  # a null byte; parentheses beyond what the parser holds
         _refuse(line, 0, 1, "this can't be read as a mask")
 

@@ -9,7 +9,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from torch import Tensor
 
@@ -17,22 +17,24 @@ from maskflash.errors import ArgumentTypeError
 from maskflash.expr.lower import python_code
 from maskflash.expr.trace import Traced, keyword_arguments, trace
 from maskflash.masks.base import Mask
-from maskflash.masks.call import Call
+from maskflash.masks.call import Call, Fits
 from maskflash.masks.combination import Combination
 from maskflash.masks.traces import Traces
 
-__all__ = ["Call", "Combination", "Mask", "Predicate", "Recorded", "mask"]
+_MAKERS: Final = ("maskflash.presets.", "maskflash.masks.columns")  # modules whose functions make masks
+
+__all__ = ["Call", "Combination", "Fits", "Mask", "Predicate", "Recorded", "mask"]
 
 
 class Predicate(Mask):
     """A mask given by a function; traced at once unless it has arguments, whose kinds only a call tells."""
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], name: str | None = None, fits: Fits | None = None) -> None:
         keywords = keyword_arguments(function)
         parameters = inspect.signature(function).parameters
         defaults = {k: p.default for k in keywords if (p := parameters[k]).default is not p.empty}
         name = name or str(getattr(function, "__name__", type(function).__name__))
-        super().__init__(name, keywords, defaults)
+        super().__init__(name, keywords, defaults, fits=fits)
         functools.update_wrapper(self, function, updated=())
         self._place = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
         self.function = function
@@ -57,7 +59,11 @@ class Predicate(Mask):
         found = self._importable()
         if found is self:
             return self._place[1]
-        return (Predicate, (self.function, self.name)) if found is self.function else (Recorded, self._recorded())
+        return (
+            (Predicate, (self.function, self.name, self.fits))
+            if found is self.function
+            else (Recorded, self._recorded())
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mask:
         """Itself where its function is found by name or captures no tensors; else recorded, with copies of those."""
@@ -66,14 +72,14 @@ class Predicate(Mask):
             return self
         return Recorded(*copy.deepcopy(self._recorded(), memo))
 
-    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces]:
+    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces, Fits | None]:
         if self.known() is None:
             raise ArgumentTypeError(
                 f"{self.name}: it can't be pickled, or copied with the tensors it captures, before a call has shown "
                 f"the kinds of its arguments ({', '.join(self.keywords)}), since its function is a lambda or local. "
                 "Define it with `def` at the top level of a module, or pass the tensors as arguments"
             )
-        return self.name, self.keywords, self.defaults, self._traces
+        return self.name, self.keywords, self.defaults, self._traces, self.fits
 
     def _importable(self) -> object:
         """The mask or its function, whichever its module has by name; None where it has neither."""
@@ -87,8 +93,15 @@ class Predicate(Mask):
 class Recorded(Mask):
     """A mask that came out of a pickle without its function: it serves arguments of the kinds that were recorded."""
 
-    def __init__(self, name: str, keywords: tuple[str, ...], defaults: dict[str, Any], traces: Traces) -> None:
-        super().__init__(name, keywords, defaults)
+    def __init__(
+        self,
+        name: str,
+        keywords: tuple[str, ...],
+        defaults: dict[str, Any],
+        traces: Traces,
+        fits: Fits | None = None,
+    ) -> None:
+        super().__init__(name, keywords, defaults, fits=fits)
         self._traces = traces
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
@@ -115,7 +128,7 @@ class Recorded(Mask):
         return self._traces.latest()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Recorded, (self.name, self.keywords, self.defaults, self._traces)
+        return Recorded, (self.name, self.keywords, self.defaults, self._traces, self.fits)
 
 
 def mask(function: Callable[..., Any] | Mask) -> Mask:
@@ -145,7 +158,26 @@ def mask(function: Callable[..., Any] | Mask) -> Mask:
                 [1, 1, 0],
                 [0, 0, 1]], dtype=torch.int32)
     """
-    return function if isinstance(function, Mask) else Predicate(function)
+    if isinstance(function, Mask):
+        return function
+    _refuse_maker(function)
+    return Predicate(function)
+
+
+def _refuse_maker(value: Any) -> None:
+    """An error for what stands for a mask by mistake: the name of a preset, or a preset that wasn't called."""
+    if isinstance(value, str):
+        raise ArgumentTypeError(
+            f"mask: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are functions, and "
+            "called: mf.causal()"
+        )
+    if not inspect.isroutine(value) and not inspect.isclass(value):
+        return
+    if str(getattr(value, "__module__", "")).startswith(_MAKERS):
+        takes = [p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty]
+        raise ArgumentTypeError(
+            f"mask: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
+        )
 
 
 def _captures(function: Callable[..., Any]) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from maskflash import transfer
+from maskflash import modes, transfer
 
 _copies: WeakIdKeyDictionary = WeakIdKeyDictionary()  # table -> {device: (version, upload)}
 
@@ -41,5 +41,5 @@ def on(table: Tensor, device: torch.device) -> Tensor:
 @contextmanager
 def lasting() -> Iterator[None]:
     """Make tensors that any later call may take: those made in inference mode are of no use to training."""
-    with torch.inference_mode(False), torch.no_grad():
+    with modes.off():
         yield
