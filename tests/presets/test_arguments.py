@@ -1,4 +1,4 @@
-"""Presets take what they are given as it is meant, on the CPU and outside of modes, or say what is wrong before any work."""
+"""Presets take what is given as it is meant, on the CPU and outside of modes, or say what is wrong before any work."""
 
 import copy
 import pickle
@@ -59,12 +59,14 @@ def test_what_is_no_number_of_tokens_is_refused(make, value):
 @pytest.mark.parametrize("make", TABLE_PRESETS.values(), ids=TABLE_PRESETS)
 @pytest.mark.parametrize(
     "value",
-    [True, [True, 2], 1.5, [1.5], "12", {}, [None], [2**70], object(), torch.zeros(()), torch.zeros(2), np.zeros(2)]
-    + [[[1], [2, "3"]], torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.tensor([True])],
+    [
+        *(True, [True, 2], 1.5, [1.5], "12", {}, [None], [2**70], object(), [[1], [2, "3"]], np.zeros(2)),
+        *(torch.zeros(()), torch.zeros(2), torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.tensor([True])),
+    ],
     ids=repr,
 )
 def test_what_is_no_table_of_integers_is_refused(make, value):
-    with pytest.raises((mf.ArgumentError, mf.ArgumentTypeError), match="expected|beyond 64 bits"):
+    with pytest.raises((mf.ArgumentError, mf.ArgumentTypeError), match=r"expected|beyond 64 bits"):
         make(value)
 
 
@@ -83,12 +85,12 @@ def test_numpy_integers_are_integers(number):
 
 @pytest.mark.parametrize("flag", ["no", 1, 0.0, None, torch.tensor(True)])
 def test_causal_is_true_or_false(flag):
-    with pytest.raises(mf.ArgumentTypeError, match="causal is .*, expected True or False"):
+    with pytest.raises(mf.ArgumentTypeError, match=r"causal is .*, expected True or False"):
         mf.ColumnIntervals(torch.tensor([3, 3, 3]), causal=flag)
-    with pytest.raises(mf.ArgumentTypeError, match="causal is .*, expected True or False"):
+    with pytest.raises(mf.ArgumentTypeError, match=r"causal is .*, expected True or False"):
         mf.ColumnIntervals.from_flashmask(torch.zeros(1, 1, 3, 1, dtype=torch.int32), flag)
     if flag is not None:
-        with pytest.raises(mf.ArgumentTypeError, match="causal is .*, expected True or False"):
+        with pytest.raises(mf.ArgumentTypeError, match=r"causal is .*, expected True or False"):
             mf.causal().to_flashmask(3, 3, causal=flag)
 
 
@@ -218,12 +220,12 @@ def test_offsets_near_the_ends_of_64_bits_are_refused(offset):
         lambda: attn.explain(64, 64, q_offset=offset),
         lambda: attn(q, q, q, q_offset=offset),
     ):
-        with pytest.raises(mf.ArgumentError, match="q_offset is .*, expected at (least|most)"):
+        with pytest.raises(mf.ArgumentError, match=r"q_offset is .*, expected at (least|most)"):
             call()
     if -(2**63) <= offset < 2**63:
         rows = torch.tensor([offset])
         for call in (lambda: mask.block_map(64, 64, q_offset=rows), lambda: attn(q, q, q, q_offset=rows)):
-            with pytest.raises(mf.ArgumentError, match="an entry of q_offset is .*, expected at"):
+            with pytest.raises(mf.ArgumentError, match=r"an entry of q_offset is .*, expected at"):
                 call()
 
 
@@ -332,5 +334,5 @@ def test_tensors_of_bool_join():
     assert torch.equal((mf.causal() & seen).dense(6, 6)[0, 0], triangle & seen)
     assert torch.equal((seen | mf.causal()).dense(6, 6)[0, 0], triangle | seen)
     assert torch.equal((seen ^ ~mf.causal()).dense(6, 6)[0, 0], seen ^ ~triangle)
-    with pytest.raises(mf.ArgumentTypeError, match="mask has dtype torch.float32, expected torch.bool"):
+    with pytest.raises(mf.ArgumentTypeError, match=r"mask has dtype torch.float32, expected torch.bool"):
         mf.causal() & seen.float()
