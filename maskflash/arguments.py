@@ -133,7 +133,8 @@ def int_list(operation: str, name: str, value: Any, dims: Sequence[int]) -> list
             f"{operation}: {name} is {kind}, expected numbers, which are read now; pass a list, or make the mask where "
             "the tensor has its data"
         )
-    found: list[Any] = table.tolist()
+    with modes.off():
+        found: list[Any] = table.tolist()
     return found
 
 
@@ -157,7 +158,9 @@ def _read(operation: str, name: str, value: Any) -> Tensor:
             table = torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         if isinstance(error, OverflowError) or "verflow" in str(error):
-            raise ArgumentError(f"{operation}: {name} holds a number beyond 64 bits") from None
+            raise ArgumentError(
+                f"{operation}: {name} holds a number beyond 64 bits, expected at most 2**63 - 1"
+            ) from None
         raise ArgumentTypeError(
             f"{operation}: {name} is {_kind(value)}, expected integers in a tensor or in lists of equal length"
         ) from None

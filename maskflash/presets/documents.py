@@ -93,8 +93,10 @@ def single(operation: str, name: str, lengths: Ints) -> list[int]:
 def reaches(operation: str, name: str, given: Any) -> Tensor:
     """(B,) numbers of tokens, one for each batch row: what was passed, by reference."""
     table = arguments.int_table(operation, name, given, (1,))
-    if table.numel() and not arguments.without_data(table) and int(table.min()) < 0:
-        raise ArgumentError(f"{operation}: {name} holds {int(table.min())}, expected at least 0")
+    with modes.off():
+        lowest = 0 if table.numel() == 0 or arguments.without_data(table) else int(table.min())
+    if lowest < 0:
+        raise ArgumentError(f"{operation}: {name} holds {lowest}, expected at least 0")
     return table
 
 
