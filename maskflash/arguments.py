@@ -156,6 +156,7 @@ def _read(operation: str, name: str, value: Any) -> Tensor:
     try:
         with modes.off():
             table = torch.tensor(value, device="cpu")
+            return table.long() if table.numel() == 0 else table
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         if isinstance(error, OverflowError) or "verflow" in str(error):
             raise ArgumentError(
@@ -164,7 +165,6 @@ def _read(operation: str, name: str, value: Any) -> Tensor:
         raise ArgumentTypeError(
             f"{operation}: {name} is {_kind(value)}, expected integers in a tensor or in lists of equal length"
         ) from None
-    return table.long() if table.numel() == 0 else table
 
 
 def mask_args(

@@ -67,7 +67,7 @@ STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one an
 FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo
 TRITON_AT_HOME = ["kernels/triton_device.py"]
 LATE = {  # what a method of every mask returns, and how an expression is shown
-    *(("masks/base.py", name) for name in ("combination", "mask", "columns", "convert", "why", "flex")),
+    *(("masks/base.py", name) for name in ("combination", "mask", "dense", "columns", "convert", "why", "flex")),
     ("expr/nodes.py", "format"),
 }
 

@@ -8,6 +8,7 @@ Source: Wang et al., FlashMask: Efficient and Rich Mask Extension of FlashAttent
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from maskflash import arguments
+from maskflash import arguments, modes
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.trace import Traced, trace
 from maskflash.masks.base import Mask
@@ -81,7 +82,9 @@ class ColumnIntervals(Mask):
             raise ArgumentError("ColumnIntervals: lts is None; where nothing is hidden below, pass the number of rows")
         if uts is not None and ute is None:
             raise ArgumentError("ColumnIntervals: got uts without ute; pass where the upper interval ends")
-        vectors = {name: _checked(name, x) for name, x in given.items()}
+        plain = modes.off if any(not isinstance(x, Tensor) for x in given.values()) else nullcontext  # of lists
+        with plain():
+            vectors = {name: _checked(name, x) for name, x in given.items()}
         first = vectors["lts"]
         for name, x in vectors.items():
             if x.shape != first.shape:
@@ -98,7 +101,8 @@ class ColumnIntervals(Mask):
         self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
         self.causal = causal
         self._form = _Form(tuple(vectors), self.causal, len(first) > 1, heads)
-        self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
+        with plain():
+            self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
 
     @staticmethod
     def from_flashmask(startend_row_indices: Tensor, causal: bool) -> ColumnIntervals:
