@@ -98,7 +98,7 @@ def _tree(line: str) -> ast.expr:
         return ast.parse(line, mode="eval").body
     except SyntaxError as error:
         if not error.offset:
-            _refuse(line, len(line), 1, "the text ends where a mask is expected")
+            _refuse(line, len(line), 1, "this can't be read as a mask: it ends where one is expected")
         _refuse(line, error.offset - 1, 1, f"this can't be read as a mask: {error.msg}")
     except (ValueError, MemoryError):  # a null byte; parentheses beyond what the parser holds
         _refuse(line, 0, 1, "this can't be read as a mask")
