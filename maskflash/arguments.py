@@ -275,7 +275,7 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
-def _shown(number: int) -> str:
+def _shown(number: Any) -> str:
     """A number in an error; Python refuses to print the very long ones."""
     number = int(number)
     return str(number) if number.bit_length() <= 128 else f"{'-' * (number < 0)}2**{number.bit_length() - 1} or more"

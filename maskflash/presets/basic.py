@@ -142,7 +142,7 @@ def document(
         {"lengths": lengths, "cu_seqlens": cu_seqlens},
         {"kv_lengths": kv_lengths, "kv_cu_seqlens": kv_cu_seqlens},
     )
-    name = f"document({sizes.count} documents)"
+    name = f"document({sizes.documents} documents)"
     doc, total = packing.numbers(sizes.rows)
     kv_doc, kv_total = packing.numbers(sizes.kv_rows) if sizes.unlike else (doc, total)
     if len(sizes.rows) > 1:

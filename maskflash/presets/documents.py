@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
     unlike: bool  # the keys' were given too
 
     @property
-    def count(self) -> int:
+    def documents(self) -> int:
         """Documents, in all batch rows."""
         return sum(map(len, self.rows))
 

@@ -70,7 +70,7 @@ def causal_document(
         raise ArgumentError(f'causal_document: align is {align!r}, expected "bottom_right" or "top_left"')
     left, right = (arguments.side("causal_document", *given) for given in (("left", left), ("right", right)))
     start, stop = packing.diagonals(sizes, align, left, right)
-    name = f"causal_document({sizes.count} documents)"
+    name = f"causal_document({sizes.documents} documents)"
     n = max(map(sum, sizes.rows))
     if len(start) > 1:
         return Predicate(lambda b, h, q, kv: 0 <= q < n and start[b, q] <= kv < stop[b, q], name, sizes.fits)
