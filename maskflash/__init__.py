@@ -32,6 +32,7 @@ from maskflash.presets.basic import (
     prefix_lm,
     sliding_window,
 )
+from maskflash.presets.packed import causal_document
 
 if TYPE_CHECKING:
     from maskflash import testing, visualize
@@ -62,6 +63,7 @@ __all__ = [
     "Why",
     "attention",
     "causal",
+    "causal_document",
     "compile",
     "dilated_window",
     "document",

@@ -207,7 +207,7 @@ def _as_mask(operation: str, value: Any) -> Mask:
     foreign = instead_of(value)
     if isinstance(value, Tensor) and not foreign:
         return dense_mask(operation, value)
-    if not callable(value):
+    if not (callable(value) or isinstance(value, str)):
         raise ArgumentTypeError(
             f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "
             f"of bool{foreign}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Final, NoReturn
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskflash import modes
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.names import unexpected
 
@@ -20,6 +22,9 @@ BlockSize = int | tuple[int, int]
 MOST_SCALE: Final = 2.0**64  # and least its inverse: beyond them scores overflow float32, or the factor vanishes in it
 MOST_SIDE: Final = 1 << 20  # tokens of a tile
 MOST_PAIRS: Final = 1 << 24  # of a tile: those that nothing else decides are evaluated together
+MOST_TOKENS: Final = 2**31 - 1  # of a length: tiles and FlashMask's vectors are counted in 32 bits
+FARTHEST: Final = 2**60  # of an offset: positions, and what masks make of them, then stay well within 64 bits
+ENDLESS: Final = 2**61  # tokens: no two positions are that far apart
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -28,8 +33,8 @@ _LEAST, _MOST = -(2**63), 2**63 - 1
 _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 
-def integer(operation: str, name: str, value: Any, *, low: int | None = 0) -> int:
-    """An int (also numpy's) that is at least `low`; a bool is not one."""
+def integer(operation: str, name: str, value: Any, *, low: int | None = 0, high: int | None = None) -> int:
+    """An int (also numpy's) from `low` to `high`; a bool is not one."""
     number = None
     if not isinstance(value, (bool, Tensor)):
         with contextlib.suppress(TypeError):
@@ -38,8 +43,32 @@ def integer(operation: str, name: str, value: Any, *, low: int | None = 0) -> in
         fix = "; use `.item()` on a tensor" if isinstance(value, Tensor) else ""
         raise ArgumentTypeError(f"{operation}: {name} is {_kind(value)}, expected an int{fix}")
     if low is not None and number < low:
-        raise ArgumentError(f"{operation}: {name} is {number}, expected at least {low}")
+        raise ArgumentError(f"{operation}: {name} is {_shown(number)}, expected at least {low}")
+    if high is not None and number > high:
+        raise ArgumentError(f"{operation}: {name} is {_shown(number)}, expected at most {high}")
     return number  # type: ignore[return-value]  # a SymInt of a compiled graph is as good as an int
+
+
+def length(operation: str, name: str, value: Any, *, low: int = 0) -> int:
+    """How many tokens, batch rows or heads a call has."""
+    return integer(operation, name, value, low=low, high=MOST_TOKENS)
+
+
+def distance(operation: str, name: str, value: Any, *, low: int = 0) -> int:
+    """How many tokens something reaches; however many there are more than any two are apart."""
+    return min(integer(operation, name, value, low=low), ENDLESS)
+
+
+def side(operation: str, name: str, value: Any) -> int | None:
+    """How many tokens a window reaches to one side; None where it has no end."""
+    if value is None:
+        return None
+    tokens = integer(operation, name, value, low=None)
+    if tokens < 0:
+        raise ArgumentError(
+            f"{operation}: {name} is {_shown(tokens)}, expected at least 0; pass None for a side without an end"
+        )
+    return tokens if tokens < ENDLESS else None
 
 
 def flag(operation: str, name: str, value: Any) -> bool:
@@ -158,7 +187,7 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
 def q_offset(operation: str, value: Any, batch: int) -> int | Tensor:
     """An int, or an integer tensor (batch,); of a tensor of one element a view that gives it to all batch rows."""
     if not isinstance(value, Tensor):
-        return integer(operation, "q_offset", value, low=None)
+        return integer(operation, "q_offset", value, low=-FARTHEST, high=FARTHEST)
     held(operation, "q_offset", value)
     _check_integers(operation, "q_offset", value)
     shape = tuple(value.shape)
@@ -172,17 +201,20 @@ def q_offset(operation: str, value: Any, batch: int) -> int | Tensor:
     return value.expand(batch)
 
 
+def offsets_in_range(operation: str, offsets: Tensor) -> None:
+    """Check the numbers of an offset for each batch row, where they can be had at once."""
+    if offsets.device.type == "cpu" and offsets.numel() and not without_data(offsets):
+        low, high = (int(end) for end in torch.aminmax(offsets))
+        for number in (low, high):
+            integer(operation, "an entry of q_offset", number, low=-FARTHEST, high=FARTHEST)
+
+
 def int_table(operation: str, name: str, value: Any, dims: Sequence[int]) -> Tensor:
-    """An integer tensor with a number of dimensions out of `dims`, from a tensor or (nested) sequences of ints."""
-    table = value
-    if not isinstance(table, Tensor):
-        try:
-            table = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError):
-            raise ArgumentTypeError(
-                f"{operation}: {name} is {_kind(value)}, expected integers in a tensor or in lists of equal length"
-            ) from None
-        table = table.long() if table.numel() == 0 else table
+    """An integer tensor with a number of dimensions out of `dims`: a tensor itself; numbers in sequences, copied.
+
+    Numbers go to the CPU, whatever device or mode is in force.
+    """
+    table = value if isinstance(value, Tensor) else _read(operation, name, value)
     held(operation, name, table, on_meta=True)
     _check_integers(operation, name, table)
     if table.ndim not in dims:
@@ -195,6 +227,49 @@ def _check_integers(operation: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _INTEGERS:
         fix = f"; convert it once: {name}.long()" if tensor.dtype in _UNSIGNED else ""
         raise ArgumentTypeError(f"{operation}: {name} has dtype {tensor.dtype}, expected an integer dtype{fix}")
+
+
+def int_list(operation: str, name: str, value: Any, dims: Sequence[int]) -> list[Any]:
+    """What an integer table holds now, as (nested) lists."""
+    table = int_table(operation, name, value, dims)
+    if without_data(table):
+        kind = "on meta" if table.is_meta else "a fake tensor"
+        raise ArgumentError(
+            f"{operation}: {name} is {kind}, expected numbers, which are read now; pass a list, or make the mask where "
+            "the tensor has its data"
+        )
+    with modes.off():
+        found: list[Any] = table.tolist()
+    return found
+
+
+def without_data(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and nothing else: one on meta, or of FakeTensorMode."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor))
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value holds several numbers, where one would do as well."""
+    return isinstance(value, (Tensor, np.ndarray)) or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def _read(operation: str, name: str, value: Any) -> Tensor:
+    """(Nested) sequences of ints as a tensor."""
+    if isinstance(value, Sequence) and bool in set(map(type, value)):
+        raise ArgumentTypeError(f"{operation}: {name} holds True or False, expected integers")
+    try:
+        with modes.off():
+            table = torch.tensor(value, device="cpu")
+            return table.long() if table.numel() == 0 else table
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if isinstance(error, OverflowError) or "verflow" in str(error):
+            raise ArgumentError(
+                f"{operation}: {name} holds a number beyond 64 bits, expected at most 2**63 - 1"
+            ) from None
+        raise ArgumentTypeError(
+            f"{operation}: {name} is {_kind(value)}, expected integers in a tensor or in lists of equal length"
+        ) from None
 
 
 def mask_args(
@@ -350,12 +425,18 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, k, v
 
 
+def _shown(number: Any) -> str:
+    """A number in an error; Python refuses to print the very long ones."""
+    number = int(number)
+    return str(number) if number.bit_length() <= 128 else f"{'-' * (number < 0)}2**{number.bit_length() - 1} or more"
+
+
 def _kind(value: Any) -> str:
     """A value in an error: numbers and short texts as they are, else the type."""
     if isinstance(value, (Tensor, np.ndarray)):
         return _a(value)
-    if type(value) is int and abs(value) >= 1 << 128:  # of which Python may refuse to write the digits
-        return f"{'-' * (value < 0)}2**{abs(value).bit_length() - 1} or more"
+    if type(value) is int:
+        return _shown(value)
     text = repr(value)
     return text if len(text) <= 30 else _a(value)
 

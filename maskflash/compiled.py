@@ -148,7 +148,8 @@ class Attention:
                 named = None
         arguments.tensors(q, k, v)
         backend = self._backend_for(q.device)
-        offset = q_offset if type(q_offset) is int else arguments.q_offset("attention", q_offset, q.shape[0])
+        plain = type(q_offset) is int and abs(q_offset) <= arguments.FARTHEST
+        offset = q_offset if plain else arguments.q_offset("attention", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
         if self.check:
             self._check(slots, tables, offset)

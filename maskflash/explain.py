@@ -62,7 +62,7 @@ class Explanation:
         if isinstance(offset, Tensor) or offset != 0:
             return None
         pieces = find_pieces(self.problem.on_host())
-        if pieces is None or any(turn.sign < 0 for turn in pieces.turns):
+        if pieces is None or any(turn.descending for turn in pieces.turns):
             return None
         separated = separate(self.problem.expr)
         assert separated is not None, "pieces come from what separates"

@@ -24,7 +24,7 @@ def flashmask_attention(
     *,
     dropout: float = 0.0,
     causal: bool = False,
-    window_size: int | tuple[int, int] | None = None,
+    window_size: int | tuple[int | None, int | None] | None = None,
     return_softmax_lse: bool = False,
     return_seed_offset: bool = False,
     fixed_seed_offset: Tensor | None = None,
@@ -52,7 +52,8 @@ def flashmask_attention(
         dropout: 0, or any with training=False.
         causal: row i sees the columns j <= i + Skv - Sq: aligned to the bottom right.
         window_size: instead of vectors: row i sees from `left` columns before to `right` after its own, i + Skv - Sq,
-            both ends included. One number is for both sides; with causal, right counts as 0.
+            both ends included. One number is for both sides, None stands for a side without an end; with causal, right
+            counts as 0.
         return_softmax_lse: also return the log-sum-exp.
         return_seed_offset: False: without dropout there is no random number to repeat.
         fixed_seed_offset: None, likewise.
@@ -89,6 +90,7 @@ def flashmask_attention(
         ("block_mask", block_mask),
     ):
         _check_default(operation, what, asked)
+    causal = arguments.flag(operation, "causal", causal)
     for what, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ArgumentTypeError(f"{operation}: {what} is a {type(x).__name__}, expected a tensor")
@@ -148,12 +150,12 @@ def _check_default(operation: str, argument: str, value: object) -> None:
     raise ArgumentError(f"{operation}: {argument} is {got}, expected it left out: {_WITHOUT[argument]}")
 
 
-def _sides(name: str, window_size: int | tuple[int, int]) -> tuple[int, int]:
+def _sides(name: str, window_size: int | tuple[int | None, int | None]) -> tuple[int | None, int | None]:
     """How far a window reaches to the left and to the right."""
     pair = window_size if isinstance(window_size, tuple | list) else (window_size, window_size)
     if len(pair) != 2:
         raise ArgumentError(f"{name}: window_size is {window_size!r}, expected an int or (left, right)")
-    left, right = (arguments.integer(name, "window_size", side) for side in pair)
+    left, right = (arguments.side(name, "window_size", side) for side in pair)
     return left, right
 
 

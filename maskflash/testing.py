@@ -163,7 +163,7 @@ def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[M
         st.builds(presets.padding, number),
         st.builds(presets.global_tokens, number),
         st.builds(presets.dilated_window, number, st.integers(1, 5)),
-        st.builds(presets.document, st.lists(st.integers(0, max_len), min_size=1, max_size=6)),
+        st.builds(_documents, st.lists(st.integers(0, max_len), min_size=1, max_size=6)),
         st.integers(1, 8).flatmap(
             lambda side: st.builds(presets.natten, st.just(side), st.just(side), *[st.integers(1, side)] * 2)
         ),
@@ -363,6 +363,11 @@ def _assert_near(name: str, found: Tensor, exact: Tensor, budget: float) -> None
     error = (found.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
     if not error <= budget:
         raise AssertionError(f"{name}: error {error:.3g} exceeds its budget of {budget:.3g}")
+
+
+def _documents(lengths: list[int]) -> Mask:
+    """Documents for calls of any length, also those that have no room for all."""
+    return as_mask(presets.document(lengths=lengths).__call__)
 
 
 def _written(make: Callable[..., Any], seed: int, max_len: int, batch: int, heads: int, n: int) -> Mask:

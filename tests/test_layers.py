@@ -9,21 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 
 # Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
 LAYERS = [
-    *("errors", "names", "arguments", "later", "html", "identity", "transfer", "expr", "blocks", "masks"),
-    *(
-        "presets",
-        "codegen",
-        "kernels",
-        "compiler",
-        "explain",
-        "checking",
-        "plans",
-        "op",
-        "flops",
-        "sharding",
-        "compiled",
-    ),
-    *("api", "flashmask", "traffic", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
+    *("errors", "names", "modes", "arguments", "later", "html", "identity", "transfer", "expr", "blocks"),
+    *("masks", "presets", "codegen", "kernels", "compiler", "explain", "checking", "plans", "op", "flops"),
+    *("sharding", "compiled", "api", "flashmask", "traffic", "visualize", "integrations", "testing", "demo"),
+    *("doctor", "cli"),
 ]
 ORDER = {
     "expr": [
@@ -81,7 +70,7 @@ STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one an
 FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo
 TRITON_AT_HOME = ["kernels/triton_device.py"]
 LATE = {  # what a method of every mask returns, and how an expression is shown
-    *(("masks/base.py", name) for name in ("combination", "mask", "columns", "convert", "why", "flex")),
+    *(("masks/base.py", name) for name in ("combination", "mask", "dense", "columns", "convert", "why", "flex")),
     ("expr/nodes.py", "format"),
 }
 

@@ -14,7 +14,9 @@ from functools import cache
 from typing import Final
 
 import torch
+from torch import Tensor
 
+from maskflash import arguments
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.formula import find_formula
@@ -81,6 +83,8 @@ def classify(problem: Problem) -> Classified:
         MaskIndexError: a pair inside the lengths reads out of range, or divides by zero, and no guard excludes it.
     """
     problem = problem.on_host()
+    if isinstance(problem.q_offset, Tensor):
+        arguments.offsets_in_range("attention", problem.q_offset)
     count = math.prod(problem.shape)
     largest = float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
     if not count:

@@ -135,7 +135,7 @@ class Turn:
         values: (B or 1, H or 1, q_len) int64 of the rows, ascending; (n,) distinct ones where there is one unit.
         first: (n + 1,) where each of distinct values begins, and q_len; None of the others.
         step: whether they ascend by one from row to row.
-        sign: of the columns' values, -1 where the rows' were descending.
+        descending: whether the rows' values were; then these are their complements ~x, as the columns' are to be.
         columns: of the columns' values.
         after: the first row whose value is beyond theirs, instead.
         hides: what the comparison alone hides, rows "above" the turn or "below" it; None where it isn't as simple.
@@ -144,7 +144,7 @@ class Turn:
     values: Tensor
     first: Tensor | None
     step: bool
-    sign: int
+    descending: bool
     columns: Expr
     after: bool
     hides: Hides | None
@@ -154,15 +154,19 @@ class Turn:
         wanted, faults = of.values(self.columns)
         if self.first is not None:  # documents are few: they are searched sooner than their tokens, and for each other
             distinct, counts = of.runs(self.columns)
-            row = self.first[torch.searchsorted(self.values, distinct * self.sign, right=self.after)]
+            row = self.first[torch.searchsorted(self.values, self._turned(distinct), right=self.after)]
             return torch.from_numpy(np.repeat(row.numpy(), counts.numpy())).view(wanted.shape), faults
-        wanted = wanted.to(torch.int64) * self.sign
+        wanted = self._turned(wanted.to(torch.int64))
         values = _part(self.values, of.b, of.h)
         if self.step:
             return (wanted - (values[..., :1] - int(self.after))).clamp_(0, of.problem.q_len), faults
         sizes = np.broadcast_shapes(wanted.shape[:-1], values.shape[:-1])
         wanted, values = wanted.expand(*sizes, -1).contiguous(), values.expand(*sizes, -1).contiguous()
         return torch.searchsorted(values, wanted, right=self.after), faults
+
+    def _turned(self, values: Tensor) -> Tensor:
+        """Values in the order of the rows'."""
+        return ~values if self.descending else values
 
 
 def find_pieces(problem: Problem) -> Pieces | None:
@@ -176,7 +180,7 @@ def find_pieces(problem: Problem) -> Pieces | None:
     turns: dict[tuple[str, str, bool, Hides | None], Turn] = {}
     changes: list[Tensor] = []
     faulty = False
-    known: dict[str, tuple[Tensor, Tensor | None, bool, int] | None] = {}
+    known: dict[str, tuple[Tensor, Tensor | None, bool, bool] | None] = {}
     for threshold in separated.thresholds:
         text = threshold.rows.text
         if text not in known:
@@ -184,16 +188,16 @@ def find_pieces(problem: Problem) -> Pieces | None:
             changes += map(_changes, faults)
             faulty |= _any(faults)
             counted = threshold.rows.nodes[-1].op == "q" and largest < LARGEST_SUM  # no need to look
-            known[text] = (values, None, True, 1) if counted else _searchable(values, largest)
+            known[text] = (values, None, True, False) if counted else _searchable(values, largest)
         ascending = known[text]
         if ascending is None:
             return None
-        values, first, step, sign = ascending
+        values, first, step, descending = ascending
         after, hides = threshold.after, threshold.hides
-        if sign < 0:
+        if descending:
             after, hides = not after, _TURNED[hides]
         key = text, threshold.columns.text, threshold.after, hides
-        turns[key] = Turn(values, first, step, sign, threshold.columns, after, hides)
+        turns[key] = Turn(values, first, step, descending, threshold.columns, after, hides)
     shown: Tensor | None = None
     for switch in separated.switches:
         values, faults = _of_rows(problem, switch)
@@ -245,30 +249,33 @@ def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
     return values, faults
 
 
-def _searchable(values: Tensor, largest: float) -> tuple[Tensor, Tensor | None, bool, int] | None:
-    """Values of rows as Turn has them, with `first`, `step` and `sign`; None where they go up and down."""
+def _searchable(values: Tensor, largest: float) -> tuple[Tensor, Tensor | None, bool, bool] | None:
+    """Values of rows as Turn has them, with `first`, `step` and `descending`; None where they go up and down."""
     ascending = _ascend(values)
     if ascending is None:
         return None
-    values, step, sign = ascending
+    values, step, descending = ascending
     step &= largest < LARGEST_SUM  # else a difference may overflow
     if step or values.shape[:2] != (1, 1):
-        return values, None, step, sign
+        return values, None, step, descending
     distinct, count = torch.unique_consecutive(values, return_counts=True)
-    return distinct, pad(count.cumsum(0), (1, 0)), False, sign
+    return distinct, pad(count.cumsum(0), (1, 0)), False, descending
 
 
-def _ascend(values: Tensor) -> tuple[Tensor, bool, int] | None:
-    """Values of rows in ascending order, whether by steps of one, and the sign that made them so."""
+def _ascend(values: Tensor) -> tuple[Tensor, bool, bool] | None:
+    """Values of rows in ascending order, whether by steps of one, and whether they descended: then complemented.
+
+    A complement turns the order as a negation would, and has no overflow.
+    """
     values = values.to(torch.int64)
     before, after = values[..., :-1], values[..., 1:]  # compared, not subtracted: far apart, that overflows
-    sign = 1
-    if not bool((before <= after).all()):
-        if not bool((before >= after).all()) or bool((values == torch.iinfo(torch.int64).min).any()):
+    descending = not bool((before <= after).all())
+    if descending:
+        if not bool((before >= after).all()):
             return None
-        values, sign = -values, -1
+        values = ~values
     far = bool((values[..., -1] - values[..., 0] == values.shape[-1] - 1).all())
-    return values, far and bool((values.diff(dim=-1) == 1).all()), sign
+    return values, far and bool((values.diff(dim=-1) == 1).all()), descending
 
 
 def _changes(values: Tensor) -> Tensor:

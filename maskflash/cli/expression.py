@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import difflib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -26,8 +26,10 @@ _JOINS: Final[dict[type[ast.operator], Callable[[Mask, Mask], Mask]]] = {
     ast.BitOr: operator.or_,
     ast.BitXor: operator.xor,
 }
-_ITEMS: Final = 1 << 22  # of a repeated list: as many tokens as anybody packs
-_VARIADIC: Final = ("document", "causal_blockwise", "padding")  # several integers are one list
+_ITEMS: Final = 1 << 22  # of a repeated list: as many documents as anybody packs
+_TOKENS: Final = 1 << 24  # and as many tokens; a mask holds a table with an entry for each
+_VARIADIC: Final = ("document", "causal_document", "causal_blockwise", "padding")  # several integers are one list
+_LENGTHS: Final = ("lengths", "kv_lengths", "prefixes", "documents")  # arguments whose numbers add up to tokens
 
 
 def _paper(name: str, seq_len: int, seed: int = 0) -> Mask:
@@ -37,7 +39,17 @@ def _paper(name: str, seq_len: int, seed: int = 0) -> Mask:
 PRESETS: Final[dict[str, Callable[..., Mask]]] = {
     name: getattr(presets, name)
     for name in (
-        *("full", "causal", "sliding_window", "document", "prefix_lm", "padding", "global_tokens", "dilated_window"),
+        *(
+            "full",
+            "causal",
+            "sliding_window",
+            "document",
+            "causal_document",
+            "prefix_lm",
+            "padding",
+            "global_tokens",
+            "dilated_window",
+        ),
         *("natten", "causal_blockwise", "prefix_lm_document", "share_question", "qk_sparse", "random_eviction"),
     )
 } | {"paper": _paper}
@@ -85,7 +97,9 @@ def _tree(line: str) -> ast.expr:
     try:
         return ast.parse(line, mode="eval").body
     except SyntaxError as error:
-        _refuse(line, (error.offset or 1) - 1, 1, f"this can't be read as a mask: {error.msg}")
+        if not error.offset:
+            _refuse(line, len(line), 1, "this can't be read as a mask: it ends where one is expected")
+        _refuse(line, error.offset - 1, 1, f"this can't be read as a mask: {error.msg}")
     except (ValueError, MemoryError):  # a null byte; parentheses beyond what the parser holds
         _refuse(line, 0, 1, "this can't be read as a mask")
 
@@ -126,17 +140,28 @@ class _Reader:
             if keyword.arg is None:
                 self._refuse(keyword.value, "** is not understood here; write name=value")
             named[keyword.arg] = self._value(keyword.value)
+        given = dict(zip(_LEADING.get(name, ()), values, strict=False)) | named
+        self._limit(node, max((_sum(given[key]) for key in _LENGTHS if key in given), default=0))
         try:
-            return Written(PRESETS[name](*values, **named), _tokens(name, values, named))
+            mask = PRESETS[name](*values, **named)
         except (MaskflashError, TypeError, ValueError) as error:
             self._refuse(node, str(error).replace("_paper()", "paper()"))
+        tokens = _tokens(name, given)
+        self._limit(node, tokens or 0)
+        return Written(mask, tokens)
+
+    def _limit(self, node: ast.expr, tokens: int) -> None:
+        if tokens > _TOKENS:
+            self._refuse(node, f"this speaks of {tokens:,} tokens, expected at most {_TOKENS:,}")
 
     def _value(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=bool() | int() | float() | str() | None as value):
+                if isinstance(value, int) and value > _TOKENS:
+                    self._refuse(node, f"this number is too large, expected at most {_TOKENS:,}")
                 return value
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-                return -value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float()) as operand):
+                return -self._value(operand)
             case ast.List(elts=items) | ast.Tuple(elts=items):
                 return [self._value(item) for item in items]
             case ast.BinOp(left=ast.List() as items, op=ast.Mult(), right=ast.Constant(value=int(times))):
@@ -162,11 +187,17 @@ def _refuse(line: str, start: int, width: int, message: str) -> NoReturn:
     raise MaskSyntaxError(f"column {start + 1}: {message}\n  {line}\n  {pointer}")
 
 
-def _tokens(name: str, values: Sequence[Any], named: dict[str, Any]) -> int | None:
+def _sum(value: Any) -> int:
+    """What the integers in nested lists add up to."""
+    if isinstance(value, list):
+        return sum(map(_sum, value))
+    return value if isinstance(value, int) else 0
+
+
+def _tokens(name: str, given: dict[str, Any]) -> int | None:
     """How many tokens a preset's arguments add up to."""
-    given = dict(zip(_LEADING.get(name, ()), values, strict=False)) | named
     match name:
-        case "document" | "causal_blockwise" | "prefix_lm_document":
+        case "document" | "causal_document" | "causal_blockwise" | "prefix_lm_document":
             lengths = given.get("lengths")
             if lengths is None:
                 starts, ids = given.get("cu_seqlens"), given.get("ids")
@@ -190,6 +221,7 @@ def _innermost(table: Any) -> int:
 
 _LEADING: Final[dict[str, tuple[str, ...]]] = {
     "document": ("lengths",),
+    "causal_document": ("lengths",),
     "causal_blockwise": ("lengths",),
     "prefix_lm_document": ("lengths",),
     "natten": ("height", "width"),

@@ -11,6 +11,7 @@ import maskflash
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
+_MOST: Final = 1 << 27  # tokens, and whatever else is counted; more than the largest mask of an expression has
 _WIDTH: Final = 78  # of descriptions; argparse leaves them alone where examples are laid out by hand
 
 _MASK: Final = """\
@@ -174,8 +175,8 @@ def _count(text: str) -> int:
         count = int(text)
     except ValueError:
         count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    if not 1 <= count <= _MOST:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to {_MOST:,}, got {text!r}")
     return count
 
 

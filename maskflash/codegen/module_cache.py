@@ -7,14 +7,17 @@ whoever reads a kernel should read the one that runs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import linecache
 import os
+import re
 import stat
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Final
@@ -22,6 +25,8 @@ from typing import Final
 from maskflash.errors import BackendError
 
 VARIABLE: Final = "MASKFLASH_CACHE_DIR"
+_DRAFT: Final = re.compile(r"[0-9a-f]{32}.*\.tmp")
+_ABANDONED: Final = 24 * 3600.0  # seconds after which no process writes a draft any more
 
 _lock = threading.Lock()
 _modules: dict[str, ModuleType] = {}
@@ -60,7 +65,7 @@ def _stored(name: str, source: str) -> str:
         path = folder() / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_shared_folder(path.parent)
-        if _read(path) != source:
+        if _read(path, len(source.encode())) != source:
             _write(path, source)
     except (OSError, RuntimeError) as error:  # read-only, full, not a folder, no home
         if isinstance(error, BackendError):
@@ -69,8 +74,8 @@ def _stored(name: str, source: str) -> str:
     return os.fspath(path)
 
 
-def _read(path: Path) -> str | None:
-    """What an entry says; None where it is missing or no text."""
+def _read(path: Path, size: int) -> str | None:
+    """What an entry of so many bytes says; None where it is missing, longer or no text."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
@@ -83,7 +88,8 @@ def _read(path: Path) -> str | None:
         if not stat.S_ISREG(status.st_mode):
             raise _refusal(path, "is no file")
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read().decode()
+            found = file.read(size + 1)
+        return found.decode() if len(found) <= size else None
     except UnicodeDecodeError:
         return None
     finally:
@@ -100,6 +106,15 @@ def _write(path: Path, source: str) -> None:
     except BaseException:
         Path(draft).unlink(missing_ok=True)
         raise
+    _clear(path.parent)
+
+
+def _clear(kept: Path) -> None:
+    """Remove drafts of processes that were killed while they wrote."""
+    for draft in kept.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if _DRAFT.match(draft.name) and time.time() - draft.lstat().st_mtime > _ABANDONED:
+                draft.unlink()
 
 
 def _refuse_shared_folder(path: Path) -> None:

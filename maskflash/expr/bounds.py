@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from maskflash.expr.evaluate import Inputs, reached
 from maskflash.expr.intervals import Interval, operation, truth
 from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
 from maskflash.expr.ranges import RangeMinima
+
+_SAFE: Final = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,56 @@ def largest(expr: Expr, inputs: Inputs, extents: Mapping[str, float]) -> float |
         else:
             magnitudes.append(_magnitude(node, sizes, inputs, ranges))
     return _largest(expr, magnitudes)
+
+
+def largest_signed(expr: Expr, inputs: Inputs, ends: Mapping[str, tuple[int, int]]) -> float | None:
+    """What `largest` tells, with signs: (q - n) - (kv - n) is small, however large n is.
+
+    It holds for the expression as it stands. Terms that are brought to other sides may add up to more.
+
+    Args:
+        expr: the mask.
+        inputs: values of its params and tables.
+        ends: for `b`, `h`, `q`, `kv` the least and the greatest index.
+    """
+    ranges = RangeMinima()
+    found: list[_Range] = []
+    for node in expr.nodes:
+        args = [found[arg] for arg in node.args]
+        if node.op in INDEX_VARIABLES:
+            found.append(ends[node.op])
+            continue
+        if node.op == "cast" and expr.nodes[node.args[0]].dtype.is_floating_point:
+            return None
+        exact = _range(node, args, inputs) if all(expr.nodes[arg].dtype == torch.int64 for arg in node.args) else None
+        size = _size(exact) if exact else _magnitude(node, [_size(arg) for arg in args], inputs, ranges)
+        # What may have wrapped, or isn't followed, has either sign.
+        found.append(exact if exact and size < _SAFE else (-size, size))
+    return _largest(expr, [_size(ends) for ends in found])
+
+
+_Range = tuple[float, float]  # integers wherever they are exact
+
+
+def _range(node: Node, args: list[_Range], inputs: Inputs) -> _Range | None:
+    """The least and the greatest value of a 64-bit integer made of such ones; None where only its size is known."""
+    if node.dtype != torch.int64:
+        return None
+    match node.op, args:
+        case "const" | "param", _:
+            number = int(_number(node, inputs))
+            return number, number
+        case "add", [x, y]:
+            return x[0] + y[0], x[1] + y[1]
+        case "sub", [x, y]:
+            return x[0] - y[1], x[1] - y[0]
+        case "neg", [x]:
+            return -x[1], -x[0]
+    return None
+
+
+def _size(ends: _Range) -> float:
+    return float(max(abs(ends[0]), abs(ends[1])))
 
 
 def _largest(expr: Expr, magnitudes: list[float]) -> float:

@@ -48,7 +48,7 @@ def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: f
     args = [widen(arg) for arg in args]
     fault = (args[1].lo <= 0) & (args[1].hi >= 0) if op in ("floordiv", "mod", "truncdiv", "fmod") else None
     if magnitude >= _SAFE:
-        return unknown(args, dtype), fault
+        return (_unless_far(op, args, dtype) if op in _ORDER else unknown(args, dtype)), fault
     return _narrow(_INTEGER[op](*args), dtype), fault
 
 
@@ -103,6 +103,16 @@ def unknown(args: list[Interval], dtype: torch.dtype) -> Interval:
         return Interval(*[torch.full((), torch.nan, dtype=dtype, device=like.device)] * 2)
     low, high = (False, True) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     return Interval(*(torch.tensor(bound, dtype=dtype, device=like.device) for bound in (low, high)))
+
+
+def _unless_far(op: str, args: list[Interval], dtype: torch.dtype) -> Interval:
+    """Bounds of sums and the like in the boxes where they stay far from the ends of int64; unknown in the others."""
+    near = torch.ones((), dtype=torch.bool, device=args[0].lo.device)
+    for bound in _ORDER[op](*(Interval(x.lo.to(torch.float64), x.hi.to(torch.float64)) for x in args)):
+        near = near & (bound.abs() < _SAFE)
+    every = unknown(args, torch.int64)
+    kept = (torch.where(near, *ends) for ends in zip(_ORDER[op](*args), every, strict=True))
+    return _narrow(Interval(*kept), dtype)
 
 
 # Rules, by kind of operand

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.why import Why
 
-Joinable = Callable[..., Any]
-"""A mask, or a predicate `(b, h, q, kv)`."""
+Joinable = Callable[..., Any] | Tensor
+"""A mask, a predicate `(b, h, q, kv)`, or a tensor of bool."""
 
 _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
 
@@ -30,8 +30,8 @@ _PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation h
 class Mask(Bindable):
     """Which query may see which key.
 
-    Masks combine with one another, and with predicates, by `&`, `|`, `^` and `~`; keyword arguments of the same name
-    are the same argument. A mask is itself a predicate `(b, h, q, kv)`, so another predicate may call it.
+    Masks combine with one another, with predicates and with tensors of bool by `&`, `|`, `^` and `~`; keyword arguments
+    of the same name are the same argument. A mask is itself a predicate `(b, h, q, kv)`, so another may call it.
 
     A mask is equal to itself alone: `equivalent` compares what masks show, `fingerprint` how they are written. It can
     be pickled and deep-copied: see docs/questions.md for what becomes of its function.
@@ -351,10 +351,14 @@ class Mask(Bindable):
 
     def _joined(self, op: str, other: Joinable, *, last: bool = False) -> Mask:
         """This mask and another, or a predicate, joined by a connective."""
-        from maskflash.masks.combination import Combination
+        from maskflash.masks.combination import SYMBOLS, Combination
+        from maskflash.masks.dense import dense_mask
         from maskflash.masks.mask import mask
 
-        if not callable(other):  # as masks are too
+        if isinstance(other, Tensor):
+            whole: Mask = dense_mask(f"{self.name} {SYMBOLS[op]} tensor", other)
+        elif callable(other) or isinstance(other, str):  # masks are callable too
+            whole = mask(other)
+        else:
             return NotImplemented
-        parts = (mask(other), self) if last else (self, mask(other))
-        return Combination(op, *parts)
+        return Combination(op, *((whole, self) if last else (self, whole)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from itertools import count
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Call(NamedTuple):
         heads: query heads.
         q_offset: added to row numbers, an int or an integer tensor (batch,).
         device: where it runs.
+        partial: whether sizes that nobody gave reach just so far as the index that was asked about.
     """
 
     operation: str
@@ -43,6 +44,53 @@ class Call(NamedTuple):
     heads: int
     q_offset: int | Tensor
     device: torch.device
+    partial: bool = False
+
+
+class Fits(NamedTuple):
+    """What a mask's tables are made for; None where any will do.
+
+    Attributes:
+        batch: batch rows.
+        heads: query heads.
+        q_total: tokens of the queries' documents.
+        kv_total: tokens of the keys' documents.
+    """
+
+    batch: int | None = None
+    heads: int | None = None
+    q_total: int | None = None
+    kv_total: int | None = None
+
+    def check(self, name: str, call: Call) -> None:
+        """Refuse a call that the tables weren't made for.
+
+        Documents may end before the sequence does. They may go on after it only where an offset says that the call is a
+        part of something longer.
+        """
+        for what, held, size in (("batch", self.batch, call.batch), ("heads", self.heads, call.heads)):
+            if held is not None and (held < size if call.partial else held != size):
+                raise ArgumentError(
+                    f"{call.operation}: {what} is {size}, expected {held} as in the tables of {name}; one that is to "
+                    "serve all has size 1 there"
+                )
+        if self.q_total is None or call.partial or isinstance(call.q_offset, Tensor) or call.q_offset != 0:
+            return
+        if self.kv_total is None:
+            if self.q_total > call.q_len and self.q_total > call.kv_len:
+                _refuse_total(name, call, "", self.q_total, f"{call.q_len} queries and {call.kv_len} keys")
+        elif self.q_total > call.q_len:
+            _refuse_total(name, call, " of the queries", self.q_total, f"{call.q_len} queries")
+        elif self.kv_total > call.kv_len:
+            _refuse_total(name, call, " of the keys", self.kv_total, f"{call.kv_len} keys")
+
+
+def _refuse_total(name: str, call: Call, whose: str, total: int, there: str) -> NoReturn:
+    raise ArgumentError(
+        f"{call.operation}: the documents{whose} of {name} add up to {total} tokens, expected at most what the call "
+        f"has, {there}; check the lengths: where tokens' ids or starts are meant, pass them by these names. "
+        "If the rest is still to come, give k and v room for it"
+    )
 
 
 class Bindable:
@@ -54,6 +102,7 @@ class Bindable:
         defaults: values of those that may be left out.
         implied_names: arguments that follow from a call, by names that nobody can pass.
         sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
+        fits: what its tables are made for.
         forms: its traces so far, as the op takes them.
         number: another for each mask of this process.
         reachable: attributes that its `__call__` reads, which a predicate that calls it captures with it.
@@ -68,12 +117,14 @@ class Bindable:
         defaults: dict[str, Any],
         implied_names: tuple[str, ...] = (),
         sizes: tuple[str, ...] = (),
+        fits: Fits | None = None,
     ) -> None:
         self.name = name
         self.keywords = keywords
         self.defaults = defaults
         self.implied_names = implied_names
         self.sizes = sizes
+        self.fits = fits
         self.forms = slots.Known()
         self.number = next(_numbers)
 
@@ -134,6 +185,8 @@ class Bindable:
         Raises:
             ArgumentError: the mask has sizes of its own, and the call doesn't fit them.
         """
+        if self.fits is not None:
+            self.fits.check(self.name, call)
         return {}
 
     def bound(self, call: Call, given: dict[str, Any]) -> tuple[Traced, Inputs]:
@@ -158,16 +211,16 @@ class Bindable:
         q_offset: int | Tensor,
         device: torch.device | str,
         mask_args: dict[str, Any],
+        partial: bool = False,
     ) -> Problem:
         """This mask at these lengths, ready to be classified; checks what the caller passed."""
-        lengths = {"q_len": q_len, "kv_len": kv_len}
-        q_len, kv_len = (arguments.integer(operation, name, value) for name, value in lengths.items())
-        batch, heads = (
-            arguments.integer(operation, name, value) for name, value in {"batch": batch, "heads": heads}.items()
-        )
+        sizes = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads}
+        q_len, kv_len, batch, heads = (arguments.length(operation, name, value) for name, value in sizes.items())
         offset = arguments.q_offset(operation, q_offset, batch)
+        if isinstance(offset, Tensor):
+            arguments.offsets_in_range(operation, offset)
         on = transfer.numbered(arguments.device(operation, device))
-        call = Call(operation, q_len, kv_len, batch, heads, offset, on)
+        call = Call(operation, q_len, kv_len, batch, heads, offset, on, partial)
         traced, inputs = self.bound(call, mask_args)
         return Problem(
             traced.expr,
@@ -212,7 +265,7 @@ class Bindable:
         for name, size in _SIZES.items():
             at = arguments.integer(operation, name, index[name]) if name in index else 0
             length = sizes[size]
-            found[size] = at + 1 if length is None else arguments.integer(operation, size, length)
+            found[size] = at + 1 if length is None else arguments.length(operation, size, length)
             if name in index and at >= found[size]:
                 raise ArgumentError(f"{operation}: {name} is {at}, expected less than {size}, {found[size]}")
         return self.problem(
@@ -225,6 +278,7 @@ class Bindable:
             q_offset,
             device,
             mask_args,
+            partial=None in sizes.values(),
         )
 
     def fingerprint(self, **mask_args: Any) -> str:

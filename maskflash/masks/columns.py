@@ -8,6 +8,7 @@ Source: Wang et al., FlashMask: Efficient and Rich Mask Extension of FlashAttent
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from maskflash import arguments
+from maskflash import arguments, modes
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.trace import Traced, trace
 from maskflash.masks.base import Mask
@@ -75,12 +76,15 @@ class ColumnIntervals(Mask):
         ute: Tensor | None = None,
         causal: bool = False,
     ) -> None:
+        causal = arguments.flag("ColumnIntervals", "causal", causal)
         given = {name: x for name, x in zip(_VECTORS, (lts, lte, uts, ute), strict=True) if x is not None}
         if "lts" not in given:
             raise ArgumentError("ColumnIntervals: lts is None; where nothing is hidden below, pass the number of rows")
         if uts is not None and ute is None:
             raise ArgumentError("ColumnIntervals: got uts without ute; pass where the upper interval ends")
-        vectors = {name: _checked(name, x) for name, x in given.items()}
+        plain = modes.off if any(not isinstance(x, Tensor) for x in given.values()) else nullcontext  # of lists
+        with plain():
+            vectors = {name: _checked(name, x) for name, x in given.items()}
         first = vectors["lts"]
         for name, x in vectors.items():
             if x.shape != first.shape:
@@ -95,9 +99,10 @@ class ColumnIntervals(Mask):
         sizes = tuple(size for size, matters in several.items() if matters)
         super().__init__(f"ColumnIntervals({', '.join(vectors)}{', causal' if causal else ''})", (), {}, implied, sizes)
         self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
-        self.causal = bool(causal)
+        self.causal = causal
         self._form = _Form(tuple(vectors), self.causal, len(first) > 1, heads)
-        self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
+        with plain():
+            self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
 
     @staticmethod
     def from_flashmask(startend_row_indices: Tensor, causal: bool) -> ColumnIntervals:
@@ -113,6 +118,7 @@ class ColumnIntervals(Mask):
             ArgumentError: its shape, or n with this `causal`, means nothing.
         """
         name = "startend_row_indices"
+        causal = arguments.flag("from_flashmask", "causal", causal)
         table = arguments.int_table("from_flashmask", name, startend_row_indices, (4,))
         n = table.shape[3]
         if (causal, n) not in _LAYOUTS:
@@ -244,6 +250,10 @@ def _checked(name: str, value: Any) -> Tensor:
     """A vector as (B, Hm, kv_len) int32; the tensor itself, or a view of it, wherever its dtype allows."""
     table = arguments.int_table("ColumnIntervals", name, value, (1, 2, 3))
     if table.dtype != torch.int32:
+        if arguments.without_data(table):
+            raise ArgumentError(
+                f"ColumnIntervals: {name} has dtype {table.dtype}, and no data to convert; expected torch.int32"
+            )
         limits = torch.iinfo(torch.int32)
         beyond = (table < limits.min) | (table > limits.max)
         if beyond.any():
@@ -263,7 +273,7 @@ def _checked(name: str, value: Any) -> Tensor:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(torch.as_tensor(value).shape)
+    return tuple(arguments.int_table("ColumnIntervals", "a vector", value, (1, 2, 3)).shape)
 
 
 def _short(value: int | Tensor) -> str:

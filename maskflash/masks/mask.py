@@ -9,7 +9,7 @@ import operator
 import sys
 from collections.abc import Callable, Hashable
 from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from torch import Tensor
 from maskflash.errors import ArgumentTypeError
 from maskflash.expr.trace import Traced, keyword_arguments, trace
 from maskflash.masks.base import Mask
-from maskflash.masks.call import Call
+from maskflash.masks.call import Call, Fits
 from maskflash.masks.captures import Captures
 from maskflash.masks.combination import Combination
 from maskflash.masks.slots import aside
 from maskflash.masks.traces import Traces
 from maskflash.names import check_free
 
-__all__ = ["Call", "Combination", "Mask", "Predicate", "Recorded", "mask"]
+_MAKERS: Final = ("maskflash.presets.", "maskflash.masks.columns")  # modules whose functions make masks
+
+__all__ = ["Call", "Combination", "Fits", "Mask", "Predicate", "Recorded", "mask"]
 
 
 class Predicate(Mask):
@@ -32,13 +34,20 @@ class Predicate(Mask):
 
     reachable = ("function",)
 
-    def __init__(self, function: Callable[..., Any], name: str | None = None, *, traced: bool = True) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None = None,
+        fits: Fits | None = None,
+        *,
+        traced: bool = True,
+    ) -> None:
         keywords = keyword_arguments(function)
         parameters = inspect.signature(function).parameters
         defaults = {k: p.default for k in keywords if (p := parameters[k]).default is not p.empty}
         name = name or str(getattr(function, "__name__", type(function).__name__))
         check_free(name, keywords)
-        super().__init__(name, keywords, defaults)
+        super().__init__(name, keywords, defaults, fits=fits)
         functools.update_wrapper(self, function, updated=())
         self._place = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
         self.function = function
@@ -105,16 +114,16 @@ class Predicate(Mask):
         if found is self:
             return self._place[1]
         by_name = found is self.function or _is_method_by_name(self.function)
-        return (_untraced, (self.function, self.name)) if by_name else (Recorded, self._recorded())
+        return (_untraced, (self.function, self.name, self.fits)) if by_name else (Recorded, self._recorded())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mask:
         """Itself where its function is found by name or captures nothing that is copied; else one of the copies."""
         if self._importable() is not None:
             return self
         function = _copy(self.function, memo)
-        return self if function is self.function else _untraced(function, self.name)
+        return self if function is self.function else _untraced(function, self.name, self.fits)
 
-    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces]:
+    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces, Fits | None]:
         if self.known() is None:
             raise ArgumentTypeError(
                 f"{self.name}: it can't be pickled before a call has shown the kinds of its arguments "
@@ -122,7 +131,8 @@ class Predicate(Mask):
                 "`def` at the top level of a module"
             )
         self.look()
-        return self.name, self.keywords, self.defaults, self._traces.recorded(self.captured(), self.structure())
+        traces = self._traces.recorded(self.captured(), self.structure())
+        return self.name, self.keywords, self.defaults, traces, self.fits
 
     def _importable(self) -> object:
         """The mask or its function, whichever its module has by name; None where it has neither."""
@@ -136,8 +146,15 @@ class Predicate(Mask):
 class Recorded(Mask):
     """A mask that came out of a pickle without its function: it serves arguments of the kinds that were recorded."""
 
-    def __init__(self, name: str, keywords: tuple[str, ...], defaults: dict[str, Any], traces: Traces) -> None:
-        super().__init__(name, keywords, defaults)
+    def __init__(
+        self,
+        name: str,
+        keywords: tuple[str, ...],
+        defaults: dict[str, Any],
+        traces: Traces,
+        fits: Fits | None = None,
+    ) -> None:
+        super().__init__(name, keywords, defaults, fits=fits)
         self._traces = traces
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
@@ -168,7 +185,7 @@ class Recorded(Mask):
         return self._traces.tensors()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Recorded, (self.name, self.keywords, self.defaults, self._traces)
+        return Recorded, (self.name, self.keywords, self.defaults, self._traces, self.fits)
 
 
 def mask(function: Callable[..., Any] | Mask) -> Mask:
@@ -198,12 +215,31 @@ def mask(function: Callable[..., Any] | Mask) -> Mask:
                 [1, 1, 0],
                 [0, 0, 1]], dtype=torch.int32)
     """
-    return function if isinstance(function, Mask) else Predicate(function)
+    if isinstance(function, Mask):
+        return function
+    _refuse_maker(function)
+    return Predicate(function)
 
 
-def _untraced(function: Callable[..., Any], name: str) -> Predicate:
+def _refuse_maker(value: Any) -> None:
+    """An error for what stands for a mask by mistake: the name of a preset, or a preset that wasn't called."""
+    if isinstance(value, str):
+        raise ArgumentTypeError(
+            f"mask: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are functions, and "
+            "called: mf.causal()"
+        )
+    if not inspect.isroutine(value) and not inspect.isclass(value):
+        return
+    if str(getattr(value, "__module__", "")).startswith(_MAKERS):
+        takes = [p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty]
+        raise ArgumentTypeError(
+            f"mask: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
+        )
+
+
+def _untraced(function: Callable[..., Any], name: str, fits: Fits | None) -> Predicate:
     """A mask whose function may not be ready to run: what it captures is still being made."""
-    return Predicate(function, name, traced=False)
+    return Predicate(function, name, fits, traced=False)
 
 
 def _is_method_by_name(function: Any) -> bool:

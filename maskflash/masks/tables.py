@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskflash import transfer
+from maskflash import modes, transfer
 from maskflash.identity import Watch, state
 
 _copies: dict[tuple[Hashable, torch.device], tuple[transfer.Upload, tuple[Any, ...], Watch]] = {}
@@ -51,5 +51,5 @@ def forget() -> None:
 @contextmanager
 def lasting() -> Iterator[None]:
     """Make tensors that any later call may take: those made in inference mode are of no use to training."""
-    with torch.inference_mode(False), torch.no_grad():
+    with modes.off():
         yield

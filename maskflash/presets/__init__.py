@@ -14,7 +14,7 @@ from maskflash.presets.basic import (
     prefix_lm,
     sliding_window,
 )
-from maskflash.presets.packed import causal_blockwise, prefix_lm_document, share_question
+from maskflash.presets.packed import causal_blockwise, causal_document, prefix_lm_document, share_question
 from maskflash.presets.sparse import qk_sparse, random_eviction
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "PaperMask",
     "causal",
     "causal_blockwise",
+    "causal_document",
     "dilated_window",
     "document",
     "full",

@@ -5,15 +5,14 @@ Pictures show queries downwards and keys to the right; ■ is visible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from maskflash import arguments
+from maskflash import arguments, modes
 from maskflash.errors import ArgumentError
-from maskflash.masks.mask import Mask, Predicate
-from maskflash.presets import documents
+from maskflash.masks.mask import Fits, Mask, Predicate
+from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Lengths
 
 __all__ = [
@@ -61,7 +60,7 @@ def causal() -> Mask:
     return Predicate(lambda b, h, q, kv: q >= kv, "causal()")
 
 
-def sliding_window(left: int, right: int = 0) -> Mask:
+def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     """Every query sees the keys near it: `left` tokens back and `right` ahead, both ends included.
 
         visible = q - left <= kv <= q + right
@@ -74,27 +73,33 @@ def sliding_window(left: int, right: int = 0) -> Mask:
         · · · ■ ■ ■
 
     Args:
-        left: tokens, at least 0.
-        right: tokens, at least 0.
+        left: tokens, at least 0; None for all that come before.
+        right: tokens, at least 0; None for all that come after.
 
-    Source: counted as flash-attention counts `window_size=(left, right)`.
+    Source: counted as flash-attention counts `window_size=(left, right)`, where -1 stands for None.
     """
-    left = arguments.integer("sliding_window", "left", left)
-    right = arguments.integer("sliding_window", "right", right)
-    return Predicate(
-        lambda b, h, q, kv: q - left <= kv <= q + right,
-        f"sliding_window({left}, {right})" if right else f"sliding_window({left})",
-    )
+    left, right = (arguments.side("sliding_window", *given) for given in (("left", left), ("right", right)))
+    name = f"sliding_window({left})" if right == 0 else f"sliding_window({left}, {right})"
+    if left is None and right is None:
+        return Predicate(lambda b, h, q, kv: True, name)
+    if left is None:
+        return Predicate(lambda b, h, q, kv: kv <= q + right, name)
+    if right is None:
+        return Predicate(lambda b, h, q, kv: q - left <= kv, name)
+    return Predicate(lambda b, h, q, kv: q - left <= kv <= q + right, name)
 
 
 def document(
-    lengths: Lengths | None = None,
+    documents: Lengths | None = None,
+    /,
     *,
-    ids: Tensor | None = None,
+    lengths: Lengths | None = None,
+    ids: Ints | None = None,
     cu_seqlens: Ints | None = None,
     kv_lengths: Lengths | None = None,
+    kv_cu_seqlens: Ints | None = None,
 ) -> Mask:
-    """Documents packed end to end; every query sees all of its own document. Combine with causal().
+    """Documents packed end to end; every query sees all of its own document. `causal_document` is its causal form.
 
         visible = document of q == document of kv
 
@@ -105,41 +110,49 @@ def document(
         · · · · ■ ■
         · · · · ■ ■
 
-    Give exactly one of lengths, ids and cu_seqlens. Lengths are read now; ids are kept by reference.
+    Give exactly one of lengths, ids and cu_seqlens. Lengths are read now; ids are kept by reference. With documents of
+    one length for queries and keys, `causal() & document(...)` is causal too.
 
     Args:
+        documents: lengths, by position. What may as well be ids or cu_seqlens is an error there: say it by name.
         lengths: tokens in each document, one list or (n,) tensor, or one for each batch row. They may fall short of
-            the sequence: the rest is padding that sees nothing and that nobody sees.
+            the sequence: the rest is padding that sees nothing and that nobody sees. In a call without a q_offset, they
+            may not go beyond both its queries and its keys.
         ids: (S,) or (B, S) integers, equal for tokens of one document, in any order.
         cu_seqlens: (n + 1,) where each document starts, and the total: as flash-attention's varlen functions take.
         kv_lengths: the keys' own lengths for cross-attention, document for document; with lengths or cu_seqlens.
+        kv_cu_seqlens: where the keys' documents start, instead.
 
     Raises:
         ArgumentError: none or several of them, negative lengths, or documents of queries and keys that don't pair up.
     """
     given = {"lengths": lengths, "ids": ids, "cu_seqlens": cu_seqlens}
-    names = [name for name, value in given.items() if value is not None]
+    names = ["lengths"] * (documents is not None) + [name for name, value in given.items() if value is not None]
     if len(names) != 1:
         got = ", ".join(names) or "none"
         raise ArgumentError(f"document: got {got}, expected exactly one of lengths, ids and cu_seqlens")
     if ids is not None:
-        if kv_lengths is not None:
-            raise ArgumentError("document: kv_lengths goes with lengths or cu_seqlens, got ids; drop one of them")
+        if kv_lengths is not None or kv_cu_seqlens is not None:
+            other = "kv_lengths" if kv_cu_seqlens is None else "kv_cu_seqlens"
+            raise ArgumentError(f"document: {other} goes with lengths or cu_seqlens, got ids; drop one of them")
         return _document_by_ids(arguments.int_table("document", "ids", ids, (1, 2)))
-    rows = documents.rows("lengths", lengths) if lengths is not None else [documents.from_starts(cu_seqlens)]
-    kv_rows = rows if kv_lengths is None else documents.rows("kv_lengths", kv_lengths)
-    counts, kv_counts = [len(row) for row in rows], [len(row) for row in kv_rows]
-    if counts != kv_counts:
-        raise ArgumentError(
-            f"document: {names[0]} has {counts} documents per row and kv_lengths {kv_counts}; they must pair up"
+    sizes = packing.sizes(
+        "document",
+        documents,
+        {"lengths": lengths, "cu_seqlens": cu_seqlens},
+        {"kv_lengths": kv_lengths, "kv_cu_seqlens": kv_cu_seqlens},
+    )
+    name = f"document({sizes.documents} documents)"
+    doc, total = packing.numbers(sizes.rows)
+    kv_doc, kv_total = packing.numbers(sizes.kv_rows) if sizes.unlike else (doc, total)
+    if len(sizes.rows) > 1:
+        return Predicate(
+            lambda b, h, q, kv: 0 <= q < total[b] and kv < kv_total[b] and doc[b, q] == kv_doc[b, kv], name, sizes.fits
         )
-    name = f"document({sum(counts)} documents)"
-    doc, total = documents.numbers(rows)
-    kv_doc, kv_total = (doc, total) if kv_lengths is None else documents.numbers(kv_rows)
-    if len(rows) == 1:
-        doc, kv_doc, n, kv_n = doc[0], kv_doc[0], int(total), int(kv_total)
-        return Predicate(lambda b, h, q, kv: 0 <= q < n and kv < kv_n and doc[q] == kv_doc[kv], name)
-    return Predicate(lambda b, h, q, kv: 0 <= q < total[b] and kv < kv_total[b] and doc[b, q] == kv_doc[b, kv], name)
+    with modes.off():
+        doc, kv_doc = doc[0], kv_doc[0]
+    n, kv_n = sum(sizes.rows[0]), sum(sizes.kv_rows[0])
+    return Predicate(lambda b, h, q, kv: 0 <= q < n and kv < kv_n and doc[q] == kv_doc[kv], name, sizes.fits)
 
 
 def prefix_lm(n: int | Ints) -> Mask:
@@ -155,14 +168,18 @@ def prefix_lm(n: int | Ints) -> Mask:
         ■ ■ ■ ■ ■ ■
 
     Args:
-        n: tokens in the prefix, at least 0; an int, or (B,) integers, one for each batch row (kept by reference).
+        n: tokens in the prefix, at least 0; an int, or (B,) integers, one for each batch row; a tensor is kept by
+            reference, and one of size 1 serves all.
 
     Source: Raffel et al., Exploring the Limits of Transfer Learning (T5), 2020, section 3.2.1.
     """
-    if isinstance(n, Tensor | Sequence):
-        table = arguments.int_table("prefix_lm", "n", n, (1,))
-        return Predicate(lambda b, h, q, kv: kv < table[b] or q >= kv, "prefix_lm(n per row)")
-    n = arguments.integer("prefix_lm", "n", n)
+    if arguments.is_table(n):
+        table = packing.reaches("prefix_lm", "n", n)
+        if len(table) == 1:
+            return Predicate(lambda b, h, q, kv: kv < table[0] or q >= kv, "prefix_lm(n)")
+        fits = Fits(batch=len(table))
+        return Predicate(lambda b, h, q, kv: kv < table[b] or q >= kv, "prefix_lm(n per row)", fits)
+    n = arguments.distance("prefix_lm", "n", n)
     return Predicate(lambda b, h, q, kv: kv < n or q >= kv, f"prefix_lm({n})")
 
 
@@ -181,12 +198,15 @@ def padding(lengths: int | Ints) -> Mask:
     Rows of padding still see the sequence's keys: where that work is to be saved too, use document(lengths).
 
     Args:
-        lengths: (B,) integers, one for each batch row (kept by reference), or one int for all.
+        lengths: (B,) integers, one for each batch row, or one int for all; a tensor is kept by reference, and one of
+            size 1 serves all.
     """
-    if isinstance(lengths, Tensor | Sequence):
-        table = arguments.int_table("padding", "lengths", lengths, (1,))
-        return Predicate(lambda b, h, q, kv: kv < table[b], "padding(lengths)")
-    length = arguments.integer("padding", "lengths", lengths)
+    if arguments.is_table(lengths):
+        table = packing.reaches("padding", "lengths", lengths)
+        if len(table) == 1:
+            return Predicate(lambda b, h, q, kv: kv < table[0], "padding(lengths)")
+        return Predicate(lambda b, h, q, kv: kv < table[b], "padding(lengths)", Fits(batch=len(table)))
+    length = arguments.distance("padding", "lengths", lengths)
     return Predicate(lambda b, h, q, kv: kv < length, f"padding({length})")
 
 
@@ -207,7 +227,7 @@ def global_tokens(n: int) -> Mask:
 
     Source: Beltagy et al., Longformer, 2020, section 3.1.
     """
-    n = arguments.integer("global_tokens", "n", n)
+    n = arguments.distance("global_tokens", "n", n)
     return Predicate(lambda b, h, q, kv: q < n or kv < n, f"global_tokens({n})")
 
 
@@ -229,8 +249,8 @@ def dilated_window(window: int, dilation: int) -> Mask:
 
     Source: Beltagy et al., Longformer, 2020, section 3.1.
     """
-    window = arguments.integer("dilated_window", "window", window)
-    dilation = arguments.integer("dilated_window", "dilation", dilation, low=1)
+    window = arguments.distance("dilated_window", "window", window)
+    dilation = arguments.distance("dilated_window", "dilation", dilation, low=1)
     return Predicate(
         lambda b, h, q, kv: abs(q - kv) <= window and (q - kv) % dilation == 0,
         f"dilated_window({window}, {dilation})",
@@ -264,12 +284,16 @@ def natten(height: int, width: int, kernel_h: int, kernel_w: int) -> Mask:
     Source: Hassani et al., Neighborhood Attention Transformer, 2023, section 3.1.
     """
     sizes = {"height": height, "width": width, "kernel_h": kernel_h, "kernel_w": kernel_w}
-    height, width, kernel_h, kernel_w = (arguments.integer("natten", name, size, low=1) for name, size in sizes.items())
+    height, width, kernel_h, kernel_w = (arguments.length("natten", name, size, low=1) for name, size in sizes.items())
     if kernel_h > height or kernel_w > width:
         raise ArgumentError(
             f"natten: the kernel is {kernel_h} x {kernel_w}, expected at most the image's {height} x {width}"
         )
     tokens, last_top, last_left = height * width, height - kernel_h, width - kernel_w
+    if tokens > arguments.MOST_TOKENS:
+        raise ArgumentError(
+            f"natten: the image is {height} x {width}, expected at most {arguments.MOST_TOKENS:,} pixels"
+        )
 
     def neighbourhood(b: Any, h: Any, q: Any, kv: Any) -> Any:
         top = min(max(q // width - kernel_h // 2, 0), last_top)
@@ -280,6 +304,9 @@ def natten(height: int, width: int, kernel_h: int, kernel_w: int) -> Mask:
 
 
 def _document_by_ids(ids: Tensor) -> Mask:
+    if ids.ndim == 2 and len(ids) == 1:
+        with modes.off():
+            ids = ids[0]  # serves all
     if ids.ndim == 1:
         return Predicate(lambda b, h, q, kv: ids[q] == ids[kv], "document(ids)")
-    return Predicate(lambda b, h, q, kv: ids[b, q] == ids[b, kv], "document(ids per row)")
+    return Predicate(lambda b, h, q, kv: ids[b, q] == ids[b, kv], "document(ids per row)", Fits(batch=len(ids)))

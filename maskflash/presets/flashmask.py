@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from maskflash import arguments
+from maskflash import arguments, modes
 from maskflash.errors import ArgumentError
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
@@ -69,8 +69,8 @@ PREDICATES: Final[dict[str, Callable[..., Mask]]] = {
     "full": basic.full,
     "causal": basic.causal,
     "sliding_window": basic.sliding_window,
-    "causal_document": lambda lengths: basic.causal() & basic.document(lengths),
-    "document": basic.document,
+    "causal_document": lambda lengths: basic.causal() & basic.document(lengths=lengths),
+    "document": lambda lengths: basic.document(lengths=lengths),
     "share_question": packed.share_question,
     "global_sliding_window": lambda n, window: basic.global_tokens(n) | basic.sliding_window(window, window),
     "causal_blockwise": packed.causal_blockwise,
@@ -151,6 +151,7 @@ def _cut(draw: random.Random, tokens: int, parts: int) -> list[int]:
     return [stop - start for start, stop in zip([0, *cuts], [*cuts, tokens], strict=True)] if tokens else []
 
 
+@modes.off()
 def _evictions(tokens: int, seed: int, batch: int, heads: int) -> Tensor:
     """(batch, heads, tokens) int32, the row that each column is evicted at; tokens + 1 for never."""
     draw = torch.Generator().manual_seed(seed)

@@ -6,13 +6,77 @@ sees them. Lengths are read when the mask is made.
 
 from __future__ import annotations
 
-from maskflash.masks.mask import Mask, Predicate
+from maskflash import arguments, modes
+from maskflash.errors import ArgumentError
+from maskflash.masks.mask import Fits, Mask, Predicate
 from maskflash.presets import documents as packing
-from maskflash.presets.documents import Ints, Questions
+from maskflash.presets.documents import Align, Ints, Lengths, Questions
 
-__all__ = ["causal_blockwise", "prefix_lm_document", "share_question"]
+__all__ = ["causal_blockwise", "causal_document", "prefix_lm_document", "share_question"]
 
 _NONE = -1  # instead of a document or a block
+
+
+def causal_document(
+    documents: Lengths | None = None,
+    /,
+    *,
+    lengths: Lengths | None = None,
+    cu_seqlens: Ints | None = None,
+    kv_lengths: Lengths | None = None,
+    kv_cu_seqlens: Ints | None = None,
+    align: Align = "bottom_right",
+    left: int | None = None,
+    right: int | None = 0,
+) -> Mask:
+    """Documents packed end to end, causal or windowed inside each, whose queries and keys may differ in number.
+
+        visible = document of q == document of kv and at - left <= kv <= at + right
+        at      = end of kv's document - (end of q's document - q), the key that q is aligned with
+
+        ■ ■ ■ ■ · · · · ·    lengths=[2, 3], kv_lengths=[5, 4]
+        ■ ■ ■ ■ ■ · · · ·
+        · · · · · ■ ■ · ·
+        · · · · · ■ ■ ■ ·
+        · · · · · ■ ■ ■ ■
+
+    What `flash_attn_varlen_func(..., causal=True)` computes. Without kv_lengths it is `causal() & document(lengths)`.
+    Where a document has more queries than keys, its first queries come before all its keys and see nothing. Rows are
+    those of the packed queries: a q_offset takes the call for a part of them.
+
+    Args:
+        documents: lengths, by position. What may as well be ids or cu_seqlens is an error there: say it by name.
+        lengths: queries in each document, one list or (n,) tensor, or one for each batch row; 0 is an empty document.
+        cu_seqlens: (n + 1,) where the queries of each document start, and their total, instead of lengths.
+        kv_lengths: keys in each document; None for as many as queries.
+        kv_cu_seqlens: where the keys of each document start, and their total, instead of kv_lengths.
+        align: "bottom_right" where the last query of a document is at its last key, as flash-attention has it from 2.1
+            on; "top_left" where the first query is at its first key: at = start of kv's document + (q - start of q's).
+        left: tokens before `at`, at least 0; None for all of the document that comes before.
+        right: tokens after it, at least 0; None for all of the document that comes after.
+
+    Raises:
+        ArgumentError: no lengths or several, negative ones, or documents of queries and keys that don't pair up.
+
+    Source: Dao, flash-attention, `flash_attn_varlen_func` and its window_size=(left, right), where -1 stands for None.
+    """
+    sizes = packing.sizes(
+        "causal_document",
+        documents,
+        {"lengths": lengths, "cu_seqlens": cu_seqlens},
+        {"kv_lengths": kv_lengths, "kv_cu_seqlens": kv_cu_seqlens},
+    )
+    if align not in ("bottom_right", "top_left"):
+        raise ArgumentError(f'causal_document: align is {align!r}, expected "bottom_right" or "top_left"')
+    left, right = (arguments.side("causal_document", *given) for given in (("left", left), ("right", right)))
+    start, stop = packing.diagonals(sizes, align, left, right)
+    name = f"causal_document({sizes.documents} documents)"
+    n = max(map(sum, sizes.rows))
+    if len(start) > 1:
+        return Predicate(lambda b, h, q, kv: 0 <= q < n and start[b, q] <= kv < stop[b, q], name, sizes.fits)
+    with modes.off():
+        start, stop = start[0], stop[0]
+    return Predicate(lambda b, h, q, kv: 0 <= q < n and start[q] <= kv < stop[q], name, sizes.fits)
 
 
 def share_question(documents: Questions) -> Mask:
@@ -40,6 +104,7 @@ def share_question(documents: Questions) -> Mask:
     return Predicate(
         lambda b, h, q, kv: kv < n and kv <= q < end[kv],
         f"share_question({len(documents)} documents)",
+        Fits(q_total=n),
     )
 
 
@@ -67,6 +132,7 @@ def causal_blockwise(lengths: Ints) -> Mask:
     return Predicate(
         lambda b, h, q, kv: kv <= q < n and (block[q] == block[kv] or q >= last),
         f"causal_blockwise({len(blocks)} blocks)",
+        Fits(q_total=n),
     )
 
 
@@ -92,8 +158,10 @@ def prefix_lm_document(lengths: Ints, prefixes: Ints) -> Mask:
     n = sum(sizes)
     doc = packing.by_token(range(len(sizes)), sizes, max(n, 1), _NONE)
     halves = [size for length, head in zip(sizes, heads, strict=True) for size in (head, length - head)]
-    in_prefix = packing.by_token([1, 0] * len(sizes), halves, max(n, 1), 0).bool()
+    with modes.off():
+        in_prefix = packing.by_token([1, 0] * len(sizes), halves, max(n, 1), 0).bool()
     return Predicate(
         lambda b, h, q, kv: 0 <= q < n and kv < n and doc[q] == doc[kv] and (kv <= q or in_prefix[kv]),
         f"prefix_lm_document({len(sizes)} documents)",
+        Fits(q_total=n),
     )

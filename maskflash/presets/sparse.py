@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskflash.masks.mask import Mask, Predicate
+from maskflash.masks.mask import Fits, Mask, Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Segments
 
@@ -69,4 +69,5 @@ def random_eviction(evicted_at: Ints) -> Mask:
     return Predicate(
         lambda b, h, q, kv: kv < n and kv <= q < table[b if batch > 1 else 0, h if heads > 1 else 0, kv],
         "random_eviction(evicted_at)",
+        Fits(packing.unless_1(batch), packing.unless_1(heads)),
     )

@@ -85,7 +85,7 @@ def joined(draw):
         mf.mask(lambda b, h, q, kv: ascending[b, q] == ascending[b, kv]),
         mf.mask(lambda b, h, q, kv: ascending[0, kv] <= ascending[0, q]),
         mf.mask(lambda b, h, q, kv: -ascending[0, q] < -ascending[0, kv]),
-        mf.document(draw(st.lists(st.integers(0, 30), min_size=1, max_size=5))),
+        mf.mask(mf.document(lengths=draw(st.lists(st.integers(0, 30), min_size=1, max_size=5))).function),
     ]
     parts = draw(st.lists(st.sampled_from([*map(mf.mask, CONJUNCTS), *tables]), min_size=1, max_size=3))
     whole = parts[0]

@@ -113,6 +113,13 @@ def test_any_combination_means_what_python_would_say(text):
         ("", "", "can't be read"),
         ("causal) & (full", ")", "unmatched"),
         ("causal & document(3", "(3", "never closed"),
+        ("document(2000000000)", "2000000000", "this number is too large, expected at most 16,777,216"),
+        (
+            "document([9999999] * 9999)",
+            "document([9999999] * 9999)",
+            "this speaks of 99,989,990,001 tokens, expected at",
+        ),
+        ("natten(9999, 9999, 3, 3)", "natten(9999, 9999, 3, 3)", "this speaks of 99,980,001 tokens"),
         ("document('é') & documents(1)", "document('é')", "lengths"),
         ("paper('é', 3) if causal else full", "paper('é', 3) if causal else full", "expected a mask"),
     ],

@@ -286,3 +286,22 @@ def test_many_processes_starting_at_once(folder):
     entries = list(folder.iterdir())
     assert len(entries) == 40
     assert all(entry.suffix == ".py" and entry.stat().st_size > 50_000 for entry in entries)
+
+
+def test_what_killed_processes_left_is_removed_some_day(folder):
+    folder.mkdir(mode=0o700)
+    old, new, other = (folder / name for name in (f"{'ab' * 16}x.tmp", f"{'cd' * 16}y.tmp", "notes.tmp"))
+    for path in (old, new, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    module_cache.load(SOURCE)
+    assert (old.exists(), new.exists(), other.exists()) == (False, True, True)
+
+
+def test_an_entry_of_any_size_is_read_no_further_than_a_kernel_goes(folder, monkeypatch):
+    module = module_cache.load(SOURCE)
+    with open(module.__file__, "r+b") as entry:
+        entry.truncate(20 << 30)  # a hole: it takes no room
+    assert again(monkeypatch).answer() == 42
+    assert os.path.getsize(module.__file__) == len(SOURCE.encode())

@@ -47,6 +47,12 @@ def table(values):
     return lambda b, h, q, kv: values[q, kv]
 
 
+def varlen(b, h, q, kv):
+    first, keys = q < 10, kv < 40
+    last = torch.where(first, q + 30, q + 32)  # the key at which each query is
+    return (first == keys) & (kv <= last)
+
+
 def shared_questions(b, h, q, kv):
     part = by_token([0, 1, 2, 3, 4, 5], [12, 10, 8, 6, 16, 12])
     question = by_token([0, 0, 0, 0, 4, 4], [12, 10, 8, 6, 16, 12])  # of the document that the part belongs to
@@ -112,6 +118,7 @@ FORMULAS = {
     "causal": lambda b, h, q, kv: q >= kv,
     "sliding_window": lambda b, h, q, kv: (q - kv <= 12) & (kv - q <= 4),
     "document": table(blocks(20, 30, 14)),
+    "causal_document": varlen,
     "prefix_lm": lambda b, h, q, kv: (kv < 20) | (q >= kv),
     "padding": lambda b, h, q, kv: kv < torch.tensor([40, 64])[b],
     "global_tokens": lambda b, h, q, kv: (q < 4) | (kv < 4) | ((q - kv).abs() <= 8),

@@ -55,12 +55,12 @@ def documents(row, length):
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), LENGTH)
-def test_documents_by_lengths_and_starts(row, length):
-    ids = documents(row, length)
+def test_documents_by_lengths_and_starts(row, rest):
+    ids = documents(row, sum(row) + rest)
     expected = (ids[:, None] == ids[None, :]) & (ids[:, None] >= 0)
     starts = [0, *torch.tensor(row).cumsum(0).tolist()]
     for mask in (
-        mf.document(row),
+        mf.document(lengths=row),
         mf.document(lengths=torch.tensor(row)),
         mf.document(cu_seqlens=starts),
         mf.document(cu_seqlens=torch.tensor(starts, dtype=torch.int32)),
@@ -69,19 +69,21 @@ def test_documents_by_lengths_and_starts(row, length):
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=4), min_size=2, max_size=3), LENGTH)
-def test_documents_of_each_batch_row(rows, length):
-    ids = torch.stack([documents(row, length) for row in rows])
+def test_documents_of_each_batch_row(rows, rest):
+    ids = torch.stack([documents(row, max(map(sum, rows)) + rest) for row in rows])
     expected = (ids[:, None, :, None] == ids[:, None, None, :]) & (ids[:, None, :, None] >= 0)
-    assert same(mf.document(rows), expected, batch=len(rows))
+    assert same(mf.document(lengths=rows), expected, batch=len(rows))
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=5), LENGTH, LENGTH)
-def test_documents_of_queries_and_keys_pair_up(pairs, q_len, kv_len):
+def test_documents_of_queries_and_keys_pair_up(pairs, rest, kv_rest):
     rows, columns = ([pair[side] for pair in pairs] for side in (0, 1))
-    q_ids, kv_ids = documents(rows, q_len), documents(columns, kv_len)
+    q_ids, kv_ids = documents(rows, sum(rows) + rest), documents(columns, sum(columns) + kv_rest)
     expected = (q_ids[:, None] == kv_ids[None, :]) & (q_ids[:, None] >= 0)
-    assert same(mf.document(rows, kv_lengths=columns), expected)
-    assert same(mf.document([rows, rows], kv_lengths=[columns, columns]), expected, batch=2)
+    starts, kv_starts = ([0, *torch.tensor(row).cumsum(0).tolist()] for row in (rows, columns))
+    assert same(mf.document(lengths=rows, kv_lengths=columns), expected)
+    assert same(mf.document(cu_seqlens=starts, kv_cu_seqlens=torch.tensor(kv_starts)), expected)
+    assert same(mf.document(lengths=[rows, rows], kv_lengths=[columns, columns]), expected, batch=2)
 
 
 def test_documents_by_ids():
@@ -110,13 +112,17 @@ def test_neighbourhoods(height, width, data):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: mf.sliding_window(-1), mf.ArgumentError, "sliding_window: left is -1, expected at least 0"),
+        (
+            lambda: mf.sliding_window(-1),
+            mf.ArgumentError,
+            "left is -1, expected at least 0; pass None for a side without",
+        ),
         (lambda: mf.sliding_window(3, 1.5), mf.ArgumentTypeError, "sliding_window: right is 1.5, expected an int"),
         (lambda: mf.document(), mf.ArgumentError, "got none, expected exactly one of lengths, ids and cu_seqlens"),
-        (lambda: mf.document([1], cu_seqlens=[0, 1]), mf.ArgumentError, "got lengths, cu_seqlens, expected exactly"),
-        (lambda: mf.document([1, -2]), mf.ArgumentError, "lengths holds -2"),
+        (lambda: mf.document([4], cu_seqlens=[0, 4]), mf.ArgumentError, "got lengths, cu_seqlens, expected exactly"),
+        (lambda: mf.document(lengths=[1, -2]), mf.ArgumentError, "lengths holds -2"),
         (lambda: mf.document([1.5]), mf.ArgumentTypeError, "lengths has dtype torch.float32"),
-        (lambda: mf.document("ab"), mf.ArgumentTypeError, "lengths is 'a', expected integers"),
+        (lambda: mf.document("ab"), mf.ArgumentTypeError, "lengths is 'ab', expected integers"),
         (lambda: mf.document(ids=[[0, 1], [2]]), mf.ArgumentTypeError, "ids is .* expected integers"),
         (lambda: mf.document(ids=torch.zeros(2, 2, 2, dtype=torch.int)), mf.ArgumentError, "expected a 1-d or 2-d"),
         (lambda: mf.document(cu_seqlens=[1, 4]), mf.ArgumentError, r"cu_seqlens is \[1, 4\], expected 0, where"),

@@ -19,6 +19,7 @@ PICTURED = {
     "dilated_window": mf.dilated_window(2, 2),
     "natten": mf.natten(3, 3, 2, 2),
     "share_question": mf.presets.share_question([(2, [1, 1]), (1, [1])]),
+    "causal_document": mf.causal_document([2, 3], kv_lengths=[5, 4]),
     "causal_blockwise": mf.presets.causal_blockwise([2, 2, 2]),
     "prefix_lm_document": mf.presets.prefix_lm_document([4, 2], [2, 1]),
     "qk_sparse": mf.presets.qk_sparse([(1, 2), (4, 2)]),

@@ -30,8 +30,8 @@ TWICE = {  # by name: arguments, as vectors, as a preset
     "full": (st.tuples(), vectors.full, mf.full),
     "causal": (st.tuples(), vectors.causal, mf.causal),
     "sliding_window": (st.tuples(NUMBER), vectors.sliding_window, mf.sliding_window),
-    "causal_document": (st.tuples(LENGTHS), vectors.causal_document, lambda x: mf.causal() & mf.document(x)),
-    "document": (st.tuples(LENGTHS), vectors.document, mf.document),
+    "causal_document": (st.tuples(LENGTHS), vectors.causal_document, lambda x: mf.causal_document(lengths=x)),
+    "document": (st.tuples(LENGTHS), vectors.document, lambda x: mf.document(lengths=x)),
     "share_question": (st.tuples(QUESTIONS), vectors.share_question, presets.share_question),
     "global_sliding_window": (
         st.tuples(NUMBER, NUMBER),
@@ -50,11 +50,19 @@ TWICE = {  # by name: arguments, as vectors, as a preset
 }
 
 
+def tokens(name, first=None, *_):
+    """What documents add up to."""
+    if name == "share_question":
+        return sum(question + sum(answers) for question, answers in first)
+    return sum(first) if name in ("causal_document", "document", "causal_blockwise", "prefix_lm_document") else 0
+
+
 @pytest.mark.parametrize("name", presets.PAPER)
-@given(seq_len=NUMBER, data=st.data())
-def test_vectors_are_the_preset(name, seq_len, data):
+@given(rest=NUMBER, data=st.data())
+def test_vectors_are_the_preset(name, rest, data):
     arguments, as_vectors, as_preset = TWICE[name]
     given_arguments = data.draw(arguments)
+    seq_len = tokens(name, *given_arguments) + rest
     found = as_vectors(*given_arguments, seq_len)
     assert isinstance(found, mf.ColumnIntervals)
     assert torch.equal(found.dense(seq_len, seq_len), as_preset(*given_arguments).dense(seq_len, seq_len))
@@ -73,8 +81,13 @@ def test_vectors_are_the_preset(name, seq_len, data):
     ],
 )
 @pytest.mark.parametrize("seq_len", range(11))
-def test_any_number_of_tokens_may_be_missing_or_left(name, arguments, seq_len):
+def test_any_number_of_tokens_may_be_left_and_none_of_a_document_missing(name, arguments, seq_len):
     _, as_vectors, as_preset = TWICE[name]
+    total = tokens(name, *arguments)
+    if total > seq_len:
+        with pytest.raises(mf.ArgumentError, match=f"add up to {total} tokens, expected at most seq_len, {seq_len}"):
+            as_vectors(*arguments, seq_len)
+        return
     found = as_vectors(*arguments, seq_len).dense(seq_len, seq_len)
     assert torch.equal(found, as_preset(*arguments).dense(seq_len, seq_len))
 
