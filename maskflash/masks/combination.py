@@ -1,71 +1,144 @@
-"""Masks joined by & | ^ ~ -> a mask of their common arguments."""
+"""Masks joined by & | ^ ~ -> a mask of their common arguments.
+
+Masks are joined in loops, so one may be thousands of joins deep. What is done with the masks below a join goes along
+its steps, never down by recursion.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
-from maskflash.expr.combine import combine
+from maskflash.expr.combine import Join, combine
 from maskflash.expr.trace import Traced
 from maskflash.masks.base import Mask
 from maskflash.masks.call import Call
 from maskflash.masks.traces import Traces
 
 SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^"}
+_LONGEST_NAME: Final = 1000  # characters
+
+Step = Mask | Join
+T = TypeVar("T")
 
 
 class Combination(Mask):
-    """Masks joined by a connective; both sides are always reached, as under Python's `&`."""
+    """Masks joined by a connective; both sides are always reached, as under Python's `&`.
+
+    Attributes:
+        op: the connective, as expressions have it.
+        parts: two masks, or the one that is negated.
+        leaves: how many masks are joined, all told.
+    """
 
     def __init__(self, op: str, *parts: Mask) -> None:
         self.op = op
         self.parts = parts
+        self.leaves = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
         self._traces = Traces()
-        names = [f"({part})" if isinstance(part, Combination) and part.op != "not" else f"{part}" for part in parts]
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
         for part in parts:
             for name, value in part.defaults.items():
                 if all(name not in other.keywords or name in other.defaults for other in parts):
                     defaults.setdefault(name, value)
-        name = f"~{names[0]}" if op == "not" else f" {SYMBOLS[op]} ".join(names)
         implied = tuple(dict.fromkeys(name for part in parts for name in part.implied_names))
         sizes = tuple(dict.fromkeys(size for part in parts for size in part.sizes))
-        super().__init__(name, keywords, defaults, implied, sizes)
+        super().__init__(_name(op, parts, self.leaves), keywords, defaults, implied, sizes)
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The parts' answers, joined."""
-        return self.join(*(part(b, h, q, kv, **own(part, mask_args)) for part in self.parts))
+        return folded(self.steps(), lambda part: part(b, h, q, kv, **own(part, mask_args)), connect)
 
-    def join(self, x: Any, *others: Any) -> Any:
-        """The connective, of the parts' answers."""
-        match self.op:
-            case "not":
-                return x ^ True
-            case "bitand":
-                return x & others[0]
-            case "bitor":
-                return x | others[0]
-        return x ^ others[0]
+    def steps(self) -> list[Step]:
+        """The joined masks, each once, and their joins, each after its operands; the last is the whole."""
+        steps: list[Step] = []
+        places: dict[int, int] = {}
+        stack: list[tuple[Mask, bool]] = [(self, False)]
+        while stack:
+            mask, reached = stack.pop()
+            if id(mask) in places:
+                continue
+            if isinstance(mask, Combination) and not reached:
+                stack.append((mask, True))
+                stack += [(part, False) for part in reversed(mask.parts)]
+                continue
+            places[id(mask)] = len(steps)
+            joins = isinstance(mask, Combination)
+            steps.append((mask.op, tuple(places[id(part)] for part in mask.parts)) if joins else mask)
+        return steps
+
+    def joined(self) -> list[Mask]:
+        """The masks themselves, in order."""
+        return [step for step in self.steps() if isinstance(step, Mask)]
 
     def implied(self, call: Call) -> dict[str, int]:
         """What any part's call implies."""
-        return {name: value for part in self.parts for name, value in part.implied(call).items()}
+        return {name: value for part in self.joined() for name, value in part.implied(call).items()}
 
     def traced(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
-        return self._traces.get(
-            mask_args,
-            lambda: combine(self.op, tuple(part.traced(own(part, mask_args)) for part in self.parts)),
-        )
+        return self._traces.get(mask_args, lambda: combine(self._traced_steps(mask_args)))
+
+    def _traced_steps(self, mask_args: dict[str, Any]) -> list[Traced | Join]:
+        return [
+            step.traced(own(step, mask_args)) if isinstance(step, Mask) else step
+            for step in self.steps()
+        ]
 
     def known(self) -> Traced | None:
         """The latest, or the only one."""
         return self._traces.latest() or super().known()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Combination, (self.op, *self.parts)
+        return _joined_again, (self.steps(),)
+
+
+def connect(op: str, x: Any, *others: Any) -> Any:
+    """A connective, of the parts' answers."""
+    match op:
+        case "not":
+            return x ^ True
+        case "bitand":
+            return x & others[0]
+        case "bitor":
+            return x | others[0]
+    return x ^ others[0]
+
+
+def folded(steps: Sequence[Step], of_mask: Callable[[Mask], T], of_join: Callable[..., T]) -> T:
+    """The value of the last step, from those of masks and, at joins, from the connective and its operands' values."""
+    last = {operand: place for place, step in enumerate(steps) if isinstance(step, tuple) for operand in step[1]}
+    values: dict[int, T] = {}  # that are still needed
+    for place, step in enumerate(steps):
+        if isinstance(step, Mask):
+            values[place] = of_mask(step)
+            continue
+        op, operands = step
+        value = of_join(op, *(values[operand] for operand in operands))
+        for operand in {operand for operand in operands if last[operand] == place}:
+            del values[operand]
+        values[place] = value
+    return values[len(steps) - 1]
 
 
 def own(part: Mask, mask_args: dict[str, Any]) -> dict[str, Any]:
     """The arguments that one of the joined masks takes."""
     return {name: mask_args[name] for name in (*part.keywords, *part.implied_names) if name in mask_args}
+
+
+def _name(op: str, parts: Sequence[Mask], leaves: int) -> str:
+    """The connective as one would write it; of what would be too long to read, how many masks there are."""
+    names = [
+        f"({part})" if isinstance(part, Combination) and part.op not in ("not", op) else f"{part}" for part in parts
+    ]
+    name = f"~{names[0]}" if op == "not" else f" {SYMBOLS[op]} ".join(names)
+    return name if len(name) <= _LONGEST_NAME else f"{leaves:,} joined mask{'s' * (leaves > 1)}"
+
+
+def _joined_again(steps: Sequence[Step]) -> Mask:
+    """The mask of such steps."""
+    masks: list[Mask] = []
+    for step in steps:
+        masks.append(step if isinstance(step, Mask) else Combination(step[0], *(masks[place] for place in step[1])))
+    return masks[-1]
