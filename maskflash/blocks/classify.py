@@ -19,6 +19,7 @@ from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.formula import find_formula
 from maskflash.blocks.hulls import Hulls, evaluated, find_intervals
+from maskflash.blocks.meets import find_meets
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.tiles import Tiles
@@ -101,6 +102,7 @@ def classify(problem: Problem) -> Classified:
         return _cut(pieces, largest)
     columns = units * problem.kv_len
     tiles = Tiles(problem)
+    tiles.meets = find_meets(problem, tiles.undecided)
     if not tiles.settle(lambda pairs: pairs <= _PAIRS_FOR_A_PIECE * columns or find(problem) is None):
         pieces = find(problem)
         assert pieces is not None, "evaluation is refused only where columns can be cut"

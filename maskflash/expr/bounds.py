@@ -27,7 +27,13 @@ class Verdict:
     largest: float  # a cap on the absolute values of its 64-bit integers, before any wrapping
 
 
-def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: RangeMinima | None = None) -> Verdict:
+def bounds(
+    expr: Expr,
+    inputs: Inputs,
+    boxes: Mapping[str, Interval],
+    ranges: RangeMinima | None = None,
+    known: Mapping[int, Interval] | None = None,
+) -> Verdict:
     """Bound the mask over boxes of pairs.
 
     Args:
@@ -35,6 +41,7 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
         inputs: values of its params and tables.
         boxes: for `b`, `h`, `q`, `kv` the first and last index, int64 tensors of shapes that broadcast together.
         ranges: range minima of the tables, to be shared between calls while the tables' contents stay the same.
+        known: bounds of the truth of some nodes, by position, from elsewhere.
 
     Returns:
         What holds for every pair of each box.
@@ -43,7 +50,7 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
     intervals: list[Interval] = []
     magnitudes: list[float] = []
     faults: list[Tensor | None] = []
-    for node in expr.nodes:
+    for position, node in enumerate(expr.nodes):
         operands = [intervals[arg] for arg in node.args]
         kinds = [expr.nodes[arg] for arg in node.args]
         measured = node.op in INDEX_VARIABLES or node.op == "cast"  # its cap is read off its bounds
@@ -59,6 +66,9 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
             interval, fault = operation(node, operands, operand_dtype(node, kinds), magnitude)
         if measured and not node.dtype.is_floating_point:
             magnitude = _extent(interval)
+        if known and position in known:
+            least, most = known[position]
+            interval = Interval((interval.lo | least) & most, (interval.hi & most) | least)
         intervals.append(interval)
         magnitudes.append(magnitude)
         faults.append(fault)

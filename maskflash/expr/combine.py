@@ -14,7 +14,6 @@ from maskflash.expr.simplify import simplify
 from maskflash.expr.trace import Traced, compact
 from maskflash.expr.tracer import Argument
 
-
 Join = tuple[str, tuple[int, ...]]
 """A connective, "bitand", "bitor", "bitxor" (both sides are always reached) or "not", and its operands' places."""
 

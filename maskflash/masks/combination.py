@@ -81,10 +81,7 @@ class Combination(Mask):
         return self._traces.get(mask_args, lambda: combine(self._traced_steps(mask_args)))
 
     def _traced_steps(self, mask_args: dict[str, Any]) -> list[Traced | Join]:
-        return [
-            step.traced(own(step, mask_args)) if isinstance(step, Mask) else step
-            for step in self.steps()
-        ]
+        return [step.traced(own(step, mask_args)) if isinstance(step, Mask) else step for step in self.steps()]
 
     def known(self) -> Traced | None:
         """The latest, or the only one."""

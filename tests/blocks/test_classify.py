@@ -106,7 +106,7 @@ def test_bounds_settle_squares_of_tiles(monkeypatch):
     monkeypatch.setattr(
         tiles,
         "bounds",
-        lambda expr, inputs, at, ranges: boxes.append(at["q"].lo + at["kv"].lo) or bound(expr, inputs, at, ranges),
+        lambda expr, inputs, at, *rest: boxes.append(at["q"].lo + at["kv"].lo) or bound(expr, inputs, at, *rest),
     )
     counts = {}
     for q_len in (1 << 15, 1 << 17):
