@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskflash.blocks.problem import LARGEST_SUM, Problem
+from maskflash.blocks.problem import Problem
 from maskflash.expr.evaluate import compute
 from maskflash.expr.nodes import Expr
 from maskflash.expr.separate import Matching, matchings
@@ -86,7 +86,7 @@ def find_meets(problem: Problem, undecided: Callable[[], int]) -> tuple[Meets, .
         undecided: how many tiles there are to look at, as far as bounds tell.
     """
     found = matchings(problem.expr)
-    if not found or (any(matching.rearranged for matching in found) and problem.largest() >= LARGEST_SUM):
+    if not found:
         return ()
     most = min(_MOST, _MOST_FOR_A_TILE * undecided())
     return tuple(meets for matching in found if (meets := _meet(problem, matching, most)))
@@ -100,7 +100,7 @@ def _meet(problem: Problem, matching: Matching, most: int) -> Meets | None:
     shared = last - first
     before = pad(columns.cumsum(0), (1, 0))
     matches = int((rows * (before[last] - before[first])).sum())
-    if int(shared.sum()) > most or matches > _DENSE * math.prod(problem.shape[:2]) * problem.q_len * problem.kv_len:
+    if int(shared.sum()) > most or matches >= _DENSE * math.prod(problem.shape[:2]) * problem.q_len * problem.kv_len:
         return None
     found = []
     for low, high in _parts(line, shared):

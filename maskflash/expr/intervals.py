@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskflash.expr.nodes import COMPARISONS, Node
 
-_SAFE = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
+SAFE = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
 _INT64 = torch.iinfo(torch.int64)
 
 
@@ -47,7 +47,7 @@ def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: f
         return _BOOLEAN[op](*args), None
     args = [widen(arg) for arg in args]
     fault = (args[1].lo <= 0) & (args[1].hi >= 0) if op in ("floordiv", "mod", "truncdiv", "fmod") else None
-    if magnitude >= _SAFE:
+    if magnitude >= SAFE:
         return unknown(args, dtype), fault
     return _narrow(_INTEGER[op](*args), dtype), fault
 

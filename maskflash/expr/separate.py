@@ -96,7 +96,6 @@ class Matching:
         columns: one of these, which don't read q.
         of_rows: the conditions of the row.
         of_columns: of the column.
-        rearranged: terms were brought to other sides, which is the same only while nothing overflows.
     """
 
     position: int
@@ -105,12 +104,14 @@ class Matching:
     columns: tuple[Expr, ...]
     of_rows: tuple[Expr, ...]
     of_columns: tuple[Expr, ...]
-    rearranged: bool
 
 
 @lru_cache(maxsize=256)
 def matchings(expr: Expr) -> tuple[Matching, ...]:
-    """The parts of an expression that match rows with columns: equalities, each with all that `and` joins to it."""
+    """The parts of an expression that match rows with columns: equalities, each with all that `and` joins to it.
+
+    Terms may have been brought to other sides: of an equality that is the same also where sums wrap.
+    """
     sides = _sides(expr)
     found: list[Matching] = []
     stack, met = [len(expr.nodes) - 1], set()
@@ -122,14 +123,12 @@ def matchings(expr: Expr) -> tuple[Matching, ...]:
         equal: list[tuple[Expr, Expr]] = []
         own: dict[_Side, list[Expr]] = {"rows": [], "columns": [], "neither": []}
         places: list[int] = []
-        rearranged = False
         for part in _conjuncts(expr, position):
             compared = _Parts(expr, sides)
             if sides[part] != "both":
                 own[sides[part]].append(_part(expr, part, expr.nodes[part].dtype))
             elif expr.nodes[part].op == "eq" and compared.equality(part):
                 equal.append((compared.thresholds[0].rows, compared.thresholds[0].columns))
-                rearranged |= compared.rearranged
             else:
                 stack += expr.nodes[part].args
                 continue
@@ -138,7 +137,7 @@ def matchings(expr: Expr) -> tuple[Matching, ...]:
             rows, columns = zip(*equal, strict=True)
             of_rows, of_columns = (tuple(own[side]) for side in ("rows", "columns"))
             of_columns += tuple(own["neither"])
-            found.append(Matching(position, tuple(places), rows, columns, of_rows, of_columns, rearranged))
+            found.append(Matching(position, tuple(places), rows, columns, of_rows, of_columns))
     return tuple(found)
 
 

@@ -116,6 +116,39 @@ def test_bounds_settle_squares_of_tiles(monkeypatch):
     assert counts[1 << 15] < (1 << 15 >> 7) ** 2 / 2 and counts[1 << 17] < 5 * counts[1 << 15]
 
 
+BASES = st.sampled_from([0, 2**61, 2**62, 2**63 - 100, -(2**61), -(2**62), 100 - 2**63])
+
+
+@given(BASES, BASES, st.integers(-40, 40), SIZES, st.data())
+def test_numbers_near_the_ends_of_64_bits_are_as_torch_has_them(base, other, near, block_size, data):
+    ids = torch.tensor(data.draw(st.lists(st.integers(-9, 9), min_size=40, max_size=40))) + base
+    base, other = base + near, other - near
+    predicate = data.draw(
+        st.sampled_from(
+            [
+                lambda b, h, q, kv: (q - base) - (kv - other) <= 4,
+                lambda b, h, q, kv: abs((q - base) - (kv - base)) < 9,
+                lambda b, h, q, kv: (q - base) // 8 == (kv - base) // 8,
+                lambda b, h, q, kv: (ids[q] - ids[kv] <= 1) & (q >= kv),
+                lambda b, h, q, kv: (ids[q] - kv) + (ids[q] - kv) + (ids[q] - kv) > other,
+                lambda b, h, q, kv: (ids[q] - ids[kv]) + (ids[q] - ids[kv]) + (ids[q] - ids[kv]) == 3 * (q - kv),
+                lambda b, h, q, kv: min(ids[q], kv + base) - max(ids[kv], q + base) > 2,
+            ]
+        )
+    )
+    mask = mf.mask(predicate)
+    found = mask.block_map(40, 40, block_size=block_size).kinds()
+    assert torch.equal(found, brute_force(mask.dense(40, 40), block_size))
+
+
+def test_large_numbers_cost_what_small_ones_do():
+    base = 2**61 + 5
+    ids = torch.arange(2048) // 100 + base
+    assert decided(mf.mask(lambda b, h, q, kv: (q - base) - (kv - base) <= 64), 2048) == {"formula": 256}
+    assert decided(mf.mask(lambda b, h, q, kv: (q - base) - (kv - base) <= 64 and q >= kv), 2048) == {"formula": 256}
+    assert decided(mf.mask(lambda b, h, q, kv: abs(ids[q] - ids[kv]) <= 1), 2048) == {"intervals": 256}
+
+
 def test_an_empty_side_gives_an_empty_map():
     for q_len, kv_len in ((0, 5), (5, 0), (0, 0)):
         found = mf.causal().block_map(q_len, kv_len)
