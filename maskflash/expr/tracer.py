@@ -8,7 +8,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable
-from itertools import islice
+from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -28,6 +28,9 @@ _DTYPES = frozenset(
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     )
 )
+
+
+_Place = tuple[int | None, int | None, int | None, int | None]  # of an instruction: lines, and columns in UTF-8
 
 
 class Argument(str):
@@ -69,7 +72,8 @@ class Tracer:
         self._slots: dict[object, int] = {}
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
-        self._sources: dict[tuple[CodeType, int], Source] = {}
+        self._sources: dict[tuple[int, int], Source] = {}
+        self._places: dict[int, tuple[CodeType, list[_Place]]] = {}
         self._recorded = 0
 
     def record(self, op: str, *args: int, **kwargs: Any) -> int:
@@ -88,7 +92,7 @@ class Tracer:
     def param(self, number: int, place: int) -> int:
         """A slot for an integer that is operand `place` here: not shared with equal integers elsewhere."""
         frame = self._frame()
-        site = (frame.f_code, frame.f_lasti, place) if frame else place
+        site = (self._code(frame.f_code), frame.f_lasti, place) if frame else place
         turn = self._occurrences.get(site, 0)
         self._occurrences[site] = turn + 1
         self._journal.append(site)
@@ -158,11 +162,18 @@ class Tracer:
         frame = self._frame()
         if frame is None:
             return self.home
-        key = (frame.f_code, frame.f_lasti)
+        key = (self._code(frame.f_code), frame.f_lasti)
         if key not in self._sources:
-            filename, line = frame.f_code.co_filename, frame.f_lineno
-            self._sources[key] = Source(self.home.function, filename, line, _code_text(frame))
+            place = self._places[key[0]][1][frame.f_lasti // 2]
+            filename, line = frame.f_code.co_filename, place[0] or frame.f_lineno
+            self._sources[key] = Source(self.home.function, filename, line, _code_text(filename, line, place))
         return self._sources[key]
+
+    def _code(self, code: CodeType) -> int:
+        """What stands for code in keys: its hash costs as much as it is long, and so does finding a line in it."""
+        if id(code) not in self._places:
+            self._places[id(code)] = code, list(code.co_positions())
+        return id(code)
 
     def fail(self, what: str, fix: str) -> NoReturn:
         """Raise MaskTraceError: where, the offending code, what it does, and how to put it right."""
@@ -189,11 +200,15 @@ class Tracer:
         return None
 
 
-def _code_text(frame: FrameType) -> str:
-    """The source of the expression the frame is evaluating, or its first line where it has several."""
-    nowhere: tuple[int | None, ...] = (None, None, None, None)
-    first, last, start, stop = next(islice(frame.f_code.co_positions(), frame.f_lasti // 2, None), nowhere)
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+def _code_text(filename: str, number: int, place: _Place) -> str:
+    """The source of the expression at a place, or its first line where it has several."""
+    first, last, start, stop = place
+    line = linecache.getline(filename, number)
     if first is not None and first == last and start is not None and stop is not None:
-        return line.encode()[start:stop].decode(errors="replace").strip()
+        return _encoded(line)[start:stop].decode(errors="replace").strip()
     return line.strip()
+
+
+@lru_cache(maxsize=16)
+def _encoded(line: str) -> bytes:
+    return line.encode()
