@@ -38,7 +38,7 @@ class Classified:
         block_map: the map.
         largest: a cap on the mask's 64-bit integers over all its pairs, before any wrapping, and on its tables' sizes.
         by_bounds: tiles that bounds settled.
-        by_samples: tiles that samples settled.
+        by_samples: partial tiles that samples, or counts of matching pairs, settled.
         by_elements: tiles that had to be evaluated.
         by_columns: tiles whose columns were cut into pieces; then all of them.
         by_pairs: tiles of a few rows, whose pairs were evaluated at once; then all of them.

@@ -1,7 +1,8 @@
 """A problem -> the kinds of its tiles, coarse to fine, at a cost that follows the mask's boundary.
 
 Bounds settle large squares of tiles; what they leave open is divided, down to single tiles. There a visible and a
-hidden pair among a few samples settle most, and only what remains is evaluated pair by pair.
+hidden pair among a few samples settle most, and only what remains is evaluated pair by pair. Where rows match columns,
+it is known which squares hold any pair that does, and how many a tile has.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Tiles:
         problem: what was asked.
         meets: where rows match columns, as far as that is known.
         largest: a cap on the mask's 64-bit integers in what was bounded.
-        by_samples: tiles that samples settled.
+        by_samples: partial tiles that samples, or counts of matching pairs, settled.
         by_elements: tiles that had to be evaluated.
     """
 
@@ -166,7 +167,9 @@ class Tiles:
             chosen = tiles[told]
             rows, columns = (self._extent(chosen[:, 2 + axis], axis) for axis in (0, 1))
             pairs = (rows.hi - rows.lo + 1) * (columns.hi - columns.lo + 1)
-            self._keep(chosen, 1, full=meets.count(tuple(chosen.T)) == pairs)
+            full = meets.count(tuple(chosen.T)) == pairs
+            self._keep(chosen, 1, full=full)
+            self.by_samples += int((~full).sum())
             tiles, sure = tiles[~told], sure[~told]
         return tiles, sure
 
