@@ -34,7 +34,7 @@ class Combination(Mask):
     def __init__(self, op: str, *parts: Mask) -> None:
         self.op = op
         self.parts = parts
-        self.leaves = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
+        self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
         self._traces = Traces()
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
@@ -64,8 +64,9 @@ class Combination(Mask):
                 stack += [(part, False) for part in reversed(mask.parts)]
                 continue
             places[id(mask)] = len(steps)
-            joins = isinstance(mask, Combination)
-            steps.append((mask.op, tuple(places[id(part)] for part in mask.parts)) if joins else mask)
+            steps.append(
+                (mask.op, tuple(places[id(part)] for part in mask.parts)) if isinstance(mask, Combination) else mask
+            )
         return steps
 
     def joined(self) -> list[Mask]:

@@ -103,9 +103,12 @@ def _find(mask: Mask, problem: Callable[[Mask], Problem], pair: tuple[int, int, 
     steps = mask.steps()
     found = [own(step) if isinstance(step, Mask) else None for step in steps]
     truths: list[bool] = []
-    for step, reasons in zip(steps, found, strict=True):
-        truths.append(reasons.truth if reasons else connect(step[0], *(truths[operand] for operand in step[1])))
-    deciding = [reasons for place in _deciding(steps, truths) if (reasons := found[place])]
+    for step, looked_at in zip(steps, found, strict=True):
+        if looked_at is not None:
+            truths.append(looked_at.truth)
+        elif not isinstance(step, Mask):
+            truths.append(connect(step[0], *(truths[operand] for operand in step[1])))
+    deciding = [part for place in _deciding(steps, truths) if (part := found[place])]
     reasons = tuple(reason for part in deciding for reason in part.reasons)
     return Reasons(truths[-1], reasons, tuple(text for part in deciding for text in part.unread))
 

@@ -125,6 +125,16 @@ def test_its_cost_follows_the_length(monkeypatch):
     assert counts[1] < 6 * counts[0]
 
 
+def test_the_pairs_that_match_are_counted():
+    doc = short(500, 6, again=60, gaps=0.2)
+    mask = mf.mask(lambda b, h, q, kv: doc[q] == doc[kv] and doc[q] >= 0)
+    problem = mask.problem("test", 500, 490, 1, 1, (10, 7), 0, torch.device("cpu"), {})
+    (found,) = meets.find_meets(problem, Tiles(problem).undecided)
+    counts = mask.dense(500, 490)[0, 0].view(50, 10, 70, 7).sum((1, 3)).flatten()
+    assert torch.equal(found.tiles, counts.nonzero()[:, 0])
+    assert torch.equal(found.pairs, counts[counts > 0])
+
+
 def test_what_meets_everywhere_is_left_to_samples():
     for predicate in (lambda b, h, q, kv: q % 3 == kv % 3, lambda b, h, q, kv: q % 64 == kv % 64):
         problem = mf.mask(predicate).problem("test", 4096, 4096, 1, 1, (128, 128), 0, torch.device("cpu"), {})

@@ -104,8 +104,8 @@ def test_what_may_have_wrapped_does_not_become_small_again():
     far, int8 = 2**62, torch.tensor([100] * 4, dtype=torch.int8)
     traced = trace(lambda b, h, q, kv: (q + far) - (kv + far) < 4)
     assert largest(traced.expr, traced.bind({}), INDICES) >= 2**62
-    traced = trace(lambda b, h, q, kv: (int8[q] + int8[kv]).long() < q)  # -56
-    assert largest(traced.expr, traced.bind({}), INDICES) >= 56
+    traced = trace(lambda b, h, q, kv: (int8[q] + 100) - q - 100 < kv)  # 200 is -56, and 228 is -28
+    assert largest(traced.expr, traced.bind({}), INDICES) >= 128 + 3 + 100
 
 
 def test_a_negative_number_made_a_byte_keeps_to_its_cap():
