@@ -1,6 +1,6 @@
 """What does it cost before the first result? Analysis beside FlexAttention's, import time, time to the first result.
 
-Run: python -m benchmarks.analysis              the comparison at 16,384 tokens, lengths, start-up
+Run: python -m benchmarks.analysis              the comparison at 16,384 tokens, lengths, joined masks, start-up
      python -m benchmarks.analysis --million    how it grows to a million tokens: benchmarks/million.py
 
 What only a fresh process shows (peak memory, start-up) comes from `benchmarks/fresh.py`.
@@ -8,9 +8,12 @@ What only a fresh process shows (peak memory, start-up) comes from `benchmarks/f
 
 from __future__ import annotations
 
+import functools
+import operator
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -23,10 +26,15 @@ TITLES = {
     "comparison": "Block map of causal documents, predicate to map: maskflash beside FlexAttention's eager "
     "create_block_mask (few pairs: it takes over ten seconds a call)",
     "lengths": "Block map of causal documents by length: maskflash alone",
+    "joined": "Masks joined by `|`: their first row, traces included, and another's block map at 2,048 tokens",
+    "short": "Block map of documents of at most 6 tokens: maskflash alone",
     "start": "Start-up in fresh processes: import over `import torch`; compile and first call, imports aside",
 }
 TOKENS = 16384
 LENGTHS = tuple(1 << n for n in range(13, 21))  # 8,192 to 1,048,576
+JOINED = (250, 500, 1000)  # masks
+SHORT_LENGTHS = (20480, 40960, 81920)
+LONGEST = 6  # tokens of a short document
 SLOW_PAIRS = 3  # of a comparison whose other side takes over ten seconds
 FIRST_TOKENS = 1024
 
@@ -51,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows.append(_memory(tokens, slow, seed))
     for length in (512, 1024) if quick else LENGTHS:
         rows.append(_alone(length, pairs, seed))
+    for count in (2, 4) if quick else JOINED:
+        rows += _joined(count, slow)
+    for length in (512, 1024) if quick else SHORT_LENGTHS:
+        rows += _short(length, slow, seed)
     rows += _start(pairs, seed)
     return runner.finish("analysis", TITLES, rows, options)
 
@@ -78,6 +90,46 @@ def _alone(tokens: int, samples: int, seed: int) -> Row:
     run = runner.timed(lambda: _analysed(predicate, tokens))
     run()
     return runner.alone("lengths", "causal documents", tokens, "time", [run()[0] for _ in range(samples)])
+
+
+def _joined(count: int, samples: int) -> list[Row]:
+    """Masks of one comparison each, made anew each time."""
+
+    def joined() -> mf.Mask:
+        return functools.reduce(operator.or_, (mf.mask(_diagonal(distance)) for distance in range(count)))
+
+    def row() -> None:
+        joined().row(TOKENS // 2, TOKENS)
+
+    def block_map() -> None:
+        joined().block_map(2048, 2048)
+
+    return [
+        runner.alone("joined", f"{count} masks", 0, measure, [runner.timed(run)()[0] for _ in range(samples)])
+        for measure, run in (("first row", row), ("block map", block_map))
+    ]
+
+
+def _diagonal(distance: int) -> Callable[..., Any]:
+    return lambda b, h, q, kv: q - kv == distance
+
+
+def _short(tokens: int, samples: int, seed: int) -> list[Row]:
+    """Short documents whose ids are in any order, or have gaps between them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, LONGEST + 1, (tokens,), generator=generator)
+    ids = torch.randperm(tokens, generator=generator)
+    gaps = torch.where(torch.rand(tokens, generator=generator) < 0.3, -1, torch.arange(tokens))
+    permuted, apart = (x.repeat_interleave(lengths)[:tokens].contiguous() for x in (ids, gaps))
+    cases = {
+        "in any order": workloads.document_predicate(permuted),
+        "with gaps of -1": lambda b, h, q, kv: (apart[q] == apart[kv]) & (apart[q] >= 0) & (q >= kv),
+    }
+    rows = []
+    for case, predicate in cases.items():
+        run = runner.timed(lambda predicate=predicate: _analysed(predicate, tokens))
+        rows.append(runner.alone("short", case, tokens, "time", [run()[0] for _ in range(samples)]))
+    return rows
 
 
 def _start(samples: int, seed: int) -> list[Row]:

@@ -21,8 +21,8 @@ ORDER = {
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": [
-        *("runs", "block_map", "problem", "formula", "pieces", "hulls", "spans", "coverage", "tiles", "classify"),
-        "changes",
+        *("runs", "block_map", "problem", "formula", "pieces", "hulls", "spans", "coverage", "meets", "tiles"),
+        *("classify", "changes"),
     ],
     "masks": [
         *(

@@ -21,6 +21,7 @@ from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.formula import find_formula
 from maskflash.blocks.hulls import Hulls, evaluated, find_intervals
+from maskflash.blocks.meets import find_meets
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.tiles import Tiles
@@ -39,7 +40,7 @@ class Classified:
         block_map: the map.
         largest: a cap on the mask's 64-bit integers over all its pairs, before any wrapping, and on its tables' sizes.
         by_bounds: tiles that bounds settled.
-        by_samples: tiles that samples settled.
+        by_samples: partial tiles that samples, or counts of matching pairs, settled.
         by_elements: tiles that had to be evaluated.
         by_columns: tiles whose columns were cut into pieces; then all of them.
         by_pairs: tiles of a few rows, whose pairs were evaluated at once; then all of them.
@@ -105,6 +106,7 @@ def classify(problem: Problem) -> Classified:
         return _cut(pieces, largest)
     columns = units * problem.kv_len
     tiles = Tiles(problem)
+    tiles.meets = find_meets(problem, tiles.undecided)
     if not tiles.settle(lambda pairs: pairs <= _PAIRS_FOR_A_PIECE * columns or find(problem) is None):
         pieces = find(problem)
         assert pieces is not None, "evaluation is refused only where columns can be cut"

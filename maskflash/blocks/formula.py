@@ -77,7 +77,7 @@ def find_formula(problem: Problem) -> Formula | None:
     if 0 in problem.shape or isinstance(problem.q_offset, Tensor):
         return None
     cuts = find_cuts(problem.expr, problem.inputs.params)
-    if cuts is None or (largest := problem.largest_as_written()) >= LARGEST_SUM:
+    if cuts is None or (largest := problem.largest()) >= LARGEST_SUM:
         return None
     offset, q_len, kv_len = problem.q_offset, problem.q_len, problem.kv_len
     rows = _between([q - offset for q in cuts.rows], 0, q_len)

@@ -175,8 +175,10 @@ def find_pieces(problem: Problem) -> Pieces | None:
     if separated is None or 0 in problem.shape:
         return None
     largest = problem.largest()
-    if separated.rearranged and largest >= LARGEST_SUM:
-        return None
+    if separated.rearranged:
+        sides = (side for threshold in separated.thresholds for side in (threshold.rows, threshold.columns))
+        if max(largest, *map(problem.largest, sides)) >= LARGEST_SUM:
+            return None
     turns: dict[tuple[str, str, bool, Hides | None], Turn] = {}
     changes: list[Tensor] = []
     faulty = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskflash import transfer
-from maskflash.expr.bounds import bounds, largest, largest_signed
+from maskflash.expr.bounds import bounds, largest
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Expr
@@ -73,26 +73,18 @@ class Problem:
         """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""
         return evaluate(self.expr, self.inputs, {"b": b, "h": h, "q": q + self.offset_of(b), "kv": kv})
 
-    def largest(self) -> float:
-        """A cap on the mask's 64-bit integers over all pairs, before any wrapping, and however its terms are summed."""
-        ends = self._ends()
-        found = largest(self.expr, self.inputs, {name: float(max(map(abs, pair))) for name, pair in ends.items()})
-        if found is not None:
-            return found
-        boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
-        return bounds(self.expr, self.inputs, boxes).largest
-
-    def largest_as_written(self) -> float:
-        """A cap on them where terms stay where they are."""
-        found = largest_signed(self.expr, self.inputs, self._ends())
-        return self.largest() if found is None else found
-
-    def _ends(self) -> dict[str, tuple[int, int]]:
-        """The least and the greatest index of each kind."""
+    def largest(self, expr: Expr | None = None) -> float:
+        """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
+        expr = self.expr if expr is None else expr
         offset = self.q_offset
         low, high = torch.stack(torch.aminmax(offset)).tolist() if isinstance(offset, Tensor) else (offset, offset)
         ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads), ("kv", self.kv_len))}
-        return {**ends, "q": (low, high + self.q_len - 1)}
+        ends["q"] = low, high + self.q_len - 1
+        found = largest(expr, self.inputs, ends)
+        if found is not None:
+            return found
+        boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
+        return bounds(expr, self.inputs, boxes).largest
 
     def turned(self) -> Problem | None:
         """The problem with the roles of rows and columns swapped; None where rows have an offset."""

@@ -1,7 +1,8 @@
 """A problem -> the kinds of its tiles, coarse to fine, at a cost that follows the mask's boundary.
 
 Bounds settle large squares of tiles; what they leave open is divided, down to single tiles. There a visible and a
-hidden pair among a few samples settle most, and only what remains is evaluated pair by pair.
+hidden pair among a few samples settle most, and only what remains is evaluated pair by pair. Where rows match columns,
+it is known which squares hold any pair that does, and how many a tile has.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
+from maskflash.blocks.meets import Meets
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.runs import Runs, Segments
-from maskflash.expr.bounds import bounds
+from maskflash.expr.bounds import Verdict, bounds
 from maskflash.expr.intervals import Interval
 from maskflash.expr.ranges import RangeMinima
 
@@ -39,12 +41,14 @@ class Tiles:
 
     Attributes:
         problem: what was asked.
+        meets: where rows match columns, as far as that is known.
         largest: a cap on the mask's 64-bit integers in what was bounded.
-        by_samples: tiles that samples settled.
+        by_samples: partial tiles that samples, or counts of matching pairs, settled.
         by_elements: tiles that had to be evaluated.
     """
 
     problem: Problem
+    meets: tuple[Meets, ...] = ()
     largest: float = 0.0
     by_samples: int = 0
     by_elements: int = 0
@@ -71,7 +75,7 @@ class Tiles:
             if side > 1:
                 pending += [(_divided(part), side // _DIVISION) for part in open_.split(_SQUARES)]
                 continue
-            rest = open_
+            rest, sure = self._count(open_, sure)
             for places in _SAMPLES:
                 rest, sure = self._sample(rest, sure, places)
             pairs += len(rest) * math.prod(self.problem.block_size)
@@ -79,6 +83,14 @@ class Tiles:
                 return False
             self._evaluate(rest)
         return True
+
+    def undecided(self) -> int:
+        """How many tiles there are in the squares of the first lattice that bounds leave open."""
+        found = 0
+        for squares, side in self._first():
+            verdict = self._verdict(squares, side, {})
+            found += int(((verdict.maybe & ~verdict.always) | verdict.faulty).sum()) * side * side
+        return min(found, math.prod(self.problem.shape))
 
     def block_map(self) -> BlockMap:
         """The map of what was settled."""
@@ -116,12 +128,8 @@ class Tiles:
 
     def _bound(self, squares: _Squares, side: int) -> tuple[Tensor, Tensor]:
         """Keep the squares that bounds prove full; return the open ones, (n, 4), and which surely have no fault."""
-        b, h, i, j = squares
-        rows, columns = self._extent(i, 0, side), self._extent(j, 1, side)
-        offset = self.problem.offset_of(b)
-        q = Interval(rows.lo + offset, rows.hi + offset)
-        boxes = {"b": Interval(b, b), "h": Interval(h, h), "q": q, "kv": columns}
-        verdict = bounds(self.problem.expr, self.problem.inputs, boxes, self._ranges)
+        b, _, i, j = squares
+        verdict = self._verdict(squares, side, {})
         self.largest = max(self.largest, verdict.largest)
         inside = (i * side < self.problem.shape[2]) & (j * side < self.problem.shape[3])
         always, undecided = verdict.always & ~verdict.faulty, (verdict.maybe & ~verdict.always) | verdict.faulty
@@ -133,6 +141,37 @@ class Tiles:
         self._keep(places((always & inside).expand(shape)), side, full=True)
         undecided = (undecided & inside).expand(shape)
         return places(undecided), ~verdict.faulty.expand(shape)[undecided]
+
+    def _verdict(self, squares: _Squares, side: int, supposed: dict[int, Interval]) -> Verdict:
+        """Bounds over squares, given where rows match columns, and what is supposed of some nodes."""
+        b, h, i, j = squares
+        rows, columns = self._extent(i, 0, side), self._extent(j, 1, side)
+        offset = self.problem.offset_of(b)
+        q = Interval(rows.lo + offset, rows.hi + offset)
+        boxes = {"b": Interval(b, b), "h": Interval(h, h), "q": q, "kv": columns}
+        never = torch.zeros((), dtype=torch.bool, device=self.problem.device)
+        met = {meets.matching.position: Interval(never, meets.within(squares, side)) for meets in self.meets}
+        return bounds(self.problem.expr, self.problem.inputs, boxes, self._ranges, met | supposed)
+
+    def _count(self, tiles: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the tiles that show just the pairs that match; return the others, and which of them are sure.
+
+        The mask is bounded once as if all pairs matched, and once as if none did.
+        """
+        for meets in self.meets:
+            squares = tiles[:, 0], tiles[:, 1], tiles[:, 2], tiles[:, 3]
+            matching, told = meets.matching, sure & meets.within(squares, 1)
+            yes, no = (Interval(x, x) for x in torch.tensor([True, False], device=tiles.device))
+            told &= self._verdict(squares, 1, dict.fromkeys(matching.parts, yes)).always
+            told &= ~self._verdict(squares, 1, {matching.position: no}).maybe
+            chosen = tiles[told]
+            rows, columns = (self._extent(chosen[:, 2 + axis], axis) for axis in (0, 1))
+            pairs = (rows.hi - rows.lo + 1) * (columns.hi - columns.lo + 1)
+            full = meets.count(tuple(chosen.T)) == pairs
+            self._keep(chosen, 1, full=full)
+            self.by_samples += int((~full).sum())
+            tiles, sure = tiles[~told], sure[~told]
+        return tiles, sure
 
     def _sample(self, tiles: Tensor, sure: Tensor, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Keep the tiles with a visible and a hidden sample as partial; return the others, and which of them are sure.

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from maskflash.expr.evaluate import Inputs, reached
-from maskflash.expr.intervals import Interval, operation, truth
+from maskflash.expr.intervals import SAFE, Interval, operation, truth
 from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
 from maskflash.expr.ranges import RangeMinima
 
-_SAFE: Final = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
+Reach = tuple[int, int]
+"""The least and the greatest value of an integer, over all that is asked: exactly, since differences are taken."""
+
+_FAR: Final = 1 << 64  # as far as anything beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,13 @@ class Verdict:
     largest: float  # a cap on the absolute values of its 64-bit integers, before any wrapping
 
 
-def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: RangeMinima | None = None) -> Verdict:
+def bounds(
+    expr: Expr,
+    inputs: Inputs,
+    boxes: Mapping[str, Interval],
+    ranges: RangeMinima | None = None,
+    known: Mapping[int, Interval] | None = None,
+) -> Verdict:
     """Bound the mask over boxes of pairs.
 
     Args:
@@ -38,19 +47,20 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
         inputs: values of its params and tables.
         boxes: for `b`, `h`, `q`, `kv` the first and last index, int64 tensors of shapes that broadcast together.
         ranges: range minima of the tables, to be shared between calls while the tables' contents stay the same.
+        known: bounds of the truth of some nodes, by position, from elsewhere.
 
     Returns:
         What holds for every pair of each box.
     """
     ranges = ranges or RangeMinima()
     intervals: list[Interval] = []
-    magnitudes: list[float] = []
+    reaches: list[Reach] = []
     faults: list[Tensor | None] = []
-    for node in expr.nodes:
+    for position, node in enumerate(expr.nodes):
         operands = [intervals[arg] for arg in node.args]
         kinds = [expr.nodes[arg] for arg in node.args]
-        measured = node.op in INDEX_VARIABLES or node.op == "cast"  # its cap is read off its bounds
-        magnitude = 0.0 if measured else _magnitude(node, [magnitudes[arg] for arg in node.args], inputs, ranges)
+        measured = node.op in INDEX_VARIABLES or node.op == "cast"  # its reach is read off its bounds
+        reach = (0, 0) if measured else _reach(node, [reaches[arg] for arg in node.args], inputs, ranges)
         fault: Tensor | None = None
         if node.op in INDEX_VARIABLES:
             interval = boxes[node.op]
@@ -59,99 +69,51 @@ def bounds(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: Ra
         elif node.op == "lookup":
             interval, fault = ranges.lookup(inputs.tables[int(node.value or 0)], operands)
         else:
-            interval, fault = operation(node, operands, operand_dtype(node, kinds), magnitude)
+            interval, fault = operation(node, operands, operand_dtype(node, kinds), _size(reach))
         if measured and not node.dtype.is_floating_point:
-            magnitude = _extent(interval)
+            reach = _extent(interval)
+        if known and position in known:
+            least, most = known[position]
+            interval = Interval((interval.lo | least) & most, (interval.hi & most) | least)
         intervals.append(interval)
-        magnitudes.append(magnitude)
+        reaches.append(reach)
         faults.append(fault)
     truths = [truth(interval) for interval in intervals]
     faulty = torch.zeros((), dtype=torch.bool, device=truths[-1].lo.device)
     if any(fault is not None for fault in faults):
-        reach = reached(expr, [truth.lo for truth in truths], [truth.hi for truth in truths])
-        for fault, here in zip(faults, reach, strict=True):
+        within = reached(expr, [truth.lo for truth in truths], [truth.hi for truth in truths])
+        for fault, here in zip(faults, within, strict=True):
             if fault is not None:
                 faulty = faulty | (fault & here)
-    return Verdict(truths[-1].lo, truths[-1].hi, faulty, _largest(expr, magnitudes))
+    return Verdict(truths[-1].lo, truths[-1].hi, faulty, _largest(expr, reaches))
 
 
-def largest(expr: Expr, inputs: Inputs, extents: Mapping[str, float]) -> float | None:
-    """A cap on the absolute values of the mask's 64-bit integers, before any wrapping, without bounding anything.
+def largest(expr: Expr, inputs: Inputs, extents: Mapping[str, Reach]) -> float | None:
+    """A cap on the absolute values of an expression's 64-bit integers, before any wrapping, without bounding anything.
 
     Args:
-        expr: the mask.
+        expr: the mask, or a part of it.
         inputs: values of its params and tables.
-        extents: for `b`, `h`, `q`, `kv` the largest absolute index.
+        extents: for `b`, `h`, `q`, `kv` the first and the last index.
 
     Returns:
         The cap, at least that of `bounds`; None where a real number is made an integer, which only its bounds tell.
     """
     ranges = RangeMinima()
-    magnitudes: list[float] = []
+    reaches: list[Reach] = []
     for node in expr.nodes:
-        sizes = [magnitudes[arg] for arg in node.args]
         if node.op in INDEX_VARIABLES:
-            magnitudes.append(extents[node.op])
+            reaches.append(extents[node.op])
         elif node.op == "cast" and expr.nodes[node.args[0]].dtype.is_floating_point:
             return None
         else:
-            magnitudes.append(_magnitude(node, sizes, inputs, ranges))
-    return _largest(expr, magnitudes)
+            reaches.append(_reach(node, [reaches[arg] for arg in node.args], inputs, ranges))
+    return _largest(expr, reaches)
 
 
-def largest_signed(expr: Expr, inputs: Inputs, ends: Mapping[str, tuple[int, int]]) -> float | None:
-    """What `largest` tells, with signs: (q - n) - (kv - n) is small, however large n is.
-
-    It holds for the expression as it stands. Terms that are brought to other sides may add up to more.
-
-    Args:
-        expr: the mask.
-        inputs: values of its params and tables.
-        ends: for `b`, `h`, `q`, `kv` the least and the greatest index.
-    """
-    ranges = RangeMinima()
-    found: list[_Range] = []
-    for node in expr.nodes:
-        args = [found[arg] for arg in node.args]
-        if node.op in INDEX_VARIABLES:
-            found.append(ends[node.op])
-            continue
-        if node.op == "cast" and expr.nodes[node.args[0]].dtype.is_floating_point:
-            return None
-        exact = _range(node, args, inputs) if all(expr.nodes[arg].dtype == torch.int64 for arg in node.args) else None
-        size = _size(exact) if exact else _magnitude(node, [_size(arg) for arg in args], inputs, ranges)
-        # What may have wrapped, or isn't followed, has either sign.
-        found.append(exact if exact and size < _SAFE else (-size, size))
-    return _largest(expr, [_size(ends) for ends in found])
-
-
-_Range = tuple[float, float]  # integers wherever they are exact
-
-
-def _range(node: Node, args: list[_Range], inputs: Inputs) -> _Range | None:
-    """The least and the greatest value of a 64-bit integer made of such ones; None where only its size is known."""
-    if node.dtype != torch.int64:
-        return None
-    match node.op, args:
-        case "const" | "param", _:
-            number = int(_number(node, inputs))
-            return number, number
-        case "add", [x, y]:
-            return x[0] + y[0], x[1] + y[1]
-        case "sub", [x, y]:
-            return x[0] - y[1], x[1] - y[0]
-        case "neg", [x]:
-            return -x[1], -x[0]
-    return None
-
-
-def _size(ends: _Range) -> float:
-    return float(max(abs(ends[0]), abs(ends[1])))
-
-
-def _largest(expr: Expr, magnitudes: list[float]) -> float:
-    wide = (size for size, node in zip(magnitudes, expr.nodes, strict=True) if node.dtype == torch.int64)
-    return max(wide, default=0.0)
+def _largest(expr: Expr, reaches: list[Reach]) -> int:
+    wide = (_size(reach) for reach, node in zip(reaches, expr.nodes, strict=True) if node.dtype == torch.int64)
+    return max(wide, default=0)
 
 
 def _number(node: Node, inputs: Inputs) -> Scalar:
@@ -162,32 +124,58 @@ def _number(node: Node, inputs: Inputs) -> Scalar:
     return node.value
 
 
-def _extent(x: Interval) -> float:
-    """The greatest absolute value in any box."""
-    ends = [bound.to(torch.float64).abs().max() for bound in x if bound.numel()]
-    return float(torch.stack(ends).max()) if ends else 0.0
+def _extent(x: Interval) -> Reach:
+    """The least and the greatest value in any box."""
+    if not x.lo.numel() or not x.hi.numel():
+        return 0, 0
+    return int(x.lo.min()), int(x.hi.max())
 
 
-def _magnitude(node: Node, sizes: list[float], inputs: Inputs, ranges: RangeMinima) -> float:
-    """A cap on an integer node's absolute value before wrapping, and on its operands': where int64 may overflow."""
+def _size(reach: Reach) -> int:
+    return max(-reach[0], reach[1])
+
+
+def _reach(node: Node, args: list[Reach], inputs: Inputs, ranges: RangeMinima) -> Reach:
+    """Where an integer node's values lie in any box, before wrapping: where int64 may overflow.
+
+    What is not safe from overflow stays so, whatever is made of it.
+    """
     match node.op:
         case "const" | "param":
-            return abs(float(_number(node, inputs)))
+            number = _number(node, inputs)
+            return (0, 1) if isinstance(number, float) else (int(number), int(number))
         case "lookup":
-            return ranges.magnitude(inputs.tables[int(node.value or 0)])
-    if node.dtype == torch.bool or not sizes:
-        return 1.0
+            return ranges.extremes(inputs.tables[int(node.value or 0)])
+    if node.dtype == torch.bool or not args:
+        return 0, 1
+    sizes = list(map(_size, args))
+    if node.dtype == torch.int64 and max(sizes) < SAFE:  # a narrower one may have wrapped, to the other side of zero
+        match node.op, args:
+            case "add", [x, y]:
+                return x[0] + y[0], x[1] + y[1]
+            case "sub", [x, y]:
+                return x[0] - y[1], x[1] - y[0]
+            case "neg", [x]:
+                return -x[1], -x[0]
+            case ("min" | "max", [x, y]) | ("select", [_, x, y]):
+                return min(x[0], y[0]), max(x[1], y[1])
+    size = min(_wide_size(node, sizes), _FAR)
+    return -size, size
+
+
+def _wide_size(node: Node, sizes: list[int]) -> int:
+    """A cap on an integer node's absolute value, and on its operands', from those of its operands."""
     match node.op:
         case "add" | "sub":
             return sum(sizes)
         case "mul":
             return max(sizes[0], sizes[1], sizes[0] * sizes[1])
         case "shl":
-            return max(sizes[0], sizes[1], sizes[0] * float(2 ** int(min(sizes[1], 64))))
+            return max(sizes[0], sizes[1], sizes[0] << min(sizes[1], 64))
         case "bitand" | "bitor" | "bitxor" | "bitnot":
             return 2 * max(sizes) + 1
         case "select":
             return max(sizes[1:])
         case "cast" if not node.dtype.is_signed:
-            return max(*sizes, float(torch.iinfo(node.dtype).max))  # negative numbers wrap to larger ones
+            return max(*sizes, torch.iinfo(node.dtype).max)  # negative numbers wrap to larger ones
     return max(sizes)

@@ -1,8 +1,9 @@
-"""Traced masks and a connective -> the trace of their combination; slots for the same value become one."""
+"""Traced masks and connectives -> the trace of their combination; slots for the same value become one."""
 
 from __future__ import annotations
 
-from itertools import chain, count
+from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,18 +14,20 @@ from maskflash.expr.simplify import simplify
 from maskflash.expr.trace import Traced, compact
 from maskflash.expr.tracer import Argument, View
 
+Join = tuple[str, tuple[int, ...]]
+"""A connective, "bitand", "bitor", "bitxor" (both sides are always reached) or "not", and its operands' places."""
 
-def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
-    """The trace of `op` over masks.
+
+def combine(steps: Sequence[Traced | Join]) -> Traced:
+    """The trace of masks joined by connectives.
 
     Args:
-        op: "bitand", "bitor", "bitxor" (both sides are always reached) or "not".
-        parts: two masks, or one for "not".
+        steps: masks, and joins of what precedes them; the last is the whole.
     """
     builder = Builder()
     slots: dict[str, list[Any]] = {"param": [], "lookup": []}
     places: dict[object, int] = {}
-    names: list[str] = []
+    names: dict[str, int] = {}  # of tables so far, and the last number that was put behind each
 
     def place(part: Traced) -> int:
         def rename(node: Node) -> Node:
@@ -36,20 +39,29 @@ def combine(op: str, parts: tuple[Traced, ...]) -> Traced:
             if slot == len(known):
                 known.append(value)
                 if node.op == "lookup":
-                    names.append(_unused(part.names[int(node.value or 0)], names))
+                    _name(part.names[int(node.value or 0)], names)
             return Node(node.op, node.args, node.dtype, node.weak, slot)
 
         return builder.append(part.expr, rename)
 
-    root = builder.add(op, *(place(part) for part in parts), dtype=torch.bool, weak=False)
-    specialised = frozenset().union(*(part.specialised for part in parts))
-    return compact(simplify(builder.finish(root)), slots["param"], slots["lookup"], names, specialised)
+    roots: list[int] = []
+    for step in steps:
+        if isinstance(step, Traced):
+            roots.append(place(step))
+        else:
+            op, operands = step
+            roots.append(builder.add(op, *(roots[operand] for operand in operands), dtype=torch.bool, weak=False))
+    specialised = frozenset().union(*(step.specialised for step in steps if isinstance(step, Traced)))
+    return compact(simplify(builder.finish(roots[-1])), slots["param"], slots["lookup"], list(names), specialised)
 
 
-def _unused(name: str, names: list[str]) -> str:
-    """The name, or, where another table has it, the name and a number."""
-    numbered = (f"{name}_{n}" for n in count(2))
-    return next(new for new in chain([name], numbered) if new not in names)
+def _name(name: str, names: dict[str, int]) -> None:
+    """Note a table by its name, or, where another table has it, by the name and a number."""
+    numbered = (f"{name}_{n}" for n in count(names.get(name, 1) + 1))
+    new = next(new for new in numbered if new not in names) if name in names else name
+    if new != name:
+        names[name] = int(new.rpartition("_")[2])
+    names[new] = 1
 
 
 def _identity(value: object) -> object:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskflash.expr.nodes import COMPARISONS, Node
 
-_SAFE = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
+SAFE = 2.0**62  # integers that stay below this in magnitude cannot have wrapped in int64
 _INT64 = torch.iinfo(torch.int64)
 
 
@@ -47,7 +47,7 @@ def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: f
         return _BOOLEAN[op](*args), None
     args = [widen(arg) for arg in args]
     fault = (args[1].lo <= 0) & (args[1].hi >= 0) if op in ("floordiv", "mod", "truncdiv", "fmod") else None
-    if magnitude >= _SAFE:
+    if magnitude >= SAFE:
         return (_unless_far(op, args, dtype) if op in _ORDER else unknown(args, dtype)), fault
     return _narrow(_INTEGER[op](*args), dtype), fault
 
@@ -109,7 +109,7 @@ def _unless_far(op: str, args: list[Interval], dtype: torch.dtype) -> Interval:
     """Bounds of sums and the like in the boxes where they stay far from the ends of int64; unknown in the others."""
     near = torch.ones((), dtype=torch.bool, device=args[0].lo.device)
     for bound in _ORDER[op](*(Interval(x.lo.to(torch.float64), x.hi.to(torch.float64)) for x in args)):
-        near = near & (bound.abs() < _SAFE)
+        near = near & (bound.abs() < SAFE)
     every = unknown(args, torch.int64)
     kept = (torch.where(near, *ends) for ends in zip(_ORDER[op](*args), every, strict=True))
     return _narrow(Interval(*kept), dtype)

@@ -26,20 +26,21 @@ class RangeMinima:
     """
 
     _levels: dict[tuple[int, int, tuple[int, ...]], tuple[Tensor, Tensor, int]] = field(default_factory=dict)
-    _magnitudes: dict[int, float] = field(default_factory=dict)
+    _extremes: dict[int, tuple[int, int]] = field(default_factory=dict)
     _alive: dict[int, Tensor] = field(default_factory=dict)  # so that no other tensor takes a known one's id
 
-    def magnitude(self, table: Tensor) -> float:
-        """A cap on the absolute values in an integer table."""
+    def extremes(self, table: Tensor) -> tuple[int, int]:
+        """Bounds of all values in an integer table: its own in 64 bits, else its dtype's."""
         if table.dtype == torch.int64:
             key = id(self._alive.setdefault(id(table), table))
-            if key not in self._magnitudes:
-                extremes = torch.stack(torch.aminmax(table)).tolist() if table.numel() else [0]
-                self._magnitudes[key] = float(max(map(abs, extremes)))
-            return self._magnitudes[key]
+            if key not in self._extremes:
+                low, high = torch.stack(torch.aminmax(table)).tolist() if table.numel() else (0, 0)
+                self._extremes[key] = low, high
+            return self._extremes[key]
         if table.dtype.is_floating_point or table.dtype == torch.bool:
-            return 1.0  # of no interest: only integers wrap
-        return float(-torch.iinfo(table.dtype).min or torch.iinfo(table.dtype).max)
+            return 0, 1  # of no interest: only integers wrap
+        info = torch.iinfo(table.dtype)
+        return info.min, info.max
 
     def lookup(self, table: Tensor, indices: list[Interval]) -> tuple[Interval, Tensor | None]:
         """Bounds of the elements any index in the boxes reaches, and where an index may be out of range."""

@@ -85,6 +85,76 @@ def obstacle(expr: Expr) -> int | None:
     return _Parts(expr, _sides(expr)).visit(len(expr.nodes) - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """A part of an expression that is True only where values of the row equal values of the column.
+
+    Attributes:
+        position: its node.
+        parts: the nodes of the equalities and of what else has to hold, of the row or of the column alone.
+        rows: expressions that don't read kv; each is equal to
+        columns: one of these, which don't read q.
+        of_rows: the conditions of the row.
+        of_columns: of the column.
+    """
+
+    position: int
+    parts: tuple[int, ...]
+    rows: tuple[Expr, ...]
+    columns: tuple[Expr, ...]
+    of_rows: tuple[Expr, ...]
+    of_columns: tuple[Expr, ...]
+
+
+@lru_cache(maxsize=256)
+def matchings(expr: Expr) -> tuple[Matching, ...]:
+    """The parts of an expression that match rows with columns: equalities, each with all that `and` joins to it.
+
+    Terms may have been brought to other sides: of an equality that is the same also where sums wrap.
+    """
+    sides = _sides(expr)
+    found: list[Matching] = []
+    stack, met = [len(expr.nodes) - 1], set()
+    while stack:
+        position = stack.pop()
+        if position in met or sides[position] != "both" or expr.nodes[position].dtype != torch.bool:
+            continue
+        met.add(position)
+        equal: list[tuple[Expr, Expr]] = []
+        own: dict[_Side, list[Expr]] = {"rows": [], "columns": [], "neither": []}
+        places: list[int] = []
+        for part in _conjuncts(expr, position):
+            compared = _Parts(expr, sides)
+            if sides[part] != "both":
+                own[sides[part]].append(_part(expr, part, expr.nodes[part].dtype))
+            elif expr.nodes[part].op == "eq" and compared.equality(part):
+                equal.append((compared.thresholds[0].rows, compared.thresholds[0].columns))
+            else:
+                stack += expr.nodes[part].args
+                continue
+            places.append(part)
+        if equal:
+            rows, columns = zip(*equal, strict=True)
+            of_rows, of_columns = (tuple(own[side]) for side in ("rows", "columns"))
+            of_columns += tuple(own["neither"])
+            found.append(Matching(position, tuple(places), rows, columns, of_rows, of_columns))
+    return tuple(found)
+
+
+def _conjuncts(expr: Expr, root: int) -> list[int]:
+    """The operands of the truth values that `and` joins here; of anything else itself."""
+    found: list[int] = []
+    stack = [root]
+    while stack:
+        position = stack.pop()
+        node = expr.nodes[position]
+        if node.op in ("and", "bitand") and {expr.nodes[arg].dtype for arg in node.args} == {torch.bool}:
+            stack += reversed(node.args)
+        else:
+            found.append(position)
+    return list(dict.fromkeys(found))
+
+
 def _sides(expr: Expr) -> list[_Side]:
     """What each node depends on."""
     sides: list[_Side] = []
@@ -129,6 +199,10 @@ class _Parts:
             elif not (node.op in COMPARISONS and self._compare(node, negated)):
                 return position
         return None
+
+    def equality(self, position: int) -> bool:
+        """Whether a comparison is an equality of one value of the row with one of the column: its two thresholds."""
+        return self._compare(self.expr.nodes[position], False) and len(self.thresholds) == 2
 
     def _compare(self, node: Node, negated: bool) -> bool:
         """The thresholds of a comparison, or of its opposite; False where there are none."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import islice, product
+from functools import lru_cache
+from itertools import product
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -34,6 +35,7 @@ _DTYPES = frozenset(
 
 Kind = tuple[torch.dtype, bool]
 """Dtype and weakness of a value."""
+_Place = tuple[int | None, int | None, int | None, int | None]  # of an instruction: lines, and columns in UTF-8
 
 
 class Argument(str):
@@ -138,7 +140,8 @@ class Tracer:
         self._slots: dict[object, int] = {}
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
-        self._sources: dict[tuple[CodeType, int], Source] = {}
+        self._sources: dict[tuple[int, int], Source] = {}
+        self._places: dict[int, tuple[CodeType, list[_Place]]] = {}
         self._recorded = 0
         self._either: dict[int, tuple[frozenset[Kind], CodeType]] = {}
 
@@ -213,7 +216,7 @@ class Tracer:
     def param(self, number: int, place: int) -> int:
         """A slot for an integer that is operand `place` here: not shared with equal integers elsewhere."""
         frame = self._frame()
-        site = (frame.f_code, frame.f_lasti, place) if frame else place
+        site = (self._code(frame.f_code), frame.f_lasti, place) if frame else place
         turn = self._occurrences.get(site, 0)
         self._occurrences[site] = turn + 1
         self._journal.append(site)
@@ -326,11 +329,19 @@ class Tracer:
         return source
 
     def _source_at(self, code: CodeType, instruction: int, line: int) -> Source:
-        key = (code, instruction)
+        key = (self._code(code), instruction)
         if key not in self._sources:
-            text = _code_text(code, instruction, line)
-            self._sources[key] = Source(self.home.function, code.co_filename, line, text)
+            place = self._places[key[0]][1][instruction // 2]
+            number = place[0] or line
+            text = _code_text(code.co_filename, number, place)
+            self._sources[key] = Source(self.home.function, code.co_filename, number, text)
         return self._sources[key]
+
+    def _code(self, code: CodeType) -> int:
+        """What stands for code in keys: its hash costs as much as it is long, and so does finding a line in it."""
+        if id(code) not in self._places:
+            self._places[id(code)] = code, list(code.co_positions())
+        return id(code)
 
     def decide(self, condition: int) -> bool:
         """The answer to a condition that the user's code branches on."""
@@ -382,11 +393,15 @@ def drop_private(written: dict[int, Write]) -> None:
             del written[key]
 
 
-def _code_text(code: CodeType, instruction: int, line_number: int) -> str:
-    """The source of the expression that an instruction belongs to, or its first line where it has several."""
-    nowhere: tuple[int | None, ...] = (None, None, None, None)
-    first, last, start, stop = next(islice(code.co_positions(), instruction // 2, None), nowhere)
-    line = linecache.getline(code.co_filename, line_number)
+def _code_text(filename: str, number: int, place: _Place) -> str:
+    """The source of the expression at a place, or its first line where it has several."""
+    first, last, start, stop = place
+    line = linecache.getline(filename, number)
     if first is not None and first == last and start is not None and stop is not None:
-        return line.encode()[start:stop].decode(errors="replace").strip()
+        return _encoded(line)[start:stop].decode(errors="replace").strip()
     return line.strip()
+
+
+@lru_cache(maxsize=16)
+def _encoded(line: str) -> bytes:
+    return line.encode()

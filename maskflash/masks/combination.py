@@ -1,105 +1,143 @@
-"""Masks joined by & | ^ ~ -> a mask of their common arguments."""
+"""Masks joined by & | ^ ~ -> a mask of their common arguments.
+
+Masks are joined in loops, so one may be thousands of joins deep. What is done with the masks below a join goes along
+its steps, never down by recursion.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, Final
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from maskflash.expr.combine import combine
+from maskflash.expr.combine import Join, combine
 from maskflash.expr.trace import Traced
 from maskflash.expr.tracer import Captured
 from maskflash.masks.base import Mask
 from maskflash.masks.call import Call
+from maskflash.masks.slots import aside
 from maskflash.masks.traces import Traces
 
 SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^"}
+_LONGEST_NAME: Final = 1000  # characters
+
+Step = Mask | Join
+T = TypeVar("T")
 
 
 class Combination(Mask):
-    """Masks joined by a connective; both sides are always reached, as under Python's `&`."""
+    """Masks joined by a connective; both sides are always reached, as under Python's `&`.
+
+    Attributes:
+        op: the connective, as expressions have it.
+        parts: two masks, or the one that is negated.
+        leaves: how many masks are joined, all told.
+    """
 
     reachable = ("parts",)
 
     def __init__(self, op: str, *parts: Mask) -> None:
         self.op = op
         self.parts = parts
+        self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
         self._traces = Traces()
-        names = [f"({part})" if isinstance(part, Combination) and part.op != "not" else f"{part}" for part in parts]
+        self._joined: tuple[Mask, ...] | None = None
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
         for part in parts:
             for name, value in part.defaults.items():
                 if all(name not in other.keywords or name in other.defaults for other in parts):
                     defaults.setdefault(name, value)
-        name = f"~{names[0]}" if op == "not" else f" {SYMBOLS[op]} ".join(names)
         implied = tuple(dict.fromkeys(name for part in parts for name in part.implied_names))
         sizes = tuple(dict.fromkeys(size for part in parts for size in part.sizes))
-        super().__init__(name, keywords, defaults, implied, sizes)
+        super().__init__(_name(op, parts, self.leaves), keywords, defaults, implied, sizes)
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The parts' answers, joined."""
-        return self.join(*(part(b, h, q, kv, **own(part, mask_args)) for part in self.parts))
+        return folded(self.steps(), lambda part: part(b, h, q, kv, **own(part, mask_args)), connect)
 
-    def join(self, x: Any, *others: Any) -> Any:
-        """The connective, of the parts' answers."""
-        match self.op:
-            case "not":
-                return x ^ True
-            case "bitand":
-                return x & others[0]
-            case "bitor":
-                return x | others[0]
-        return x ^ others[0]
+    def steps(self) -> list[Step]:
+        """The joined masks, each once, and their joins, each after its operands; the last is the whole."""
+        steps: list[Step] = []
+        places: dict[int, int] = {}
+        stack: list[tuple[Mask, bool]] = [(self, False)]
+        while stack:
+            mask, reached = stack.pop()
+            if id(mask) in places:
+                continue
+            if isinstance(mask, Combination) and not reached:
+                stack.append((mask, True))
+                stack += [(part, False) for part in reversed(mask.parts)]
+                continue
+            places[id(mask)] = len(steps)
+            steps.append(
+                (mask.op, tuple(places[id(part)] for part in mask.parts)) if isinstance(mask, Combination) else mask
+            )
+        return steps
+
+    def joined(self) -> tuple[Mask, ...]:
+        """The masks themselves, in order."""
+        if self._joined is None:
+            self._joined = tuple([step for step in self.steps() if isinstance(step, Mask)])
+        return self._joined
 
     def implied(self, call: Call) -> dict[str, int]:
         """What any part's call implies."""
-        return {name: value for part in self.parts for name, value in part.implied(call).items()}
+        return {name: value for part in self.joined() for name, value in part.implied(call).items()}
 
     def template(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
         self.look()
-        return self._traces.get(mask_args, lambda: self._combined(mask_args), self.captured(), self.structure())
+        return self._traces.get(
+            mask_args, lambda: combine(self._traced_steps(mask_args)), self.captured(), self.structure()
+        )
 
-    def _combined(self, mask_args: dict[str, Any]) -> Traced:
-        first: dict[int, str] = {}  # name of each tensor: parts that hold the same one share a slot
+    def _traced_steps(self, mask_args: dict[str, Any]) -> list[Traced | Join]:
+        first: dict[int, str] = {}  # name of each tensor: masks that hold the same one share a slot
         names = {
-            name: first.setdefault(id(value), name) if isinstance(value, Tensor) else name
+            name: Captured(first.setdefault(id(value), name) if isinstance(value, Tensor) else name)
             for name, value in self.captured().items()
         }
-        parts = (
-            part.template(own(part, mask_args)).renamed(
-                {name: Captured(names[_of_part(place, name)]) for name in part.captured()}
-            )
-            for place, part in enumerate(self.parts)
-        )
-        return combine(self.op, tuple(parts))
+        places = {id(mask): place for place, mask in enumerate(self.joined())}
+
+        def template(mask: Mask) -> Traced:
+            own_names = {name: names[_of_mask(places[id(mask)], name)] for name in mask.captured()}
+            return mask.template(own(mask, mask_args)).renamed(own_names)
+
+        return [template(step) if isinstance(step, Mask) else step for step in self.steps()]
 
     def look(self) -> int:
-        """Whether any part has something else now."""
-        return sum(part.look() for part in self.parts)
+        """Whether any of the masks has something else now."""
+        return sum([mask.look() for mask in self.joined()])
 
     def captured(self) -> dict[str, Any]:
-        """What all parts capture, by part."""
+        """What all of them capture, by mask."""
         return {
-            _of_part(place, name): x for place, part in enumerate(self.parts) for name, x in part.captured().items()
+            _of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.captured().items()
         }
 
     def read(self) -> dict[str, Any]:
         """See `captured`."""
-        return {_of_part(place, name): x for place, part in enumerate(self.parts) for name, x in part.read().items()}
+        self._join_aside()
+        return {
+            _of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.read().items()
+        }
+
+    @aside
+    def _join_aside(self) -> None:
+        self.joined()
 
     def structure(self) -> Hashable:
-        """The parts' shapes, and which of their tensors are the same."""
+        """The masks' structures, and which of their tensors are the same."""
         first: dict[int, int] = {}
         tensors = (value for value in self.captured().values() if isinstance(value, Tensor))
         same = tuple(first.setdefault(id(value), place) for place, value in enumerate(tensors))
-        return (*(part.structure() for part in self.parts), same)
+        return (*(mask.structure() for mask in self.joined()), same)
 
     def held(self) -> tuple[Tensor, ...]:
-        """Those of all parts."""
-        return tuple(tensor for part in self.parts for tensor in part.held())
+        """Those of all of them."""
+        return tuple(tensor for mask in self.joined() for tensor in mask.held())
 
     def known(self) -> Traced | None:
         """The latest, or the only one."""
@@ -107,14 +145,59 @@ class Combination(Mask):
         return latest.filled(self.captured()) if latest else super().known()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Combination, (self.op, *self.parts)
+        return _joined_again, (self.steps(),)
 
 
-def _of_part(place: int, name: str) -> str:
-    """What a combination calls a value that one of its parts captures."""
+def connect(op: str, x: Any, *others: Any) -> Any:
+    """A connective, of the parts' answers."""
+    match op:
+        case "not":
+            return x ^ True
+        case "bitand":
+            return x & others[0]
+        case "bitor":
+            return x | others[0]
+    return x ^ others[0]
+
+
+def folded(steps: Sequence[Step], of_mask: Callable[[Mask], T], of_join: Callable[..., T]) -> T:
+    """The value of the last step, from those of masks and, at joins, from the connective and its operands' values."""
+    last = {operand: place for place, step in enumerate(steps) if isinstance(step, tuple) for operand in step[1]}
+    values: dict[int, T] = {}  # that are still needed
+    for place, step in enumerate(steps):
+        if isinstance(step, Mask):
+            values[place] = of_mask(step)
+            continue
+        op, operands = step
+        value = of_join(op, *(values[operand] for operand in operands))
+        for operand in {operand for operand in operands if last[operand] == place}:
+            del values[operand]
+        values[place] = value
+    return values[len(steps) - 1]
+
+
+def _of_mask(place: int, name: str) -> str:
+    """What a combination calls a value that one of its masks captures."""
     return f"@{place}.{name[1:]}"
 
 
 def own(part: Mask, mask_args: dict[str, Any]) -> dict[str, Any]:
     """The arguments that one of the joined masks takes."""
     return {name: mask_args[name] for name in (*part.keywords, *part.implied_names) if name in mask_args}
+
+
+def _name(op: str, parts: Sequence[Mask], leaves: int) -> str:
+    """The connective as one would write it; of what would be too long to read, how many masks there are."""
+    names = [
+        f"({part})" if isinstance(part, Combination) and part.op not in ("not", op) else f"{part}" for part in parts
+    ]
+    name = f"~{names[0]}" if op == "not" else f" {SYMBOLS[op]} ".join(names)
+    return name if len(name) <= _LONGEST_NAME else f"{leaves:,} joined mask{'s' * (leaves > 1)}"
+
+
+def _joined_again(steps: Sequence[Step]) -> Mask:
+    """The mask of such steps."""
+    masks: list[Mask] = []
+    for step in steps:
+        masks.append(step if isinstance(step, Mask) else Combination(step[0], *(masks[place] for place in step[1])))
+    return masks[-1]

@@ -15,8 +15,9 @@ from maskflash import arguments, html
 from maskflash.blocks.problem import Problem
 from maskflash.expr.reasons import Reason, Reasons, find_reasons
 from maskflash.masks.base import Mask
-from maskflash.masks.combination import Combination
+from maskflash.masks.combination import Combination, Step, connect
 
+_SETTLING: Final = {"bitand": False, "bitor": True}  # what one operand has to be for a join to be that
 _SHOWN: Final = 12  # reasons, and parts not looked at, that str() writes out
 _OWN: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -92,17 +93,37 @@ def why(
 
 def _find(mask: Mask, problem: Callable[[Mask], Problem], pair: tuple[int, int, int, int]) -> Reasons:
     """The reasons of a mask; of joined ones those of the parts that decide."""
+
+    def own(part: Mask) -> Reasons:
+        asked = problem(part)
+        return find_reasons(asked.expr, asked.inputs, asked.names, pair, part.name)
+
     if not isinstance(mask, Combination):
-        own = problem(mask)
-        return find_reasons(own.expr, own.inputs, own.names, pair, mask.name)
-    parts = [_find(part, problem, pair) for part in mask.parts]
-    truths = [part.truth for part in parts]
-    truth = mask.join(*truths)
-    settling = {"bitand": False, "bitor": True}.get(mask.op)
-    if truth is settling:
-        parts = [part for part in parts if part.truth is settling]
-    reasons = tuple(reason for part in parts for reason in part.reasons)
-    return Reasons(truth, reasons, tuple(text for part in parts for text in part.unread))
+        return own(mask)
+    steps = mask.steps()
+    found = [own(step) if isinstance(step, Mask) else None for step in steps]
+    truths: list[bool] = []
+    for step, looked_at in zip(steps, found, strict=True):
+        if looked_at is not None:
+            truths.append(looked_at.truth)
+        elif not isinstance(step, Mask):
+            truths.append(connect(step[0], *(truths[operand] for operand in step[1])))
+    deciding = [part for place in _deciding(steps, truths) if (part := found[place])]
+    reasons = tuple(reason for part in deciding for reason in part.reasons)
+    return Reasons(truths[-1], reasons, tuple(text for part in deciding for text in part.unread))
+
+
+def _deciding(steps: list[Step], truths: list[bool]) -> list[int]:
+    """The places, in order, of the masks that the last step's truth rests on."""
+    rests_on = {len(steps) - 1}
+    for place in reversed(range(len(steps))):
+        step = steps[place]
+        if place not in rests_on or isinstance(step, Mask):
+            continue
+        op, operands = step
+        settled = truths[place] is _SETTLING.get(op)
+        rests_on |= {operand for operand in operands if not settled or truths[operand] is truths[place]}
+    return sorted(rests_on)
 
 
 def _written(reason: Reason) -> str:

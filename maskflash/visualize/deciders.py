@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskflash.blocks.classify import Classified, classify
+from maskflash.blocks.meets import find_meets
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.runs import Runs, Segments
 from maskflash.blocks.tiles import Tiles
@@ -53,6 +54,7 @@ def decide(problem: Problem) -> Decided:
     if not classified.by_elements:
         return Decided(classified, None)
     watched = _Watched(problem)
+    watched.meets = find_meets(problem, watched.undecided)
     watched.settle(lambda pairs: True)  # as the analysis did, since it says that tiles were evaluated
     b, h, i, j = (x.cpu().numpy() for x in torch.cat(watched.evaluated).unbind(1))
     _, heads, n_q, _ = problem.shape

@@ -106,7 +106,7 @@ def test_bounds_settle_squares_of_tiles(monkeypatch):
     monkeypatch.setattr(
         tiles,
         "bounds",
-        lambda expr, inputs, at, ranges: boxes.append(at["q"].lo + at["kv"].lo) or bound(expr, inputs, at, ranges),
+        lambda expr, inputs, at, *rest: boxes.append(at["q"].lo + at["kv"].lo) or bound(expr, inputs, at, *rest),
     )
     counts = {}
     for q_len in (1 << 15, 1 << 17):
@@ -114,6 +114,46 @@ def test_bounds_settle_squares_of_tiles(monkeypatch):
         mf.mask(lambda b, h, q, kv: q * 1.0 >= kv).block_map(q_len, q_len)
         counts[q_len] = sum(box.numel() for box in boxes)
     assert counts[1 << 15] < (1 << 15 >> 7) ** 2 / 2 and counts[1 << 17] < 5 * counts[1 << 15]
+
+
+BASES = st.sampled_from([0, 2**61, 2**62, 2**63 - 100, -(2**61), -(2**62), 100 - 2**63])
+
+
+@given(BASES, BASES, st.integers(-40, 40), SIZES, st.data())
+def test_numbers_near_the_ends_of_64_bits_are_as_torch_has_them(base, other, near, block_size, data):
+    ids = torch.tensor(data.draw(st.lists(st.integers(-9, 9), min_size=40, max_size=40))) + base
+    base, other = base + near, other - near
+    predicate = data.draw(
+        st.sampled_from(
+            [
+                lambda b, h, q, kv: (q - base) - (kv - other) <= 4,
+                lambda b, h, q, kv: abs((q - base) - (kv - base)) < 9,
+                lambda b, h, q, kv: (q - base) // 8 == (kv - base) // 8,
+                lambda b, h, q, kv: (ids[q] - ids[kv] <= 1) & (q >= kv),
+                lambda b, h, q, kv: (ids[q] - kv) + (ids[q] - kv) + (ids[q] - kv) > other,
+                lambda b, h, q, kv: (ids[q] - ids[kv]) + (ids[q] - ids[kv]) + (ids[q] - ids[kv]) == 3 * (q - kv),
+                lambda b, h, q, kv: min(ids[q], kv + base) - max(ids[kv], q + base) > 2,
+            ]
+        )
+    )
+    mask = mf.mask(predicate)
+    found = mask.block_map(40, 40, block_size=block_size).kinds()
+    assert torch.equal(found, brute_force(mask.dense(40, 40), block_size))
+
+
+def test_terms_are_brought_together_only_where_their_sum_fits_64_bits(monkeypatch):
+    monkeypatch.setattr(module, "_MANY_TILES", 0)
+    ids = torch.arange(40) // 8 + 2**62 - 20  # twice that, and 3 * q, crosses 2**63
+    mask = mf.mask(lambda b, h, q, kv: (ids[q] - ids[kv]) + (ids[q] - ids[kv]) <= 3 * kv - 3 * q)
+    assert torch.equal(mask.block_map(10, 40, block_size=4).kinds(), brute_force(mask.dense(10, 40), 4))
+
+
+def test_large_numbers_cost_what_small_ones_do():
+    base = 2**61 + 5
+    ids = torch.arange(2048) // 100 + base
+    assert decided(mf.mask(lambda b, h, q, kv: (q - base) - (kv - base) <= 64), 2048) == {"formula": 256}
+    assert decided(mf.mask(lambda b, h, q, kv: (q - base) - (kv - base) <= 64 and q >= kv), 2048) == {"formula": 256}
+    assert decided(mf.mask(lambda b, h, q, kv: abs(ids[q] - ids[kv]) <= 1), 2048) == {"intervals": 256}
 
 
 def test_an_empty_side_gives_an_empty_map():

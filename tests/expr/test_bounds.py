@@ -75,7 +75,7 @@ def test_integers_keep_to_their_cap(data, texts, brute):
     if traced is None:
         return
     expr, inputs = traced.expr, traced.bind({})
-    cap = largest(expr, inputs, {name: float(max(map(abs, ends))) for name, ends in ENDS.items()})
+    cap = largest(expr, inputs, ENDS)
     box = {name: Interval(torch.tensor([first]), torch.tensor([last])) for name, (first, last) in ENDS.items()}
     if cap is None or cap >= 2**62:
         return  # beyond it they may wrap
@@ -85,14 +85,37 @@ def test_integers_keep_to_their_cap(data, texts, brute):
     assert all(value.abs().max() <= cap for value in wide)
 
 
+INDICES = {"b": (0, 0), "h": (0, 0), "q": (0, 3), "kv": (0, 3)}
+
+
+def test_a_difference_of_large_numbers_is_small():
+    base = 2**61 + 3
+    traced = trace(lambda b, h, q, kv: (q - base) - (kv - base) < 4)
+    assert base <= largest(traced.expr, traced.bind({}), INDICES) < 2**62
+
+
+def test_a_product_of_a_difference_is_bounded_to_the_last_bit():
+    base = 2**61 + 3  # no float tells it from 2**61
+    traced = trace(lambda b, h, q, kv: ((q - 2**61) - (kv - base)) * 2**60 < 4)
+    assert largest(traced.expr, traced.bind({}), INDICES) >= 2**62
+
+
+def test_what_may_have_wrapped_does_not_become_small_again():
+    far, int8 = 2**62, torch.tensor([100] * 4, dtype=torch.int8)
+    traced = trace(lambda b, h, q, kv: (q + far) - (kv + far) < 4)
+    assert largest(traced.expr, traced.bind({}), INDICES) >= 2**62
+    traced = trace(lambda b, h, q, kv: (int8[q] + 100) - q - 100 < kv)  # 200 is -56, and 228 is -28
+    assert largest(traced.expr, traced.bind({}), INDICES) >= 128 + 3 + 100
+
+
 def test_a_negative_number_made_a_byte_keeps_to_its_cap():
     traced = trace(lambda b, h, q, kv: q.to(torch.uint8).to(torch.int64) * 2 > kv)
-    assert largest(traced.expr, traced.bind({}), {"b": 0.0, "h": 0.0, "q": 3.0, "kv": 3.0}) >= 2 * 255
+    assert largest(traced.expr, traced.bind({}), INDICES) >= 2 * 255
 
 
 def test_a_real_number_made_an_integer_has_no_cap_without_its_bounds():
     traced = trace(lambda b, h, q, kv: (q / 2).to(torch.int64) > kv)
-    assert largest(traced.expr, traced.bind({}), {"b": 0.0, "h": 0.0, "q": 3.0, "kv": 3.0}) is None
+    assert largest(traced.expr, traced.bind({}), INDICES) is None
 
 
 def test_the_check_can_fail():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from maskflash.expr.bounds import _magnitude
+from maskflash.expr.bounds import _reach, _size
 from maskflash.expr.evaluate import _TORCH, Inputs
 from maskflash.expr.intervals import Interval, operation, truth
 from maskflash.expr.nodes import ARITY, Node, operand_dtype, result_type
@@ -23,8 +23,8 @@ def bound(op, dtype, spans):
     kinds = [Node("lookup", (), dtype)] * len(spans)
     result, weak = result_type(op, kinds)
     node = Node(op, tuple(range(len(spans))), result, weak)
-    sizes = [float(span.double().abs().max()) for span in spans]
-    magnitude = _magnitude(node, sizes, Inputs(), RangeMinima())
+    reaches = [(0, 1) if dtype.is_floating_point else (int(span.min()), int(span.max())) for span in spans]
+    magnitude = _size(_reach(node, reaches, Inputs(), RangeMinima()))
     args = [Interval(span[:, 0], span[:, 1]) for span in spans]
     return operation(node, args, operand_dtype(node, kinds), magnitude)
 

@@ -86,14 +86,14 @@ def test_nan_anywhere_makes_a_range_unknown():
     assert bound.lo.isnan().tolist() == bound.hi.isnan().tolist() == [True, False]
 
 
-def test_magnitudes_cap_a_table():
+def test_extremes_bound_a_table():
     minima = RangeMinima()
-    assert minima.magnitude(torch.tensor([3, -7])) == 7
-    assert minima.magnitude(torch.tensor([torch.iinfo(torch.int64).min])) == 2.0**63
-    assert minima.magnitude(torch.zeros(0, dtype=torch.int64)) == 0
-    assert minima.magnitude(torch.tensor([1], dtype=torch.uint8)) == 255
-    assert minima.magnitude(torch.tensor([1], dtype=torch.int8)) == 128
-    assert minima.magnitude(torch.tensor([True])) == 1
+    assert minima.extremes(torch.tensor([3, -7])) == (-7, 3)
+    assert minima.extremes(torch.tensor([torch.iinfo(torch.int64).min])) == (-(2.0**63), -(2.0**63))
+    assert minima.extremes(torch.zeros(0, dtype=torch.int64)) == (0, 0)
+    assert minima.extremes(torch.tensor([1], dtype=torch.uint8)) == (0, 255)
+    assert minima.extremes(torch.tensor([1], dtype=torch.int8)) == (-128, 127)
+    assert minima.extremes(torch.tensor([True])) == (0, 1)
 
 
 def test_a_new_table_never_meets_an_old_one_s_minima():
