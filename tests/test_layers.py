@@ -20,7 +20,19 @@ ORDER = {
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": [
-        *("runs", "block_map", "problem", "formula", "pieces", "hulls", "spans", "coverage", "tiles", "classify"),
+        *(
+            "runs",
+            "block_map",
+            "problem",
+            "formula",
+            "pieces",
+            "groups",
+            "hulls",
+            "spans",
+            "coverage",
+            "tiles",
+            "classify",
+        ),
         "changes",
     ],
     "masks": [

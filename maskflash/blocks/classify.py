@@ -18,6 +18,7 @@ import torch
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.coverage import cover
 from maskflash.blocks.formula import find_formula
+from maskflash.blocks.groups import find_groups
 from maskflash.blocks.hulls import Hulls, evaluated, find_intervals
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
@@ -43,6 +44,7 @@ class Classified:
         by_pairs: tiles of a few rows, whose pairs were evaluated at once; then all of them.
         by_intervals: tiles that follow from the interval that each row sees; then all of them.
         by_formula: tiles that follow from formulas; then all of them.
+        by_groups: tiles that follow from pairs of groups of rows and of columns; then all of them.
         hulls: those intervals.
     """
 
@@ -55,15 +57,17 @@ class Classified:
     by_pairs: int = 0
     by_intervals: int = 0
     by_formula: int = 0
+    by_groups: int = 0
     hulls: Hulls | None = None
 
     @property
     def decided(self) -> dict[str, int]:
-        """How many tiles each means decided; the first four decide all or none."""
+        """How many tiles each means decided; the first five decide all or none."""
         return {
             "pairs": self.by_pairs,
             "formula": self.by_formula,
             "intervals": self.by_intervals,
+            "groups": self.by_groups,
             "columns": self.by_columns,
             "bounds": self.by_bounds,
             "samples": self.by_samples,
@@ -96,6 +100,8 @@ def classify(problem: Problem) -> Classified:
     hulls = find_intervals(problem)
     if hulls is not None and (joined := hulls.block_map(problem)):
         return Classified(joined, max(largest, hulls.largest), by_intervals=count, hulls=hulls)
+    if groups := find_groups(problem):
+        return Classified(groups.block_map(), max(largest, problem.largest()), by_groups=count)
     find = cache(find_pieces)
     if count > _MANY_TILES and (pieces := find(problem)):
         return _cut(pieces, largest)

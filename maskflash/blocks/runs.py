@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 IntArray = npt.NDArray[np.int64]
 TileArray = npt.NDArray[np.int32]
@@ -107,6 +108,13 @@ class Runs:
         return Runs(*(torch.from_numpy(x).to(kinds.device) for x in arrays))
 
     @staticmethod
+    def joined(parts: list[Runs]) -> Runs:
+        """The lines of all parts, one after the other."""
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        offsets = pad(counts.cumsum(0), (1, 0)).int()
+        return Runs(offsets, *(torch.cat(x) for x in zip(*(part.tensors[1:] for part in parts), strict=True)))
+
+    @staticmethod
     def from_segments(lines: int, segments: Segments, device: torch.device) -> Runs:
         """Runs of disjoint stretches in any order; those that touch and are of one kind are joined.
 
@@ -172,7 +180,8 @@ class Runs:
         """
         units, device = (len(self.offsets) - 1) // lines, self.offsets.device
         # Every line as (where a kind begins, the kind), with a line of nothing after each unit's last.
-        line = self.lines().cpu().numpy()
+        offsets = self.offsets.cpu().numpy()
+        line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         keys, kinds = _steps(line + line // lines, self, units * (lines + 1), across)
         before, old = keys + across, kinds  # what stood in the line before
         first = np.arange(units) * ((lines + 1) * across)
