@@ -84,6 +84,12 @@ class BlockMap:
         kinds[self.rows.tiles(full=True)] = FULL
         return kinds.view(self.shape)
 
+    def turned(self) -> BlockMap:
+        """The map with the roles of rows and columns swapped."""
+        (batch, heads, n_q, n_kv), (rows, columns) = self.shape, self.block_size
+        shape = batch, heads, n_kv, n_q
+        return BlockMap(self.kv_len, self.q_len, (columns, rows), shape, rows=self.columns, columns=self.rows)
+
     def partial_tiles(self) -> Tensor:
         """(b, h, i, j) of every partial tile: (partial, 4) int64, ordered by row of tiles."""
         _, heads, n_q, _ = self.shape

@@ -102,19 +102,28 @@ def classify(problem: Problem) -> Classified:
         return Classified(joined, max(largest, hulls.largest), by_intervals=count, hulls=hulls)
     if groups := find_groups(problem):
         return Classified(groups.block_map(), max(largest, problem.largest()), by_groups=count)
-    find = cache(find_pieces)
-    if count > _MANY_TILES and (pieces := find(problem)):
-        return _cut(pieces, largest)
+    find = cache(_pieces)
+    if count > _MANY_TILES and (cut := find(problem)):
+        return _cut(problem, cut, largest)
     columns = units * problem.kv_len
     tiles = Tiles(problem)
     if not tiles.settle(lambda pairs: pairs <= _PAIRS_FOR_A_PIECE * columns or find(problem) is None):
-        pieces = find(problem)
-        assert pieces is not None, "evaluation is refused only where columns can be cut"
-        return _cut(pieces, largest)
+        cut = find(problem)
+        assert cut is not None, "evaluation is refused only where columns can be cut"
+        return _cut(problem, cut, largest)
     by_bounds = count - tiles.by_samples - tiles.by_elements
     return Classified(tiles.block_map(), max(largest, tiles.largest), by_bounds, tiles.by_samples, tiles.by_elements)
 
 
-def _cut(pieces: Pieces, largest: float) -> Classified:
-    """The map of a problem from its columns' pieces."""
-    return Classified(cover(pieces), max(largest, pieces.largest), by_columns=math.prod(pieces.problem.shape))
+def _pieces(problem: Problem) -> Pieces | None:
+    """How to cut a problem's columns, or else its rows."""
+    turned = problem.turned()
+    return find_pieces(problem) or (find_pieces(turned) if turned else None)
+
+
+def _cut(problem: Problem, pieces: Pieces, largest: float) -> Classified:
+    """The map of a problem from its columns' pieces, or from its rows'."""
+    block_map = cover(pieces)
+    if pieces.problem is not problem:
+        block_map = block_map.turned()
+    return Classified(block_map, max(largest, pieces.largest), by_columns=math.prod(problem.shape))

@@ -63,9 +63,9 @@ class Alike:
         start, stop, group = (x.numpy() for x in (self.start, self.stop, self.group))
         groups, first = len(self.first), start // block
         count = (stop - 1) // block - first + 1
-        # In numpy: torch hands even short repeats to threads.
         tile = np.repeat(first - (count.cumsum() - count), count) + np.arange(count.sum())
-        keys = torch.from_numpy(tile * groups + np.repeat(group, count)).unique().numpy()
+        keys = np.sort(tile * groups + np.repeat(group, count))
+        keys = keys[np.append(True, keys[1:] != keys[:-1])]
         return keys % groups, np.searchsorted(keys, np.arange(-(-stop[-1] // block)) * groups)
 
     def ends(self) -> tuple[Tensor, Tensor]:
@@ -147,6 +147,8 @@ class Groups:
 def find_groups(problem: Problem) -> Groups | None:
     """The groups of a problem on the CPU; None where there are so many that nothing is gained."""
     pairs = problem.q_len * problem.kv_len
+    if not pairs:
+        return None
     most = min(pairs // _TOKENS**2, max(_FEW_PAIRS, pairs // _MORE_TOKENS**2), _MOST_PAIRS)
     of_rows, of_columns = one_sided(problem.expr)
     if _least(of_rows, "q", problem.q_len) * _least(of_columns, "kv", problem.kv_len) > most:
@@ -208,19 +210,32 @@ def _exact(values: Tensor) -> Tensor:
 
 def _grouped(keys: list[Tensor], length: int) -> Alike:
     """The groups of tokens with equal keys, each (length,)."""
-    changed = torch.zeros(length, dtype=torch.bool)
+    changed = np.zeros(length, dtype=np.bool_)
     changed[0] = True
-    for key in keys:
+    arrays = [key.numpy() for key in keys]
+    for key in arrays:
         changed[1:] |= key[1:] != key[:-1]
-    start = changed.nonzero()[:, 0]
-    group = torch.zeros_like(start)
-    for key in keys:
-        values, place = key[start].unique(return_inverse=True)
-        group = (group * len(values) + place).unique(return_inverse=True)[1]
+    start = np.flatnonzero(changed)
+    group = np.zeros_like(start)
+    for key in arrays:
+        number = _numbered(key[start])
+        group = _numbered(group * (number.max() + 1) + number)
     # Numbered anew, as they first occur.
-    first = torch.full((int(group.max()) + 1,), length).scatter_reduce_(0, group, start, "amin")
-    first, order = first.sort()
-    return Alike(first, start, torch.cat((start[1:], torch.tensor([length]))), order.argsort()[group])
+    first = np.empty(group.max() + 1, dtype=np.int64)
+    first[group[::-1]] = start[::-1]
+    order = first.argsort()
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return Alike(*map(torch.from_numpy, (first[order], start, np.append(start[1:], length), place[group])))
+
+
+def _numbered(values: IntArray) -> IntArray:
+    """Values as numbers from 0, in their order. In numpy: torch hands the sort to threads, and waits for them."""
+    order = values.argsort(kind="stable")
+    ordered = values[order]
+    number = np.empty_like(order)
+    number[order] = np.append(0, (ordered[1:] != ordered[:-1]).cumsum())
+    return number
 
 
 def _first(bits: Tensor) -> Tensor:

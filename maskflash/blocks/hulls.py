@@ -44,8 +44,8 @@ class Hulls:
     def block_map(self, problem: Problem) -> BlockMap | None:
         """The map of rows that see one interval each; None where those of a line of tiles lie apart.
 
-        A tile is visited if some row of its line sees some of it. Where each row's interval overlaps or touches the
-        next row's, all rows together visit one stretch.
+        A tile is visited if some row of its line sees some of it. Where each row's interval overlaps or touches that of
+        the next row that sees anything, all rows together visit one stretch.
         """
         (lines, across), (rows, width) = problem.shape[2:], problem.block_size
         ragged = lines * rows - problem.q_len  # the last line repeats its last row
@@ -90,11 +90,14 @@ def _ends(start: IntArray, stop: IntArray, kv_len: int) -> IntArray:
     In numpy, whose reductions of many short lines are several times faster.
     """
     sees = start < stop
-    apart = (start[:, 1:] > stop[:, :-1]) | (start[:, :-1] > stop[:, 1:]) | ~sees[:, :-1]
-    stretches = np.count_nonzero(apart & sees[:, 1:], axis=1) + sees[:, 0]
     every = start.max(1), stop.min(1)  # a row that sees nothing leaves nothing between them
+    before = start[:, :-1], stop[:, :-1], sees[:, :-1]
     if not sees.all():
+        last = np.maximum.accumulate(np.where(sees, np.arange(sees.shape[1]), 0), axis=1)[:, :-1]
+        before = tuple(np.take_along_axis(x, last, axis=1) for x in (start, stop, sees))  # of rows that see
         start, stop = np.where(sees, start, kv_len), np.where(sees, stop, 0)
+    apart = (start[:, 1:] > before[1]) | (before[0] > stop[:, 1:]) | ~before[2]
+    stretches = np.count_nonzero(apart & sees[:, 1:], axis=1) + sees[:, 0]
     return np.stack((stretches, start.min(1), stop.max(1), *every))
 
 

@@ -123,6 +123,33 @@ def test_bounds_settle_squares_of_tiles(monkeypatch):
     assert counts[1 << 15] < (1 << 15 >> 7) ** 2 / 2 and counts[1 << 17] < 5 * counts[1 << 15]
 
 
+ROUGH = torch.arange(512) * 7 % 11  # changes at every row
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        lambda b, h, q, kv: ROUGH[q] >= 3,
+        lambda b, h, q, kv: ROUGH[q] >= 3 and q >= kv,
+        lambda b, h, q, kv: ROUGH[q] < 3 or q >= kv,
+        lambda b, h, q, kv: ROUGH[q] < 3 or q // 100 == kv // 100,
+        lambda b, h, q, kv: ROUGH[q] >= 3 and q // 100 == kv // 100,
+    ],
+)
+@pytest.mark.parametrize("block_size", [(16, 16), (16, 32), (10, 3)])
+def test_conditions_of_rows_cost_what_those_of_columns_cost(predicate, block_size, monkeypatch):
+    """Neither goes through tiles, and each map is the other's, turned over."""
+    monkeypatch.setattr(module, "_MANY_TILES", 0)
+    monkeypatch.setattr(module, "Tiles", None)
+    turned = mf.mask(lambda b, h, q, kv: predicate(b, h, kv, q))
+    rows = mf.mask(predicate).block_map(500, 300, block_size=block_size)
+    columns = turned.block_map(300, 500, block_size=block_size[::-1])
+    assert torch.equal(rows.kinds(), columns.kinds().transpose(2, 3))
+    assert torch.equal(rows.kinds(), brute_force(mf.mask(predicate).dense(500, 300), block_size))
+    for x, y in ((rows.rows, columns.columns), (rows.columns, columns.rows)):
+        assert all(map(torch.equal, x.tensors, y.tensors))
+
+
 def test_an_empty_side_gives_an_empty_map():
     for q_len, kv_len in ((0, 5), (5, 0), (0, 0)):
         found = mf.causal().block_map(q_len, kv_len)
