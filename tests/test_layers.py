@@ -31,6 +31,7 @@ ORDER = {
             "spans",
             "coverage",
             "tiles",
+            "parts",
             "classify",
         ),
         "changes",

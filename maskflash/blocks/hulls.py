@@ -1,8 +1,8 @@
 """A problem -> the first and the last column that each row sees, and how many, without a look at pairs; and its map.
 
 Where they are as many as lie between, they are all: most rows of most masks see one interval. Formulas tell, or the
-columns' pieces of the problem turned over, if its mask comes apart that way too. Where the mask is comparisons joined
-by `and`, the pieces' ends are the interval's: then a row of tiles is a few minima and maxima.
+columns' pieces of the problem turned over, if its mask comes apart that way too, or groups. Where the mask is
+comparisons joined by `and`, the pieces' ends are the interval's: then a row of tiles is a few minima and maxima.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.formula import Seen, find_formula, segments_of, tiles_of
+from maskflash.blocks.groups import find_groups
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.runs import IntArray, Runs
@@ -109,7 +110,10 @@ def find_hulls(problem: Problem) -> Hulls | None:
         start, stop, count = (torch.cat(x).view(1, 1, -1) for x in zip(*parts, strict=True))
         return Hulls(start, stop, count, formula.largest)
     pieces = _pieces_of_rows(problem)
-    return None if pieces is None else _joined(pieces) or _cut(pieces)
+    if pieces is not None:
+        return _joined(pieces) or _cut(pieces)
+    groups = find_groups(problem)
+    return None if groups is None else Hulls(*groups.hulls(), problem.largest())
 
 
 def find_intervals(problem: Problem) -> Hulls | None:

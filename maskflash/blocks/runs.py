@@ -107,6 +107,16 @@ class Runs:
         arrays = offsets, start.astype(np.int32), (last + 1).astype(np.int32), lattice[line, start] == FULL
         return Runs(*(torch.from_numpy(x).to(kinds.device) for x in arrays))
 
+    def lattice(self, across: int) -> Tensor:
+        """The kind of every tile: (lines, across) int8, on the device of the runs."""
+        offsets, start, stop, full = (x.cpu().numpy() for x in self.tensors)
+        line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        kind = np.where(full, FULL, PARTIAL).astype(np.int8)
+        steps = np.zeros((len(offsets) - 1, across + 1), dtype=np.int8)
+        steps[line, start] += kind  # no two runs start in one place, nor end there
+        steps[line, stop] -= kind
+        return torch.from_numpy(steps.cumsum(1, dtype=np.int8)[:, :-1]).to(self.start.device)
+
     @staticmethod
     def joined(parts: list[Runs]) -> Runs:
         """The lines of all parts, one after the other."""
