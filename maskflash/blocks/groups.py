@@ -121,6 +121,10 @@ class Groups:
         start, stop, number = found.view(3, *problem.shape[:2], problem.q_len)
         return start, stop, number
 
+    def of_rows(self) -> Tensor:
+        """The group of each row: (B, H, q_len) int64."""
+        return torch.stack([rows.of_tokens() for rows in self.rows]).view(*self.problem.shape[:2], -1)
+
     def _kinds(self) -> Iterator[npt.NDArray[np.int8]]:
         """Kinds of all tiles, some lines of tiles at a time."""
         height, width = self.problem.block_size

@@ -35,12 +35,14 @@ class Hulls:
         stop: one past the last; not after start where the row sees nothing.
         count: how many columns.
         largest: a cap on the mask's 64-bit integers.
+        group: numbers of rows; those with one number see the same. None where that isn't known.
     """
 
     start: Tensor
     stop: Tensor
     count: Tensor
     largest: float
+    group: Tensor | None = None
 
     def block_map(self, problem: Problem) -> BlockMap | None:
         """The map of rows that see one interval each; None where those of a line of tiles lie apart.
@@ -113,7 +115,7 @@ def find_hulls(problem: Problem) -> Hulls | None:
     if pieces is not None:
         return _joined(pieces) or _cut(pieces)
     groups = find_groups(problem)
-    return None if groups is None else Hulls(*groups.hulls(), problem.largest())
+    return None if groups is None else Hulls(*groups.hulls(), problem.largest(), groups.of_rows())
 
 
 def find_intervals(problem: Problem) -> Hulls | None:

@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
+from maskflash import compiler, plans
 from maskflash.blocks import groups as module
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.classify import classify
 from maskflash.blocks.groups import find_groups
+from maskflash.blocks.problem import Problem
+from maskflash.testing import Shape, assert_matches_dense
 
 CPU = torch.device("cpu")
 SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -190,14 +193,45 @@ def test_what_is_evaluated_follows_the_groups_and_not_the_tokens(tokens, in_orde
     mask = mf.mask(lambda b, h, q, kv: near[cell[q], cell[kv]])
     problem = problem_of(mask, tokens, tokens, 128)
     evaluated = []
-    visible = type(problem).visible
+    visible = Problem.visible
 
     def counted(self, b, h, q, kv):
         bits = visible(self, b, h, q, kv)
         evaluated.append(bits.numel())
         return bits
 
-    monkeypatch.setattr(type(problem), "visible", counted)
+    monkeypatch.setattr(Problem, "visible", counted)
     found = classify(problem)
     assert found.by_groups == (tokens // 128) ** 2
     assert sum(evaluated) == 40 * 40
+
+
+@settings(max_examples=40)
+@given(looked_up(), LENGTHS, LENGTHS)
+def test_attention_by_groups_is_the_dense_one(mask, q_len, kv_len):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_MANY_PAIRS", -1)
+        plans.invalidate({mask.traced({}).expr.text})
+        assert_matches_dense(mask, Shape(batch=2, heads=2, q_len=q_len, kv_len=kv_len), block_size=32)
+
+
+@pytest.mark.parametrize("tokens", [1 << 12, 1 << 13])
+def test_a_plan_evaluates_one_row_of_each_group(tokens, monkeypatch):
+    """Rows with holes cost their groups and the tiles that they visit."""
+    monkeypatch.undo()
+    cell = torch.arange(tokens) // 64
+    near = torch.rand(tokens // 64, tokens // 64, generator=torch.Generator().manual_seed(1)) < 256 / tokens
+    mask = mf.mask(lambda b, h, q, kv: near[cell[q], cell[kv]])
+    evaluated = []
+    visible = Problem.visible
+
+    def counted(self, b, h, q, kv):
+        bits = visible(self, b, h, q, kv)
+        evaluated.append(bits.numel())
+        return bits
+
+    monkeypatch.setattr(Problem, "visible", counted)
+    monkeypatch.setattr(compiler, "_MANY_PAIRS", -1)
+    problem = problem_of(mask, tokens, tokens, 128)
+    partial = compiler.analyse(problem, "cpu").classified.block_map.counts["partial"]
+    assert sum(evaluated) <= 2 * (tokens // 64) ** 2 + partial * 2 * 128
