@@ -23,10 +23,22 @@ TITLES = {
     "comparison": "Block map of causal documents, predicate to map: maskflash beside FlexAttention's eager "
     "create_block_mask (few pairs: it takes over ten seconds a call)",
     "lengths": "Block map of causal documents by length: maskflash alone",
+    "masks": "Block map of masks of tables: look-ups of both indices, circles, conditions of one side",
     "start": "Start-up in fresh processes: import over `import torch`; compile and first call, imports aside",
 }
 TOKENS = 16384
 LENGTHS = tuple(1 << n for n in range(13, 21))  # 8,192 to 1,048,576
+TABLE_MASKS = {  # tokens
+    "kinds, in order": 16384,
+    "kinds, mixed": 16384,
+    "cells": 204458,
+    "cells, causal": 204458,
+    "a circle": 16384,
+    "flags of queries": 49152,
+    "flags of keys": 49152,
+    "flags of queries, causal": 49152,
+    "flags of keys, causal": 49152,
+}
 SLOW_PAIRS = 3  # of a comparison whose other side takes over ten seconds
 FIRST_TOKENS = 1024
 
@@ -51,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows.append(_memory(tokens, slow, seed))
     for length in (512, 1024) if quick else LENGTHS:
         rows.append(_alone(length, pairs, seed))
+    rows += [_of_tables(case, 1024 if quick else length, pairs, seed) for case, length in TABLE_MASKS.items()]
     rows += _start(pairs, seed)
     return runner.finish("analysis", TITLES, rows, options)
 
@@ -78,6 +91,13 @@ def _alone(tokens: int, samples: int, seed: int) -> Row:
     run = runner.timed(lambda: _analysed(predicate, tokens))
     run()
     return runner.alone("lengths", "causal documents", tokens, "time", [run()[0] for _ in range(samples)])
+
+
+def _of_tables(case: str, tokens: int, samples: int, seed: int) -> Row:
+    predicate = workloads.table_predicate(case, tokens, seed)
+    run = runner.timed(lambda: _analysed(predicate, tokens))
+    run()
+    return runner.alone("masks", case, tokens, "time", [run()[0] for _ in range(samples)])
 
 
 def _start(samples: int, seed: int) -> list[Row]:
