@@ -153,7 +153,7 @@ def _by_pieces(problem: Problem) -> Classified | None:
 def _map_of(problem: Problem) -> BlockMap | None:
     """The map of a condition, without a look at its tiles."""
     found = _by_one_way(problem) or _by_pieces(problem)
-    return found and found.block_map
+    return None if found is None else found.block_map
 
 
 def _longest(problem: Problem) -> float:

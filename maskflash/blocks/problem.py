@@ -89,8 +89,9 @@ class Problem:
         """The problem with the roles of rows and columns swapped; None where rows have an offset."""
         if isinstance(self.q_offset, Tensor) or self.q_offset:
             return None
-        sizes = {"q_len": self.kv_len, "kv_len": self.q_len, "block_size": self.block_size[::-1]}
-        return replace(self, expr=_turned(self.expr), **sizes)
+        rows, columns = self.block_size
+        expr = _turned(self.expr)
+        return replace(self, expr=expr, q_len=self.kv_len, kv_len=self.q_len, block_size=(columns, rows))
 
     def offset_of(self, b: Tensor) -> int | Tensor:
         """The offset of each batch row in b."""
