@@ -96,9 +96,9 @@ def _ends(start: IntArray, stop: IntArray, kv_len: int) -> IntArray:
     every = start.max(1), stop.min(1)  # a row that sees nothing leaves nothing between them
     before = start[:, :-1], stop[:, :-1], sees[:, :-1]
     if not sees.all():
-        last = np.maximum.accumulate(np.where(sees, np.arange(sees.shape[1]), 0), axis=1)[:, :-1]
-        a, z, some = (np.take_along_axis(x, last, axis=1) for x in (start, stop, sees))
-        before = a, z, some.astype(np.bool_)  # of rows that see
+        last = np.maximum.accumulate(np.where(sees, np.arange(sees.shape[1]), 0), axis=1)[:, :-1]  # that sees
+        line = np.arange(len(sees))[:, None]
+        before = start[line, last], stop[line, last], sees[line, last]
         start, stop = np.where(sees, start, kv_len), np.where(sees, stop, 0)
     apart = (start[:, 1:] > before[1]) | (before[0] > stop[:, 1:]) | ~before[2]
     stretches = np.count_nonzero(apart & sees[:, 1:], axis=1) + sees[:, 0]
