@@ -28,6 +28,7 @@ TITLES = {
     "lengths": "Block map of causal documents by length: maskflash alone",
     "joined": "Masks joined by `|`: their first row, traces included, and another's block map at 2,048 tokens",
     "short": "Block map of documents of at most 6 tokens: maskflash alone",
+    "masks": "Block map of masks of tables: look-ups of both indices, circles, conditions of one side",
     "start": "Start-up in fresh processes: import over `import torch`; compile and first call, imports aside",
 }
 TOKENS = 16384
@@ -35,6 +36,17 @@ LENGTHS = tuple(1 << n for n in range(13, 21))  # 8,192 to 1,048,576
 JOINED = (250, 500, 1000)  # masks
 SHORT_LENGTHS = (20480, 40960, 81920)
 LONGEST = 6  # tokens of a short document
+TABLE_MASKS = {  # tokens
+    "kinds, in order": 16384,
+    "kinds, mixed": 16384,
+    "cells": 204458,
+    "cells, causal": 204458,
+    "a circle": 16384,
+    "flags of queries": 49152,
+    "flags of keys": 49152,
+    "flags of queries, causal": 49152,
+    "flags of keys, causal": 49152,
+}
 SLOW_PAIRS = 3  # of a comparison whose other side takes over ten seconds
 FIRST_TOKENS = 1024
 
@@ -63,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows += _joined(count, slow)
     for length in (512, 1024) if quick else SHORT_LENGTHS:
         rows += _short(length, slow, seed)
+    rows += [_of_tables(case, 1024 if quick else length, pairs, seed) for case, length in TABLE_MASKS.items()]
     rows += _start(pairs, seed)
     return runner.finish("analysis", TITLES, rows, options)
 
@@ -130,6 +143,13 @@ def _short(tokens: int, samples: int, seed: int) -> list[Row]:
         run = runner.timed(lambda predicate=predicate: _analysed(predicate, tokens))
         rows.append(runner.alone("short", case, tokens, "time", [run()[0] for _ in range(samples)]))
     return rows
+
+
+def _of_tables(case: str, tokens: int, samples: int, seed: int) -> Row:
+    predicate = workloads.table_predicate(case, tokens, seed)
+    run = runner.timed(lambda: _analysed(predicate, tokens))
+    run()
+    return runner.alone("masks", case, tokens, "time", [run()[0] for _ in range(samples)])
 
 
 def _start(samples: int, seed: int) -> list[Row]:

@@ -79,3 +79,32 @@ def short_documents(tokens: int, seed: int) -> mf.Mask:
 def visited(mask: mf.Mask, tokens: int) -> float:
     """Fraction of 128 x 128 tiles that are full or partial."""
     return 1 - mask.block_map(tokens, tokens, block_size=TILE).sparsity
+
+
+CELLS: Final = 3072  # of a mesh; each sees 20, wherever they are
+KINDS: Final = 7
+
+
+def table_predicate(case: str, tokens: int, seed: int) -> Callable[..., Any]:
+    """Masks of tables: of kinds or cells of tokens, of places in a plane, of flags."""
+    draw = torch.Generator().manual_seed(seed)
+    kind = torch.randint(0, KINDS, (tokens,), generator=draw)
+    kind = kind.sort().values if case == "kinds, in order" else kind
+    sees = torch.rand(KINDS, KINDS, generator=draw) < 0.5
+    cells = min(CELLS, tokens // 8)
+    cell = torch.arange(tokens) * cells // tokens
+    near = torch.rand(cells, cells, generator=draw) < 20 / cells
+    x, y = torch.arange(tokens) % 128, torch.arange(tokens) // 128
+    flag = torch.rand(tokens, generator=draw) < 0.9
+    kinds = lambda b, h, q, kv: sees[kind[q], kind[kv]]  # noqa: E731
+    return {
+        "kinds, in order": kinds,
+        "kinds, mixed": kinds,
+        "cells": lambda b, h, q, kv: near[cell[q], cell[kv]],
+        "cells, causal": lambda b, h, q, kv: near[cell[q], cell[kv]] and q >= kv,
+        "a circle": lambda b, h, q, kv: (x[q] - x[kv]) ** 2 + (y[q] - y[kv]) ** 2 < 81,
+        "flags of queries": lambda b, h, q, kv: flag[q],
+        "flags of keys": lambda b, h, q, kv: flag[kv],
+        "flags of queries, causal": lambda b, h, q, kv: flag[q] and q >= kv,
+        "flags of keys, causal": lambda b, h, q, kv: flag[kv] and q >= kv,
+    }[case]

@@ -2,8 +2,8 @@
 
     trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
     simplify    expr/simplify.py     the expression in normal form
-    classify    blocks/classify.py   expression -> block map: formulas; bounds, samples, elements; or columns in pieces
-    hulls       blocks/hulls.py      expression -> what rows see, where formulas or pieces tell (CPU backend only)
+    classify    blocks/classify.py   expression -> block map: formulas, intervals, groups, pieces, parts; or tiles
+    hulls       blocks/hulls.py      expression -> what rows see, where formulas, pieces or groups tell (CPU only)
     plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.

@@ -116,8 +116,12 @@ def _decided(decided: dict[str, int]) -> str:
         return f"{decided['formula']} tiles by formulas"
     if decided["intervals"]:
         return f"{decided['intervals']} tiles by the rows' intervals"
+    if decided["groups"]:
+        return f"{decided['groups']} tiles by groups of rows and columns that the mask treats alike"
     if decided["columns"]:
         return f"{decided['columns']} tiles by cutting columns"
+    if decided["parts"]:
+        return f"{decided['parts']} tiles by conditions one by one, and by pairs where two of them are partial"
     bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))
     return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
 

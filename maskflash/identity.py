@@ -49,7 +49,7 @@ class Watch:
         """Whether nobody else has one of the tensors any more."""
         with _lock:
             return any(
-                sys.getrefcount(_kept[name].tensor) <= _ONLY_OURS and _kept[name].tensor._use_count() == 1
+                sys.getrefcount(_kept[name].tensor) <= _ONLY_OURS and _kept[name].tensor._use_count() == 1  # type: ignore[attr-defined]
                 for name in self._ids
             )
 

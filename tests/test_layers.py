@@ -21,8 +21,20 @@ ORDER = {
         *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
     ],
     "blocks": [
-        *("runs", "block_map", "problem", "formula", "pieces", "hulls", "spans", "coverage", "meets", "tiles"),
-        *("classify", "changes"),
+        *(
+            "runs",
+            "block_map",
+            "problem",
+            "formula",
+            "pieces",
+            "groups",
+            "hulls",
+            "spans",
+            "coverage",
+            "meets",
+            "tiles",
+        ),
+        *("parts", "classify", "changes"),
     ],
     "masks": [
         *(

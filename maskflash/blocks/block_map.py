@@ -90,11 +90,13 @@ class BlockMap:
 
     def kinds(self) -> Tensor:
         """Every tile's kind: (B, H, nQ, nKV) int8, 0 skip, 1 partial, 2 full. Materialised: for people and tests."""
-        batch, heads, n_q, n_kv = self.shape
-        kinds = torch.zeros(batch * heads * n_q, n_kv, dtype=torch.int8, device=self.device)
-        kinds[self.rows.tiles(full=False)] = PARTIAL
-        kinds[self.rows.tiles(full=True)] = FULL
-        return kinds.view(self.shape)
+        return self.rows.lattice(self.shape[3]).reshape(self.shape)
+
+    def turned(self) -> BlockMap:
+        """The map with the roles of rows and columns swapped."""
+        (batch, heads, n_q, n_kv), (rows, columns) = self.shape, self.block_size
+        shape = batch, heads, n_kv, n_q
+        return BlockMap(self.kv_len, self.q_len, (columns, rows), shape, rows=self.columns, columns=self.rows)
 
     def partial_tiles(self) -> Tensor:
         """(b, h, i, j) of every partial tile: (partial, 4) int64, ordered by row of tiles."""

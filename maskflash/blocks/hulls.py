@@ -1,8 +1,8 @@
 """A problem -> the first and the last column that each row sees, and how many, without a look at pairs; and its map.
 
 Where they are as many as lie between, they are all: most rows of most masks see one interval. Formulas tell, or the
-columns' pieces of the problem turned over, if its mask comes apart that way too. Where the mask is comparisons joined
-by `and`, the pieces' ends are the interval's: then a row of tiles is a few minima and maxima.
+columns' pieces of the problem turned over, if its mask comes apart that way too, or groups. Where the mask is
+comparisons joined by `and`, the pieces' ends are the interval's: then a row of tiles is a few minima and maxima.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskflash.blocks.block_map import BlockMap
 from maskflash.blocks.formula import Seen, find_formula, segments_of, tiles_of
+from maskflash.blocks.groups import find_groups
 from maskflash.blocks.pieces import Pieces, find_pieces
 from maskflash.blocks.problem import Problem
 from maskflash.blocks.runs import IntArray, Runs
@@ -34,18 +35,20 @@ class Hulls:
         stop: one past the last; not after start where the row sees nothing.
         count: how many columns.
         largest: a cap on the mask's 64-bit integers.
+        group: numbers of rows; those with one number see the same. None where that isn't known.
     """
 
     start: Tensor
     stop: Tensor
     count: Tensor
     largest: float
+    group: Tensor | None = None
 
     def block_map(self, problem: Problem) -> BlockMap | None:
         """The map of rows that see one interval each; None where those of a line of tiles lie apart.
 
-        A tile is visited if some row of its line sees some of it. Where each row's interval overlaps or touches the
-        next row's, all rows together visit one stretch.
+        A tile is visited if some row of its line sees some of it. Where each row's interval overlaps or touches that of
+        the next row that sees anything, all rows together visit one stretch.
         """
         (lines, across), (rows, width) = problem.shape[2:], problem.block_size
         ragged = lines * rows - problem.q_len  # the last line repeats its last row
@@ -90,11 +93,15 @@ def _ends(start: IntArray, stop: IntArray, kv_len: int) -> IntArray:
     In numpy, whose reductions of many short lines are several times faster.
     """
     sees = start < stop
-    apart = (start[:, 1:] > stop[:, :-1]) | (start[:, :-1] > stop[:, 1:]) | ~sees[:, :-1]
-    stretches = np.count_nonzero(apart & sees[:, 1:], axis=1) + sees[:, 0]
     every = start.max(1), stop.min(1)  # a row that sees nothing leaves nothing between them
+    before = start[:, :-1], stop[:, :-1], sees[:, :-1]
     if not sees.all():
+        last = np.maximum.accumulate(np.where(sees, np.arange(sees.shape[1]), 0), axis=1)[:, :-1]  # that sees
+        line = np.arange(len(sees))[:, None]
+        before = start[line, last], stop[line, last], sees[line, last]
         start, stop = np.where(sees, start, kv_len), np.where(sees, stop, 0)
+    apart = (start[:, 1:] > before[1]) | (before[0] > stop[:, 1:]) | ~before[2]
+    stretches = np.count_nonzero(apart & sees[:, 1:], axis=1) + sees[:, 0]
     return np.stack((stretches, start.min(1), stop.max(1), *every))
 
 
@@ -106,7 +113,10 @@ def find_hulls(problem: Problem) -> Hulls | None:
         start, stop, count = (torch.cat(x).view(1, 1, -1) for x in zip(*parts, strict=True))
         return Hulls(start, stop, count, formula.largest)
     pieces = _pieces_of_rows(problem)
-    return None if pieces is None else _joined(pieces) or _cut(pieces)
+    if pieces is not None:
+        return _joined(pieces) or _cut(pieces)
+    groups = find_groups(problem)
+    return None if groups is None else Hulls(*groups.hulls(), problem.largest(), groups.of_rows())
 
 
 def find_intervals(problem: Problem) -> Hulls | None:

@@ -90,7 +90,9 @@ class Problem:
         """The problem with the roles of rows and columns swapped; None where rows have an offset."""
         if isinstance(self.q_offset, Tensor) or self.q_offset:
             return None
-        return replace(self, expr=_turned(self.expr), q_len=self.kv_len, kv_len=self.q_len)
+        rows, columns = self.block_size
+        expr = _turned(self.expr)
+        return replace(self, expr=expr, q_len=self.kv_len, kv_len=self.q_len, block_size=(columns, rows))
 
     def offset_of(self, b: Tensor) -> int | Tensor:
         """The offset of each batch row in b."""

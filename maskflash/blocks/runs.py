@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 IntArray = npt.NDArray[np.int64]
 TileArray = npt.NDArray[np.int32]
@@ -106,6 +107,23 @@ class Runs:
         arrays = offsets, start.astype(np.int32), (last + 1).astype(np.int32), lattice[line, start] == FULL
         return Runs(*(torch.from_numpy(x).to(kinds.device) for x in arrays))
 
+    def lattice(self, across: int) -> Tensor:
+        """The kind of every tile: (lines, across) int8, on the device of the runs."""
+        offsets, start, stop, full = (x.cpu().numpy() for x in self.tensors)
+        line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        kind = np.where(full, FULL, PARTIAL).astype(np.int8)
+        steps = np.zeros((len(offsets) - 1, across + 1), dtype=np.int8)
+        steps[line, start] += kind  # no two runs start in one place, nor end there
+        steps[line, stop] -= kind
+        return torch.from_numpy(steps.cumsum(1, dtype=np.int8)[:, :-1]).to(self.start.device)
+
+    @staticmethod
+    def joined(parts: list[Runs]) -> Runs:
+        """The lines of all parts, one after the other."""
+        counts = torch.cat([part.offsets.diff() for part in parts])
+        offsets = pad(counts.cumsum(0), (1, 0)).int()
+        return Runs(offsets, *(torch.cat(x) for x in zip(*(part.tensors[1:] for part in parts), strict=True)))
+
     @staticmethod
     def from_segments(lines: int, segments: Segments, device: torch.device) -> Runs:
         """Runs of disjoint stretches in any order; those that touch and are of one kind are joined.
@@ -172,7 +190,8 @@ class Runs:
         """
         units, device = (len(self.offsets) - 1) // lines, self.offsets.device
         # Every line as (where a kind begins, the kind), with a line of nothing after each unit's last.
-        line = self.lines().cpu().numpy()
+        offsets = self.offsets.cpu().numpy()
+        line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         keys, kinds = _steps(line + line // lines, self, units * (lines + 1), across)
         before, old = keys + across, kinds  # what stood in the line before
         first = np.arange(units) * ((lines + 1) * across)

@@ -44,12 +44,12 @@ class Strip:
 
     Attributes:
         top: first row, in tokens.
-        left: column of bits[:, 0], in tokens.
+        columns: (columns,) ascending tokens: those of tiles that are visited, and one hidden where these lie apart.
         bits: (rows, columns) bool.
     """
 
     top: int
-    left: int
+    columns: IntArray
     bits: BoolArray
 
 
@@ -100,10 +100,14 @@ def row_spans(
         groups = [(line, line + 1) for line in np.flatnonzero(_holes(start, stop, count)).tolist()]
         if groups:
             lines = _lines(block_map, b, h)
+        alike = _alike(block_map, hulls, b, h)
     for low, high in groups:
-        bits = _evaluate_tiles(lines, evaluate, low, high)
         if hulls is None:
+            bits = _evaluate_tiles(lines, evaluate, low, high)
             _add_partial_tiles(lines, bits, low, high, start[low:high], stop[low:high], count[low:high])
+        else:
+            first, place = _distinct(alike[low * bq : high * bq])
+            bits = _evaluate_tiles(lines, evaluate, low, high, first)[:, place]
         for line in (low + np.flatnonzero(_holes(start[low:high], stop[low:high], count[low:high]))).tolist():
             within = slice(*(lines.tile_offsets[line : line + 2] - lines.tile_offsets[low]))
             take_strip(_strip(lines, bits[within], line))
@@ -128,6 +132,14 @@ def _given(block_map: BlockMap, hulls: Hulls, b: int, h: int) -> tuple[IntArray,
         found[place, : block_map.q_len] = x[b, h].numpy()
     start, stop, count = found.reshape(3, n_q, bq)
     return start, stop, count
+
+
+def _alike(block_map: BlockMap, hulls: Hulls, b: int, h: int) -> IntArray:
+    """A number for each row, of whole tiles; rows with one number see the same."""
+    rows = block_map.shape[2] * block_map.block_size[0]
+    if hulls.group is None:
+        return np.arange(rows)
+    return np.pad(hulls.group[b, h].numpy(), (0, rows - block_map.q_len), mode="edge")
 
 
 def _lines(block_map: BlockMap, b: int, h: int) -> _Lines:
@@ -184,16 +196,30 @@ def _groups(lines: _Lines) -> Iterator[tuple[int, int]]:
         low = end
 
 
-def _evaluate_tiles(lines: _Lines, evaluate: Evaluate, low: int, high: int) -> BoolArray:
-    """Bits of the partial tiles of the lines low to high: (tiles, bq, bkv), False beyond kv_len."""
+def _distinct(numbers: IntArray) -> tuple[IntArray, IntArray]:
+    """Where each number first occurs, and for each place which of these it is."""
+    ordered = np.sort(numbers)
+    values = ordered[np.append(True, ordered[1:] != ordered[:-1])]
+    place = np.searchsorted(values, numbers)
+    first = np.empty_like(values)
+    first[place[::-1]] = np.arange(len(numbers))[::-1]
+    return first, place
+
+
+def _evaluate_tiles(lines: _Lines, evaluate: Evaluate, low: int, high: int, rows: IntArray | None = None) -> BoolArray:
+    """Bits of the partial tiles of the lines low to high, or of some of their rows: (tiles, rows, bkv).
+
+    They are False beyond kv_len.
+    """
     block_map = lines.block_map
     bq, bkv = block_map.block_size
+    rows = np.arange(bq) if rows is None else rows
     column = lines.tile_column[lines.tile_offsets[low] : lines.tile_offsets[high]]
     if len(column) == 0:
-        return np.zeros((0, bq, bkv), dtype=np.bool_)
+        return np.zeros((0, len(rows), bkv), dtype=np.bool_)
     line = np.repeat(np.arange(low, high), np.diff(lines.tile_offsets[low : high + 1]))
     # A ragged tile's outside repeats its last row and column: the mask never sees an index out of range.
-    q = np.minimum(line[:, None] * bq + np.arange(bq), block_map.q_len - 1)
+    q = np.minimum(line[:, None] * bq + rows, block_map.q_len - 1)
     kv = column[:, None] * bkv + np.arange(bkv)
     inside = kv < block_map.kv_len
     visible = evaluate(
@@ -202,7 +228,7 @@ def _evaluate_tiles(lines: _Lines, evaluate: Evaluate, low: int, high: int) -> B
         torch.from_numpy(q)[:, :, None],
         torch.from_numpy(np.minimum(kv, block_map.kv_len - 1))[:, None, :],
     )
-    bits: BoolArray = visible.expand(len(line), bq, bkv).numpy()
+    bits: BoolArray = visible.expand(len(line), len(rows), bkv).numpy()
     return bits if inside.all() else bits & inside[:, None, :]
 
 
@@ -233,21 +259,25 @@ def _add_partial_tiles(
 
 
 def _strip(lines: _Lines, tile_bits: BoolArray, line: int) -> Strip:
-    """The bits of one row of tiles, from its first visited column to its last."""
+    """The bits of one row of tiles, of the tiles that it visits."""
     block_map = lines.block_map
     bq, bkv = block_map.block_size
     runs = slice(lines.run_offsets[line], lines.run_offsets[line + 1])
-    left, right = lines.run_start[runs][0] * bkv, lines.run_stop[runs][-1] * bkv
-    top = line * bq
-    bits = np.zeros((bq, right - left), dtype=np.bool_)
+    start, stop, full = lines.run_start[runs], lines.run_stop[runs], lines.run_full[runs]
+    length = (stop - start) * bkv
+    width = length + np.append(start[1:] > stop[:-1], False)  # and a hidden one where the next run lies apart
+    left = np.cumsum(width) - width
+    bits = np.zeros((bq, int(width.sum())), dtype=np.bool_)
     tile = 0
-    for start, stop, full in zip(lines.run_start[runs], lines.run_stop[runs], lines.run_full[runs], strict=True):
-        columns = slice(start * bkv - left, stop * bkv - left)
-        if full:
-            bits[:, columns] = True
+    for at, columns, filled in zip(left.tolist(), length.tolist(), full.tolist(), strict=True):
+        if filled:
+            bits[:, at : at + columns] = True
         else:
             # (tiles, bq, bkv) side by side
-            n = int(stop - start)
-            bits[:, columns] = tile_bits[tile : tile + n].transpose(1, 0, 2).reshape(bq, -1)
+            n = columns // bkv
+            bits[:, at : at + columns] = tile_bits[tile : tile + n].transpose(1, 0, 2).reshape(bq, -1)
             tile += n
-    return Strip(top, int(left), bits[: block_map.q_len - top, : block_map.kv_len - left])
+    columns = np.repeat(start * bkv - left, width) + np.arange(bits.shape[1])
+    inside = np.searchsorted(columns, block_map.kv_len)  # the last tile may be ragged
+    top = line * bq
+    return Strip(top, columns[:inside], bits[: block_map.q_len - top, :inside])

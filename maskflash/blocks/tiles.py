@@ -92,6 +92,13 @@ class Tiles:
             found += int(((verdict.maybe & ~verdict.always) | verdict.faulty).sum()) * side * side
         return min(found, math.prod(self.problem.shape))
 
+    def look(self, tiles: Tensor) -> None:
+        """Find the kinds of some tiles, (n, 4), from their pairs; none of them may fail where a guard excludes it."""
+        rest, sure = tiles, torch.ones(len(tiles), dtype=torch.bool, device=tiles.device)
+        for places in _SAMPLES:
+            rest, sure = self._sample(rest, sure, places)
+        self._evaluate(rest)
+
     def block_map(self) -> BlockMap:
         """The map of what was settled."""
         problem = self.problem

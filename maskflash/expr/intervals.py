@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: float) -> tuple[Interval, Tensor | None]:
     """The interval of a computed node, and where its divisor may be zero."""
-    op = node.op
+    op = "square" if node.op == "mul" and node.args[0] == node.args[1] and dtype != torch.bool else node.op
     if op in _CONNECTIVES:
         return _CONNECTIVES[op](*map(truth, args)), None
     if op == "select":
@@ -137,6 +137,13 @@ def _pairwise(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Interval, Int
 
 def _sub(x: Interval, y: Interval) -> Interval:
     return Interval(x.lo - y.hi, x.hi - y.lo)
+
+
+def _square(x: Interval, _: Interval) -> Interval:
+    """A number times itself, which is never negative; NaN where unknown."""
+    ends = x.lo * x.lo, x.hi * x.hi
+    low = torch.where((x.lo <= 0) & (x.hi >= 0), 0, torch.minimum(*ends))
+    return Interval(low, torch.maximum(*ends))
 
 
 def _neg(x: Interval) -> Interval:
@@ -311,6 +318,7 @@ _ORDER: dict[str, _Rule] = {
     "add": _pairwise(torch.add),
     "sub": _sub,
     "mul": lambda x, y: _corners(torch.mul, x, y),
+    "square": _square,
     "neg": _neg,
     "abs": _abs,
     "min": _pairwise(torch.minimum),
@@ -318,7 +326,7 @@ _ORDER: dict[str, _Rule] = {
 }
 _FLOAT: dict[str, _Rule] = {
     **_ORDER,
-    **{name: _finite(_ORDER[name]) for name in ("add", "sub", "mul")},
+    **{name: _finite(_ORDER[name]) for name in ("add", "sub", "mul", "square")},
     **{name: _monotone(getattr(torch, name)) for name in ("floor", "ceil", "trunc", "round")},
     "sqrt": _finite(_monotone(torch.sqrt)),
     "truediv": _finite(_float_division),

@@ -80,6 +80,24 @@ def separate(expr: Expr) -> Separated | None:
     )
 
 
+@lru_cache(maxsize=256)
+def one_sided(expr: Expr) -> tuple[tuple[Expr, ...], tuple[Expr, ...]]:
+    """The largest parts of an expression that depend on the row alone, and those that depend on the column alone."""
+    sides = _sides(expr)
+    parts: dict[_Side, dict[Expr, None]] = {"rows": {}, "columns": {}}
+    met, stack = set[int](), [len(expr.nodes) - 1]
+    while stack:
+        position = stack.pop()
+        if position in met:
+            continue
+        met.add(position)
+        if sides[position] == "both":
+            stack += expr.nodes[position].args
+        elif sides[position] != "neither":
+            parts[sides[position]][expr.part(position)] = None
+    return tuple(parts["rows"]), tuple(parts["columns"])
+
+
 def obstacle(expr: Expr) -> int | None:
     """The position of the condition that keeps an expression from being taken apart; None where nothing does."""
     return _Parts(expr, _sides(expr)).visit(len(expr.nodes) - 1)

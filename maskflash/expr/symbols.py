@@ -202,10 +202,12 @@ class Symbol:
             self.tracer.fail(
                 "raises to a power", "Exponents may be 1 to 8 on integers and 1 to 3 on floats; else multiply."
             )
-        power = self
-        for _ in range(exponent - 1):
-            power = apply(self.tracer, "mul", power, self)
-        return power
+        if exponent == 1:
+            return self
+        if exponent % 2:
+            return apply(self.tracer, "mul", self ** (exponent - 1), self)
+        root = self ** (exponent // 2)
+        return apply(self.tracer, "mul", root, root)  # a square, which is never negative
 
     def _concrete(self, *_: object) -> NoReturn:
         self.tracer.fail(

@@ -60,7 +60,7 @@ class Traced:
 
         def new(slot: Any) -> Any:
             if isinstance(slot, View):
-                return slot._replace(name=names.get(slot.name, slot.name))  # type: ignore[call-overload]
+                return slot._replace(name=names.get(slot.name, slot.name))
             return names.get(slot, slot) if isinstance(slot, Captured) else slot
 
         specialised = frozenset(map(new, self.specialised))

@@ -54,7 +54,7 @@ def is_captured(name: str) -> bool:
 class View(NamedTuple):
     """A slot that is filled by a view of a tensor, made of it again at each call: its sizes, strides and offset."""
 
-    name: Argument
+    name: str
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -265,7 +265,7 @@ class Tracer:
             if isinstance(whole, Tensor) and whole.dtype == tensor.dtype and _share_memory(whole, tensor):
                 self.specialised.add(name)
                 offset = tensor.storage_offset() - whole.storage_offset()
-                return View(name, tuple(tensor.shape), tensor.stride(), offset)
+                return View(name, tuple(tensor.shape), tensor.stride(), int(offset))
         return tensor
 
     def fix(self, position: int) -> int:

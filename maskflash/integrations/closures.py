@@ -82,12 +82,12 @@ class _Lifted(Mask):
     def __init__(self, structure: Hashable, tensors: int) -> None:
         name = structure.code.co_qualname if isinstance(structure, _Function) else "mask"
         super().__init__(name, (*map(_name, range(tensors)), "kv_offset"), {})
-        self.structure = structure
+        self.filling = structure
         self._traces = Traces()
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The function, holding these tables, of shifted columns."""
-        return _filled(self.structure, mask_args)(b, h, q, kv + mask_args["kv_offset"])
+        return _filled(self.filling, mask_args)(b, h, q, kv + mask_args["kv_offset"])
 
     def template(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""

@@ -56,7 +56,7 @@ class StripMerger:
     work: int
     calls: list[Call] = field(default_factory=list)
     rows: list[IntArray] = field(default_factory=list)
-    bits: list[tuple[int, BoolArray]] = field(default_factory=list)  # left, bits
+    bits: list[tuple[IntArray, BoolArray]] = field(default_factory=list)  # columns, bits
     pending: _Piece | None = None
     _costs: Costs = field(init=False)
 
@@ -69,14 +69,14 @@ class StripMerger:
         for low, high in _steady(strip.bits):
             rows = low + np.flatnonzero(strip.bits[low:high].any(axis=1))
             if len(rows):
-                self._add(strip.top + rows, strip.left, strip.bits[rows])
+                self._add(strip.top + rows, strip.columns, strip.bits[rows])
 
-    def _add(self, rows: IntArray, left: int, bits: BoolArray) -> None:
+    def _add(self, rows: IntArray, columns: IntArray, bits: BoolArray) -> None:
         piece = _Piece(len(rows), *(np.zeros(self.kv_len, dtype=np.bool_) for _ in range(2)))
         # Reducing over rows is an eighth of the work on packed bits.
-        packed, columns = np.packbits(bits, axis=1), bits.shape[1]
+        packed = np.packbits(bits, axis=1)
         for seen, of_rows in ((piece.some, np.bitwise_or), (piece.every, np.bitwise_and)):
-            seen[left : left + columns] = np.unpackbits(of_rows.reduce(packed, axis=0), count=columns)
+            seen[columns] = np.unpackbits(of_rows.reduce(packed, axis=0), count=len(columns))
         if self.pending is not None:
             both = self.pending.with_piece(piece)
             if both.rows <= _MAX_ROWS and self._cost(both) < self._cost(self.pending) + self._cost(piece):
@@ -84,7 +84,7 @@ class StripMerger:
             else:
                 self._flush()
         self.rows.append(rows)
-        self.bits.append((left, bits))
+        self.bits.append((columns, bits))
         self.pending = piece
 
     def _cost(self, piece: _Piece) -> float:
@@ -119,9 +119,10 @@ class StripMerger:
         """Adds the call over these columns, without rows that see none of them."""
         bits = np.zeros((len(rows), len(columns)), dtype=np.bool_)
         top = 0
-        for left, part in self.bits:
-            low, high = np.searchsorted(columns, (left, left + part.shape[1]))
-            bits[top : top + len(part), low:high] = part[:, columns[low:high] - left]
+        for own, part in self.bits:
+            place = np.searchsorted(own, columns).clip(max=len(own) - 1)
+            shared = np.flatnonzero(own[place] == columns)
+            bits[top : top + len(part), shared] = part[:, place[shared]]
             top += len(part)
         seeing = np.flatnonzero(bits.any(axis=1))
         if len(seeing) < len(rows):

@@ -37,7 +37,7 @@ class Layers:
         found = _intervals(strip.bits)
         if found is None:
             return False
-        start, stop = found
+        start, stop = _tokens(strip, *found)
         if _cuts(start, stop) > _MAX_CUTS:
             return False
         while len(self.start) < len(start):
@@ -45,9 +45,7 @@ class Layers:
             self.stop.append(np.zeros(self.q_len, dtype=np.int64))
         rows = slice(strip.top, strip.top + len(strip.bits))
         for layer, (first, last) in enumerate(zip(start, stop, strict=True)):
-            some = last > first
-            self.start[layer][rows] = np.where(some, first + strip.left, 0)
-            self.stop[layer][rows] = np.where(some, last + strip.left, 0)
+            self.start[layer][rows], self.stop[layer][rows] = first, last
         return True
 
     def joined(self, spans: RowSpans) -> list[RowSpans]:
@@ -74,6 +72,12 @@ def _intervals(bits: BoolArray) -> tuple[IntArray, IntArray] | None:
     found = np.zeros((2 * layers, rows), dtype=np.int64)
     found[number, row] = column
     return found[::2], found[1::2]
+
+
+def _tokens(strip: Strip, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
+    """Ends of intervals in tokens instead of columns of a strip; 0 where there is none."""
+    some = stop > start
+    return np.where(some, strip.columns[start * some], 0), np.where(some, strip.columns[stop - some] + 1, 0)
 
 
 def _cuts(start: IntArray, stop: IntArray) -> int:

@@ -209,10 +209,10 @@ def _contents(value: Any) -> Any:
 def _same_contents(value: Any, contents: Any) -> bool:
     """Whether it still holds just that; another object that is equal counts as another."""
     if isinstance(value, np.ndarray):
-        return value.tobytes() == contents.tobytes() and value.shape == contents.shape
+        return value.shape == contents.shape and bool(value.tobytes() == contents.tobytes())
     if isinstance(value, dict):
         return _same(tuple(value), contents[0]) and _same(tuple(value.values()), contents[1])
-    return value == contents if isinstance(value, set) else _same(value, contents)
+    return bool(value == contents) if isinstance(value, set) else _same(value, contents)
 
 
 def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:

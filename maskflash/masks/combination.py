@@ -42,7 +42,7 @@ class Combination(Mask):
         self.parts = parts
         self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
         self._traces = Traces()
-        self._joined: tuple[Mask, ...] | None = None
+        self._masks: tuple[Mask, ...] | None = None
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
         for part in parts:
@@ -78,9 +78,9 @@ class Combination(Mask):
 
     def joined(self) -> tuple[Mask, ...]:
         """The masks themselves, in order."""
-        if self._joined is None:
-            self._joined = tuple([step for step in self.steps() if isinstance(step, Mask)])
-        return self._joined
+        if self._masks is None:
+            self._masks = tuple([step for step in self.steps() if isinstance(step, Mask)])
+        return self._masks
 
     def implied(self, call: Call) -> dict[str, int]:
         """What any part's call implies."""
@@ -120,9 +120,7 @@ class Combination(Mask):
     def read(self) -> dict[str, Any]:
         """See `captured`."""
         self._join_aside()
-        return {
-            _of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.read().items()
-        }
+        return {_of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.read().items()}
 
     @aside
     def _join_aside(self) -> None:

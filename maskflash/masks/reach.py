@@ -124,8 +124,8 @@ def names_of(code: CodeType) -> Names:
                 globals_.add(instruction.argval)
             elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
                 attributes.add(instruction.argval)
-        attributes = {name for name in attributes if name == "__dict__" or not name.endswith("__")}
-        found = Names(globals_.union(*(x.globals for x in inner)), attributes.union(*(x.attributes for x in inner)))
+        own = frozenset(name for name in attributes if name == "__dict__" or not name.endswith("__"))
+        found = Names(frozenset(globals_).union(*(x.globals for x in inner)), own.union(*(x.attributes for x in inner)))
         _names[code] = found
     return found
 

@@ -146,7 +146,7 @@ def slots_of(mask: Traceable, mask_args: dict[str, Any]) -> tuple[Slots, dict[st
     forms, compiling = mask.forms, torch.compiler.is_dynamo_compiling()
     stamp = 0 if compiling else mask.look()
     if not (mask_args or compiling or forms.plain is None) and forms.stamp == stamp:
-        return forms.plain, forms.captured  # type: ignore[return-value]
+        return forms.plain, forms.captured
     captured = mask.read() if compiling else mask.captured()
     values: dict[str, Any] = {**mask_args, **captured}
     kinds = tuple([(_SHAPE, mask.structure_name(), None), *[_kind(name, value) for name, value in values.items()]])
@@ -249,7 +249,7 @@ def _param(value: int | float | str) -> int | str:
 
 def _table(value: Tensor | str | View) -> Tensor | str | View:
     if isinstance(value, View):
-        return value._replace(name=str(value.name))
+        return View(str(value.name), *value[1:])
     return value if isinstance(value, Tensor) else str(value)
 
 
@@ -267,7 +267,7 @@ def _kind(name: str, value: Any) -> Kind:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return name, int, None
     if isinstance(value, float | torch.SymFloat):  # dynamo may have made a symbol of it: this makes it a number again
-        return name, float, value.hex() if torch.compiler.is_dynamo_compiling() else None  # type: ignore[union-attr]
+        return name, float, value.hex() if torch.compiler.is_dynamo_compiling() else None
     return name, type(value), value
 
 

@@ -20,8 +20,8 @@ from maskflash.blocks.tiles import Tiles
 class Decided:
     """An analysis, and the tiles it had to evaluate.
 
-    All pairs of a few rows, formulas, rows' intervals and cut columns decide all tiles. Else bounds prove tiles full or
-    skip and samples prove them partial, so that a tile's kind tells who decided it, unless its pairs were evaluated.
+    Every other way decides all tiles. Bounds prove tiles full or skip and samples prove them partial, so that a tile's
+    kind tells who decided it, unless its pairs were evaluated.
 
     Attributes:
         classified: the analysis.

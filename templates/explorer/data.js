@@ -78,7 +78,7 @@ function kindAt(i, j) {
 // Bounds prove tiles full or skip and samples prove them partial, but for those whose pairs were all evaluated.
 function deciderAt(i, j) {
   if (!data.decided) return null;
-  for (const means of ["pairs", "formula", "intervals", "columns"]) if (data.decided[means]) return means;
+  for (const means of ["pairs", "formula", "intervals", "groups", "columns", "parts"]) if (data.decided[means]) return means;
   if (evaluated && runAt(evaluated, i, j) >= 0) return "elements";
   return kindAt(i, j) === PARTIAL ? "samples" : "bounds";
 }
@@ -87,7 +87,9 @@ const DECIDERS = {
   pairs: "all pairs of the few rows",
   formula: "a formula",
   intervals: "the rows' intervals",
+  groups: "groups of rows and columns",
   columns: "cutting columns",
+  parts: "conditions one by one",
   bounds: "bounds",
   samples: "samples",
   elements: "all of its pairs",

@@ -13,6 +13,9 @@ from maskflash.testing import masks
 SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))
 
 
+SHUFFLED = torch.randperm(1280, generator=torch.Generator().manual_seed(0))
+
+
 def brute_force(dense, block_size):
     """The kind of every tile, from all pairs."""
     bq, bkv = (block_size, block_size) if isinstance(block_size, int) else block_size
@@ -31,6 +34,8 @@ def test_every_tile_is_what_all_its_pairs_say(mask, q_len, kv_len, block_size, p
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans(), "whatever has a formula, by other means"):
             patch.setattr(module, "find_formula", lambda problem: None)
+        if data.draw(st.booleans(), "and whatever has groups"):
+            patch.setattr(module, "find_groups", lambda problem: None)
         patch.setattr(module, "_MANY_TILES", data.draw(st.sampled_from([0, 1 << 16]), "0: cut columns where it can be"))
         patch.setattr(tiles, "_DIVISION", division)
         patch.setattr(tiles, "_SQUARES", 4**parts)  # so that there are many levels, and seams
@@ -77,8 +82,10 @@ def test_what_settles_a_tile():
     assert decided(mf.causal(), 1024) == {"formula": 64}
     assert decided(mf.mask(lambda b, h, q, kv: q * 1.0 >= kv), 1024) == {"bounds": 56, "samples": 8}
     lonely = mf.mask(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33))
-    assert decided(lonely, 1280) == {"elements": 100}
+    assert decided(lonely, 1280) == {"groups": 100}
     assert lonely.block_map(1280, 1280).counts == {"full": 0, "partial": 100, "skip": 0}
+    scattered = mf.mask(lambda b, h, q, kv: SHUFFLED[q] == SHUFFLED[kv] + 1)
+    assert decided(scattered, 1280).keys() == {"samples", "elements"}
 
 
 def test_what_was_evaluated_for():
@@ -89,7 +96,7 @@ def test_what_was_evaluated_for():
 
     hashed = told(lambda b, h, q, kv: q >= kv and (q - kv) * (q + 1) % 4096 != 4095)
     assert "% 4096) != 4095\nin <lambda> (" in hashed and "test_classify.py" in hashed
-    assert told(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33)).startswith("rows whose values go up and down")
+    assert told(lambda b, h, q, kv: SHUFFLED[q] == SHUFFLED[kv] + 1).startswith("rows whose values go up and down")
     assert told(mf.causal()) is None
     assert told(lambda b, h, q, kv: (q - kv) % 3 == 0) is None  # samples see it
 
@@ -154,6 +161,33 @@ def test_large_numbers_cost_what_small_ones_do():
     assert decided(mf.mask(lambda b, h, q, kv: (q - base) - (kv - base) <= 64), 2048) == {"formula": 256}
     assert decided(mf.mask(lambda b, h, q, kv: (q - base) - (kv - base) <= 64 and q >= kv), 2048) == {"formula": 256}
     assert decided(mf.mask(lambda b, h, q, kv: abs(ids[q] - ids[kv]) <= 1), 2048) == {"intervals": 256}
+
+
+ROUGH = torch.arange(512) * 7 % 11  # changes at every row
+
+
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        lambda b, h, q, kv: ROUGH[q] >= 3,
+        lambda b, h, q, kv: ROUGH[q] >= 3 and q >= kv,
+        lambda b, h, q, kv: ROUGH[q] < 3 or q >= kv,
+        lambda b, h, q, kv: ROUGH[q] < 3 or q // 100 == kv // 100,
+        lambda b, h, q, kv: ROUGH[q] >= 3 and q // 100 == kv // 100,
+    ],
+)
+@pytest.mark.parametrize("block_size", [(16, 16), (16, 32), (10, 3)])
+def test_conditions_of_rows_cost_what_those_of_columns_cost(predicate, block_size, monkeypatch):
+    """Neither goes through tiles, and each map is the other's, turned over."""
+    monkeypatch.setattr(module, "_MANY_TILES", 0)
+    monkeypatch.setattr(module, "Tiles", None)
+    turned = mf.mask(lambda b, h, q, kv: predicate(b, h, kv, q))
+    rows = mf.mask(predicate).block_map(500, 300, block_size=block_size)
+    columns = turned.block_map(300, 500, block_size=block_size[::-1])
+    assert torch.equal(rows.kinds(), columns.kinds().transpose(2, 3))
+    assert torch.equal(rows.kinds(), brute_force(mf.mask(predicate).dense(500, 300), block_size))
+    for x, y in ((rows.rows, columns.columns), (rows.columns, columns.rows)):
+        assert all(map(torch.equal, x.tensors, y.tensors))
 
 
 def test_an_empty_side_gives_an_empty_map():

@@ -54,7 +54,8 @@ def test_what_tells_and_what_does_not():
     ids = torch.tensor([1, 1, 0, 2])
     assert find_hulls(problem_of(mf.document([30, 10]), 40, 40)) is not None
     assert find_hulls(problem_of(mf.document(ids=ids), 4, 4)) is None  # ids don't ascend
-    assert find_hulls(problem_of(mf.document([30, 10]), 4, 40, q_offset=36)) is None
+    assert find_hulls(problem_of(mf.causal() & mf.document([30, 10]), 4, 40, q_offset=36)) is None
+    assert find_hulls(problem_of(mf.document([30, 10]), 4, 40, q_offset=36)) is not None  # by groups
     assert find_hulls(problem_of(mf.natten(6, 6, 3, 3), 36, 36)) is None
 
 

@@ -43,9 +43,9 @@ def rebuilt(mask, block_size, b, h, hulls=None):
     start, stop = torch.from_numpy(found.start)[:, None], torch.from_numpy(found.stop)[:, None]
     plane = (columns >= start) & (columns < stop)
     for strip in strips:
-        rows, width = strip.bits.shape
+        rows = len(strip.bits)
         assert not plane[strip.top : strip.top + rows].any(), "a row of a strip has a span too"
-        plane[strip.top : strip.top + rows, strip.left : strip.left + width] = torch.from_numpy(strip.bits)
+        plane[strip.top : strip.top + rows, torch.from_numpy(strip.columns)] = torch.from_numpy(strip.bits)
     return plane, asked, strips
 
 

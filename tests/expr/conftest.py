@@ -86,6 +86,7 @@ def integers(depth):
         st.builds("({} {} {})".format, x, shift, count),
         st.builds(str.format, table, x),
         st.builds("I64[{}]".format, x),
+        st.builds("({} ** {})".format, x, st.integers(2, 8)),
         st.builds("SQUARE[{} % 5, {} % 6]".format, x, x),
         st.builds("{}({}, {})".format, st.sampled_from(["torch.minimum", "torch.maximum"]), x, x),
         st.builds("{}({}, {})".format, st.sampled_from(["min", "max"]), x, number),

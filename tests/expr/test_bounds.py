@@ -231,6 +231,21 @@ def test_neighbourhoods_in_two_dimensions_settle_most_skipped_tiles():
     assert settled > 0.95
 
 
+def test_circles_settle_every_tile_off_their_boundary():
+    """A square is never negative, so that tiles far away in one direction are far away."""
+    place = torch.arange(1024)
+    x, y = place % 32, place // 32 * 1.0
+    for circle in (
+        lambda b, h, q, kv: (x[q] - x[kv]) ** 2 + (y[q] - y[kv]) ** 2 < 40.0,
+        lambda b, h, q, kv: (x[q] - x[kv]) * (x[q] - x[kv]) + torch.square(y[q] - y[kv]) < 40,
+        lambda b, h, q, kv: (x[q] - x[kv]) ** 4 + (y[q] - y[kv]) ** 2 <= 40,
+    ):
+        kinds, truth = tiles(circle, 1024, 1024)
+        assert torch.equal(kinds, truth)
+    assert (tiles(lambda b, h, q, kv: (x[q] - x[kv]) ** 2 >= 0, 128, 128)[0] == 1).all()
+    assert (tiles(lambda b, h, q, kv: (q - kv) ** 6 < 0, 128, 128)[0] == 0).all()
+
+
 def test_nothing_is_faulty_behind_a_guard():
     short = torch.arange(40)
     kinds, truth = tiles(lambda b, h, q, kv: q < 40 and kv < 40 and short[q] == short[kv], 128, 128)

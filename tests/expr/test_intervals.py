@@ -1,11 +1,12 @@
 """Each interval rule encloses its operation, over every small interval of integers and over corner cases of floats."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from maskflash.expr.bounds import _reach, _size
+from maskflash.expr.bounds import _reach, _size, _wide_size
 from maskflash.expr.evaluate import _TORCH, Inputs
 from maskflash.expr.intervals import Interval, operation, truth
 from maskflash.expr.nodes import ARITY, Node, operand_dtype, result_type
@@ -70,6 +71,41 @@ def test_unary_rules_on_integers(op):
         values = torch.arange(lo, hi + 1)
         exact = values if op in ("floor", "ceil", "trunc", "round") else apply(op, torch.int64, values)
         assert (result.lo[place], result.hi[place]) == (exact.min(), exact.max())
+
+
+def squared(spans):
+    """Interval of a number times itself."""
+    node = Node("mul", (0, 0), spans.dtype)
+    size = 0 if spans.is_floating_point() else max(map(abs, spans.flatten().tolist()))
+    magnitude = _wide_size(node, [size] * 2)
+    result, _ = operation(node, [Interval(spans[:, 0], spans[:, 1])] * 2, spans.dtype, magnitude)
+    return (end.expand(len(spans)) for end in result)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.float64])
+def test_squares_are_exact_and_never_negative(dtype):
+    spans = torch.tensor([span for span in SPANS if dtype.is_signed or span[0] >= 0], dtype=dtype)
+    for place, (lo, hi) in enumerate(zip(*(end.tolist() for end in squared(spans)), strict=True)):
+        first, last = spans[place].tolist()
+        values = torch.arange(first, last + 1) ** 2
+        assert (lo, hi) == (0 if first <= 0 <= last else values.min(), values.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_squares_that_may_wrap_are_unknown_or_right(dtype):
+    info = torch.iinfo(dtype)
+    root = math.isqrt(info.max)
+    ends = sorted({max(e, info.min) for e in (info.min, -root - 1, -root, -1, 0, 1, root, root + 1, info.max)})
+    spans = torch.tensor([(lo, hi) for lo in ends for hi in ends if lo <= hi], dtype=dtype)
+    lo, hi = squared(spans)
+    for value in (spans[:, 0], spans[:, 1], torch.zeros_like(lo).clamp(spans[:, 0], spans[:, 1])):
+        assert (lo <= value * value).all() and (value * value <= hi).all()
+
+
+def test_squares_of_what_may_be_infinite_or_nan_are_unknown():
+    spans = torch.tensor([(-INF, 1.0), (0.0, INF), (NAN, NAN), (-3e38, 2.0)])
+    lo, hi = squared(spans)
+    assert lo.isnan().all() and hi.isnan().all()
 
 
 @pytest.mark.parametrize("op", ["add", "sub", "mul", "neg", "abs", "bitnot", "shl"])

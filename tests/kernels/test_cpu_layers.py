@@ -36,7 +36,7 @@ def test_layers_hold_every_bit_once(data):
     rows, columns, top, left = data.draw(st.tuples(*(st.integers(1, 40),) * 2, *(st.integers(0, 5),) * 2))
     bits = data.draw(banded(rows, columns))
     layers = Layers(top + rows + 2)
-    taken = layers.take(Strip(top, left, bits))
+    taken = layers.take(Strip(top, left + np.arange(bits.shape[1]), bits))
     wanted = np.zeros((top + rows + 2, left + columns), dtype=int)
     wanted[top : top + rows, left:] = bits if taken else 0
     nothing = RowSpans(np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.int64))
@@ -49,7 +49,7 @@ def test_layers_hold_every_bit_once(data):
 
 def test_rows_in_no_strip_are_in_the_first_layer():
     layers = Layers(4)
-    assert layers.take(Strip(2, 1, np.array([[1, 0, 1], [1, 0, 1]], dtype=np.bool_)))
+    assert layers.take(Strip(2, np.arange(1, 4), np.array([[1, 0, 1], [1, 0, 1]], dtype=np.bool_)))
     first, second = layers.joined(RowSpans(np.array([0, 1, 0, 0]), np.array([3, 2, 0, 0])))
     assert (first.start.tolist(), first.stop.tolist()) == ([0, 1, 1, 1], [3, 2, 2, 2])
     assert (second.start.tolist(), second.stop.tolist()) == ([0, 0, 3, 3], [0, 0, 4, 4])
@@ -59,5 +59,5 @@ def test_rows_in_no_strip_are_in_the_first_layer():
 def test_scattered_bits_are_no_layers(columns):
     bits = np.random.default_rng(0).random((64, columns)) < 0.5
     layers = Layers(64)
-    assert not layers.take(Strip(0, 0, bits))
+    assert not layers.take(Strip(0, np.arange(bits.shape[1]), bits))
     assert layers.start == []

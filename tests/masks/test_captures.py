@@ -52,7 +52,7 @@ class Model(torch.nn.Module):
         if any(low <= kv < high for low, high in self.spans):
             return True
         inside = self.limits.low <= q < self.limits.high
-        return inside and (self.doc[q] == self.doc[kv] or q - kv < self.reach and self.near(q, kv))
+        return inside and (self.doc[q] == self.doc[kv] or (q - kv < self.reach and self.near(q, kv)))
 
 
 def pair_by_pair(predicate, **mask_args):
@@ -144,7 +144,9 @@ def test_closures_and_globals_are_read_as_they_are(monkeypatch):
         return doc[q] == doc[kv] and SETTINGS.window >= abs(q - kv)
 
     def predicate(b, h, q, kv):
-        return q - kv < window and helper(q, kv) or any(low <= q < high for low, high in SETTINGS.spans) or kv < WINDOW
+        return (
+            (q - kv < window and helper(q, kv)) or any(low <= q < high for low, high in SETTINGS.spans) or kv < WINDOW
+        )
 
     mask = mf.mask(predicate)
     assert holds(mask, predicate)

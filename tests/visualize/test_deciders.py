@@ -33,7 +33,9 @@ def evaluated(decided):
 def test_deciders_add_up_to_what_the_analysis_counted(mask, q_len, kv_len, block):
     decided = decide(problem(mask, q_len, kv_len, block))
     assert sum(decided.classified.decided.values()) == sum(decided.classified.block_map.counts.values())
-    if any(decided.classified.decided[means] for means in ("pairs", "formula", "intervals", "columns")):
+    if any(
+        decided.classified.decided[means] for means in ("pairs", "formula", "intervals", "groups", "columns", "parts")
+    ):
         assert decided.evaluated is None
         return
     kinds, looked_at = decided.classified.block_map.kinds(), evaluated(decided)

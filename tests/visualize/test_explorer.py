@@ -29,7 +29,9 @@ MEANS = {
     "pairs": "all pairs of the few rows",
     "formula": "a formula",
     "intervals": "the rows' intervals",
+    "groups": "groups of rows and columns",
     "columns": "cutting columns",
+    "parts": "conditions one by one",
     "bounds": "bounds",
     "samples": "samples",
     "elements": "all of its pairs",
@@ -186,7 +188,7 @@ class Truth:
         return tuple(sum(span) / 2 for span in self.spans(i, j))
 
     def decider(self, i, j, b, h):
-        for all_of_them in ("pairs", "formula", "intervals", "columns"):
+        for all_of_them in ("pairs", "formula", "intervals", "groups", "columns", "parts"):
             if self.counts[all_of_them]:
                 return all_of_them
         return "elements" if self.evaluated[b, h, i, j] else "samples" if self.kinds[b, h, i, j] == 1 else "bounds"
