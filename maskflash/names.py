@@ -12,13 +12,13 @@ _LATER: Final = "attention itself, which is to have it some day"
 OWN: Final = {
     **dict.fromkeys(("q", "k", "v", "q_offset", "return_lse"), "mf.attention and of the compiled op's calls"),
     **dict.fromkeys(("mask", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"),
-    "tune": "mf.compile",
+    **dict.fromkeys(("check", "tune"), "mf.compile"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
     "causal": "Mask.to_flashmask",
     "self": "Python's methods",
-    **dict.fromkeys(("check", "dropout_p", "generator", "kv_offset", "score", "seed", "sinks"), _LATER),
+    **dict.fromkeys(("dropout_p", "generator", "kv_offset", "score", "seed", "sinks"), _LATER),
 }
 """Arguments of ours, present and to come, by what takes them: a mask's own arguments have other names."""
 
