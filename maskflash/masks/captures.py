@@ -42,6 +42,7 @@ class Captures:
         names: what traces call those that fill slots; None for others.
         shape: what traces depend on besides the slots' values.
         slots: numbers and tensors, by what traces call them.
+        tensors: those of them that are tensors.
         stamp: another number for another shape or other slots.
     """
 
@@ -60,6 +61,8 @@ class Captures:
 
     def look(self) -> int:
         """Read everything again; the stamp."""
+        if self._nothing:
+            return self.stamp
         try:
             same = self.followed and self._unchanged()
         except Exception:  # of an attribute's own code, or one that is gone: a trace will meet it too
@@ -109,7 +112,7 @@ class Captures:
 
     def lose(self) -> None:
         """Note that a trace met a tensor that no step leads to."""
-        self._lost = True
+        self._lost, self._nothing = True, False
 
     def _find(self) -> None:
         found = reach(self.function)
@@ -126,19 +129,24 @@ class Captures:
         self._layouts = {name: (x.shape, x.stride()) for name, x in self.slots.items() if isinstance(x, Tensor)}
         self._aliases = frozenset(found.alias)
         self._contents = tuple((value, _contents(value)) for value in self.seen if isinstance(value, _MUTABLE))
+        self.tensors = tuple(value for value in self.slots.values() if isinstance(value, Tensor))
+        self._nothing = not self.steps and self._complete
 
     def _unchanged(self) -> bool:
         values = [self.function]
-        for place, (step, seen) in enumerate(zip(self.steps, self.seen, strict=True), 1):
-            value = follow(values[step.parent], step)
-            if value is not seen and (place in self._aliases or not _alike(value, seen)):
+        for step, seen in zip(self.steps, self.seen, strict=True):
+            value = follow(values[step[0]], step)
+            if value is not seen and (len(values) in self._aliases or not _alike(value, seen)):
                 return False
             values.append(value)
-        for name in self._laid_out & self._layouts.keys():
-            tensor = self.slots[name]
-            if self._layouts[name] != (tensor.shape, tensor.stride()):
+        for name in self._laid_out:
+            tensor = self.slots.get(name)
+            if tensor is not None and self._layouts[name] != (tensor.shape, tensor.stride()):
                 return False
-        return all(_same_contents(value, contents) for value, contents in self._contents)
+        for value, contents in self._contents:
+            if not _same_contents(value, contents):
+                return False
+        return True
 
     def _value(self, place: int) -> Any:
         return self.seen[place - 1] if place else self.function

@@ -43,6 +43,9 @@ class Combination(Mask):
         self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
         self._traces = Traces()
         self._masks: tuple[Mask, ...] | None = None
+        self._stamp = -1
+        self._captured: dict[str, Any] = {}
+        self._held: tuple[Tensor, ...] = ()
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
         for part in parts:
@@ -109,13 +112,20 @@ class Combination(Mask):
 
     def look(self) -> int:
         """Whether any of the masks has something else now."""
-        return sum([mask.look() for mask in self.joined()])
+        stamp = sum([mask.look() for mask in self.joined()])
+        if stamp != self._stamp:
+            self._captured = {
+                _of_mask(place, name): value
+                for place, mask in enumerate(self.joined())
+                for name, value in mask.captured().items()
+            }
+            self._held = tuple(tensor for mask in self.joined() for tensor in mask.held())
+            self._stamp = stamp
+        return stamp
 
     def captured(self) -> dict[str, Any]:
         """What all of them capture, by mask."""
-        return {
-            _of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.captured().items()
-        }
+        return self._captured
 
     def read(self) -> dict[str, Any]:
         """See `captured`."""
@@ -135,7 +145,7 @@ class Combination(Mask):
 
     def held(self) -> tuple[Tensor, ...]:
         """Those of all of them."""
-        return tuple(tensor for mask in self.joined() for tensor in mask.held())
+        return self._held
 
     def known(self) -> Traced | None:
         """The latest, or the only one."""

@@ -83,6 +83,10 @@ class Predicate(Mask):
         """See `Captures.slots`."""
         return self._captures.slots
 
+    def held(self) -> tuple[Tensor, ...]:
+        """See `Captures.tensors`."""
+        return self._captures.tensors
+
     def read(self) -> dict[str, Any]:
         """See `Captures.read`."""
         self._look_aside()

@@ -92,11 +92,12 @@ def reach(function: Any) -> Reach:
 
 def follow(value: Any, step: Step) -> Any:
     """What a step leads to."""
-    if step.kind == "attr":
-        return getattr(value, step.key)
-    if step.kind == "cell":
-        return value.__closure__[step.key].cell_contents
-    return value.__globals__[step.key] if step.kind == "global" else value[step.key]
+    _, kind, key, _ = step
+    if kind == "attr":
+        return getattr(value, key)
+    if kind == "cell":
+        return value.__closure__[key].cell_contents
+    return value.__globals__[key] if kind == "global" else value[key]
 
 
 def owner(value: Any, step: Step) -> object:
