@@ -232,9 +232,8 @@ def _refuse_maker(value: Any) -> None:
             f"mask: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are functions, and "
             "called: mf.causal()"
         )
-    if not inspect.isroutine(value) and not inspect.isclass(value):
-        return
-    if str(getattr(value, "__module__", "")).startswith(_MAKERS):
+    public = str(getattr(value, "__qualname__", "")).isidentifier()  # a preset's own predicate is local to it
+    if public and str(value.__module__).startswith(_MAKERS):
         takes = [p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty]
         raise ArgumentTypeError(
             f"mask: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
