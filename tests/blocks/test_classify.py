@@ -89,6 +89,15 @@ def test_what_settles_a_tile():
     assert decided(scattered, 1280).keys() == {"bounds", "samples", "elements"}
 
 
+def test_large_tiles_are_evaluated_a_few_rows_at_a_time(monkeypatch):
+    mask = mf.mask(lambda b, h, q, kv: (q * 7 + kv * kv) % 1000 != 3)
+    dense = mask.dense(150, 90)
+    monkeypatch.setattr(tiles, "_PAIRS_AT_ONCE", 200)
+    monkeypatch.setattr(tiles, "_SAMPLES", ())
+    for block_size in ((64, 32), (150, 90), (16, 300)):
+        assert torch.equal(mask.block_map(150, 90, block_size=block_size).kinds(), brute_force(dense, block_size))
+
+
 def test_what_was_evaluated_for():
     """explain() names the condition that kept columns from being cut, with its source line."""
 
