@@ -143,10 +143,7 @@ class Captures:
             tensor = self.slots.get(name)
             if tensor is not None and self._layouts[name] != (tensor.shape, tensor.stride()):
                 return False
-        for value, contents in self._contents:
-            if not _same_contents(value, contents):
-                return False
-        return True
+        return not self._contents or all(_same_contents(value, contents) for value, contents in self._contents)
 
     def _value(self, place: int) -> Any:
         return self.seen[place - 1] if place else self.function
