@@ -229,8 +229,8 @@ def refuse_maker(operation: str, value: Any) -> None:
     """An error for what stands for a mask by mistake: the name of a preset, or a preset that wasn't called."""
     if isinstance(value, str):
         raise ArgumentTypeError(
-            f"{operation}: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are functions, "
-            "and called: mf.causal()"
+            f"{operation}: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are "
+            "functions, and called: mf.causal()"
         )
     public = str(getattr(value, "__qualname__", "")).isidentifier()  # a preset's own predicate is local to it
     if public and str(value.__module__).startswith(_MAKERS):
