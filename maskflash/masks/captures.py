@@ -94,13 +94,13 @@ class Captures:
         numbers: dict[object, Captured] = {}
         tensors: dict[int, Captured] = {}
         labels: dict[Captured, str] = {}
-        for step, value, name in zip(self.steps, self.seen, self.names, strict=True):
+        for place, (step, value, name) in enumerate(zip(self.steps, self.seen, self.names, strict=True), 1):
             if name is None:
                 continue
             slot = Captured(name)
             labels[slot] = self._label(step)
             if isinstance(value, Tensor):
-                tensors.setdefault(id(value), slot)
+                tensors.setdefault(id(value), Captured(f"@{self._aliases.get(place, place)}"))
             else:
                 numbers[owner(self._value(step.parent), step)] = slot
         values = {Captured(name): value for name, value in self.slots.items()}
@@ -127,7 +127,9 @@ class Captures:
         aliases = (found.alias.get(place) for place in range(1, len(self.seen) + 1))
         self.shape = (_frozen(self.function), *zip(self.steps, aliases, kinds, strict=True))
         self._layouts = {name: (x.shape, x.stride()) for name, x in self.slots.items() if isinstance(x, Tensor)}
-        self._aliases = frozenset(found.alias)
+        self._aliases = found.alias
+        pairs = ((self._value(place), self._value(first)) for place, first in found.alias.items())
+        self._shared = tuple((x, y) for x, y in pairs if x is not y)  # views of one memory
         self._contents = tuple((value, _contents(value)) for value in self.seen if isinstance(value, _MUTABLE))
         self.tensors = tuple(value for value in self.slots.values() if isinstance(value, Tensor))
         self._nothing = not self.steps and self._complete
@@ -142,6 +144,9 @@ class Captures:
         for name in self._laid_out:
             tensor = self.slots.get(name)
             if tensor is not None and self._layouts[name] != (tensor.shape, tensor.stride()):
+                return False
+        for view, other in self._shared:
+            if view.data_ptr() != other.data_ptr() or view.shape != other.shape or view.stride() != other.stride():
                 return False
         return not self._contents or all(_same_contents(value, contents) for value, contents in self._contents)
 

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from maskflash.expr.symbols import Symbol, Table
+
 _MOST: Final = 4096  # steps; code that reaches more is not followed
 _HERE: Final = __name__.partition(".")[0]
 _LIBRARIES: Final = frozenset((*sys.stdlib_module_names, "torch", "numpy", _HERE))  # nothing in them changes
@@ -23,6 +25,10 @@ _VALUES: Final = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum),
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
+_OF_A_TRACE: Final = (
+    Symbol,
+    Table,
+)  # kept by a predicate, which is an error wherever it is used; they refuse questions
 _CALLED: Final = frozenset(
     f"__{name}__"
     for name in (
@@ -67,7 +73,7 @@ class Reach:
         values: in the order they were found, the function first.
         steps: to each value but the first.
         codes: of all functions among them.
-        alias: for places whose value was found before, the place of that.
+        alias: for places whose value was found before, the place of that; or a view of the same memory.
         complete: whether all steps were followed.
     """
 
@@ -109,6 +115,8 @@ def owner(value: Any, step: Step) -> object:
 
 def is_value(value: Any) -> bool:
     """Whether nothing in a value can change, so that an equal one is as good: a number, a name, a tuple of those."""
+    if type(value) in _OF_A_TRACE:
+        return False
     if isinstance(value, (tuple, frozenset)):
         return all(map(is_value, value))
     return isinstance(value, _VALUES) or (type(value).__module__ == "numpy" and not hasattr(value, "__setitem__"))
@@ -136,7 +144,7 @@ _names: WeakKeyDictionary[CodeType, Names] = WeakKeyDictionary()
 
 def _search(function: Any, names: frozenset[str]) -> Reach:
     found = Reach(function)
-    places = {id(function): 0}
+    places: dict[object, int] = {id(function): 0}
     place = 0
     while place < len(found.values):
         value = found.values[place]
@@ -154,17 +162,26 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
                 there = follow(value, step)
             except Exception:  # an empty cell, an attribute that isn't there yet
                 continue
+            if type(there) in _OF_A_TRACE:
+                continue
             if len(found.steps) >= _MOST:
                 found.complete = False
                 return found
             found.steps.append(step)
             found.values.append(there)
             if not is_value(there):
-                first = places.setdefault(id(there), len(found.steps))
+                first = places.setdefault(_identity(there), len(found.steps))
                 if first != len(found.steps):
                     found.alias[len(found.steps)] = first
         place += 1
     return found
+
+
+def _identity(value: Any) -> object:
+    """What tells a value from others; views of the same memory, laid out alike, are one."""
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() and type(value) is Tensor:
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    return id(value)
 
 
 def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
