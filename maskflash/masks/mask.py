@@ -247,7 +247,7 @@ def _untraced(function: Callable[..., Any], name: str, fits: Fits | None) -> Pre
 
 def _is_method_by_name(function: Any) -> bool:
     """Whether a function is an object's method, of a class that its module has by name."""
-    if not isinstance(function, MethodType):
+    if not isinstance(function, MethodType) or isinstance(function.__self__, Mask):  # which can't be called then
         return False
     kind = type(function.__self__)
     try:

@@ -75,7 +75,11 @@ def test_lines_without_tokens():
         (lambda m: m.column(4, 4, kv_len=3), mf.ArgumentError, "Mask.column: kv is 4, expected less than kv_len, 3"),
         (lambda m: m.column(0, 4, b=2, batch=2), mf.ArgumentError, "b is 2, expected less than batch, 2"),
         (lambda m: m.row(0, 4, doc=3), mf.ArgumentTypeError, "Mask.row: unexpected argument 'doc'"),
-        (lambda m: m.row(0, 4, b=1, q_offset=torch.tensor([1])), mf.ArgumentError, "b is 1, expected less than batch"),
+        (
+            lambda m: m.row(0, 4, b=2, q_offset=torch.tensor([1, 2])),
+            mf.ArgumentError,
+            "b is 2, expected less than batch",
+        ),
     ],
 )
 def test_wrong_arguments_are_told(ask, error, message):
