@@ -89,9 +89,16 @@ class Combination(Mask):
     def template(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
         self.look()
+        if not self.followed:
+            return combine(self._traced_steps(mask_args))
         return self._traces.get(
             mask_args, lambda: combine(self._traced_steps(mask_args)), self.captured(), self.structure()
         )
+
+    @property
+    def followed(self) -> bool:
+        """Whether that is so for all of the masks."""
+        return all([mask.followed for mask in self.joined()])
 
     def _traced_steps(self, mask_args: dict[str, Any]) -> list[Traced | Join]:
         first: dict[int, str] = {}  # name of each tensor: masks that hold the same one share a slot

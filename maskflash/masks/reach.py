@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterator
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Iterator, KeysView
 from enum import Enum
 from functools import partial
 from inspect import getattr_static
 from itertools import chain
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ProxyTypes, ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,8 +20,15 @@ from torch import Tensor
 _MOST: Final = 4096  # steps; code that reaches more is not followed
 _HERE: Final = __name__.partition(".")[0]
 _LIBRARIES: Final = frozenset((*sys.stdlib_module_names, "torch", "numpy", _HERE))  # nothing in them changes
+
+
+class _Absent:
+    """What a step leads to that leads nowhere as yet: an empty cell, an attribute that a slot is kept for."""
+
+
+ABSENT: Final = _Absent()
 _VALUES: Final = (
-    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum),
+    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum, _Absent),
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
 _CALLED: Final = frozenset(
@@ -31,6 +39,12 @@ _CALLED: Final = frozenset(
         *("and", "or", "xor", "invert", "radd", "rsub", "rmul", "rand", "ror", "abs", "enter", "exit", "get"),
     )
 )  # methods that Python calls by itself
+SEQUENCES: Final = (list, tuple, deque)
+MAPPINGS: Final = (dict, MappingProxyType)
+_PLAIN: Final = frozenset((*SEQUENCES, *MAPPINGS))  # which have no attributes of their own
+_WRAPPERS: Final = {UserDict: "data", UserList: "data", ChainMap: "maps"}  # by what they keep all in
+_USUAL: Final = [(None, object.__getattribute__), (torch.nn.Module.__getattr__, object.__getattribute__)]
+_HAVE_NO_NAMES: Final = (Tensor, set, frozenset, BuiltinFunctionType, MethodType, partial, property, ReferenceType)
 _CONTAINERS: Final = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
 
 
@@ -39,7 +53,7 @@ class Step(NamedTuple):
 
     Attributes:
         parent: place of the value that it is read from; 0 is the function.
-        kind: "cell", "global", "attr" or "item".
+        kind: "cell", "global", "attr", "item" or "ref".
         key: the cell's number, the global's or attribute's name, the item's index or key.
         name: what code calls it; "" for an item.
     """
@@ -68,6 +82,7 @@ class Reach:
         steps: to each value but the first.
         codes: of all functions among them.
         alias: for places whose value was found before, the place of that.
+        open: for places the names that code would read there if they were there.
         complete: whether all steps were followed.
     """
 
@@ -76,6 +91,7 @@ class Reach:
         self.steps: list[Step] = []
         self.codes: dict[CodeType, None] = {}
         self.alias: dict[int, int] = {}
+        self.open: dict[int, frozenset[str]] = {}
         self.complete = True
 
 
@@ -96,7 +112,28 @@ def follow(value: Any, step: Step) -> Any:
         return getattr(value, step.key)
     if step.kind == "cell":
         return value.__closure__[step.key].cell_contents
+    if step.kind == "ref":
+        return value()
     return value.__globals__[step.key] if step.kind == "global" else value[step.key]
+
+
+def find(value: Any, step: Step) -> Any:
+    """The same, or `ABSENT`."""
+    try:
+        return follow(value, step)
+    except Exception:  # of an attribute's own code too: a trace will meet it
+        return ABSENT
+
+
+def members(value: Any) -> list[KeysView[str]]:
+    """The names of what stands in a value itself: in a function's globals, an object's or a class's attributes."""
+    if isinstance(value, FunctionType):
+        return [value.__globals__.keys()]
+    if isinstance(value, type):
+        return [vars(kind).keys() for kind in _own_classes(value)]
+    if isinstance(value, torch.nn.Module):
+        return [x.keys() for x in (vars(value), value._parameters, value._buffers, value._modules)]
+    return [value.__dict__.keys()] if hasattr(value, "__dict__") else []
 
 
 def owner(value: Any, step: Step) -> object:
@@ -108,7 +145,7 @@ def owner(value: Any, step: Step) -> object:
 
 def is_value(value: Any) -> bool:
     """Whether nothing in a value can change, so that an equal one is as good: a number, a name, a tuple of those."""
-    if isinstance(value, (tuple, frozenset)):
+    if type(value) in (tuple, frozenset):
         return all(map(is_value, value))
     return isinstance(value, _VALUES) or (type(value).__module__ == "numpy" and not hasattr(value, "__setitem__"))
 
@@ -147,12 +184,11 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
             reads = _reads_of_class(value, names)  # of objects that are there already
         else:
             reads = _reads(value, names)
+        stepped = set[str]()
         for kind, key, name in reads:
             step = Step(place, kind, key, name)
-            try:
-                there = follow(value, step)
-            except Exception:  # an empty cell, an attribute that isn't there yet
-                continue
+            stepped.add(name)
+            there = find(value, step)
             if len(found.steps) >= _MOST:
                 found.complete = False
                 return found
@@ -162,13 +198,31 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
                 first = places.setdefault(id(there), len(found.steps))
                 if first != len(found.steps):
                     found.alias[len(found.steps)] = first
+        if place not in found.alias and (missing := _named_here(value, names) - stepped) and members(value):
+            found.open[place] = missing
         place += 1
     return found
+
+
+def _named_here(value: Any, names: frozenset[str]) -> frozenset[str]:
+    """The names that code would read from a value, wherever they are."""
+    if isinstance(value, FunctionType):
+        return frozenset() if _is_library(value.__globals__.get("__name__")) else names_of(value.__code__).globals
+    if isinstance(value, ModuleType):
+        return frozenset() if _is_library(value.__name__) else names
+    fixed = is_value(value) or type(value) in _PLAIN or hasattr(type(value), "reachable")
+    return frozenset() if fixed or isinstance(value, _HAVE_NO_NAMES) else names
 
 
 def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
     """The steps from a value: kind, key and name of each."""
     if is_value(value) or isinstance(value, (Tensor, set, frozenset, BuiltinFunctionType)):
+        return
+    if isinstance(value, SEQUENCES):
+        yield from (("item", place, "") for place, item in enumerate(value) if not is_value(item))
+    elif isinstance(value, MAPPINGS):
+        yield from (("item", key, "") for key, item in value.items() if not is_value(item))
+    if type(value) in _PLAIN:
         return
     if isinstance(value, FunctionType):
         yield from _reads_of_function(value)
@@ -178,10 +232,8 @@ def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
         yield from _attributes("func", "args", "keywords")
     elif isinstance(value, property):
         yield from _attributes("fget")
-    elif isinstance(value, (list, tuple)):
-        yield from (("item", place, "") for place, item in enumerate(value) if not is_value(item))
-    elif isinstance(value, dict):
-        yield from (("item", key, "") for key, item in value.items() if not is_value(item))
+    elif isinstance(value, ReferenceType):
+        yield "ref", None, ""
     elif isinstance(value, ModuleType):
         if not _is_library(value.__name__):
             yield from _attributes(*sorted(names & vars(value).keys()))
@@ -209,12 +261,16 @@ def _reads_of_function(function: FunctionType) -> Iterator[_Read]:
 
 def _reads_of_class(cls: type, names: frozenset[str]) -> Iterator[_Read]:
     """Of a class its attributes that code names, and the methods that Python calls by itself."""
-    own = [kind for kind in cls.__mro__ if not _is_library(kind.__module__)]
+    own = _own_classes(cls)
     special = (
         name for kind in own for name in _CALLED & vars(kind).keys() if isinstance(vars(kind)[name], FunctionType)
     )
     found = {name for kind in own for name in names & vars(kind).keys()}
     yield from _attributes(*sorted(found.union(special)))
+
+
+def _own_classes(cls: type) -> list[type]:
+    return [kind for kind in cls.__mro__ if not _is_library(kind.__module__)]
 
 
 def _reads_of_object(value: Any, names: frozenset[str]) -> Iterator[_Read]:
@@ -224,11 +280,20 @@ def _reads_of_object(value: Any, names: frozenset[str]) -> Iterator[_Read]:
         yield "attr", "__wrapped__", ""
     if isinstance(value, _CONTAINERS):
         yield from _attributes("_modules", "_parameters", "_buffers")
+    yield from _attributes(*(name for kind, name in _WRAPPERS.items() if isinstance(value, kind)))
+    own, asks = frozenset(chain(*members(value))), _asks(value)
     for name in sorted(names):
-        found = getattr_static(value, name, None)
-        of_class = isinstance(found, (FunctionType, property, classmethod, staticmethod))
-        if not of_class and (found is not None or hasattr(type(value), "__getattr__")):
+        found = getattr_static(value, name, ABSENT)
+        of_class = name not in own and isinstance(found, (FunctionType, property, classmethod, staticmethod))
+        if not of_class and (asks or name in own or found is not ABSENT):
             yield "attr", name, name
+
+
+def _asks(value: Any) -> bool:
+    """Whether a value may have attributes that stand nowhere."""
+    kind = type(value)
+    gets = getattr(kind, "__getattr__", None), kind.__getattribute__
+    return isinstance(value, ProxyTypes) or gets not in _USUAL
 
 
 def _attributes(*names: str) -> Iterator[_Read]:
