@@ -37,6 +37,19 @@ def packed(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
     return q >= kv and doc[b, q] == doc[b, kv]
 
 
+class Layer(torch.nn.Module):
+    """Causal, inside documents that are a buffer of the module: looked up at each call."""
+
+    def __init__(self, doc: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("doc", doc)
+        self.attn = mf.compile(self.visible)
+
+    def visible(self, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        """The mask."""
+        return q >= kv and self.doc[q] == self.doc[kv]
+
+
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
     parser = runner.arguments(__doc__ or "")
     parser.set_defaults(pairs=CALLS)
@@ -55,6 +68,7 @@ def cases(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, Callable[[], Tenso
     """Name, our call, and what SDPA is told of the mask."""
     ids = torch.arange(TOKENS)[None] // 20
     causal, documents = mf.compile(mf.causal()), mf.compile(mf.causal() & mf.document(ids=ids))
+    layer = Layer(ids[0])
     by_name, windowed = mf.compile(packed), mf.compile(mf.sliding_window(8))
     sees = {"attn_mask": packed.dense(TOKENS, TOKENS, doc=ids)}
     whole = {"attn_mask": mf.causal().dense(TOKENS, TOKENS, q_offset=16)}
@@ -64,6 +78,7 @@ def cases(q: Tensor, k: Tensor, v: Tensor) -> list[tuple[str, Callable[[], Tenso
         ("causal from row 16 on", lambda: causal(q, k, v, q_offset=16), whole),
         ("window of 8", lambda: windowed(q, k, v), window),
         ("documents, captured", lambda: documents(q, k, v), sees),
+        ("documents, a module's buffer", lambda: layer.attn(q, k, v), sees),
         ("documents, an argument", lambda: by_name(q, k, v, doc=ids), sees),
     ]
 

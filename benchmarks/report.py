@@ -25,7 +25,7 @@ NO_GPU: Final = "Not run on a GPU: there are no figures."
 _BLOCK: Final = re.compile(r"(<!-- figures: (?P<name>.+?) -->\n).*?(<!-- end figures -->)", re.DOTALL)
 _QUESTIONS: Final = {
     "attention": ("documents", "efficiency"),
-    "analysis": ("comparison", "lengths", "start"),
+    "analysis": ("comparison", "lengths", "masks", "short", "joined", "start"),
     "million": tuple(million.TITLES),
     "overhead": tuple(overhead.TITLES),
     "flashmask": tuple(flashmask.TITLES),

@@ -13,7 +13,7 @@ from maskflash.arguments import BlockSize
 from maskflash.compiled import Attention, BackendChoice
 from maskflash.errors import ArgumentTypeError
 from maskflash.masks.dense import dense_mask
-from maskflash.masks.mask import Mask, mask
+from maskflash.masks.mask import Mask, mask, refuse_maker
 from maskflash.masks.slots import aside, slots_of
 from maskflash.names import instead_of, unexpected
 from maskflash.presets.basic import full
@@ -212,4 +212,5 @@ def _as_mask(operation: str, value: Any) -> Mask:
             f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "
             f"of bool{foreign}"
         )
+    refuse_maker(operation, value)
     return mask(value)

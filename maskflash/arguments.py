@@ -115,16 +115,16 @@ def scale(operation: str, value: Any) -> float:
     return float(value)
 
 
-def block_size(operation: str, value: Any) -> tuple[int, int]:
-    """(bq, bkv) in tokens, from an int or a pair."""
+def block_size(operation: str, value: Any, *, attended: bool = True) -> tuple[int, int]:
+    """(bq, bkv) in tokens, from an int or a pair; larger ones where nothing is `attended` by them."""
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ArgumentError(f"{operation}: block_size is {value!r}, expected an int or (q_tokens, kv_tokens)")
     rows, columns = (integer(operation, "block_size", side, low=1) for side in pair)
-    if max(rows, columns) > MOST_SIDE or rows * columns > MOST_PAIRS:
+    if max(rows, columns) > MOST_SIDE or (attended and rows * columns > MOST_PAIRS):
         raise ArgumentError(
-            f"{operation}: block_size is {_kind(value)}, expected tiles of at most {MOST_SIDE:,} tokens a side and "
-            f"{MOST_PAIRS:,} pairs"
+            f"{operation}: block_size is {_kind(value)}, expected tiles of at most {MOST_SIDE:,} tokens a side"
+            + f" and {MOST_PAIRS:,} pairs" * attended
         )
     return rows, columns
 

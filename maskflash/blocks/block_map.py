@@ -61,14 +61,14 @@ class BlockMap:
             ArgumentError: the lattice does not fit the lengths, or holds another number.
         """
         operation = "BlockMap.from_kinds"
-        kinds = arguments.int_table(operation, "kinds", kinds, (4,))
+        kinds = arguments.int_table(operation, "kinds", kinds, range(9))
         arguments.held(operation, "kinds", kinds)
         rows, columns = arguments.block_size(operation, block_size)
         q_len, kv_len = (
             arguments.integer(operation, name, length) for name, length in (("q_len", q_len), ("kv_len", kv_len))
         )
         expected = -(-q_len // rows), -(-kv_len // columns)
-        if tuple(kinds.shape[2:]) != expected:
+        if kinds.ndim != 4 or tuple(kinds.shape[2:]) != expected:
             raise ArgumentError(
                 f"{operation}: kinds has shape {tuple(kinds.shape)}, "
                 f"expected (B, H, {expected[0]}, {expected[1]}) for {q_len} x {kv_len} tokens "

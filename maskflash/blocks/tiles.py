@@ -196,15 +196,18 @@ class Tiles:
 
     def _evaluate(self, tiles: Tensor) -> None:
         """Find the kinds of tiles from all their pairs. A ragged tile repeats its last row and column."""
-        for some in tiles.split(max(1, _PAIRS_AT_ONCE // math.prod(self.problem.block_size))):
+        height, width = self.problem.block_size
+        at_once = max(1, _PAIRS_AT_ONCE // width)  # rows of a tile, if it has more pairs than that
+        for some in tiles.split(max(1, _PAIRS_AT_ONCE // (height * width))):
             rows, columns = (
                 torch.minimum(box.lo[:, None] + torch.arange(block, device=some.device), box.hi[:, None])
                 for axis, block in enumerate(self.problem.block_size)
                 for box in [self._extent(some[:, 2 + axis], axis)]
             )
-            bits = self._visible(some, rows, columns)
-            seen = bits.any(1)
-            self._keep(some[seen], 1, full=bits.all(1)[seen])
+            parts = (self._visible(some, part, columns) for part in rows.split(at_once, dim=1))
+            anywhere, everywhere = zip(*((bits.any(1), bits.all(1)) for bits in parts), strict=True)
+            seen = torch.stack(anywhere).any(0)
+            self._keep(some[seen], 1, full=torch.stack(everywhere).all(0)[seen])
         self.by_elements += len(tiles)
 
     def _visible(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

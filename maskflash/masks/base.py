@@ -118,7 +118,7 @@ class Mask(Bindable):
         """
         from maskflash.blocks.classify import classify
 
-        size = arguments.block_size("Mask.block_map", block_size)
+        size = arguments.block_size("Mask.block_map", block_size, attended=False)
         problem = self.problem("Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, device, mask_args)
         return classify(problem).block_map.to(problem.device)
 

@@ -49,11 +49,14 @@ class _Found:
         shape: what traces depend on besides the slots' values.
         slots: numbers and tensors, by what traces call them.
         layouts: of the tensors among them.
-        aliases: places whose value has another place too.
+        tensors: those themselves.
+        aliases: for places whose value was found before, the place of that; or a view of the same memory.
+        shared: views of one memory, by two.
         open: places, the names that code would read there, and whether it is an object that has none of them.
         codes: places of functions, and their code.
         contents: of lists and the like.
         complete: whether steps lead to all there is.
+        nothing: whether nothing is read.
         stamp: another number for another shape or other slots.
     """
 
@@ -63,11 +66,14 @@ class _Found:
     shape: tuple[object, ...]
     slots: dict[str, Any]
     layouts: dict[str, object]
-    aliases: frozenset[int]
+    tensors: tuple[Tensor, ...]
+    aliases: dict[int, int]
+    shared: tuple[tuple[Tensor, Tensor], ...]
     open: tuple[tuple[int, frozenset[str], bool], ...]
     codes: tuple[tuple[int, CodeType], ...]
     contents: tuple[tuple[Any, Any], ...]
     complete: bool
+    nothing: bool
     stamp: int = 0
 
 
@@ -94,6 +100,8 @@ class Captures:
     def look(self) -> int:
         """Read everything again; the stamp."""
         now = self.now
+        if now.nothing and not self._lost and (not now.codes or self.function.__code__ is now.codes[0][1]):
+            return now.stamp
         if self.followed and self._unchanged(now):
             return now.stamp
         with self._lock:
@@ -135,13 +143,13 @@ class Captures:
         numbers: dict[object, Captured] = {}
         tensors: dict[int, Captured] = {}
         labels: dict[Captured, str] = {}
-        for step, value, name in zip(now.steps, now.seen, now.names, strict=True):
+        for place, (step, value, name) in enumerate(zip(now.steps, now.seen, now.names, strict=True), 1):
             if not name:
                 continue
             slot = Captured(name)
             labels[slot] = _label(now, step)
             if isinstance(value, Tensor):
-                tensors.setdefault(id(value), slot)
+                tensors.setdefault(id(value), Captured(f"@{now.aliases.get(place, place)}"))
             else:
                 numbers[owner(now.seen[step.parent - 1] if step.parent else self.function, step)] = slot
         values = {Captured(name): value for name, value in now.slots.items()}
@@ -157,9 +165,9 @@ class Captures:
 
     def _unchanged(self, now: _Found) -> bool:
         values = [self.function]
-        for place, (step, seen) in enumerate(zip(now.steps, now.seen, strict=True), 1):
-            value = find(values[step.parent], step)
-            if value is not seen and (place in now.aliases or not _alike(value, seen)):
+        for step, seen in zip(now.steps, now.seen, strict=True):
+            value = find(values[step[0]], step)
+            if value is not seen and (len(values) in now.aliases or not _alike(value, seen)):
                 return False
             values.append(value)
         for place, code in now.codes:
@@ -172,7 +180,10 @@ class Captures:
         for name in self._laid_out & now.layouts.keys():
             if now.layouts[name] != _layout(now.slots[name]):
                 return False
-        return all(_same_contents(value, contents) for value, contents in now.contents)
+        for view, other in now.shared:
+            if view.data_ptr() != other.data_ptr() or _layout(view) != _layout(other):
+                return False
+        return not now.contents or all(_same_contents(value, contents) for value, contents in now.contents)
 
 
 def _found(function: Callable[..., Any]) -> _Found:
@@ -183,6 +194,7 @@ def _found(function: Callable[..., Any]) -> _Found:
     slots = {name: value for name, value in zip(names, seen, strict=True) if name}
     kinds = (_kind(x) if name else _frozen(x) for x, name in zip(seen, names, strict=True))
     aliases = (found.alias.get(place) for place in range(1, len(found.values)))
+    pairs = ((found.values[place], found.values[first]) for place, first in found.alias.items())
     return _Found(
         tuple(found.steps),
         seen,
@@ -190,11 +202,14 @@ def _found(function: Callable[..., Any]) -> _Found:
         (_frozen(function), *zip(found.steps, aliases, kinds, strict=True)),
         slots,
         {name: _layout(x) for name, x in slots.items() if isinstance(x, Tensor)},
-        frozenset(found.alias),
+        tuple(x for x in slots.values() if isinstance(x, Tensor)),
+        found.alias,
+        tuple((x, y) for x, y in pairs if x is not y),
         tuple((place, names, _may_have(found.values[place])) for place, names in found.open.items()),
         tuple((place, x.__code__) for place, x in enumerate(found.values) if isinstance(x, FunctionType)),
         tuple((value, _contents(value)) for value in seen if isinstance(value, _MUTABLE)),
         found.complete,
+        found.complete and not (found.steps or found.open),
     )
 
 
@@ -212,7 +227,7 @@ def _name(elsewhere: frozenset[str], place: int, step: Step, value: Any) -> str 
     return f"@{place}" if _fills_slot(step, value, elsewhere) else None
 
 
-def _layout(tensor: Tensor) -> object:
+def _layout(tensor: Tensor) -> tuple[object, object]:
     return tensor.shape, tensor.stride()
 
 

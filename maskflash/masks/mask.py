@@ -97,6 +97,10 @@ class Predicate(Mask):
         """See `Captures.now`."""
         return self._captures.now.slots
 
+    def held(self) -> tuple[Tensor, ...]:
+        """See `Captures.now`."""
+        return self._captures.now.tensors
+
     def read(self) -> dict[str, Any]:
         """See `Captures.read`."""
         self._look_aside()
@@ -235,23 +239,22 @@ def mask(function: Callable[..., Any] | Mask) -> Mask:
     """
     if isinstance(function, Mask):
         return function
-    _refuse_maker(function)
+    refuse_maker("mask", function)
     return Predicate(function)
 
 
-def _refuse_maker(value: Any) -> None:
+def refuse_maker(operation: str, value: Any) -> None:
     """An error for what stands for a mask by mistake: the name of a preset, or a preset that wasn't called."""
     if isinstance(value, str):
         raise ArgumentTypeError(
-            f"mask: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are functions, and "
-            "called: mf.causal()"
+            f"{operation}: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are "
+            "functions, and called: mf.causal()"
         )
-    if not inspect.isroutine(value) and not inspect.isclass(value):
-        return
-    if str(getattr(value, "__module__", "")).startswith(_MAKERS):
+    public = str(getattr(value, "__qualname__", "")).isidentifier()  # a preset's own predicate is local to it
+    if public and str(value.__module__).startswith(_MAKERS):
         takes = [p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty]
         raise ArgumentTypeError(
-            f"mask: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
+            f"{operation}: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
         )
 
 

@@ -17,6 +17,8 @@ from weakref import ProxyTypes, ReferenceType, WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from maskflash.expr.symbols import Symbol, Table
+
 _MOST: Final = 4096  # steps; code that reaches more is not followed
 _HERE: Final = __name__.partition(".")[0]
 _LIBRARIES: Final = frozenset((*sys.stdlib_module_names, "torch", "numpy", _HERE))  # nothing in them changes
@@ -31,6 +33,10 @@ _VALUES: Final = (
     *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum, _Absent),
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
+_OF_A_TRACE: Final = (
+    Symbol,
+    Table,
+)  # kept by a predicate, which is an error wherever it is used; they refuse questions
 _CALLED: Final = frozenset(
     f"__{name}__"
     for name in (
@@ -81,7 +87,7 @@ class Reach:
         values: in the order they were found, the function first.
         steps: to each value but the first.
         codes: of all functions among them.
-        alias: for places whose value was found before, the place of that.
+        alias: for places whose value was found before, the place of that; or a view of the same memory.
         open: for places the names that code would read there if they were there.
         complete: whether all steps were followed.
     """
@@ -108,13 +114,14 @@ def reach(function: Any) -> Reach:
 
 def follow(value: Any, step: Step) -> Any:
     """What a step leads to."""
-    if step.kind == "attr":
-        return getattr(value, step.key)
-    if step.kind == "cell":
-        return value.__closure__[step.key].cell_contents
-    if step.kind == "ref":
+    _, kind, key, _ = step
+    if kind == "attr":
+        return getattr(value, key)
+    if kind == "cell":
+        return value.__closure__[key].cell_contents
+    if kind == "ref":
         return value()
-    return value.__globals__[step.key] if step.kind == "global" else value[step.key]
+    return value.__globals__[key] if kind == "global" else value[key]
 
 
 def find(value: Any, step: Step) -> Any:
@@ -145,6 +152,8 @@ def owner(value: Any, step: Step) -> object:
 
 def is_value(value: Any) -> bool:
     """Whether nothing in a value can change, so that an equal one is as good: a number, a name, a tuple of those."""
+    if type(value) in _OF_A_TRACE:
+        return False
     if type(value) in (tuple, frozenset):
         return all(map(is_value, value))
     return isinstance(value, _VALUES) or (type(value).__module__ == "numpy" and not hasattr(value, "__setitem__"))
@@ -172,7 +181,7 @@ _names: WeakKeyDictionary[CodeType, Names] = WeakKeyDictionary()
 
 def _search(function: Any, names: frozenset[str]) -> Reach:
     found = Reach(function)
-    places = {id(function): 0}
+    places: dict[object, int] = {id(function): 0}
     place = 0
     while place < len(found.values):
         value = found.values[place]
@@ -189,13 +198,15 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
             step = Step(place, kind, key, name)
             stepped.add(name)
             there = find(value, step)
+            if type(there) in _OF_A_TRACE:
+                continue
             if len(found.steps) >= _MOST:
                 found.complete = False
                 return found
             found.steps.append(step)
             found.values.append(there)
             if not is_value(there):
-                first = places.setdefault(id(there), len(found.steps))
+                first = places.setdefault(_identity(there), len(found.steps))
                 if first != len(found.steps):
                     found.alias[len(found.steps)] = first
         if place not in found.alias and (missing := _named_here(value, names) - stepped) and members(value):
@@ -212,6 +223,13 @@ def _named_here(value: Any, names: frozenset[str]) -> frozenset[str]:
         return frozenset() if _is_library(value.__name__) else names
     fixed = is_value(value) or type(value) in _PLAIN or hasattr(type(value), "reachable")
     return frozenset() if fixed or isinstance(value, _HAVE_NO_NAMES) else names
+
+
+def _identity(value: Any) -> object:
+    """What tells a value from others; views of the same memory, laid out alike, are one."""
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel() and type(value) is Tensor:
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    return id(value)
 
 
 def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:

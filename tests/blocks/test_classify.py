@@ -84,8 +84,18 @@ def test_what_settles_a_tile():
     lonely = mf.mask(lambda b, h, q, kv: (q % 128 == 77) & (kv % 128 == 33))
     assert decided(lonely, 1280) == {"groups": 100}
     assert lonely.block_map(1280, 1280).counts == {"full": 0, "partial": 100, "skip": 0}
-    scattered = mf.mask(lambda b, h, q, kv: SHUFFLED[q] == SHUFFLED[kv] + 1)
-    assert decided(scattered, 1280).keys() == {"samples", "elements"}
+    assert decided(mf.mask(lambda b, h, q, kv: SHUFFLED[q] == SHUFFLED[kv] + 1), 1280).keys() == {"samples"}
+    scattered = mf.mask(lambda b, h, q, kv: SHUFFLED[q] - SHUFFLED[kv] > 1270)
+    assert decided(scattered, 1280).keys() == {"bounds", "samples", "elements"}
+
+
+def test_large_tiles_are_evaluated_a_few_rows_at_a_time(monkeypatch):
+    mask = mf.mask(lambda b, h, q, kv: (q * 7 + kv * kv) % 1000 != 3)
+    dense = mask.dense(150, 90)
+    monkeypatch.setattr(tiles, "_PAIRS_AT_ONCE", 200)
+    monkeypatch.setattr(tiles, "_SAMPLES", ())
+    for block_size in ((64, 32), (150, 90), (16, 300)):
+        assert torch.equal(mask.block_map(150, 90, block_size=block_size).kinds(), brute_force(dense, block_size))
 
 
 def test_what_was_evaluated_for():
@@ -96,7 +106,7 @@ def test_what_was_evaluated_for():
 
     hashed = told(lambda b, h, q, kv: q >= kv and (q - kv) * (q + 1) % 4096 != 4095)
     assert "% 4096) != 4095\nin <lambda> (" in hashed and "test_classify.py" in hashed
-    assert told(lambda b, h, q, kv: SHUFFLED[q] == SHUFFLED[kv] + 1).startswith("rows whose values go up and down")
+    assert told(lambda b, h, q, kv: SHUFFLED[q] - SHUFFLED[kv] > 1270).startswith("rows whose values go up and down")
     assert told(mf.causal()) is None
     assert told(lambda b, h, q, kv: (q - kv) % 3 == 0) is None  # samples see it
 

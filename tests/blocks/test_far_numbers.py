@@ -87,3 +87,10 @@ def test_differences_from_a_far_base_have_formulas(base):
     mask = mf.mask(lambda b, h, q, kv: abs((q - base) - (kv - base)) <= 100)
     decided = mf.compile(mask).explain(4096, 4096).to_dict()["decided"]
     assert [how for how, tiles in decided.items() if tiles] == ["formula"]
+
+
+def test_rows_that_descend_to_the_least_number_are_cut_where_they_turn():
+    values = torch.tensor([2**63 - 1, 5, -(2**63) + 1, -(2**63)])
+    mask = mf.mask(lambda b, h, q, kv: values[q] <= values[kv])
+    problem = mask.problem("test", 4, 4, 1, 1, (1, 1), 0, torch.device("cpu"), {})
+    assert torch.equal(cover(find_pieces(problem)).kinds()[0, 0] == 2, mask.dense(4, 4)[0, 0])

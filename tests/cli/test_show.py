@@ -147,7 +147,8 @@ def test_the_figure_is_written(capsys, tmp_path):
 def test_the_explorer_is_written_without_matplotlib(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = tmp_path / "mask.html"
-    out = show(capsys, EXAMPLE, "--html", str(path), "--block-size", "64x128", "--q-len", "1000")
+    ragged = "causal & document(300, 500, 200)"
+    out = show(capsys, ragged, "--html", str(path), "--block-size", "64x128", "--q-len", "1000")
     assert out.splitlines()[-1] == f"wrote {path}"
     counts = out.splitlines()[-2].partition(": ")[2].partition(" (")[0]
     page = path.read_text(encoding="utf-8")

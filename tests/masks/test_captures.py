@@ -374,6 +374,21 @@ def test_views_are_taken_of_the_tensor_that_is_there():
     assert holds(mask, predicate)
 
 
+def test_views_of_one_memory_are_one_table_for_as_long_as_they_are():
+    ids = torch.arange(2 * N).view(2, N) // 5
+    one, two = ids[0], ids[0]
+
+    def predicate(b, h, q, kv):
+        return one[q] == two[kv]
+
+    mask = mf.mask(predicate)
+    assert len(mask.traced({}).tables) == 1
+    two.data = torch.arange(N) // 3
+    assert holds(mask, predicate)
+    two = torch.arange(N) // 7
+    assert holds(mask, predicate)
+
+
 def test_arguments_and_captures_change_side_by_side():
     held = SimpleNamespace(n=3)
     mask = mf.mask(lambda b, h, q, kv, *, doc, factor: doc[q] == doc[kv] and (q - kv) * factor < held.n)

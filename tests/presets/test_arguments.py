@@ -321,6 +321,11 @@ def test_a_preset_without_brackets_is_to_be_called(wrong, call):
             use(wrong)
 
 
+def test_the_predicate_of_a_preset_is_one():
+    for mask in (mf.causal(), mf.natten(2, 2, 1, 1), mf.document([3, 4])):
+        assert mf.equivalent(mf.mask(mask.function), mask, 9, 9)
+
+
 def test_the_name_of_a_preset_is_no_mask():
     for use in (mf.mask, mf.compile, lambda wrong: mf.full() & wrong, lambda wrong: wrong | mf.full()):
         with pytest.raises(mf.ArgumentTypeError, match=r"got the text 'causal'.* called: mf.causal\(\)"):
