@@ -138,6 +138,7 @@ class Tracer:
         self._entry = entry  # frames from here outward are not the predicate's
         self._argument_values: dict[str, int | float] = {}
         self._slots: dict[object, int] = {}
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
         self._sources: dict[tuple[int, int], Source] = {}
@@ -261,12 +262,22 @@ class Tracer:
         name = self.sources.tensors.get(id(tensor))
         if name is not None:
             return name
-        for name, whole in self.sources.values.items():
-            if isinstance(whole, Tensor) and whole.dtype == tensor.dtype and _share_memory(whole, tensor):
-                self.specialised.add(name)
-                offset = tensor.storage_offset() - whole.storage_offset()
-                return View(name, tuple(tensor.shape), tensor.stride(), int(offset))
-        return tensor
+        whole = tensor
+        while id(whole) in self._views:
+            whole = self._views[id(whole)][1]
+        name = self.sources.tensors.get(id(whole))
+        if name is None or whole.dtype != tensor.dtype:
+            return tensor
+        self.specialised.add(name)
+        offset = tensor.storage_offset() - whole.storage_offset()
+        return View(name, tuple(tensor.shape), tensor.stride(), int(offset))
+
+    def viewed(self, result: Any, tensors: Iterable[Tensor]) -> None:
+        """Note what a view was taken of: its memory doesn't tell, where captured tensors share theirs."""
+        if isinstance(result, Tensor) and id(result) not in self.sources.tensors:
+            whole = next((tensor for tensor in tensors if _share_memory(tensor, result)), None)
+            if whole is not None and whole is not result:
+                self._views[id(result)] = result, whole
 
     def fix(self, position: int) -> int:
         """An integer argument in a structural place: its value becomes part of the structure."""

@@ -205,7 +205,7 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
                 return found
             found.steps.append(step)
             found.values.append(there)
-            if not is_value(there):
+            if not is_value(there) or isinstance(there, Enum):
                 first = places.setdefault(_identity(there), len(found.steps))
                 if first != len(found.steps):
                     found.alias[len(found.steps)] = first
@@ -234,7 +234,9 @@ def _identity(value: Any) -> object:
 
 def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
     """The steps from a value: kind, key and name of each."""
-    if is_value(value) or isinstance(value, (Tensor, set, frozenset, BuiltinFunctionType)):
+    if isinstance(value, (Tensor, set, frozenset, BuiltinFunctionType)):
+        return
+    if is_value(value) and not isinstance(value, Enum):  # which has methods
         return
     if isinstance(value, SEQUENCES):
         yield from (("item", place, "") for place, item in enumerate(value) if not is_value(item))

@@ -7,6 +7,7 @@ import types
 import weakref
 from collections import ChainMap, UserDict, deque, namedtuple
 from dataclasses import dataclass, field
+from enum import Enum
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,6 +206,27 @@ def test_partials_defaults_and_callable_objects_are_read_as_they_are(joined):
     assert all(map(check, masks))
 
 
+class Kind(Enum):
+    """A value with a method, which reads a global."""
+
+    NEAR = 1
+
+    def visible(self, q, kv):
+        return q - kv < WINDOW
+
+
+def test_methods_of_enums_and_named_tuples_are_followed(monkeypatch):
+    class Span(namedtuple("Span", "low")):
+        def visible(self, q):
+            return self.low <= q + WINDOW
+
+    kind, span = Kind.NEAR, Span(9)
+    mask = mf.mask(lambda b, h, q, kv: kind.visible(q, kv) and span.visible(q))
+    assert holds(mask, mask.function)
+    monkeypatch.setattr(sys.modules[__name__], "WINDOW", 2)
+    assert holds(mask, mask.function)
+
+
 class Options(dict):
     """A dict with attributes."""
 
@@ -386,6 +408,27 @@ def test_views_of_one_memory_are_one_table_for_as_long_as_they_are():
     two.data = torch.arange(N) // 3
     assert holds(mask, predicate)
     two = torch.arange(N) // 7
+    assert holds(mask, predicate)
+
+
+def test_a_view_is_taken_of_its_own_tensor_where_several_share_memory():
+    memory = torch.arange(2 * N) // 5
+    held = SimpleNamespace(low=memory[:N], high=memory[N:])
+
+    def predicate(b, h, q, kv):
+        return held.low[4:][q % 20] == held.high[2:][kv % 20] - 3
+
+    mask = mf.mask(predicate)
+    assert holds(mask, predicate)
+    held.high = torch.arange(N) // 9 + 3
+    assert holds(mask, predicate)
+    held.low, held.high = torch.arange(N) // 7, memory[N:]
+    assert holds(mask, predicate)
+    held.low = held.high = memory[:N]
+    assert holds(mask, predicate)
+    held.high = memory[N:]
+    assert holds(mask, predicate)
+    held.high.data = torch.arange(N) // 2
     assert holds(mask, predicate)
 
 
