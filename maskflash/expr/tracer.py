@@ -61,6 +61,10 @@ class View(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view."""
+        if torch.compiler.is_dynamo_compiling():  # which can't ask for an offset, but counts from the tensor's own
+            last = sum((size - 1) * step for size, step in zip(self.size, self.stride, strict=True))
+            flat = tensor.as_strided((self.offset + last + 1,), (1,))
+            return flat[self.offset :].as_strided(self.size, self.stride)
         return tensor.as_strided(self.size, self.stride, int(tensor.storage_offset()) + self.offset)
 
 

@@ -123,8 +123,6 @@ class Captures:
                 _touch(value, numbers)
             elif name:
                 found[name] = value
-            elif step.kind == "attr":
-                hasattr(values[step.parent], step.key)
             values.append(value)
         for place, names, has_none in now.open:
             if has_none:
@@ -233,7 +231,8 @@ def _layout(tensor: Tensor) -> tuple[object, object]:
 
 def _may_have(value: Any) -> bool:
     """Whether a value is an object, of which dynamo guards that it has no attribute of a name."""
-    return not isinstance(value, (FunctionType, type, ModuleType))
+    plain = not isinstance(type(value).__getattribute__, FunctionType)  # dynamo can't look into that
+    return plain and not isinstance(value, (FunctionType, type, ModuleType))
 
 
 def _fills_slot(step: Step, value: Any, elsewhere: frozenset[str]) -> bool:
@@ -247,7 +246,7 @@ def _touch(value: Any, numbers: list[int | str]) -> None:
         numbers.append(index(value))
     elif isinstance(value, (float, torch.SymFloat)):
         numbers.append(value.hex())
-    elif isinstance(value, (list, tuple, set, frozenset)):
+    elif isinstance(value, (list, tuple, deque, set, frozenset)):
         for item in value:
             _touch(item, numbers)
     elif isinstance(value, dict):

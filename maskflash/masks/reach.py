@@ -49,7 +49,6 @@ SEQUENCES: Final = (list, tuple, deque)
 MAPPINGS: Final = (dict, MappingProxyType)
 _PLAIN: Final = frozenset((*SEQUENCES, *MAPPINGS))  # which have no attributes of their own
 _WRAPPERS: Final = {UserDict: "data", UserList: "data", ChainMap: "maps"}  # by what they keep all in
-_USUAL: Final = [(None, object.__getattribute__), (torch.nn.Module.__getattr__, object.__getattribute__)]
 _HAVE_NO_NAMES: Final = (Tensor, set, frozenset, BuiltinFunctionType, MethodType, partial, property, ReferenceType)
 _CONTAINERS: Final = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
 
@@ -312,8 +311,8 @@ def _reads_of_object(value: Any, names: frozenset[str]) -> Iterator[_Read]:
 def _asks(value: Any) -> bool:
     """Whether a value may have attributes that stand nowhere."""
     kind = type(value)
-    gets = getattr(kind, "__getattr__", None), kind.__getattribute__
-    return isinstance(value, ProxyTypes) or gets not in _USUAL
+    asked = getattr(kind, "__getattr__", None) not in (None, torch.nn.Module.__getattr__)
+    return asked or isinstance(kind.__getattribute__, FunctionType) or isinstance(value, ProxyTypes)
 
 
 def _attributes(*names: str) -> Iterator[_Read]:

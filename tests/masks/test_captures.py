@@ -560,6 +560,7 @@ def test_another_buffer_is_an_input_of_compiled_code(model):
 NUMBERS = {
     "of a list": (lambda: [1], lambda x: x[0], lambda x, n: x.__setitem__(0, n)),
     "of a dict": (lambda: {"n": 1}, lambda x: x["n"], lambda x, n: x.__setitem__("n", n)),
+    "of a deque": (lambda: deque([1]), lambda x: x[0], lambda x, n: x.__setitem__(0, n)),
     "of a tuple": (lambda: SimpleNamespace(n=(1,)), lambda x: x.n[0], lambda x, n: setattr(x, "n", (n,))),
     "that isn't there at first": (SimpleNamespace, lambda x: getattr(x, "n", 1), lambda x, n: setattr(x, "n", n)),
 }
@@ -576,4 +577,15 @@ def test_compiled_code_guards_numbers(where):
     for n in (1, 4, 5, 6, 7):  # from the second on dynamo takes an int for a symbol
         if n > 1:
             change(held, n)
+        assert torch.equal(run(q, k, v), attn(q, k, v))
+
+
+def test_compiled_code_takes_views_of_the_tensor_that_is_there():
+    torch._dynamo.reset()
+    held = SimpleNamespace(ids=torch.arange(2 * N).view(2, N) // 5)
+    attn = mf.compile(lambda b, h, q, kv: held.ids[1][q] == held.ids[1:, 2:].T[kv % 20, 0])
+    run = torch.compile(lambda q, k, v: attn(q, k, v), backend="aot_eager", fullgraph=True)
+    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
+    for ids in (held.ids, torch.arange(3 * N)[N:].view(2, N) // 3, torch.arange(2 * N).view(N, 2).T // 3):
+        held.ids = ids
         assert torch.equal(run(q, k, v), attn(q, k, v))
