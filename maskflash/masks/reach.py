@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import os
 import sys
 from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Iterator, KeysView
@@ -21,7 +22,8 @@ from maskflash.expr.symbols import Symbol, Table
 
 _MOST: Final = 4096  # steps; code that reaches more is not followed
 _HERE: Final = __name__.partition(".")[0]
-_LIBRARIES: Final = frozenset((*sys.stdlib_module_names, "torch", "numpy", _HERE))  # nothing in them changes
+_LIBRARIES: Final = ("torch", "numpy", _HERE)  # nothing in them changes, nor in Python's own modules
+_STANDARD: Final = os.path.dirname(os.__file__)
 
 
 class _Absent:
@@ -321,4 +323,11 @@ def _attributes(*names: str) -> Iterator[_Read]:
 
 def _is_library(module: object) -> bool:
     """Whether a module's code and attributes are taken to stay as they are: Python's own, torch's, numpy's and ours."""
-    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES and module != "__main__"
+    top = module.partition(".")[0] if isinstance(module, str) else ""
+    return top in _LIBRARIES or (top in sys.stdlib_module_names and _is_standard(sys.modules.get(top)))
+
+
+def _is_standard(module: ModuleType | None) -> bool:
+    """Whether a module is Python's own: a user's may have the name of one."""
+    file = getattr(module, "__file__", None)
+    return file is None or (file.startswith(_STANDARD) and "site-packages" not in file)

@@ -514,6 +514,18 @@ def test_a_table_that_cannot_be_followed_is_traced_at_each_call():
         assert torch.equal(joined(q, k, v), mf.attention(q, k, v, mf.document(ids=doc) & mf.causal()))
 
 
+def test_a_module_with_the_name_of_one_of_pythons_is_the_user_s(tmp_path, monkeypatch):
+    (tmp_path / "token.py").write_text("WINDOW = 3\n\n\ndef near(q, kv):\n    return q - kv < WINDOW\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "token")
+    import token as own
+
+    mask = mf.mask(lambda b, h, q, kv: own.near(q, kv))
+    assert mask.row(9, 10) == [(7, 10)]
+    own.WINDOW = 5
+    assert mask.row(9, 10) == [(5, 10)]
+
+
 def test_arrays_of_numpy_are_read_as_they_are():
     ends = np.array([3, 9])
     mask = mf.mask(lambda b, h, q, kv: ends[0] <= kv < ends[1])

@@ -35,7 +35,7 @@ def test_the_same_structure_numbers_and_contents_are_the_same_mask():
     "others",
     [
         [window(4), window(5), mf.mask(lambda b, h, q, kv: q - 4 < kv), ~window(4)],
-        [mf.document(ids=x) for x in (IDS, IDS.int(), IDS + 1, IDS[:4], IDS[None])],
+        [mf.document(ids=x) for x in (IDS, IDS.int(), IDS + 1, IDS[:4], torch.stack((IDS, IDS)))],
         [mf.causal() & mf.full() & window(n) for n in range(3)],
         [mf.ColumnIntervals(torch.tensor(x), causal=c) for x in ([2, 2], [2, 3], [2, 2, 2]) for c in (True, False)],
         [mf.ColumnIntervals(torch.full((1, n, 4), 2)) for n in (1, 2, 4)],
