@@ -114,7 +114,7 @@ class Captures:
     def read(self) -> dict[str, Any]:
         """Read all once more in dynamo's sight, which then guards what it met, or makes inputs of it."""
         now = self.now
-        values = [self.function]
+        values: list[Any] = [self.function]
         found: dict[str, Any] = {}
         numbers: list[int | str] = []
         for step, name in zip(now.steps, now.names, strict=True):
@@ -162,7 +162,7 @@ class Captures:
         self._lost = True
 
     def _unchanged(self, now: _Found) -> bool:
-        values = [self.function]
+        values: list[Any] = [self.function]
         for step, seen in zip(now.steps, now.seen, strict=True):
             value = find(values[step[0]], step)
             if value is not seen and (len(values) in now.aliases or not _alike(value, seen)):
@@ -304,7 +304,7 @@ def _same_contents(value: Any, contents: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.shape == contents.shape and bool(value.tobytes() == contents.tobytes())
     if isinstance(value, (array, bytearray)):
-        return bytes(value) == contents
+        return bool(bytes(value) == contents)
     if isinstance(value, MAPPINGS):
         return _same(tuple(value), contents[0]) and _same(tuple(value.values()), contents[1])
     return bool(value == contents) if isinstance(value, set) else _same(tuple(value), contents)
