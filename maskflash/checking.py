@@ -59,9 +59,8 @@ def forget() -> None:
 
 
 def _keep(key: object, digest: bytes, base: Tensor) -> None:
-    if len(_seen) >= _MOST:
-        for gone in [old for old, (_, watch) in _seen.items() if watch.expired()]:
-            del _seen[gone]
+    for gone in [old for old, (_, watch) in _seen.items() if watch.expired()]:
+        del _seen[gone]
     while len(_seen) >= _MOST:
         del _seen[next(iter(_seen))]
     _seen[key] = digest, Watch([base])

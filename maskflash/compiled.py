@@ -227,7 +227,7 @@ class Attention:
             given += state(tensor)
         for name, value in mask_args.items():
             if not isinstance(value, Tensor):
-                given += name, type(value), value
+                given += name, type(value), value.hex() if isinstance(value, float) else value  # 0.0 == -0.0
             elif value.is_inference():
                 return None
             else:

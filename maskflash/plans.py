@@ -124,6 +124,9 @@ def _keep(key: Hashable, analysis: Analysis, problem: Problem, backend: Backend)
     if isinstance(problem.q_offset, Tensor):
         tensors = (*tensors, problem.q_offset)
     with _lock:
+        while stale := [call for call, (_, watch) in _calls.items() if watch.expired()]:  # a view keeps its base
+            for call in stale:
+                del _calls[call]
         for gone in [old for old, entry in _entries.items() if entry.watch.expired()]:
             _forget(gone)
         counted = [tensor for tensor in tensors if not tensor.is_inference()]

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
-from maskflash import arguments, plans
+from maskflash import arguments, identity, plans
 from maskflash.compiler import Analysis
 
 Q, K, V = torch.randn(3, 2, 4, 96, 8).unbind()
@@ -258,16 +258,32 @@ def test_an_analysis_that_fails_fails_again(analyses):
     attn(Q[:, :, :5], K, V)
 
 
-def test_analyses_do_not_keep_tables_alive(analyses):
+def test_analyses_do_not_keep_tables_alive_beyond_the_next(analyses):
     import weakref
 
     ids = documents()
     gone = weakref.ref(ids)
     mf.compile(packed)(Q, K, V, doc=ids)
+    mf.compile(packed)(one(Q), one(K), one(V), doc=ids[:1])
     analyses.clear()
     del ids
     gc.collect()
+    mf.compile(packed)(Q, K, V, doc=documents() // 3)
     assert gone() is None
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_tables_that_are_gone_go_with_the_next_analysis(view):
+    plans._entries.clear()
+    held = [documents()]
+    attn = mf.compile(lambda b, h, q, kv: held[0][b, q] == (held[0][b][kv] if view else held[0][b, kv]))
+    sizes = []
+    for n in range(2, 8):
+        held[0] = documents() // n
+        attn(Q, K, V)
+        attn(one(Q[:, :, :7]), one(K), one(V))
+        sizes.append((len(plans._calls), len(identity._kept)))
+    assert sizes[-1] == sizes[2]
 
 
 def test_views_of_one_table_are_told_apart_though_one_takes_the_place_of_another():
@@ -349,6 +365,13 @@ def test_values_of_other_types_are_other_calls():
     shifted(q, k, v, by=1)
     with pytest.raises(mf.MaskTraceError):
         shifted(q, k, v, by=1.0)
+
+
+def test_the_sign_of_zero_tells_calls_apart():
+    place = torch.arange(96) + 1.0
+    attn, q, k, v = mf.compile(lambda b, h, q, kv, *, by: 1 / (place[q] * by) > 0), one(Q), one(K), one(V)
+    for by in (0.0, -0.0, 0.0):
+        assert attn(q, k, v, by=by).any() == (str(by) == "0.0")
 
 
 @pytest.mark.parametrize("captured", [False, True])

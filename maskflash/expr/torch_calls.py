@@ -263,7 +263,9 @@ class CapturedTensors(TorchFunctionMode):
         if name in _METADATA or name == "__get__":
             for tensor in tensors:
                 self.tracer.reads_layout_of(tensor)
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            self.tracer.viewed(found, tensors)  # `.T`
+            return found
         if name in _CONCRETE:
             self.tracer.fail("needs a concrete value", "Index the tensor with q or kv instead.")
         if name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
@@ -279,6 +281,8 @@ class CapturedTensors(TorchFunctionMode):
             raise
         parts = result if isinstance(result, (tuple, list)) else (result,)
         if all(_is_view(part, tensors) for part in parts):
+            for part in parts:
+                self.tracer.viewed(part, tensors)
             return result
         if not tensors and isinstance(result, Tensor) and result.ndim == 0:  # torch.tensor(5)
             return self._constant(result)
@@ -311,6 +315,7 @@ def _out_of_range(tracer: Tracer, tensor: Tensor, index: object) -> Table | None
         return None
     order = fixed + free
     moved = tensor if order == sorted(order) else tensor.permute(order)
+    tracer.viewed(moved, [tensor])
     row: Table = Table(tracer, tracer.table(moved), moved, ())[tuple(items[axis] for axis in fixed)]
     return row
 

@@ -61,6 +61,10 @@ class View(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """The view."""
+        if torch.compiler.is_dynamo_compiling():  # which can't ask for an offset, but counts from the tensor's own
+            last = sum((size - 1) * step for size, step in zip(self.size, self.stride, strict=True))
+            flat = tensor.as_strided((self.offset + last + 1,), (1,))
+            return flat[self.offset :].as_strided(self.size, self.stride)
         return tensor.as_strided(self.size, self.stride, int(tensor.storage_offset()) + self.offset)
 
 
@@ -138,6 +142,7 @@ class Tracer:
         self._entry = entry  # frames from here outward are not the predicate's
         self._argument_values: dict[str, int | float] = {}
         self._slots: dict[object, int] = {}
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
         self._sources: dict[tuple[int, int], Source] = {}
@@ -261,12 +266,22 @@ class Tracer:
         name = self.sources.tensors.get(id(tensor))
         if name is not None:
             return name
-        for name, whole in self.sources.values.items():
-            if isinstance(whole, Tensor) and whole.dtype == tensor.dtype and _share_memory(whole, tensor):
-                self.specialised.add(name)
-                offset = tensor.storage_offset() - whole.storage_offset()
-                return View(name, tuple(tensor.shape), tensor.stride(), int(offset))
-        return tensor
+        whole = tensor
+        while id(whole) in self._views:
+            whole = self._views[id(whole)][1]
+        name = self.sources.tensors.get(id(whole))
+        if name is None or whole.dtype != tensor.dtype:
+            return tensor
+        self.specialised.add(name)
+        offset = tensor.storage_offset() - whole.storage_offset()
+        return View(name, tuple(tensor.shape), tensor.stride(), int(offset))
+
+    def viewed(self, result: Any, tensors: Iterable[Tensor]) -> None:
+        """Note what a view was taken of: its memory doesn't tell, where captured tensors share theirs."""
+        if isinstance(result, Tensor) and id(result) not in self.sources.tensors:
+            whole = next((tensor for tensor in tensors if _share_memory(tensor, result)), None)
+            if whole is not None and whole is not result:
+                self._views[id(result)] = result, whole
 
     def fix(self, position: int) -> int:
         """An integer argument in a structural place: its value becomes part of the structure."""

@@ -160,6 +160,11 @@ class Bindable:
         """What traces depend on of all else that is captured."""
         return ()
 
+    @property
+    def followed(self) -> bool:
+        """Whether `look` sees all that is captured; else the mask is traced at each call."""
+        return True
+
     def held(self) -> tuple[Tensor, ...]:
         """Tensors that the mask looks up, besides its arguments."""
         return tuple(value for value in self.captured().values() if isinstance(value, Tensor))

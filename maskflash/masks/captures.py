@@ -17,19 +17,64 @@ captures' shape: a mask is traced once for each.
 from __future__ import annotations
 
 import threading
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from operator import is_
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import index, is_
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from maskflash.expr.lower import read_elsewhere
 from maskflash.expr.tracer import Captured, Sources
-from maskflash.masks.reach import Step, follow, is_value, owner, reach
+from maskflash.masks.reach import ABSENT, MAPPINGS, SEQUENCES, Step, find, follow, is_value, members, owner, reach
+from maskflash.masks.slots import aside
 
-_MUTABLE = (list, dict, set, np.ndarray)
+_MUTABLE = (list, deque, set, np.ndarray, array, bytearray, *MAPPINGS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What a predicate reads, at one moment.
+
+    Attributes:
+        steps: from it to every value that counts; values are numbered from 1, the function is 0.
+        seen: the values.
+        names: what traces call those that fill slots; None for others, "" for what isn't there.
+        shape: what traces depend on besides the slots' values.
+        slots: numbers and tensors, by what traces call them.
+        layouts: of the tensors among them.
+        tensors: those themselves.
+        aliases: for places whose value was found before, the place of that; or a view of the same memory.
+        shared: views of one memory, by two.
+        open: places, the names that code would read there, and whether it is an object that has none of them.
+        codes: places of functions, and their code.
+        contents: of lists and the like.
+        complete: whether steps lead to all there is.
+        nothing: whether nothing is read.
+        stamp: another number for another shape or other slots.
+    """
+
+    steps: tuple[Step, ...]
+    seen: tuple[Any, ...]
+    names: tuple[str | None, ...]
+    shape: tuple[object, ...]
+    slots: dict[str, Any]
+    layouts: dict[str, object]
+    tensors: tuple[Tensor, ...]
+    aliases: dict[int, int]
+    shared: tuple[tuple[Tensor, Tensor], ...]
+    open: tuple[tuple[int, frozenset[str], bool], ...]
+    codes: tuple[tuple[int, CodeType], ...]
+    contents: tuple[tuple[Any, Any], ...]
+    complete: bool
+    nothing: bool
+    stamp: int = 0
 
 
 class Captures:
@@ -37,127 +82,157 @@ class Captures:
 
     Attributes:
         function: the predicate.
-        steps: from it to every value that counts; values are numbered from 1, the function is 0.
-        seen: the values.
-        names: what traces call those that fill slots; None for others.
-        shape: what traces depend on besides the slots' values.
-        slots: numbers and tensors, by what traces call them.
-        tensors: those of them that are tensors.
-        stamp: another number for another shape or other slots.
+        now: what it was when last looked at; replaced as a whole, so that other threads never see a half of it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.stamp = 0
         self._lock = threading.Lock()
         self._lost = False
-        self._laid_out: set[str] = set()
-        self._find()
+        self._laid_out: frozenset[str] = frozenset()
+        self.now = _found(function)
 
     @property
     def followed(self) -> bool:
         """Whether steps lead to all there is; else the predicate has to be traced at each call."""
-        return self._complete and not self._lost
+        return self.now.complete and not self._lost
 
     def look(self) -> int:
         """Read everything again; the stamp."""
-        if self._nothing:
-            return self.stamp
-        try:
-            same = self.followed and self._unchanged()
-        except Exception:  # of an attribute's own code, or one that is gone: a trace will meet it too
-            same = False
-        if not same:
-            with self._lock:
-                before = self.shape, self._layouts, self.slots
-                self._find()
-                after = self.shape, self._layouts, self.slots
-                if not self.followed or before[:2] != after[:2] or not _same_slots(before[2], after[2]):
-                    self.stamp += 1
-        return self.stamp
+        now = self.now
+        if now.nothing and not self._lost and (not now.codes or self.function.__code__ is now.codes[0][1]):
+            return now.stamp
+        if self.followed and self._unchanged(now):
+            return now.stamp
+        with self._lock:
+            before, new = self.now, _found(self.function)
+            same = self.followed and before.shape == new.shape and before.layouts == new.layouts
+            stamp = before.stamp + (not (same and _same_slots(before.slots, new.slots)))
+            self.now = replace(new, stamp=stamp)
+            return stamp
 
     def read(self) -> dict[str, Any]:
         """Read all once more in dynamo's sight, which then guards what it met, or makes inputs of it."""
-        values = [self.function]
+        now = self.now
+        values: list[Any] = [self.function]
         found: dict[str, Any] = {}
-        for step, name in zip(self.steps, self.names, strict=True):
-            value = follow(values[step.parent], step)
+        numbers: list[int | str] = []
+        for step, name in zip(now.steps, now.names, strict=True):
+            value = None if name == "" else follow(values[step.parent], step)
             if name is None:
-                _touch(value)
-            else:
+                _touch(value, numbers)
+            elif name:
                 found[name] = value
             values.append(value)
+        for place, names, has_none in now.open:
+            if has_none:
+                for name in names:
+                    hasattr(values[place], name)
+        self._guarded(tuple(numbers))
         return found
+
+    @aside
+    def _guarded(self, numbers: tuple[int | str, ...]) -> None:
+        """Have dynamo guard these: it guards what it hands to a method that it calls aside."""
 
     def sources(self) -> Sources:
         """What a trace asks of a value that it meets: which of these it is."""
+        now = self.now
         numbers: dict[object, Captured] = {}
         tensors: dict[int, Captured] = {}
         labels: dict[Captured, str] = {}
-        for place, (step, value, name) in enumerate(zip(self.steps, self.seen, self.names, strict=True), 1):
-            if name is None:
+        for place, (step, value, name) in enumerate(zip(now.steps, now.seen, now.names, strict=True), 1):
+            if not name:
                 continue
             slot = Captured(name)
-            labels[slot] = self._label(step)
+            labels[slot] = _label(now, step)
             if isinstance(value, Tensor):
-                tensors.setdefault(id(value), Captured(f"@{self._aliases.get(place, place)}"))
+                tensors.setdefault(id(value), Captured(f"@{now.aliases.get(place, place)}"))
             else:
-                numbers[owner(self._value(step.parent), step)] = slot
-        values = {Captured(name): value for name, value in self.slots.items()}
+                numbers[owner(now.seen[step.parent - 1] if step.parent else self.function, step)] = slot
+        values = {Captured(name): value for name, value in now.slots.items()}
         return Sources(numbers, tensors, values, labels)
 
     def depend(self, names: Iterable[str]) -> None:
         """Note slots of which a trace depends on more than the kind of what fills them."""
-        self._laid_out.update(name for name in names if name in self._layouts)
+        self._laid_out |= self.now.layouts.keys() & set(names)
 
     def lose(self) -> None:
         """Note that a trace met a tensor that no step leads to."""
-        self._lost, self._nothing = True, False
+        self._lost = True
 
-    def _find(self) -> None:
-        found = reach(self.function)
-        elsewhere = frozenset().union(*map(read_elsewhere, found.codes))
-        self.steps, self.seen, self._complete = tuple(found.steps), tuple(found.values[1:]), found.complete
-        self.names = tuple(
-            f"@{place}" if _fills_slot(step, value, elsewhere) else None
-            for place, (step, value) in enumerate(zip(self.steps, self.seen, strict=True), 1)
-        )
-        self.slots = {name: value for name, value in zip(self.names, self.seen, strict=True) if name is not None}
-        kinds = (_kind(x) if name else _frozen(x) for x, name in zip(self.seen, self.names, strict=True))
-        aliases = (found.alias.get(place) for place in range(1, len(self.seen) + 1))
-        self.shape = (_frozen(self.function), *zip(self.steps, aliases, kinds, strict=True))
-        self._layouts = {name: (x.shape, x.stride()) for name, x in self.slots.items() if isinstance(x, Tensor)}
-        self._aliases = found.alias
-        pairs = ((self._value(place), self._value(first)) for place, first in found.alias.items())
-        self._shared = tuple((x, y) for x, y in pairs if x is not y)  # views of one memory
-        self._contents = tuple((value, _contents(value)) for value in self.seen if isinstance(value, _MUTABLE))
-        self.tensors = tuple(value for value in self.slots.values() if isinstance(value, Tensor))
-        self._nothing = not self.steps and self._complete
-
-    def _unchanged(self) -> bool:
-        values = [self.function]
-        for step, seen in zip(self.steps, self.seen, strict=True):
-            value = follow(values[step[0]], step)
-            if value is not seen and (len(values) in self._aliases or not _alike(value, seen)):
+    def _unchanged(self, now: _Found) -> bool:
+        values: list[Any] = [self.function]
+        for step, seen in zip(now.steps, now.seen, strict=True):
+            value = find(values[step[0]], step)
+            if value is not seen and (len(values) in now.aliases or not _alike(value, seen)):
                 return False
             values.append(value)
-        for name in self._laid_out:
-            tensor = self.slots.get(name)
-            if tensor is not None and self._layouts[name] != (tensor.shape, tensor.stride()):
+        for place, code in now.codes:
+            if values[place].__code__ is not code:
                 return False
-        for view, other in self._shared:
-            if view.data_ptr() != other.data_ptr() or view.shape != other.shape or view.stride() != other.stride():
+        for place, names, _ in now.open:
+            for there in members(values[place]):
+                if not there.isdisjoint(names):
+                    return False
+        for name in self._laid_out & now.layouts.keys():
+            if now.layouts[name] != _layout(now.slots[name]):
                 return False
-        return not self._contents or all(_same_contents(value, contents) for value, contents in self._contents)
+        for view, other in now.shared:
+            if view.data_ptr() != other.data_ptr() or _layout(view) != _layout(other):
+                return False
+        return not now.contents or all(_same_contents(value, contents) for value, contents in now.contents)
 
-    def _value(self, place: int) -> Any:
-        return self.seen[place - 1] if place else self.function
 
-    def _label(self, step: Step) -> str:
-        """What the user calls a value."""
-        if step.kind == "item" and step.parent:
-            return f"{self._label(self.steps[step.parent - 1])}[{step.key!r}]"
-        return step.name
+def _found(function: Callable[..., Any]) -> _Found:
+    found = reach(function)
+    elsewhere = frozenset().union(*map(read_elsewhere, found.codes))
+    seen = tuple(found.values[1:])
+    names = tuple(map(partial(_name, elsewhere), range(1, len(found.values)), found.steps, seen))
+    slots = {name: value for name, value in zip(names, seen, strict=True) if name}
+    kinds = (_kind(x) if name else _frozen(x) for x, name in zip(seen, names, strict=True))
+    aliases = (found.alias.get(place) for place in range(1, len(found.values)))
+    pairs = ((found.values[place], found.values[first]) for place, first in found.alias.items())
+    return _Found(
+        tuple(found.steps),
+        seen,
+        names,
+        (_frozen(function), *zip(found.steps, aliases, kinds, strict=True)),
+        slots,
+        {name: _layout(x) for name, x in slots.items() if isinstance(x, Tensor)},
+        tuple(x for x in slots.values() if isinstance(x, Tensor)),
+        found.alias,
+        tuple((x, y) for x, y in pairs if x is not y),
+        tuple((place, names, _may_have(found.values[place])) for place, names in found.open.items()),
+        tuple((place, x.__code__) for place, x in enumerate(found.values) if isinstance(x, FunctionType)),
+        tuple((value, _contents(value)) for value in seen if isinstance(value, _MUTABLE)),
+        found.complete,
+        found.complete and not (found.steps or found.open),
+    )
+
+
+def _label(now: _Found, step: Step) -> str:
+    """What the user calls a value."""
+    if step.kind == "item" and step.parent:
+        return f"{_label(now, now.steps[step.parent - 1])}[{step.key!r}]"
+    return step.name
+
+
+def _name(elsewhere: frozenset[str], place: int, step: Step, value: Any) -> str | None:
+    """What traces call a value."""
+    if value is ABSENT:
+        return ""
+    return f"@{place}" if _fills_slot(step, value, elsewhere) else None
+
+
+def _layout(tensor: Tensor) -> tuple[object, object]:
+    return tensor.shape, tensor.stride()
+
+
+def _may_have(value: Any) -> bool:
+    """Whether a value is an object, of which dynamo guards that it has no attribute of a name."""
+    plain = not isinstance(type(value).__getattribute__, FunctionType)  # dynamo can't look into that
+    return plain and not isinstance(value, (FunctionType, type, ModuleType))
 
 
 def _fills_slot(step: Step, value: Any, elsewhere: frozenset[str]) -> bool:
@@ -165,14 +240,18 @@ def _fills_slot(step: Step, value: Any, elsewhere: frozenset[str]) -> bool:
     return isinstance(value, Tensor) or (type(value) in (int, float) and step.name != "" and step.name not in elsewhere)
 
 
-def _touch(value: Any) -> None:
-    """Look at a value, and at all that it holds: dynamo guards what it has looked at."""
-    if isinstance(value, (list, tuple, set, frozenset)):
+def _touch(value: Any, numbers: list[int | str]) -> None:
+    """Look at a value, and at all that it holds: dynamo guards what it has looked at, but of numbers, that they are."""
+    if isinstance(value, (int, torch.SymInt)):
+        numbers.append(index(value))
+    elif isinstance(value, (float, torch.SymFloat)):
+        numbers.append(value.hex())
+    elif isinstance(value, (list, tuple, deque, set, frozenset)):
         for item in value:
-            _touch(item)
+            _touch(item, numbers)
     elif isinstance(value, dict):
         for item in value.values():
-            _touch(item)
+            _touch(item, numbers)
     elif value is None:
         return
 
@@ -191,13 +270,15 @@ def _alike(value: Any, seen: Any) -> bool:
 
 def _frozen(value: Any) -> object:
     """A value as what a trace depends on of it; what it consists of is read by other steps."""
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (*SEQUENCES, set, frozenset)):
         items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
         return type(value), tuple(_frozen(item) if is_value(item) else None for item in items)
-    if isinstance(value, dict):
-        return dict, tuple((_frozen(key), _frozen(x) if is_value(x) else None) for key, x in value.items())
+    if isinstance(value, MAPPINGS):
+        return type(value), tuple((_frozen(key), _frozen(x) if is_value(x) else None) for key, x in value.items())
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, (array, bytearray)):
+        return type(value), bytes(value)
     if is_value(value):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value  # NaN, and the sign of zero
     if isinstance(value, FunctionType):
@@ -211,7 +292,9 @@ def _contents(value: Any) -> Any:
     """A copy of what a list, dict, set or array holds."""
     if isinstance(value, np.ndarray):
         return value.copy()
-    if isinstance(value, dict):
+    if isinstance(value, (array, bytearray)):
+        return bytes(value)
+    if isinstance(value, MAPPINGS):
         return tuple(value), tuple(value.values())
     return value.copy() if isinstance(value, set) else tuple(value)
 
@@ -220,9 +303,11 @@ def _same_contents(value: Any, contents: Any) -> bool:
     """Whether it still holds just that; another object that is equal counts as another."""
     if isinstance(value, np.ndarray):
         return value.shape == contents.shape and bool(value.tobytes() == contents.tobytes())
-    if isinstance(value, dict):
+    if isinstance(value, (array, bytearray)):
+        return bool(bytes(value) == contents)
+    if isinstance(value, MAPPINGS):
         return _same(tuple(value), contents[0]) and _same(tuple(value.values()), contents[1])
-    return bool(value == contents) if isinstance(value, set) else _same(value, contents)
+    return bool(value == contents) if isinstance(value, set) else _same(tuple(value), contents)
 
 
 def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -43,9 +43,7 @@ class Combination(Mask):
         self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
         self._traces = Traces()
         self._masks: tuple[Mask, ...] | None = None
-        self._stamp = -1
-        self._captured: dict[str, Any] = {}
-        self._held: tuple[Tensor, ...] = ()
+        self._looked: tuple[int, dict[str, Any], tuple[Tensor, ...]] = -1, {}, ()  # replaced as a whole, for threads
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
         for part in parts:
@@ -92,9 +90,16 @@ class Combination(Mask):
     def template(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
         self.look()
+        if not self.followed:
+            return combine(self._traced_steps(mask_args))
         return self._traces.get(
             mask_args, lambda: combine(self._traced_steps(mask_args)), self.captured(), self.structure()
         )
+
+    @property
+    def followed(self) -> bool:
+        """Whether that is so for all of the masks."""
+        return all([mask.followed for mask in self.joined()])
 
     def _traced_steps(self, mask_args: dict[str, Any]) -> list[Traced | Join]:
         first: dict[int, str] = {}  # name of each tensor: masks that hold the same one share a slot
@@ -113,28 +118,27 @@ class Combination(Mask):
     def look(self) -> int:
         """Whether any of the masks has something else now."""
         stamp = sum([mask.look() for mask in self.joined()])
-        if stamp != self._stamp:
-            self._captured = {
+        if stamp != self._looked[0]:
+            captured = {
                 _of_mask(place, name): value
                 for place, mask in enumerate(self.joined())
                 for name, value in mask.captured().items()
             }
-            self._held = tuple(tensor for mask in self.joined() for tensor in mask.held())
-            self._stamp = stamp
+            self._looked = stamp, captured, tuple(tensor for mask in self.joined() for tensor in mask.held())
         return stamp
 
     def captured(self) -> dict[str, Any]:
         """What all of them capture, by mask."""
-        return self._captured
+        return self._looked[1]
 
     def read(self) -> dict[str, Any]:
         """See `captured`."""
-        self._join_aside()
+        self._look_aside()
         return {_of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.read().items()}
 
     @aside
-    def _join_aside(self) -> None:
-        self.joined()
+    def _look_aside(self) -> None:
+        self.look()
 
     def structure(self) -> Hashable:
         """The masks' structures, and which of their tensors are the same."""
@@ -145,7 +149,7 @@ class Combination(Mask):
 
     def held(self) -> tuple[Tensor, ...]:
         """Those of all of them."""
-        return self._held
+        return self._looked[2]
 
     def known(self) -> Traced | None:
         """The latest, or the only one."""

@@ -8,6 +8,7 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Hashable
+from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, NoReturn
 
@@ -63,29 +64,42 @@ class Predicate(Mask):
     def template(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
         captures = self._captures
-        captures.look()
-        shape = captures.shape if captures.followed else object()
-        traced = self._traces.get(mask_args, lambda: self._trace(mask_args), captures.slots, shape)
-        captures.depend(traced.specialised)
+        while True:
+            captures.look()
+            now, followed = captures.now, captures.followed
+            shape = now.shape if followed else object()
+            try:
+                traced = self._traces.get(mask_args, partial(self._trace, mask_args, now.stamp), now.slots, shape)
+            except _Overtaken:
+                continue
+            captures.depend(traced.specialised)
+            return traced
+
+    def _trace(self, mask_args: dict[str, Any], stamp: int) -> Traced:
+        captures = self._captures
+        traced = trace(self.function, mask_args, captures.sources())
+        if captures.followed and captures.look() != stamp:
+            raise _Overtaken
+        if any(isinstance(table, Tensor) for table in traced.tables):
+            captures.lose()
         return traced
 
-    def _trace(self, mask_args: dict[str, Any]) -> Traced:
-        traced = trace(self.function, mask_args, self._captures.sources())
-        if any(isinstance(table, Tensor) for table in traced.tables):
-            self._captures.lose()
-        return traced
+    @property
+    def followed(self) -> bool:
+        """See `Captures.followed`."""
+        return self._captures.followed
 
     def look(self) -> int:
         """See `Captures.look`."""
         return self._captures.look()
 
     def captured(self) -> dict[str, Any]:
-        """See `Captures.slots`."""
-        return self._captures.slots
+        """See `Captures.now`."""
+        return self._captures.now.slots
 
     def held(self) -> tuple[Tensor, ...]:
-        """See `Captures.tensors`."""
-        return self._captures.tensors
+        """See `Captures.now`."""
+        return self._captures.now.tensors
 
     def read(self) -> dict[str, Any]:
         """See `Captures.read`."""
@@ -102,8 +116,8 @@ class Predicate(Mask):
         self._captures.look()
 
     def structure(self) -> Hashable:
-        """See `Captures.shape`."""
-        return self._captures.shape
+        """See `Captures.now`."""
+        return self._captures.now.shape
 
     def known(self) -> Traced | None:
         """The latest, as it would be now; a mask without arguments has but one."""
@@ -145,6 +159,10 @@ class Predicate(Mask):
         except (AttributeError, KeyError):
             return None
         return found if found is self or found is self.function else None
+
+
+class _Overtaken(Exception):
+    """Another thread has changed what is captured while it was traced."""
 
 
 class Recorded(Mask):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dis
 import os
 import sys
-from collections.abc import Iterator
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Iterator, KeysView
 from enum import Enum
 from functools import partial
 from inspect import getattr_static
 from itertools import chain
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, Final, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ProxyTypes, ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,8 +24,15 @@ _MOST: Final = 4096  # steps; code that reaches more is not followed
 _HERE: Final = __name__.partition(".")[0]
 _LIBRARIES: Final = ("torch", "numpy", _HERE)  # nothing in them changes, nor in Python's own modules
 _STANDARD: Final = os.path.dirname(os.__file__)
+
+
+class _Absent:
+    """What a step leads to that leads nowhere as yet: an empty cell, an attribute that a slot is kept for."""
+
+
+ABSENT: Final = _Absent()
 _VALUES: Final = (
-    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum),
+    *(bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, slice, Enum, _Absent),
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
 _OF_A_TRACE: Final = (
@@ -39,6 +47,11 @@ _CALLED: Final = frozenset(
         *("and", "or", "xor", "invert", "radd", "rsub", "rmul", "rand", "ror", "abs", "enter", "exit", "get"),
     )
 )  # methods that Python calls by itself
+SEQUENCES: Final = (list, tuple, deque)
+MAPPINGS: Final = (dict, MappingProxyType)
+_PLAIN: Final = frozenset((*SEQUENCES, *MAPPINGS))  # which have no attributes of their own
+_WRAPPERS: Final = {UserDict: "data", UserList: "data", ChainMap: "maps"}  # by what they keep all in
+_HAVE_NO_NAMES: Final = (Tensor, set, frozenset, BuiltinFunctionType, MethodType, partial, property, ReferenceType)
 _CONTAINERS: Final = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterList, torch.nn.ParameterDict)
 
 
@@ -47,7 +60,7 @@ class Step(NamedTuple):
 
     Attributes:
         parent: place of the value that it is read from; 0 is the function.
-        kind: "cell", "global", "attr" or "item".
+        kind: "cell", "global", "attr", "item" or "ref".
         key: the cell's number, the global's or attribute's name, the item's index or key.
         name: what code calls it; "" for an item.
     """
@@ -76,6 +89,7 @@ class Reach:
         steps: to each value but the first.
         codes: of all functions among them.
         alias: for places whose value was found before, the place of that; or a view of the same memory.
+        open: for places the names that code would read there if they were there.
         complete: whether all steps were followed.
     """
 
@@ -84,6 +98,7 @@ class Reach:
         self.steps: list[Step] = []
         self.codes: dict[CodeType, None] = {}
         self.alias: dict[int, int] = {}
+        self.open: dict[int, frozenset[str]] = {}
         self.complete = True
 
 
@@ -105,7 +120,28 @@ def follow(value: Any, step: Step) -> Any:
         return getattr(value, key)
     if kind == "cell":
         return value.__closure__[key].cell_contents
+    if kind == "ref":
+        return value()
     return value.__globals__[key] if kind == "global" else value[key]
+
+
+def find(value: Any, step: Step) -> Any:
+    """The same, or `ABSENT`."""
+    try:
+        return follow(value, step)
+    except Exception:  # of an attribute's own code too: a trace will meet it
+        return ABSENT
+
+
+def members(value: Any) -> list[KeysView[str]]:
+    """The names of what stands in a value itself: in a function's globals, an object's or a class's attributes."""
+    if isinstance(value, FunctionType):
+        return [value.__globals__.keys()]
+    if isinstance(value, type):
+        return [vars(kind).keys() for kind in _own_classes(value)]
+    if isinstance(value, torch.nn.Module):
+        return [x.keys() for x in (vars(value), value._parameters, value._buffers, value._modules)]
+    return [value.__dict__.keys()] if hasattr(value, "__dict__") else []
 
 
 def owner(value: Any, step: Step) -> object:
@@ -119,7 +155,7 @@ def is_value(value: Any) -> bool:
     """Whether nothing in a value can change, so that an equal one is as good: a number, a name, a tuple of those."""
     if type(value) in _OF_A_TRACE:
         return False
-    if isinstance(value, (tuple, frozenset)):
+    if type(value) in (tuple, frozenset):
         return all(map(is_value, value))
     return isinstance(value, _VALUES) or (type(value).__module__ == "numpy" and not hasattr(value, "__setitem__"))
 
@@ -158,12 +194,11 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
             reads = _reads_of_class(value, names)  # of objects that are there already
         else:
             reads = _reads(value, names)
+        stepped = set[str]()
         for kind, key, name in reads:
             step = Step(place, kind, key, name)
-            try:
-                there = follow(value, step)
-            except Exception:  # an empty cell, an attribute that isn't there yet
-                continue
+            stepped.add(name)
+            there = find(value, step)
             if type(there) in _OF_A_TRACE:
                 continue
             if len(found.steps) >= _MOST:
@@ -171,12 +206,24 @@ def _search(function: Any, names: frozenset[str]) -> Reach:
                 return found
             found.steps.append(step)
             found.values.append(there)
-            if not is_value(there):
+            if not is_value(there) or isinstance(there, Enum):
                 first = places.setdefault(_identity(there), len(found.steps))
                 if first != len(found.steps):
                     found.alias[len(found.steps)] = first
+        if place not in found.alias and (missing := _named_here(value, names) - stepped) and members(value):
+            found.open[place] = missing
         place += 1
     return found
+
+
+def _named_here(value: Any, names: frozenset[str]) -> frozenset[str]:
+    """The names that code would read from a value, wherever they are."""
+    if isinstance(value, FunctionType):
+        return frozenset() if _is_library(value.__globals__.get("__name__")) else names_of(value.__code__).globals
+    if isinstance(value, ModuleType):
+        return frozenset() if _is_library(value.__name__) else names
+    fixed = is_value(value) or type(value) in _PLAIN or hasattr(type(value), "reachable")
+    return frozenset() if fixed or isinstance(value, _HAVE_NO_NAMES) else names
 
 
 def _identity(value: Any) -> object:
@@ -188,7 +235,15 @@ def _identity(value: Any) -> object:
 
 def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
     """The steps from a value: kind, key and name of each."""
-    if is_value(value) or isinstance(value, (Tensor, set, frozenset, BuiltinFunctionType)):
+    if isinstance(value, (Tensor, set, frozenset, BuiltinFunctionType)):
+        return
+    if is_value(value) and not isinstance(value, Enum):  # which has methods
+        return
+    if isinstance(value, SEQUENCES):
+        yield from (("item", place, "") for place, item in enumerate(value) if not is_value(item))
+    elif isinstance(value, MAPPINGS):
+        yield from (("item", key, "") for key, item in value.items() if not is_value(item))
+    if type(value) in _PLAIN:
         return
     if isinstance(value, FunctionType):
         yield from _reads_of_function(value)
@@ -198,10 +253,8 @@ def _reads(value: Any, names: frozenset[str]) -> Iterator[_Read]:
         yield from _attributes("func", "args", "keywords")
     elif isinstance(value, property):
         yield from _attributes("fget")
-    elif isinstance(value, (list, tuple)):
-        yield from (("item", place, "") for place, item in enumerate(value) if not is_value(item))
-    elif isinstance(value, dict):
-        yield from (("item", key, "") for key, item in value.items() if not is_value(item))
+    elif isinstance(value, ReferenceType):
+        yield "ref", None, ""
     elif isinstance(value, ModuleType):
         if not _is_library(value.__name__):
             yield from _attributes(*sorted(names & vars(value).keys()))
@@ -229,12 +282,16 @@ def _reads_of_function(function: FunctionType) -> Iterator[_Read]:
 
 def _reads_of_class(cls: type, names: frozenset[str]) -> Iterator[_Read]:
     """Of a class its attributes that code names, and the methods that Python calls by itself."""
-    own = [kind for kind in cls.__mro__ if not _is_library(kind.__module__)]
+    own = _own_classes(cls)
     special = (
         name for kind in own for name in _CALLED & vars(kind).keys() if isinstance(vars(kind)[name], FunctionType)
     )
     found = {name for kind in own for name in names & vars(kind).keys()}
     yield from _attributes(*sorted(found.union(special)))
+
+
+def _own_classes(cls: type) -> list[type]:
+    return [kind for kind in cls.__mro__ if not _is_library(kind.__module__)]
 
 
 def _reads_of_object(value: Any, names: frozenset[str]) -> Iterator[_Read]:
@@ -244,11 +301,20 @@ def _reads_of_object(value: Any, names: frozenset[str]) -> Iterator[_Read]:
         yield "attr", "__wrapped__", ""
     if isinstance(value, _CONTAINERS):
         yield from _attributes("_modules", "_parameters", "_buffers")
+    yield from _attributes(*(name for kind, name in _WRAPPERS.items() if isinstance(value, kind)))
+    own, asks = frozenset(chain(*members(value))), _asks(value)
     for name in sorted(names):
-        found = getattr_static(value, name, None)
-        of_class = isinstance(found, (FunctionType, property, classmethod, staticmethod))
-        if not of_class and (found is not None or hasattr(type(value), "__getattr__")):
+        found = getattr_static(value, name, ABSENT)
+        of_class = name not in own and isinstance(found, (FunctionType, property, classmethod, staticmethod))
+        if not of_class and (asks or name in own or found is not ABSENT):
             yield "attr", name, name
+
+
+def _asks(value: Any) -> bool:
+    """Whether a value may have attributes that stand nowhere."""
+    kind = type(value)
+    asked = getattr(kind, "__getattr__", None) not in (None, torch.nn.Module.__getattr__)
+    return asked or isinstance(kind.__getattribute__, FunctionType) or isinstance(value, ProxyTypes)
 
 
 def _attributes(*names: str) -> Iterator[_Read]:

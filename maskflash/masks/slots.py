@@ -85,18 +85,14 @@ class Known:
     with one mask runs with another that has the same slots there.
 
     Attributes:
-        plain: the slots where there are no arguments, for captures as they were at `stamp`.
-        captured: what the mask captured then.
-        stamp: what its `look` gave then.
+        plain: where there are no arguments, what the mask's `look` gave, the slots, and what it captured then.
         texts: all expressions.
         specialised: for kinds of arguments, the names of those whose values (or shapes) traces depend on.
         order: names of the slots, the oldest first.
     """
 
     def __init__(self) -> None:
-        self.plain: Slots | None = None
-        self.captured: dict[str, Any] = {}
-        self.stamp = -1
+        self.plain: tuple[int, Slots, dict[str, Any]] | None = None
         self.texts: set[str] = set()
         self.specialised: OrderedDict[object, frozenset[str]] = OrderedDict()
         self.order: list[str] = []
@@ -106,6 +102,10 @@ class Traceable(Protocol):
     """What is needed of a mask."""
 
     forms: Known
+
+    @property
+    def followed(self) -> bool:
+        """Whether that sees all; else the mask is traced at each call."""
 
     def look(self) -> int:
         """Read again what it captures; another number if that is another."""
@@ -145,10 +145,14 @@ def slots_of(mask: Traceable, mask_args: dict[str, Any]) -> tuple[Slots, dict[st
     """The slots of a mask for checked arguments (see `arguments.mask_args`), and all values that may fill them."""
     forms, compiling = mask.forms, torch.compiler.is_dynamo_compiling()
     stamp = 0 if compiling else mask.look()
-    if not (mask_args or compiling or forms.plain is None) and forms.stamp == stamp:
-        return forms.plain, forms.captured
+    if not (mask_args or compiling):
+        plain = forms.plain  # read once: another thread may put another there
+        if plain is not None and plain[0] == stamp:
+            return plain[1], plain[2]
     captured = mask.read() if compiling else mask.captured()
     values: dict[str, Any] = {**mask_args, **captured}
+    if not (compiling or mask.followed):
+        return _slots(mask, mask.template(mask_args), {}), values
     kinds = tuple([(_SHAPE, mask.structure_name(), None), *[_kind(name, value) for name, value in values.items()]])
     name = None
     while name is None:
@@ -156,7 +160,7 @@ def slots_of(mask: Traceable, mask_args: dict[str, Any]) -> tuple[Slots, dict[st
         name = mask.slots_name(kinds, exact)
     slots: Slots = getattr(forms, name)
     if not (mask_args or compiling):
-        forms.plain, forms.captured, forms.stamp = slots, captured, stamp
+        forms.plain = stamp, slots, captured
     return slots, values
 
 
@@ -199,15 +203,7 @@ def slots_name(mask: Traceable, kinds: tuple[Kind, ...], exact: Exact) -> str | 
         known.specialised[kinds] = known.specialised.get(kinds, frozenset()) | found
         return None
     constants = {name: bits_of(float.fromhex(value)) for name, what, value in kinds if what is float and value}
-    slots = Slots(
-        traced.expr.text,
-        tuple(_param(constants.get(param, param) if isinstance(param, str) else param) for param in traced.params),
-        tuple(_table(table) for table in traced.tables),
-        traced.names,
-        traced.expr,
-    )
-    _remember(slots.text, slots.expr)
-    known.texts.add(slots.text)
+    slots = _slots(mask, traced, constants)
     with _lock:
         name = _names.get((kinds, exact))
         if name is None:
@@ -219,6 +215,20 @@ def slots_name(mask: Traceable, kinds: tuple[Kind, ...], exact: Exact) -> str | 
     if len(known.order) > _MOST_SLOTS:
         vars(known).pop(known.order.pop(0), None)
     return name
+
+
+def _slots(mask: Traceable, traced: Traced, constants: Mapping[str, int]) -> Slots:
+    """A trace of a mask as plain data."""
+    slots = Slots(
+        traced.expr.text,
+        tuple(_param(constants.get(param, param) if isinstance(param, str) else param) for param in traced.params),
+        tuple(_table(table) for table in traced.tables),
+        traced.names,
+        traced.expr,
+    )
+    _remember(slots.text, slots.expr)
+    mask.forms.texts.add(slots.text)
+    return slots
 
 
 def expression(text: str) -> Expr:

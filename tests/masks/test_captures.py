@@ -1,9 +1,13 @@
 """What a predicate captures is looked up at each call, as Python looks it up."""
 
+import array
 import functools
 import sys
-from collections import namedtuple
+import types
+import weakref
+from collections import ChainMap, UserDict, deque, namedtuple
 from dataclasses import dataclass, field
+from enum import Enum
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,6 +206,150 @@ def test_partials_defaults_and_callable_objects_are_read_as_they_are(joined):
     assert all(map(check, masks))
 
 
+class Kind(Enum):
+    """A value with a method, which reads a global."""
+
+    NEAR = 1
+
+    def visible(self, q, kv):
+        return q - kv < WINDOW
+
+
+def test_methods_of_enums_and_named_tuples_are_followed(monkeypatch):
+    class Span(namedtuple("Span", "low")):
+        def visible(self, q):
+            return self.low <= q + WINDOW
+
+    kind, span = Kind.NEAR, Span(9)
+    mask = mf.mask(lambda b, h, q, kv: kind.visible(q, kv) and span.visible(q))
+    assert holds(mask, mask.function)
+    monkeypatch.setattr(sys.modules[__name__], "WINDOW", 2)
+    assert holds(mask, mask.function)
+
+
+class Options(dict):
+    """A dict with attributes."""
+
+
+class Renamed:
+    """Reads another attribute than it is asked for."""
+
+    def __init__(self):
+        self.n = 3
+
+    def __getattribute__(self, name):
+        return super().__getattribute__({"window": "n"}.get(name, name))
+
+
+def _with_options():
+    options = Options()
+    options.window = 3
+    return options
+
+
+HOLDERS = {  # what holds a number, how code reads it, and how it becomes another
+    "deque": (lambda: deque([3]), lambda x: x[0], lambda x: x.append(x.popleft() + 5)),
+    "array": (lambda: array.array("l", [3]), lambda x: x[0], lambda x: x.__setitem__(0, 8)),
+    "bytearray": (lambda: bytearray([3]), lambda x: x[0], lambda x: x.__setitem__(0, 8)),
+    "UserDict": (lambda: UserDict(n=3), lambda x: x["n"], lambda x: x.__setitem__("n", 8)),
+    "ChainMap": (lambda: ChainMap({"n": 3}), lambda x: x["n"], lambda x: x.__setitem__("n", 8)),
+    "an attribute of a dict": (_with_options, lambda x: x.window, lambda x: setattr(x, "window", 8)),
+    "an attribute by another name": (Renamed, lambda x: x.window, lambda x: setattr(x, "n", 8)),
+    "no attribute": (SimpleNamespace, lambda x: getattr(x, "n", 3), lambda x: setattr(x, "n", 8)),
+    "None": (
+        lambda: SimpleNamespace(doc=None),
+        lambda x: 3 if x.doc is None else x.doc[0],
+        lambda x: setattr(x, "doc", DOC + 8),
+    ),
+    "a module's attribute that isn't there": (
+        torch.nn.Module,
+        lambda x: getattr(x, "n", 3),
+        lambda x: x.register_buffer("n", DOC[9]),
+    ),
+    "a function in an attribute": (
+        lambda: SimpleNamespace(reach=lambda: 3),
+        lambda x: x.reach(),
+        lambda x: setattr(x, "reach", lambda: 8),
+    ),
+    "a method that an attribute hides": (
+        lambda: type("Reach", (), {"reach": lambda self: 3})(),
+        lambda x: x.reach(),
+        lambda x: setattr(x, "reach", lambda: 8),
+    ),
+    "a class's attribute that isn't there": (
+        lambda: type("Reach", (), {})(),
+        lambda x: getattr(x, "n", 3),
+        lambda x: setattr(type(x), "n", 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whatever_holds_a_number_is_read_as_it_is(holder):
+    make, read, change = HOLDERS[holder]
+    held = make()
+
+    def predicate(b, h, q, kv):
+        return q - kv < read(held)
+
+    mask = mf.mask(predicate)
+    assert holds(mask, predicate)
+    assert holds(mask & mf.full(), predicate)
+    change(held)
+    assert holds(mask, predicate)
+    assert holds(mask & mf.full(), predicate)
+
+
+def test_views_of_dicts_and_weak_references_are_followed():
+    spans, near = {"n": 3}, Config(window=3)
+    view, proxy, ref = types.MappingProxyType(spans), weakref.proxy(near), weakref.ref(near)
+    predicates = (
+        lambda b, h, q, kv: q - kv < view["n"],
+        lambda b, h, q, kv: q - kv < proxy.window,
+        lambda b, h, q, kv: q - kv < ref().window,
+    )
+    masks = [mf.mask(predicate) for predicate in predicates]
+    assert all(map(holds, masks, predicates))
+    spans["n"] = near.window = 8
+    assert all(map(holds, masks, predicates))
+
+
+def test_names_that_are_bound_after_the_mask_is_made_are_followed(monkeypatch):
+    here = sys.modules[__name__]
+
+    @mf.mask
+    def mask(b, h, q, kv, *, doc):
+        return q - kv < window and kv < LATER and doc[q] == doc[kv]  # noqa: F821
+
+    window = 3
+    monkeypatch.setattr(here, "LATER", 20, raising=False)
+    assert holds(mask, mask.function, doc=DOC)
+    window = 8
+    assert holds(mask, mask.function, doc=DOC)
+    monkeypatch.setattr(here, "LATER", 12)
+    assert holds(mask, mask.function, doc=DOC)
+
+
+def test_a_global_may_hide_a_builtin(monkeypatch):
+    mask = mf.mask(lambda b, h, q, kv: abs(q - kv) < 3)
+    assert holds(mask, mask.function)
+    monkeypatch.setattr(sys.modules[__name__], "abs", lambda x: x, raising=False)
+    assert holds(mask, mask.function)
+
+
+def test_functions_may_get_other_code():
+    def helper(q, kv):
+        return q - kv < 3
+
+    def another(q, kv):
+        return kv - q < 5 and q > 1
+
+    mask = mf.mask(lambda b, h, q, kv: helper(q, kv))
+    assert holds(mask, mask.function)
+    helper.__code__ = another.__code__  # as reloading does
+    assert holds(mask, mask.function)
+
+
 def test_a_combination_reads_what_its_parts_read():
     left, right = SimpleNamespace(doc=DOC, n=2), SimpleNamespace(doc=DOC, n=4)
     one = mf.mask(lambda b, h, q, kv: left.doc[q] == left.doc[kv] or q - kv < left.n)
@@ -260,6 +408,27 @@ def test_views_of_one_memory_are_one_table_for_as_long_as_they_are():
     two.data = torch.arange(N) // 3
     assert holds(mask, predicate)
     two = torch.arange(N) // 7
+    assert holds(mask, predicate)
+
+
+def test_a_view_is_taken_of_its_own_tensor_where_several_share_memory():
+    memory = torch.arange(2 * N) // 5
+    held = SimpleNamespace(low=memory[:N], high=memory[N:])
+
+    def predicate(b, h, q, kv):
+        return held.low[4:][q % 20] == held.high[2:][kv % 20] - 3
+
+    mask = mf.mask(predicate)
+    assert holds(mask, predicate)
+    held.high = torch.arange(N) // 9 + 3
+    assert holds(mask, predicate)
+    held.low, held.high = torch.arange(N) // 7, memory[N:]
+    assert holds(mask, predicate)
+    held.low = held.high = memory[:N]
+    assert holds(mask, predicate)
+    held.high = memory[N:]
+    assert holds(mask, predicate)
+    held.high.data = torch.arange(N) // 2
     assert holds(mask, predicate)
 
 
@@ -335,8 +504,14 @@ def test_a_table_that_cannot_be_followed_is_traced_at_each_call():
     get = functools.partial(hidden.get, "xy")
     mask = mf.mask(lambda b, h, q, kv: getattr(get(), "".join("doc"))[q] == getattr(get(), "".join("doc"))[kv])
     assert mask.row(9, N) == [(8, 12)]
+    attn, joined = mf.compile(mask), mf.compile(mask & mf.causal())
+    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
     hidden["xy"].doc = torch.arange(N) // 8
     assert mask.row(9, N) == [(8, 16)]
+    for doc in (torch.arange(N) // 8, torch.arange(N) // 3):
+        hidden["xy"].doc = doc
+        assert torch.equal(attn(q, k, v), mf.attention(q, k, v, mf.document(ids=doc)))
+        assert torch.equal(joined(q, k, v), mf.attention(q, k, v, mf.document(ids=doc) & mf.causal()))
 
 
 def test_a_module_with_the_name_of_one_of_pythons_is_the_user_s(tmp_path, monkeypatch):
@@ -360,7 +535,7 @@ def test_arrays_of_numpy_are_read_as_they_are():
 
 
 def test_predicates_that_capture_nothing_have_nothing_to_look_at():
-    assert mf.causal()._captures.steps == ()
+    assert mf.causal()._captures.now.steps == ()
 
 
 def compiled(model):
@@ -392,3 +567,37 @@ def test_another_buffer_is_an_input_of_compiled_code(model):
         model.doc = torch.arange(N) // n
         assert torch.equal(run(q, k, v), model.attn(q, k, v))
     assert len(graphs) == 1
+
+
+NUMBERS = {
+    "of a list": (lambda: [1], lambda x: x[0], lambda x, n: x.__setitem__(0, n)),
+    "of a dict": (lambda: {"n": 1}, lambda x: x["n"], lambda x, n: x.__setitem__("n", n)),
+    "of a deque": (lambda: deque([1]), lambda x: x[0], lambda x, n: x.__setitem__(0, n)),
+    "of a tuple": (lambda: SimpleNamespace(n=(1,)), lambda x: x.n[0], lambda x, n: setattr(x, "n", (n,))),
+    "that isn't there at first": (SimpleNamespace, lambda x: getattr(x, "n", 1), lambda x, n: setattr(x, "n", n)),
+}
+
+
+@pytest.mark.parametrize("where", NUMBERS)
+def test_compiled_code_guards_numbers(where):
+    torch._dynamo.reset()
+    make, read, change = NUMBERS[where]
+    held = make()
+    attn = mf.compile(lambda b, h, q, kv: q - kv < read(held) * 2)
+    run = torch.compile(lambda q, k, v: attn(q, k, v), backend="eager", fullgraph=True)
+    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
+    for n in (1, 4, 5, 6, 7):  # from the second on dynamo takes an int for a symbol
+        if n > 1:
+            change(held, n)
+        assert torch.equal(run(q, k, v), attn(q, k, v))
+
+
+def test_compiled_code_takes_views_of_the_tensor_that_is_there():
+    torch._dynamo.reset()
+    held = SimpleNamespace(ids=torch.arange(2 * N).view(2, N) // 5)
+    attn = mf.compile(lambda b, h, q, kv: held.ids[1][q] == held.ids[1:, 2:].T[kv % 20, 0])
+    run = torch.compile(lambda q, k, v: attn(q, k, v), backend="aot_eager", fullgraph=True)
+    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
+    for ids in (held.ids, torch.arange(3 * N)[N:].view(2, N) // 3, torch.arange(2 * N).view(N, 2).T // 3):
+        held.ids = ids
+        assert torch.equal(run(q, k, v), attn(q, k, v))
