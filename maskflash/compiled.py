@@ -136,9 +136,10 @@ class Attention:
         q, k, v = arguments.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
-        named = None
+        named = stamp = None
         if not (return_lse or self.check or torch.compiler.is_compiling() or op.watched(q, k, v)):
-            named = self._named(q, k, v, q_offset, mask_args)
+            stamp = self.mask.look()
+            named = self._named(q, k, v, q_offset, mask_args, stamp)
             known = None if named is None else plans.again(named)
             if known is not None:  # every check below has passed for a call like this
                 scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
@@ -150,7 +151,7 @@ class Attention:
         backend = self._backend_for(q.device)
         plain = type(q_offset) is int and abs(q_offset) <= arguments.FARTHEST
         offset = q_offset if plain else arguments.q_offset("attention", q_offset, q.shape[0])
-        slots, params, tables = self._bound(q, k, offset, mask_args)
+        slots, params, tables = self._bound(q, k, offset, mask_args, stamp)
         if self.check:
             self._check(slots, tables, offset)
         scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
@@ -212,7 +213,13 @@ class Attention:
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 
     def _named(
-        self, q: Tensor, k: Tensor, v: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_offset: int | Tensor,
+        mask_args: dict[str, Any],
+        stamp: int,
     ) -> Hashable | None:
         """All that a call's analysis depends on, tables by their state; None if it can't be told at once."""
         if type(q_offset) is not int or not _TOLD.issuperset(map(type, mask_args.values())):
@@ -220,7 +227,7 @@ class Attention:
         if q.is_nested or k.is_nested or v.is_nested:  # which have no shape
             return None
         mask = self.mask
-        given: list[Any] = [mask.number, mask.look(), q_offset]
+        given: list[Any] = [mask.number, stamp, q_offset]
         for tensor in mask.held():
             if tensor.is_inference():
                 return None
@@ -238,7 +245,12 @@ class Attention:
         )
 
     def _bound(
-        self, q: Tensor, k: Tensor, offset: int | Tensor, mask_args: dict[str, Any]
+        self,
+        q: Tensor,
+        k: Tensor,
+        offset: int | Tensor,
+        mask_args: dict[str, Any],
+        stamp: int | None = None,
     ) -> tuple[Slots, list[int], list[Tensor]]:
         """The mask's expression, and its numbers and tables in a call."""
         mask, device = self.mask, q.device
@@ -246,7 +258,7 @@ class Attention:
         values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
         if mask_args or mask.keywords:
             values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
-        slots, values = slots_of(mask, values)
+        slots, values = slots_of(mask, values, stamp)
         params, tables = slots.filled(values, device)
         if tables or isinstance(offset, Tensor):
             arguments.same_device(device, slots.names, tables, offset)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index, is_
@@ -53,6 +53,7 @@ class _Found:
         aliases: for places whose value was found before, the place of that; or a view of the same memory.
         shared: views of one memory, by two.
         open: places, the names that code would read there, and whether it is an object that has none of them.
+        members: for each of those, the names that are there: they change with what has them.
         codes: places of functions, and their code.
         contents: of lists and the like.
         complete: whether steps lead to all there is.
@@ -70,6 +71,7 @@ class _Found:
     aliases: dict[int, int]
     shared: tuple[tuple[Tensor, Tensor], ...]
     open: tuple[tuple[int, frozenset[str], bool], ...]
+    members: tuple[tuple[KeysView[str], ...], ...]
     codes: tuple[tuple[int, CodeType], ...]
     contents: tuple[tuple[Any, Any], ...]
     complete: bool
@@ -171,8 +173,9 @@ class Captures:
         for place, code in now.codes:
             if values[place].__code__ is not code:
                 return False
-        for place, names, _ in now.open:
-            for there in members(values[place]):
+        for (place, names, _), known in zip(now.open, now.members, strict=True):
+            same = not place or values[place] is now.seen[place - 1]
+            for there in known if same else members(values[place]):
                 if not there.isdisjoint(names):
                     return False
         for name in self._laid_out & now.layouts.keys():
@@ -204,6 +207,7 @@ def _found(function: Callable[..., Any]) -> _Found:
         found.alias,
         tuple((x, y) for x, y in pairs if x is not y),
         tuple((place, names, _may_have(found.values[place])) for place, names in found.open.items()),
+        tuple(tuple(members(found.values[place])) for place in found.open),
         tuple((place, x.__code__) for place, x in enumerate(found.values) if isinstance(x, FunctionType)),
         tuple((value, _contents(value)) for value in seen if isinstance(value, _MUTABLE)),
         found.complete,

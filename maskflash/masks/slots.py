@@ -141,10 +141,14 @@ def aside(method: F) -> F:
     return method
 
 
-def slots_of(mask: Traceable, mask_args: dict[str, Any]) -> tuple[Slots, dict[str, Any]]:
-    """The slots of a mask for checked arguments (see `arguments.mask_args`), and all values that may fill them."""
+def slots_of(mask: Traceable, mask_args: dict[str, Any], stamp: int | None = None) -> tuple[Slots, dict[str, Any]]:
+    """The slots of a mask for checked arguments (see `arguments.mask_args`), and all values that may fill them.
+
+    `stamp` is what the mask's `look` has given in this very call, if it was asked.
+    """
     forms, compiling = mask.forms, torch.compiler.is_dynamo_compiling()
-    stamp = 0 if compiling else mask.look()
+    if stamp is None:
+        stamp = 0 if compiling else mask.look()
     if not (mask_args or compiling):
         plain = forms.plain  # read once: another thread may put another there
         if plain is not None and plain[0] == stamp:
