@@ -294,10 +294,11 @@ def _mask_arg(operation: str, name: str, value: Any) -> Any:
         return value
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, float)) or value is None:
         return value
-    if isinstance(value, np.number | np.bool_) and isinstance(value.item(), (int, float)):
-        value = value.item()
-    elif hasattr(type(value), "__index__") and not isinstance(value, bool | np.ndarray):
-        value = operator.index(value)
+    if not isinstance(value, int):
+        if isinstance(value, (np.number, np.bool_)) and isinstance(value.item(), (int, float)):
+            value = value.item()
+        elif hasattr(type(value), "__index__") and not isinstance(value, np.ndarray):
+            value = operator.index(value)
     if isinstance(value, int) and not _LEAST <= value <= _MOST:
         bits = value.bit_length() + 1
         raise ArgumentError(f"{operation}: {name} is an integer of {bits} bits, expected one that fits 64")

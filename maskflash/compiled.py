@@ -235,7 +235,7 @@ class Attention:
         for name, value in mask_args.items():
             if not isinstance(value, Tensor):
                 given += name, type(value), value.hex() if isinstance(value, float) else value  # 0.0 == -0.0
-            elif value.is_inference():
+            elif value.is_inference() or value.is_nested or value.layout is not torch.strided:
                 return None
             else:
                 given += name, *state(value)

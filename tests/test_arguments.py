@@ -411,7 +411,7 @@ def test_what_is_neither_true_nor_false_is_told(value):
         (torch.full((1, 1, 2, 2), 7).char(), "kinds holds 7, expected 0"),
         (torch.tensor([[[[0, 1], [2, -1]]]]), "kinds holds -1, expected 0"),
         (torch.full((1, 1, 2, 2), torch.nan), "kinds has dtype torch.float32"),
-        (torch.ones(2, 2).char(), r"kinds has shape \(2, 2\), expected a 4-d tensor"),
+        (torch.ones(2, 2).char(), r"kinds has shape \(2, 2\), expected \(B, H, 2, 2\)"),
         (torch.ones(1, 1, 2, 3).char(), r"kinds has shape \(1, 1, 2, 3\), expected \(B, H, 2, 2\)"),
         (torch.ones(1, 1, 2, 2, dtype=torch.int8, device="meta"), "kinds is on meta"),
     ],

@@ -12,7 +12,7 @@ from maskflash.testing import Shape
 
 def arguments(mask, q, k, v, **mask_args):
     """What the op takes for one call."""
-    problem = mask.problem("test", q.shape[2], q.shape[2], *q.shape[:2], (32, 32), 0, q.device, mask_args)
+    problem = mask.problem("test", q.shape[2], q.shape[2], *q.shape[:2], (32, 32), 0, "cpu", mask_args)
     tables, params = problem.inputs.tables, problem.inputs.params
     return (q, k, v, list(tables), list(params), 0, None, 0.25, problem.expr.text, [32, 32], "cpu")
 

@@ -165,7 +165,7 @@ def step(mask, offset=0, **mask_args):
     asked = tables, params, 0 if offsets is not None else offset, offsets, 0.25, slots.text, (32, 32), "triton"
     out, lse = op._forward(q, k, v, *asked)
     op._backward(dout, None, q, k, v, out, lse, *asked)
-    problem = op._problem(q, k, *asked)[0]
+    problem = op.problem_of(q, k, *asked)[0]
     return problem, plans.find(problem, "triton").plan
 
 
@@ -360,7 +360,7 @@ def test_public_answers_are_where_they_were_asked_for(device):
     assert found.device == CUDA
     for x, y in zip(memory(found.rows.tensors), mask.block_map(200, 200, **sizes, **here).rows.tensors, strict=True):
         assert torch.equal(x, y)
-    doc = mf.document(DOC[0])
+    doc = mf.document(ids=DOC[0])
     intervals = (mf.causal() & doc).to_flashmask(200, 200, device=CUDA)
     assert intervals.lts.device == CUDA
     assert torch.equal(intervals.lts.memory, (mf.causal() & doc).to_flashmask(200, 200).lts)
