@@ -230,7 +230,7 @@ def layer_mask(
         mask, tables = _shifted(mask_function), {}
     shape = batch_size, 1, q_length, kv_length
     kind = getattr(config, "model_type", "")
-    return LayerMask(mask, int(q_offset), {**tables, "kv_offset": int(kv_offset)}, shape, device, kind, documents)
+    return LayerMask(mask, int(q_offset), {**tables, "first_key": int(kv_offset)}, shape, device, kind, documents)
 
 
 def attention_forward(
@@ -364,7 +364,7 @@ def _documents(function: Any) -> Tensor | None:
 def _shifted(function: Callable[..., Any]) -> Mask:
     """A function of column numbers as a mask of columns."""
     return Predicate(
-        lambda b, h, q, kv, *, kv_offset: function(b, h, q, kv + kv_offset), getattr(function, "__name__", "mask")
+        lambda b, h, q, kv, *, first_key: function(b, h, q, kv + first_key), getattr(function, "__name__", "mask")
     )
 
 

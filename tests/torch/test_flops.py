@@ -106,8 +106,8 @@ def arguments(mask, tensors):
     """What the op is given for a mask without tables."""
     from maskflash.masks.slots import slots_of
 
-    slots = slots_of(mask, {})
-    params, _ = slots.filled({}, torch.device("cpu"))
+    slots, values = slots_of(mask, {})
+    params, _ = slots.filled(values, torch.device("cpu"))
     return [], params, 0, None, 1.0, slots.text, (128, 128), "cpu"
 
 

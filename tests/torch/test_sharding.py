@@ -125,8 +125,8 @@ def test_a_shifted_mask_is_the_mask_of_shifted_indices(mask, shape, b, h):
     from maskflash.expr.evaluate import Inputs
     from maskflash.masks.slots import expression, slots_of
 
-    slots = slots_of(mask, {})
-    params, tables = slots.filled({}, torch.device("cpu"))
+    slots, values = slots_of(mask, {})
+    params, tables = slots.filled(values, torch.device("cpu"))
     text = sharding._shifted(slots.text, ("b", "h"), len(params))
     at = [torch.arange(n).view([-1 if i == dim else 1 for i in range(4)]) for dim, n in enumerate((4, 4, 9, 9))]
     small = Problem(expression(slots.text), Inputs(tuple(params), tuple(tables)), 9, 9, 4, 4)
