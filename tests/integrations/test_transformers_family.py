@@ -36,8 +36,8 @@ SIZES = {
 TEXT = [
     *("albert", "apertus", "arcee", "bart", "bert", "biogpt", "bitnet", "camembert", "cohere", "cohere2", "ctrl"),
     *("distilbert", "electra", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode"),
-    *("gpt_neox", "granite", "granitemoe", "helium", "hyperclovax", "jetmoe", "llama", "llama4_text", "marian"),
-    *("mbart", "mistral", "mixtral", "modernbert", "nemotron", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3"),
+    *("gpt_neox", "granite", "helium", "hyperclovax", "jetmoe", "llama", "llama4_text", "marian"),
+    *("mbart", "mistral", "modernbert", "olmo", "olmo2", "opt", "persimmon", "phi", "phi3"),
     *("qwen2", "qwen3", "roberta", "smollm3", "stablelm", "starcoder2"),
 ]
 IMAGES = ["beit", "clip_vision_model", "deit", "dinov2", "ijepa", "siglip_vision_model", "vit", "vit_mae"]
