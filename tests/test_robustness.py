@@ -284,6 +284,7 @@ CALLS = {
     mf.mask: {"function": (lambda b, h, q, kv: q >= kv, set())},
     mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
+    mf.invalidate: {},
     mf.from_flex: {"block_mask": (CAUSAL.to_block_mask(4, 4), set())},
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),

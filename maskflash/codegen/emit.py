@@ -78,7 +78,7 @@ def emit(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, transposed: b
         numbers = [*(f"p{slot}" for slot in whole), *sizes]
         writer.lines["once"] += [f"{name}_32 = {name}.to(tl.int32)" for name in numbers]
     writer.lines["once"] += [
-        f"p{slot}_real = p{slot}.to(tl.float64, bitcast=True)" for slot in sorted(expr.real_params)
+        f"p{slot}_real = p{slot}.to(tl.int64).to(tl.float64, bitcast=True)" for slot in sorted(expr.real_params)
     ]
     for position in range(len(expr.nodes)):
         writer.write(position)

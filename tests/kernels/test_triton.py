@@ -379,10 +379,10 @@ def varied(device):
     """Calls that differ in numbers alone: (q, k, v), then what is given by name."""
 
     @mf.mask
-    def packed(b, h, q, kv, *, ids, window):
-        return 0 <= q - kv < window and ids[b, q] == ids[b, kv]
+    def packed(b, h, q, kv, *, ids, window, slope):
+        return 0 <= q - kv < window and ids[b, q] == ids[b, kv] and kv * slope < 9
 
-    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64, dim=16):
+    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64, dim=16, slope=0.5):
         shape = Shape(batch, heads, kv_heads, length, kv_len, dim, dim)
         q, k, v = shape.tensors(torch.float16, seed=seed, device=device)
         size = max(length + 20, kv_len)
@@ -390,7 +390,7 @@ def varied(device):
         if isinstance(q_offset, list):
             q_offset = torch.tensor(q_offset, device=device)
         out = mf.attention(
-            q, k, v, packed, block_size=16, backend="triton", q_offset=q_offset, ids=table, window=window
+            q, k, v, packed, block_size=16, backend="triton", q_offset=q_offset, ids=table, window=window, slope=slope
         )
         out.sum().backward()
 
@@ -446,7 +446,18 @@ def test_another_number_renders_imports_and_compiles_nothing(device, compiled, m
             (1, 4, 1, 20, 20, 5, 0),
         ]:
             call(*arguments, seed=1)
+    for slope in (0.0, -0.0, 0.25, -3.5, float("inf"), 1e-300):
+        call(1, 4, 2, 20, 20, 5, 0, seed=1, slope=slope)
     assert len(rendered) == len(loaded) == len(keys) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("limit", [0.1, -0.0, 2.5, float("inf"), float("nan"), 1e-40])
+def test_floats_that_come_with_a_call_are_what_torch_makes_of_them(limit, dtype, device):
+    place = (torch.arange(40, device=device) % 7 * 0.1).to(dtype)
+    mask = mf.mask(lambda b, h, q, kv, *, limit: place[q] - place[kv] <= limit or (kv + 1) * limit > 60)
+    shape = Shape(1, 2, 1, 40, 40, 16, 16)
+    assert_matches_dense(mask, shape, block_size=16, backend="triton", device=device, limit=limit)
 
 
 @pytest.mark.parametrize(
