@@ -35,7 +35,8 @@ from maskflash.expr.tracer import Captured, Sources
 from maskflash.masks.reach import ABSENT, MAPPINGS, SEQUENCES, Step, find, follow, is_value, members, owner, reach
 from maskflash.masks.slots import aside
 
-_MUTABLE = (list, deque, set, np.ndarray, array, bytearray, *MAPPINGS)
+_ARRAYS = (np.ndarray, array, bytearray)
+_MUTABLE = (list, deque, set, *_ARRAYS, *MAPPINGS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +58,7 @@ class _Found:
         codes: places of functions, and their code.
         contents: of lists and the like.
         complete: whether steps lead to all there is.
+        guarded: whether dynamo can tell when what is read changes.
         nothing: whether nothing is read.
         stamp: another number for another shape or other slots.
     """
@@ -75,6 +77,7 @@ class _Found:
     codes: tuple[tuple[int, CodeType], ...]
     contents: tuple[tuple[Any, Any], ...]
     complete: bool
+    guarded: bool
     nothing: bool
     stamp: int = 0
 
@@ -211,6 +214,7 @@ def _found(function: Callable[..., Any]) -> _Found:
         tuple((place, x.__code__) for place, x in enumerate(found.values) if isinstance(x, FunctionType)),
         tuple((value, _contents(value)) for value in seen if isinstance(value, _MUTABLE)),
         found.complete,
+        not any(isinstance(value, _ARRAYS) for value in seen),
         found.complete and not (found.steps or found.open),
     )
 

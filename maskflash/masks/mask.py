@@ -109,6 +109,11 @@ class Predicate(Mask):
                 f"{self.name} looks up a tensor that its code reaches in a way maskflash can't follow, so it is traced "
                 "at each call, which torch.compile can't look into: pass the tensor by keyword"
             )
+        if not self._captures.now.guarded:
+            torch._dynamo.graph_break(
+                f"{self.name} reads an array that isn't torch's, of whose contents torch.compile can't tell when they "
+                "change: make it a tensor and look it up, or a list where Python computes with it"
+            )
         return self._captures.read()
 
     @aside

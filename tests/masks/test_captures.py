@@ -559,6 +559,15 @@ def test_compiled_code_reads_the_module_as_it_is(model, change):
     assert len(graphs) <= 2
 
 
+def test_compiled_code_refuses_arrays_whose_contents_it_can_t_guard():
+    torch._dynamo.reset()
+    ends = np.array([3, 9])
+    attn = mf.compile(lambda b, h, q, kv: ends[0] <= kv < ends[1])
+    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
+    with pytest.raises(Exception, match="reads an array that isn't torch's"):
+        torch.compile(lambda q, k, v: attn(q, k, v), backend="eager", fullgraph=True)(q, k, v)
+
+
 def test_another_buffer_is_an_input_of_compiled_code(model):
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
