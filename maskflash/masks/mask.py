@@ -63,22 +63,26 @@ class Predicate(Mask):
 
     def template(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
-        captures = self._captures
-        while True:
-            captures.look()
-            now, followed = captures.now, captures.followed
-            shape = now.shape if followed else object()
-            try:
-                traced = self._traces.get(mask_args, partial(self._trace, mask_args, now.stamp), now.slots, shape)
-            except _Overtaken:
-                continue
-            captures.depend(traced.specialised)
-            return traced
+        try:
+            return self._template(mask_args, again=True)
+        except _Overtaken:
+            return self._template(mask_args, again=False)
 
-    def _trace(self, mask_args: dict[str, Any], stamp: int) -> Traced:
+    def _template(self, mask_args: dict[str, Any], again: bool) -> Traced:
+        captures = self._captures
+        captures.look()
+        now = captures.now
+        shape = now.shape if captures.followed else object()
+        make = partial(self._trace, mask_args, now.stamp if again else None)
+        traced = self._traces.get(mask_args, make, now.slots, shape)
+        captures.depend(traced.specialised)
+        return traced
+
+    def _trace(self, mask_args: dict[str, Any], stamp: int | None) -> Traced:
+        """The trace; `_Overtaken` if captures have another stamp by then. (A predicate may itself change them.)"""
         captures = self._captures
         traced = trace(self.function, mask_args, captures.sources())
-        if captures.followed and captures.look() != stamp:
+        if stamp is not None and captures.followed and captures.look() != stamp:
             raise _Overtaken
         if any(isinstance(table, Tensor) for table in traced.tables):
             captures.lose()

@@ -526,6 +526,18 @@ def test_a_module_with_the_name_of_one_of_pythons_is_the_user_s(tmp_path, monkey
     assert mask.row(9, 10) == [(5, 10)]
 
 
+def test_a_predicate_may_change_what_it_reads():
+    seen = []
+
+    def predicate(b, h, q, kv):
+        seen.append(len(seen))
+        return q - kv < 3 and len(seen) > 0
+
+    mask = mf.mask(predicate)
+    for _ in range(3):
+        assert mask.row(9, N) == [(7, N)]
+
+
 def test_arrays_of_numpy_are_read_as_they_are():
     ends = np.array([3, 9])
     mask = mf.mask(lambda b, h, q, kv: ends[0] <= kv < ends[1])
