@@ -79,7 +79,7 @@ class Predicate(Mask):
         return traced
 
     def _trace(self, mask_args: dict[str, Any], stamp: int | None) -> Traced:
-        """The trace; `_Overtaken` if captures have another stamp by then. (A predicate may itself change them.)"""
+        """The trace; `_Overtaken` if captures have another stamp by then: perhaps the predicate itself changed them."""
         captures = self._captures
         traced = trace(self.function, mask_args, captures.sources())
         if stamp is not None and captures.followed and captures.look() != stamp:
