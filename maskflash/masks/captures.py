@@ -85,9 +85,10 @@ class _Found:
 class Captures:
     """What one predicate reads besides its arguments, as it is now.
 
+    What was found is replaced as a whole, so that other threads never see a half of it.
+
     Attributes:
         function: the predicate.
-        now: what it was when last looked at; replaced as a whole, so that other threads never see a half of it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -95,7 +96,15 @@ class Captures:
         self._lock = threading.Lock()
         self._lost = False
         self._laid_out: frozenset[str] = frozenset()
-        self.now = _found(function)
+        self._now: _Found | None = None
+
+    @property
+    def now(self) -> _Found:
+        """What it was when last looked at; not before, since its object may still be in the making."""
+        now = self._now
+        if now is None:
+            now = self._now = _found(self.function)
+        return now
 
     @property
     def followed(self) -> bool:
@@ -113,7 +122,7 @@ class Captures:
             before, new = self.now, _found(self.function)
             same = self.followed and before.shape == new.shape and before.layouts == new.layouts
             stamp = before.stamp + (not (same and _same_slots(before.slots, new.slots)))
-            self.now = replace(new, stamp=stamp)
+            self._now = replace(new, stamp=stamp)
             return stamp
 
     def read(self) -> dict[str, Any]:

@@ -140,7 +140,8 @@ def members(value: Any) -> list[KeysView[str]]:
     if isinstance(value, type):
         return [vars(kind).keys() for kind in _own_classes(value)]
     if isinstance(value, torch.nn.Module):
-        return [x.keys() for x in (vars(value), value._parameters, value._buffers, value._modules)]
+        own = vars(value)
+        return [own.keys(), *(own[name].keys() for name in ("_parameters", "_buffers", "_modules") if name in own)]
     return [value.__dict__.keys()] if hasattr(value, "__dict__") else []
 
 
