@@ -32,7 +32,7 @@ from torch import Tensor
 
 from maskflash.expr.lower import read_elsewhere
 from maskflash.expr.tracer import Captured, Sources
-from maskflash.masks.reach import ABSENT, MAPPINGS, SEQUENCES, Step, find, follow, is_value, members, owner, reach
+from maskflash.masks.reach import ABSENT, MAPPINGS, SEQUENCES, Step, follow, is_value, members, owner, reach
 from maskflash.masks.slots import aside
 
 _ARRAYS = (np.ndarray, array, bytearray)
@@ -178,7 +178,10 @@ class Captures:
     def _unchanged(self, now: _Found) -> bool:
         values: list[Any] = [self.function]
         for step, seen in zip(now.steps, now.seen, strict=True):
-            value = find(values[step[0]], step)
+            try:
+                value = getattr(values[step[0]], step[2]) if step[1] == "attr" else follow(values[step[0]], step)
+            except Exception:  # see `find`
+                value = ABSENT
             if value is not seen and (len(values) in now.aliases or not _alike(value, seen)):
                 return False
             values.append(value)
@@ -190,8 +193,8 @@ class Captures:
             for there in known if same else members(values[place]):
                 if not there.isdisjoint(names):
                     return False
-        for name in self._laid_out & now.layouts.keys():
-            if now.layouts[name] != _layout(now.slots[name]):
+        for name in self._laid_out:
+            if name in now.layouts and now.layouts[name] != _layout(now.slots[name]):
                 return False
         for view, other in now.shared:
             if view.data_ptr() != other.data_ptr() or _layout(view) != _layout(other):
