@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maskflash import modes, transfer
+from maskflash.errors import ArgumentError
 from maskflash.identity import Watch, state
 
 _copies: dict[tuple[Hashable, torch.device], tuple[transfer.Upload, tuple[Any, ...], Watch]] = {}
@@ -27,6 +28,11 @@ def on(table: Tensor, device: torch.device) -> Tensor:
     """
     if table.device == device:
         return table
+    if table.is_meta:
+        raise ArgumentError(
+            f"attention: a table {tuple(table.shape)} of {table.dtype} that the mask captures is on meta, which holds "
+            "no data; give it data first, as module.to_empty() and load_state_dict do"
+        )
     if table.is_inference() or torch.compiler.is_compiling():
         return table.to(device)
     key = id(table), device

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.benchmark import Timer  # noqa: F401  (a library module that a predicate's file imports)
 
 import maskflash as mf
 from maskflash.masks import mask as masks_mask
@@ -132,6 +131,8 @@ def test_functional_call_is_followed(model):
 def test_a_module_made_without_memory_is_read_once_it_has_some():
     with torch.device("meta"):
         model = Model()
+    with pytest.raises(mf.ArgumentError, match=r"a table \(24,\) of torch.int64 that the mask captures is on meta"):
+        model.attn(*torch.randn(3, 1, 1, N, 8).unbind())
     model.to_empty(device="cpu")
     model.load_state_dict(Model().state_dict())
     assert holds(model.attn.mask, model.visible)
