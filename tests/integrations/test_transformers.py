@@ -133,7 +133,7 @@ def test_logits_with_a_cache_equal_eager(name, kind, padded, monkeypatch):
     offsets = []
     original = integration.attention
     monkeypatch.setattr(
-        integration, "attention", lambda *args, **kw: offsets.append(kw["kv_offset"]) or original(*args, **kw)
+        integration, "attention", lambda *args, **kw: offsets.append(kw["first_key"]) or original(*args, **kw)
     )
     model = make(name)
     found, eager, sdpa = (read_in_pieces(model, way, kind, padded) for way in (NAME, "eager", "sdpa"))
