@@ -75,7 +75,7 @@ gpu:  ## on a GPU: the kernels' tests on the device, a memory checker, the bench
 gpu-test:
 	-PYTHONPATH=. $(GPU_PYTHON) -m maskflash doctor
 	PYTHONPATH=. MASKFLASH_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -W default $(GPU_WORKERS) --maxfail=20 \
-		tests/test_gpu.py tests/kernels/test_triton.py
+		tests/test_gpu.py tests/backends/triton/test_run.py
 
 gpu-memory:
 	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.memory_check

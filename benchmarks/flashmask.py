@@ -28,7 +28,8 @@ from benchmarks.analysis import assert_equal
 from benchmarks.attention import step
 from benchmarks.flex_masks import mask_mod
 from benchmarks.runner import Contender, Row, Spread
-from maskflash.presets import PAPER, PaperMask, flashmask
+from maskflash.flashmask import paper as flashmask
+from maskflash.presets import PAPER, PaperMask
 
 TITLES = {
     "maps": "Block map: the mask made from its arguments and mapped; the vectors checked, made a mask and mapped",

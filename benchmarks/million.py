@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 import maskflash as mf
 from benchmarks import fresh, runner, workloads
 from benchmarks.runner import Row, Spread
-from maskflash.compiler import analyse
+from maskflash.op.analyse import analyse
 
 TITLES = {
     "million": "A mask made from its arguments, and its block map",

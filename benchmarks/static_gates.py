@@ -34,10 +34,10 @@ from rich.table import Table
 
 import maskflash as mf
 from benchmarks.runner import ROOT, WIDTH, conditions, describe
-from maskflash.codegen import module_cache
-from maskflash.codegen.render import PASSES, PassName, Specialisation, render, table_kind
-from maskflash.codegen.tuning import DELTA, ROWS, SHARED_LIMITS, Tile, choose
-from maskflash.kernels.triton_layout import UNIT, padded
+from maskflash.backends.triton import modules
+from maskflash.backends.triton.layout import UNIT, padded
+from maskflash.backends.triton.render import PASSES, PassName, Specialisation, render, table_kind
+from maskflash.backends.triton.tiles import DELTA, ROWS, SHARED_LIMITS, Tile, choose
 
 RESULTS: Final = ROOT / "benchmarks/results/static_gates.json"
 DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
@@ -151,7 +151,7 @@ def measure(case: Case) -> Resources:
     from triton.compiler import ASTSource
 
     start = time.perf_counter()
-    function = getattr(module_cache.load(render(_specialisation(case), case.pass_name)), case.pass_name)
+    function = getattr(modules.load(render(_specialisation(case), case.pass_name)), case.pass_name)
     kinds, constants, attributes = {}, {}, {}
     values = _constants(case)
     for place, parameter in enumerate(function.params):
@@ -271,7 +271,7 @@ def _tried(case: Case) -> tuple[Case, Resources | None, list[str]]:
 def _start(folder: str) -> None:
     """A worker's surroundings: caches of this run alone, and kernels compiled even where tests interpret them."""
     os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
-    os.environ[module_cache.VARIABLE] = os.path.join(folder, "maskflash")
+    os.environ[modules.VARIABLE] = os.path.join(folder, "maskflash")
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
 

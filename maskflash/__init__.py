@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets
 from maskflash.api import attention, compile, invalidate
-from maskflash.compiled import Attention
 from maskflash.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -20,7 +19,8 @@ from maskflash.errors import (
     UnsupportedMask,
 )
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.mask import Mask, mask
+from maskflash.masks.predicate import Mask, mask
+from maskflash.op.attention import Attention
 from maskflash.presets.basic import (
     causal,
     dilated_window,
@@ -36,12 +36,12 @@ from maskflash.presets.packed import causal_document
 
 if TYPE_CHECKING:
     from maskflash import testing, visualize
-    from maskflash.blocks.block_map import BlockMap
-    from maskflash.explain import Explanation
-    from maskflash.flashmask import flashmask_attention
+    from maskflash.analysis.block_map import BlockMap
+    from maskflash.flashmask.call import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.flex import from_flex
     from maskflash.masks.why import Why
+    from maskflash.op.explain import Explanation
 
 __version__ = "0.1.0"
 
@@ -86,12 +86,12 @@ __all__ = [
 
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
 _LATER: Final = {
-    "BlockMap": "maskflash.blocks.block_map",
+    "BlockMap": "maskflash.analysis.block_map",
     "Comparison": "maskflash.masks.compare",
-    "Explanation": "maskflash.explain",
+    "Explanation": "maskflash.op.explain",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
-    "flashmask_attention": "maskflash.flashmask",
+    "flashmask_attention": "maskflash.flashmask.call",
     "from_flex": "maskflash.masks.flex",
     "implies": "maskflash.masks.compare",
 }

@@ -8,14 +8,15 @@ from typing import Any, Literal, Never, overload
 import torch
 from torch import Tensor
 
-from maskflash import arguments, plans
-from maskflash.arguments import BlockSize
-from maskflash.compiled import Attention, BackendChoice
 from maskflash.errors import ArgumentTypeError
+from maskflash.functions.slots import aside, slots_of
+from maskflash.ground import arguments
+from maskflash.ground.arguments import BlockSize
+from maskflash.ground.names import instead_of, unexpected
 from maskflash.masks.dense import dense_mask
-from maskflash.masks.mask import Mask, mask, refuse_maker
-from maskflash.masks.slots import aside, slots_of
-from maskflash.names import instead_of, unexpected
+from maskflash.masks.predicate import Mask, mask, refuse_maker
+from maskflash.op import cache
+from maskflash.op.attention import Attention, BackendChoice
 from maskflash.presets.basic import full
 
 MaskLike = Mask | Callable[..., Any]
@@ -181,7 +182,7 @@ def invalidate() -> None:
         >>> torch.equal(attn(q, k, v, doc=doc), before)
         False
     """
-    plans.invalidate()
+    cache.invalidate()
 
 
 class _Standing:

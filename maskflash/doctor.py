@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 import maskflash as mf
-from maskflash.codegen import module_cache
-from maskflash.codegen.render import template_folder
+from maskflash.backends.triton import modules
+from maskflash.backends.triton import run as triton
+from maskflash.backends.triton.render import template_folder
 from maskflash.errors import MaskflashError
-from maskflash.kernels import triton
 from maskflash.testing import Shape, assert_matches_dense
 
 
@@ -85,11 +85,11 @@ def _templates() -> Finding:
 
 def _cache() -> Finding:
     try:
-        module_cache.load("# written by maskflash doctor to see that kernels can be kept\n")
+        modules.load("# written by maskflash doctor to see that kernels can be kept\n")
     except (MaskflashError, OSError) as error:
         return Finding("kernel cache", False, str(error))
-    source = f"from ${module_cache.VARIABLE}" if os.environ.get(module_cache.VARIABLE) else "the default"
-    return Finding("kernel cache", True, f"{module_cache.folder()} ({source})")
+    source = f"from ${modules.VARIABLE}" if os.environ.get(modules.VARIABLE) else "the default"
+    return Finding("kernel cache", True, f"{modules.folder()} ({source})")
 
 
 def _triton_version() -> str:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from maskflash import arguments, presets
+from maskflash import presets
 from maskflash.api import MaskLike, attention
-from maskflash.arguments import BlockSize
-from maskflash.compiled import BackendChoice
+from maskflash.backends.reference import error_budget, reference
 from maskflash.errors import ArgumentError
-from maskflash.kernels.reference import error_budget, reference
+from maskflash.ground import arguments
+from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.mask import Mask
-from maskflash.masks.mask import mask as as_mask
+from maskflash.masks.predicate import Mask
+from maskflash.masks.predicate import mask as as_mask
+from maskflash.op.attention import BackendChoice
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.predicates import agree_fixture, brute, texts  # noqa: F401 (fixtures)
+
 # MASKFLASH_TEST_DEVICE=cuda runs the kernels' tests on a GPU; without it Triton interprets them on the CPU. It reads
 # the variable when it is first imported, so tests import it only after this.
 DEVICE = os.environ.get("MASKFLASH_TEST_DEVICE", "cpu")

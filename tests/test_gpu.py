@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash import plans
-from maskflash.codegen import module_cache, tuned
+from maskflash.backends.triton import modules, tiles_measured
+from maskflash.op import cache
 from maskflash.testing import Shape, assert_matches_dense
 
 pytestmark = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def test_nothing_is_compiled_for_another_length_window_or_document():
     def compiled():
         return sum(
             len(kernels)
-            for module in module_cache._modules.values()
+            for module in modules._modules.values()
             for kernel in vars(module).values()
             if hasattr(kernel, "device_caches")
             for kernels, *_ in kernel.device_caches.values()
@@ -191,7 +191,7 @@ def test_a_captured_step_replays_and_outlives_its_plan():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(attn, q, k, v, dout)
-    plans._entries.clear()
+    cache._entries.clear()
     gc.collect()
     for length in range(512, 640, 16):  # others take the memory that is free
         mf.attention(*tensors(length), fresh(length))
@@ -208,8 +208,8 @@ def test_a_device_that_is_not_the_current_one():
 
 
 def test_measured_tiles_give_the_same_attention(monkeypatch, tmp_path):
-    monkeypatch.setenv(module_cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tuned, "_known", {})
+    monkeypatch.setenv(modules.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tiles_measured, "_known", {})
     q, k, v = tensors()
     dout = torch.randn_like(q)
     mask = mf.causal() & mf.document([600, 424])

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import maskflash
-from maskflash import traffic
+from maskflash.cli import traffic
 
 LATER = [
     *("sympy", "triton", "jinja2", "rich", "hypothesis", "matplotlib", "torch._dynamo", "torch._inductor"),
-    *("maskflash.blocks.classify", "maskflash.kernels.cpu", "maskflash.kernels.triton"),
+    *("maskflash.analysis.classify", "maskflash.backends.cpu.run", "maskflash.backends.triton.run"),
 ]
 
 
@@ -31,7 +31,10 @@ def test_import_loads_nothing_heavy():
 def test_the_check_can_fail():
     assert loaded_beyond_torch("import maskflash, jinja2.sandbox") == ["jinja2"]
     call = "maskflash.compile(maskflash.causal())(*torch.ones(3, 1, 1, 2, 2))"
-    assert loaded_beyond_torch(f"import maskflash; {call}") == ["maskflash.blocks.classify", "maskflash.kernels.cpu"]
+    assert loaded_beyond_torch(f"import maskflash; {call}") == [
+        "maskflash.analysis.classify",
+        "maskflash.backends.cpu.run",
+    ]
 
 
 def test_what_dir_shows_is_what_users_may_use():

@@ -1,4 +1,4 @@
-"""A module imports only from lower layers, or from earlier in its own folder: read from the source's AST."""
+"""A module imports only from what stands before it, or before a folder that it is in, in ORDER: read from the AST."""
 
 import ast
 from pathlib import Path
@@ -7,83 +7,55 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "maskflash"
 
-# Lowest layer first. A folder's table lists its modules, earliest first; others may import none of it.
-LAYERS = [
-    *("errors", "names", "modes", "arguments", "later", "html", "identity", "transfer", "expr", "blocks"),
-    *("masks", "presets", "codegen", "kernels", "compiler", "explain", "checking", "plans", "op", "flops"),
-    *("sharding", "compiled", "api", "flashmask", "traffic", "visualize", "integrations", "testing", "demo"),
-    *("doctor", "cli"),
-]
+# What each folder holds, lowest first; "" is the package. A module may import what stands before it, and before each
+# folder that it is in. Others may import none of it.
 ORDER = {
-    "expr": [
-        *("nodes", "format", "evaluate", "reasons", "intervals", "ranges", "bounds", "simplify", "separate"),
-        *("closed_form", "cuts", "paths"),
-        *("tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"),
+    "": [
+        *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets", "backends", "op", "api"),
+        *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
-    "blocks": [
-        *(
-            "runs",
-            "block_map",
-            "problem",
-            "formula",
-            "pieces",
-            "groups",
-            "hulls",
-            "spans",
-            "coverage",
-            "meets",
-            "tiles",
-        ),
-        *("parts", "classify", "changes"),
+    "ground": ["names", "modes", "arguments", "html", "identity", "transfer", "copies"],
+    "expr": ["nodes", "format", "evaluate", "reasons", "intervals", "ranges", "bounds", "simplify"],
+    "trace": ["paths", "tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"],
+    "analysis": ["runs", "block_map", "problem", "ways", "rows", "closed_form", "classify", "changes"],
+    "analysis/ways": [
+        *("separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "masks": [
-        *(
-            "tables",
-            "slots",
-            "traces",
-            "reach",
-            "captures",
-            "fingerprint",
-            "call",
-            "lines",
-            "base",
-            "combination",
-            "mask",
-            "dense",
-            "columns",
-        ),
-        *("convert", "compare", "why", "flex"),
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "function"],
+    "masks": ["lines", "mask", "combination", "predicate", "dense", "columns", "convert", "compare", "why", "flex"],
+    "presets": ["documents", "basic", "packed", "sparse", "vectors"],
+    "backends": ["reference", "cpu", "triton"],
+    "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
+    "backends/triton": [
+        *("emit", "render", "tiles", "modules", "tiles_measured", "walks", "device", "plan", "layout", "launch", "run"),
     ],
-    "presets": ["documents", "basic", "packed", "sparse", "vectors", "flashmask"],
-    "kernels": [
-        "reference",
-        "cpu_costs",
-        "cpu_calls",
-        "cpu_regular",
-        "cpu_irregular",
-        "cpu_layers",
-        "cpu_plan",
-        "cpu_threads",
-        "cpu",
-        "triton_work",
-        "triton_device",
-        "triton_plan",
-        "triton_layout",
-        "triton_launch",
-        "triton",
+    "op": [
+        "closed_form",
+        "analyse",
+        "explain",
+        "checking",
+        "cache",
+        "later",
+        "autograd",
+        "flops",
+        "sharding",
+        "attention",
     ],
-    "codegen": ["emit", "render", "tuning", "module_cache", "tuned"],
+    "flashmask": ["paper", "call"],
     "integrations": ["closures", "transformers"],
     "visualize": ["cells", "style", "vectors", "figures", "deciders", "marks", "page"],
-    "cli": ["expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
+    "cli": ["traffic", "expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
-FACADE = LAYERS.index("api") + 0.5  # `import maskflash`: for what is above the op, such as the demo
-TRITON_AT_HOME = ["kernels/triton_device.py"]
-LATE = {  # what a method of every mask returns, and how an expression is shown
-    *(("masks/base.py", name) for name in ("combination", "mask", "dense", "columns", "convert", "why", "flex")),
-    ("expr/nodes.py", "format"),
+TRITON_AT_HOME = ["backends/triton/device.py"]
+LATE = {  # what a method of every mask returns, how an expression is shown, and a preset that is made of vectors
+    *(
+        ("masks/mask.py", f"masks/{name}")
+        for name in ("combination", "predicate", "dense", "columns", "convert", "why", "flex")
+    ),
+    ("expr/nodes.py", "expr/format"),
+    ("presets/__init__.py", "flashmask/paper"),
 }
 
 
@@ -100,30 +72,32 @@ def imports(source: str) -> list[str]:
 
 def problem(path: str, name: str) -> str | None:
     """Why the module at `path` (relative to the package) may not import `name`; None where it may."""
-    folder, _, module = path.removesuffix(".py").rpartition("/")
-    parts = name.split(".")
     if name == "relative":
         return "imports are absolute"
-    if parts[0] == "triton" and path not in TRITON_AT_HOME:
-        return "triton is imported only by kernels/triton_device.py and generated code"
-    if parts[0] != "maskflash" or path in ("__init__.py", "__main__.py"):
+    first, *rest = name.split(".")
+    if first == "triton" and path not in TRITON_AT_HOME:
+        return "triton is imported only by backends/triton/device.py and generated code"
+    if first != "maskflash" or path in ("__init__.py", "__main__.py"):
         return None
-    layer = folder or module
-    if layer not in LAYERS:
-        return f"{layer} has no place in LAYERS"
-    target = parts[1] if len(parts) > 1 else ""
-    rank = LAYERS.index(target) if target in LAYERS else FACADE
-    if rank > LAYERS.index(layer):
-        return f"{layer} is a lower layer"
-    if target != layer or module == "__init__":
+    here = path.removesuffix(".py").removesuffix("/__init__").split("/")
+    for depth, part in enumerate(here):
+        if part not in ORDER.get("/".join(here[:depth]), []):
+            return f"{part} has no place in the list of {'/'.join(here[:depth]) or 'the package'}"
+    there = rest if rest[:1] and rest[0] in ORDER[""] else ["api"]  # the package's own names are those of the API
+    if any(path == late and "/".join(there[:2]) == other for late, other in LATE):
         return None
-    order, other = ORDER.get(folder, []), parts[2] if len(parts) > 2 else "__init__"
-    if module in STRANGERS and other in STRANGERS:
+    shared = 0
+    while shared < min(len(here), len(there)) and here[shared] == there[shared]:
+        shared += 1
+    folder = "/".join(here[:shared])
+    if shared in (len(here), len(there)) and path.endswith("/__init__.py"):
+        return None  # a folder's own names
+    order = ORDER.get(folder, [])
+    mine, other = ("/".join(parts[shared : shared + 1]) for parts in (here, there))
+    if folder == "backends" and mine in STRANGERS and other in STRANGERS:
         return "backends never import one another"
-    if (path, other) in LATE:
-        return None
-    early = module in order and other in order and order.index(other) < order.index(module)
-    return None if early else f"{other} is not declared before {module} in {folder}"
+    early = other in order and order.index(other) < order.index(mine)
+    return None if early else f"{other or folder} is not declared before {mine} in {folder or 'the package'}"
 
 
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -138,16 +112,21 @@ def test_a_module_imports_only_what_is_below_it(path):
 @pytest.mark.parametrize(
     ("path", "source", "reason"),
     [
-        ("expr/trace.py", "from maskflash.blocks import classify", "lower layer"),
-        ("expr/trace.py", "import maskflash as mf", "lower layer"),
-        ("errors.py", "from maskflash.expr.nodes import Node", "lower layer"),
-        ("expr/nodes.py", "def f():\n    from maskflash.expr.trace import trace", "not declared before"),
-        ("expr/trace.py", "from maskflash.expr import Expr", "not declared before"),
-        ("expr/trace.py", "from . import nodes", "absolute"),
-        ("kernels/cpu.py", "from maskflash.kernels.reference import reference", "never import one another"),
-        ("kernels/triton.py", "from maskflash.kernels import cpu", "never import one another"),
-        ("kernels/cpu.py", "import triton.language as tl", "triton"),
+        ("trace/trace.py", "from maskflash.analysis import classify", "not declared before"),
+        ("trace/trace.py", "import maskflash as mf", "not declared before"),
+        ("errors.py", "from maskflash.expr.nodes import Node", "not declared before"),
+        ("expr/nodes.py", "def f():\n    from maskflash.trace.trace import trace", "not declared before"),
+        ("expr/nodes.py", "from maskflash.expr.bounds import bounds", "not declared before"),
+        ("expr/bounds.py", "from maskflash.expr import Expr", "not declared before"),
+        ("expr/nodes.py", "from . import nodes", "absolute"),
+        ("analysis/problem.py", "from maskflash.analysis.ways.tiles import Tiles", "not declared before"),
+        ("analysis/ways/tiles.py", "from maskflash.analysis.classify import classify", "not declared before"),
+        ("analysis/ways/cuts.py", "from maskflash.analysis.ways.tiles import Tiles", "not declared before"),
+        ("backends/cpu/run.py", "from maskflash.backends.reference import reference", "never import one another"),
+        ("backends/triton/run.py", "from maskflash.backends.cpu import run", "never import one another"),
+        ("backends/cpu/run.py", "import triton.language as tl", "triton"),
         ("utils.py", "import maskflash.errors", "no place"),
+        ("expr/new.py", "import maskflash.errors", "no place"),
     ],
 )
 def test_the_check_can_fail(path, source, reason):
@@ -158,11 +137,13 @@ def test_the_check_can_fail(path, source, reason):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("expr/trace.py", "from maskflash.expr.nodes import Node\nimport torch"),
-        ("compiler.py", "from maskflash.kernels import cpu"),
-        ("kernels/triton_device.py", "import triton"),
+        ("trace/trace.py", "from maskflash.expr.nodes import Node\nimport torch"),
+        ("op/analyse.py", "from maskflash.backends.cpu import run"),
+        ("analysis/classify.py", "from maskflash.analysis.ways.tiles import Tiles"),
+        ("analysis/ways/tiles.py", "from maskflash.analysis.problem import Problem"),
+        ("backends/triton/device.py", "import triton"),
         ("demo/job.py", "import maskflash as mf\nfrom maskflash.demo import checks"),
-        ("__init__.py", "from maskflash.op import attention"),
+        ("__init__.py", "from maskflash.op.attention import Attention"),
     ],
 )
 def test_the_check_lets_good_imports_pass(path, source):

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash import testing, traffic
-from maskflash.blocks.coverage import cover
-from maskflash.blocks.pieces import find_pieces
-from maskflash.blocks.runs import FULL
-from maskflash.expr import tracer
+from maskflash import testing
+from maskflash.analysis.runs import FULL
+from maskflash.analysis.ways.columns import find_pieces
+from maskflash.analysis.ways.coverage import cover
+from maskflash.cli import traffic
 from maskflash.testing import Shape, assert_matches_dense
+from maskflash.trace import tracer
 
 WIDE = torch.tensor([-(2**63), -(2**63), -5, -5, 2**63 - 1, 2**63 - 1, 0])
 MANY = 10_000
@@ -152,7 +153,7 @@ def test_taking_an_expression_apart_costs_what_its_parts_do():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(expr), "part", counted)
-        from maskflash.expr.separate import separate
+        from maskflash.analysis.ways.separate import separate
 
         separate.__wrapped__(expr)
     assert sum(copied) < 4 * len(expr.nodes)

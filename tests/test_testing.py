@@ -5,8 +5,8 @@ import torch
 from hypothesis import find
 
 import maskflash as mf
-from maskflash.blocks.block_map import BlockMap
-from maskflash.kernels import cpu
+from maskflash.analysis.block_map import BlockMap
+from maskflash.backends.cpu import run as cpu
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 MASK, SHAPE = mf.causal() & mf.document([70, 50]), Shape(2, 4, 2, 128, 128, 16, 16)

@@ -9,7 +9,7 @@ import torch
 import maskflash as mf
 from maskflash.cli import terminal
 from maskflash.cli.masks import device, subject
-from maskflash.traffic import predict
+from maskflash.cli.traffic import predict
 
 
 def run(args: Namespace) -> int:

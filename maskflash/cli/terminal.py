@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from maskflash.blocks.runs import FULL, PARTIAL, SKIP
+from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.visualize.cells import Cells
 
 CELLS: Final = 32  # of a picture's side, at most: two characters each, with the rows' numbers in 80 columns

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import maskflash as mf
+from maskflash.backends.reference import error_budget, reference
 from maskflash.demo.workload import SCALE, Workload
-from maskflash.kernels.reference import error_budget, reference
 
 ROWS = 1024  # of the score matrix at a time, one head at a time: 64 MiB in float64 at 8,192 tokens
 RESULTS = ("out", "lse", "dq", "dk", "dv")

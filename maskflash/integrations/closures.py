@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from maskflash.expr.trace import Traced, trace
-from maskflash.masks.base import Mask
-from maskflash.masks.traces import Traces
+from maskflash.functions.traces import Traces
+from maskflash.masks.mask import Mask
+from maskflash.trace.trace import Traced, trace
 
 
 class Unknown(Exception):

@@ -25,8 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.integrations.closures import Unknown, lifted
-from maskflash.masks.base import Mask
-from maskflash.masks.mask import Predicate
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Predicate
 from maskflash.presets.basic import causal
 
 NAME: Final = "mf"  # Transformers takes every name with "flash" in it for a FlashAttention of its own

@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from maskflash import arguments, modes
 from maskflash.errors import ArgumentError, ArgumentTypeError
-from maskflash.expr.trace import Traced, trace
-from maskflash.masks.base import Mask
-from maskflash.masks.call import Call
+from maskflash.functions.function import Call
+from maskflash.ground import arguments, modes
+from maskflash.masks.mask import Mask
+from maskflash.trace.trace import Traced, trace
 
 _SHIFT: Final = "kv_len - q_len"  # of an argument that the call implies: no identifier, so nobody can pass it
 _VECTORS: Final = ("lts", "lte", "uts", "ute")

@@ -11,13 +11,13 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from maskflash.expr.combine import Join, combine
-from maskflash.expr.trace import Traced
-from maskflash.expr.tracer import Captured
-from maskflash.masks.base import Mask
-from maskflash.masks.call import Call
-from maskflash.masks.slots import aside
-from maskflash.masks.traces import Traces
+from maskflash.functions.function import Call
+from maskflash.functions.slots import aside
+from maskflash.functions.traces import Traces
+from maskflash.masks.mask import Mask
+from maskflash.trace.combine import Join, combine
+from maskflash.trace.trace import Traced
+from maskflash.trace.tracer import Captured
 
 SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^"}
 _LONGEST_NAME: Final = 1000  # characters

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskflash import html
-from maskflash.blocks.changes import find_changes
-from maskflash.blocks.problem import TILE
-from maskflash.masks.mask import Mask, mask
+from maskflash.analysis.changes import find_changes
+from maskflash.analysis.problem import TILE
+from maskflash.ground import html
+from maskflash.masks.predicate import Mask, mask
 
 Pair = tuple[int, int, int, int]
 

@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.blocks.changes import find_changes
-from maskflash.blocks.problem import Problem
+from maskflash.analysis.changes import find_changes
+from maskflash.analysis.problem import Problem
 from maskflash.errors import UnsupportedMask
 from maskflash.masks.columns import ColumnIntervals
 

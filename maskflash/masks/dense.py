@@ -10,12 +10,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from maskflash import arguments
 from maskflash.errors import ArgumentError, ArgumentTypeError, DenseMaskWarning
 from maskflash.expr.nodes import INDEX_VARIABLES
-from maskflash.expr.trace import Traced, trace
-from maskflash.expr.tracer import Captured, View
-from maskflash.masks.mask import Call, Mask
+from maskflash.ground import arguments
+from maskflash.masks.predicate import Call, Mask
+from maskflash.trace.trace import Traced, trace
+from maskflash.trace.tracer import Captured, View
 
 MOST_PAIRS: Final = 1 << 30  # of a dense mask; a byte each, and as much again while it is analysed
 

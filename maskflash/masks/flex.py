@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from maskflash.blocks.classify import classify
-from maskflash.blocks.problem import Problem
-from maskflash.blocks.runs import FULL, PARTIAL, SKIP
+from maskflash.analysis.classify import classify
+from maskflash.analysis.problem import Problem
+from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskIndexError
 from maskflash.expr.evaluate import compute
-from maskflash.masks.base import Mask
-from maskflash.masks.call import Call
-from maskflash.masks.mask import Predicate, mask
+from maskflash.functions.function import Call
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Predicate, mask
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.blocks.problem import Problem
+from maskflash.analysis.problem import Problem
 
 _PAIRS_AT_ONCE: Final = 1 << 20
 

@@ -1,324 +1,364 @@
-"""A predicate -> a mask: traced once, and again for arguments of other kinds."""
+"""A mask, lengths and arguments -> its pairs, tiles, lines, vectors and reasons: what one may ask of every mask."""
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
-import operator
-import sys
-from collections.abc import Callable, Hashable
-from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
-from typing import Any, Final, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from maskflash.errors import ArgumentTypeError
-from maskflash.expr.trace import Traced, keyword_arguments, trace
-from maskflash.masks.base import Mask
-from maskflash.masks.call import Call, Fits
-from maskflash.masks.captures import Captures
-from maskflash.masks.combination import Combination
-from maskflash.masks.slots import aside
-from maskflash.masks.traces import Traces
-from maskflash.names import check_free
+from maskflash.analysis.problem import TILE
+from maskflash.functions.function import Bindable
+from maskflash.ground import arguments
+from maskflash.ground.arguments import BlockSize
+from maskflash.masks import lines
 
-_MAKERS: Final = ("maskflash.presets.", "maskflash.masks.columns")  # modules whose functions make masks
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["Call", "Combination", "Fits", "Mask", "Predicate", "Recorded", "mask"]
+    from maskflash.analysis.block_map import BlockMap
+    from maskflash.masks.columns import ColumnIntervals
+    from maskflash.masks.why import Why
 
+Joinable = Callable[..., Any] | Tensor
+"""A mask, a predicate `(b, h, q, kv)`, or a tensor of bool."""
 
-class Predicate(Mask):
-    """A mask given by a function; traced at once unless it has arguments, whose kinds only a call tells."""
-
-    reachable = ("function",)
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        name: str | None = None,
-        fits: Fits | None = None,
-        *,
-        traced: bool = True,
-    ) -> None:
-        keywords = keyword_arguments(function)
-        parameters = inspect.signature(function).parameters
-        defaults = {k: p.default for k in keywords if (p := parameters[k]).default is not p.empty}
-        name = name or str(getattr(function, "__name__", type(function).__name__))
-        check_free(name, keywords)
-        super().__init__(name, keywords, defaults, fits=fits)
-        functools.update_wrapper(self, function, updated=())
-        self._place = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
-        self.function = function
-        self._captures = Captures(function)
-        self._traces = Traces()
-        if traced and not keywords:
-            self.traced({})
-
-    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
-        """The function itself."""
-        return self.function(b, h, q, kv, **mask_args)
-
-    def template(self, mask_args: dict[str, Any]) -> Traced:
-        """The function, run once on symbols."""
-        try:
-            return self._template(mask_args, again=True)
-        except _Overtaken:
-            return self._template(mask_args, again=False)
-
-    def _template(self, mask_args: dict[str, Any], again: bool) -> Traced:
-        captures = self._captures
-        captures.look()
-        now = captures.now
-        shape = now.shape if captures.followed else object()
-        make = partial(self._trace, mask_args, now.stamp if again else None)
-        traced = self._traces.get(mask_args, make, now.slots, shape)
-        captures.depend(traced.specialised)
-        return traced
-
-    def _trace(self, mask_args: dict[str, Any], stamp: int | None) -> Traced:
-        """The trace; `_Overtaken` if captures have another stamp by then: perhaps the predicate itself changed them."""
-        captures = self._captures
-        traced = trace(self.function, mask_args, captures.sources())
-        if stamp is not None and captures.followed and captures.look() != stamp:
-            raise _Overtaken
-        if any(isinstance(table, Tensor) for table in traced.tables):
-            captures.lose()
-        return traced
-
-    @property
-    def followed(self) -> bool:
-        """See `Captures.followed`."""
-        return self._captures.followed
-
-    def look(self) -> int:
-        """See `Captures.look`."""
-        return self._captures.look()
-
-    def captured(self) -> dict[str, Any]:
-        """See `Captures.now`."""
-        return self._captures.now.slots
-
-    def held(self) -> tuple[Tensor, ...]:
-        """See `Captures.now`."""
-        return self._captures.now.tensors
-
-    def read(self) -> dict[str, Any]:
-        """See `Captures.read`."""
-        self._look_aside()
-        if not self._captures.followed:
-            torch._dynamo.graph_break(
-                f"{self.name} looks up a tensor that its code reaches in a way maskflash can't follow, so it is traced "
-                "at each call, which torch.compile can't look into: pass the tensor by keyword"
-            )
-        if not self._captures.now.guarded:
-            torch._dynamo.graph_break(
-                f"{self.name} reads an array that isn't torch's, of whose contents torch.compile can't tell when they "
-                "change: make it a tensor and look it up, or a list where Python computes with it"
-            )
-        return self._captures.read()
-
-    @aside
-    def _look_aside(self) -> None:
-        self._captures.look()
-
-    def structure(self) -> Hashable:
-        """See `Captures.now`."""
-        return self._captures.now.shape
-
-    def known(self) -> Traced | None:
-        """The latest, as it would be now; a mask without arguments has but one."""
-        if not self.keywords:
-            return self.traced({})
-        latest = self._traces.latest()
-        return latest and latest.filled(self.captured())
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        """By reference where its module has it, or its object's class, by name; otherwise what was recorded of it."""
-        found = self._importable()
-        if found is self:
-            return self._place[1]
-        by_name = found is self.function or _is_method_by_name(self.function)
-        return (_untraced, (self.function, self.name, self.fits)) if by_name else (Recorded, self._recorded())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Mask:
-        """Itself where its function is found by name or captures nothing that is copied; else one of the copies."""
-        if self._importable() is not None:
-            return self
-        function = _copy(self.function, memo)
-        return self if function is self.function else _untraced(function, self.name, self.fits)
-
-    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces, Fits | None]:
-        if self.known() is None:
-            raise ArgumentTypeError(
-                f"{self.name}: it can't be pickled before a call has shown the kinds of its arguments "
-                f"({', '.join(self.keywords)}), since its function is a lambda or local. Define it with "
-                "`def` at the top level of a module"
-            )
-        self.look()
-        traces = self._traces.recorded(self.captured(), self.structure())
-        return self.name, self.keywords, self.defaults, traces, self.fits
-
-    def _importable(self) -> object:
-        """The mask or its function, whichever its module has by name; None where it has neither."""
-        try:
-            found = operator.attrgetter(self._place[1])(sys.modules[self._place[0]])
-        except (AttributeError, KeyError):
-            return None
-        return found if found is self or found is self.function else None
+_PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
 
 
-class _Overtaken(Exception):
-    """Another thread has changed what is captured while it was traced."""
+class Mask(Bindable):
+    """Which query may see which key.
 
+    Masks combine with one another, with predicates and with tensors of bool by `&`, `|`, `^` and `~`; keyword arguments
+    of the same name are the same argument. A mask is itself a predicate `(b, h, q, kv)`, so another may call it.
 
-class Recorded(Mask):
-    """A mask that came out of a pickle without its function: it serves arguments of the kinds that were recorded."""
-
-    def __init__(
-        self,
-        name: str,
-        keywords: tuple[str, ...],
-        defaults: dict[str, Any],
-        traces: Traces,
-        fits: Fits | None = None,
-    ) -> None:
-        super().__init__(name, keywords, defaults, fits=fits)
-        self._traces = traces
-
-    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
-        """Nothing to call."""
-        raise ArgumentTypeError(
-            f"{self.name}: a predicate can't call it, since it was pickled without its function; combine the masks "
-            "with & | ^ ~, or define its function at the top level of a module"
-        )
-
-    def template(self, mask_args: dict[str, Any]) -> Traced:
-        """What was recorded for arguments like these."""
-
-        def unknown() -> NoReturn:
-            kinds = ", ".join(f"{name} {_kind(value)}" for name, value in mask_args.items())
-            raise ArgumentTypeError(
-                f"{self.name}: got {kinds}, but it was pickled without its function, after calls with arguments of "
-                "other kinds; pass those, or define its function at the top level of a module"
-            )
-
-        return self._traces.get(mask_args, unknown)
-
-    def known(self) -> Traced | None:
-        """The latest."""
-        return self._traces.latest()
-
-    def held(self) -> tuple[Tensor, ...]:
-        """Tensors that were recorded."""
-        return self._traces.tensors()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Recorded, (self.name, self.keywords, self.defaults, self._traces, self.fits)
-
-
-def mask(function: Callable[..., Any] | Mask) -> Mask:
-    """Make a mask of a predicate; also a decorator.
-
-    What the predicate captures (closures, globals, attributes and items of what these hold) is looked up again at each
-    call. Another number or tensor, or other contents of a tensor, never mean tracing again.
-
-    Args:
-        function: `f(b, h, q, kv, *, ...) -> bool`, plain Python over int64 indices. Keyword-only parameters are
-            run-time tensors or numbers: changing a tensor's contents or an int never means tracing again.
-
-    Returns:
-        The mask; a mask is returned as it is.
-
-    Raises:
-        MaskTraceError: the predicate does something that can't become an expression; the message says where.
-        ArgumentError: it does not take (b, h, q, kv).
-
-    Example:
-        >>> import torch
-        >>> @mask
-        ... def packed(b, h, q, kv, *, doc):
-        ...     return q >= kv and doc[b, q] == doc[b, kv]
-        >>> packed.dense(3, 3, doc=torch.tensor([[0, 0, 1]]))[0, 0].int()
-        tensor([[1, 0, 0],
-                [1, 1, 0],
-                [0, 0, 1]], dtype=torch.int32)
+    A mask is equal to itself alone: `equivalent` compares what masks show, `fingerprint` how they are written. It can
+    be pickled and deep-copied: see docs/questions.md for what becomes of its function.
     """
-    if isinstance(function, Mask):
-        return function
-    refuse_maker("mask", function)
-    return Predicate(function)
 
+    def dense(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> Tensor:
+        """Every pair of the mask: for people, and for whatever wants a dense mask.
 
-def refuse_maker(operation: str, value: Any) -> None:
-    """An error for what stands for a mask by mistake: the name of a preset, or a preset that wasn't called."""
-    if isinstance(value, str):
-        raise ArgumentTypeError(
-            f"{operation}: got the text {value!r}, expected a predicate f(b, h, q, kv) or a mask; presets are "
-            "functions, and called: mf.causal()"
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: added to row numbers; an int, or an int tensor (batch,).
+            device: where to evaluate.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            (batch, heads, q_len, kv_len) bool, True where the pair is visible; may be an expanded view.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import mask
+            >>> mask(lambda b, h, q, kv: q >= kv).dense(2, 3)[0, 0].int()
+            tensor([[1, 0, 0],
+                    [1, 1, 0]], dtype=torch.int32)
+        """
+        problem = self.problem("Mask.dense", q_len, kv_len, batch, heads, (1, 1), q_offset, device, mask_args)
+        rows, columns = problem.shape[:2]
+        seen = torch.zeros(rows, columns, q_len, kv_len, dtype=torch.bool, device=problem.device)
+        b, h, q, kv = (
+            torch.arange(n, device=problem.device).view([-1 if axis == place else 1 for axis in range(4)])
+            for place, n in enumerate(seen.shape)
         )
-    public = str(getattr(value, "__qualname__", "")).isidentifier()  # a preset's own predicate is local to it
-    if public and str(value.__module__).startswith(_MAKERS):
-        takes = [p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty]
-        raise ArgumentTypeError(
-            f"{operation}: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
-        )
+        if seen.numel():
+            step = max(1, _PAIRS_AT_ONCE // (rows * columns * kv_len))
+            for start in range(0, q_len, step):
+                seen[:, :, start : start + step] = problem.visible(b, h, q[:, :, start : start + step], kv)
+        return seen.expand(batch, heads, q_len, kv_len)
 
+    def block_map(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        block_size: BlockSize = 128,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> BlockMap:
+        """Which tiles are full, partial and skip: exactly what evaluating every pair would find.
 
-def _untraced(function: Callable[..., Any], name: str, fits: Fits | None) -> Predicate:
-    """A mask whose function may not be ready to run: what it captures is still being made."""
-    return Predicate(function, name, fits, traced=False)
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows; the map has one where the mask does not look at b.
+            heads: query heads; likewise with h.
+            block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+            q_offset: added to row numbers; an int, or an int tensor (batch,), which gives the map its batch rows.
+            device: where the map lives; the analysis runs on the CPU.
+            **mask_args: the mask's own arguments.
 
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
 
-def _is_method_by_name(function: Any) -> bool:
-    """Whether a function is an object's method, of a class that its module has by name."""
-    if not isinstance(function, MethodType) or isinstance(function.__self__, Mask):  # which can't be called then
-        return False
-    kind = type(function.__self__)
-    try:
-        found = operator.attrgetter(f"{kind.__qualname__}.{function.__name__}")(sys.modules[kind.__module__])
-    except (AttributeError, KeyError):
-        return False
-    return found is function.__func__
+        Example:
+            >>> from maskflash import mask
+            >>> mask(lambda b, h, q, kv: q >= kv).block_map(512, 512).counts
+            {'full': 6, 'partial': 4, 'skip': 6}
+        """
+        from maskflash.analysis.classify import classify
 
+        size = arguments.block_size("Mask.block_map", block_size, attended=False)
+        problem = self.problem("Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, device, mask_args)
+        return classify(problem).block_map.to(problem.device)
 
-def _copy(function: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy of a function with what its closure holds; itself where nothing of that is copied."""
-    if isinstance(function, functools.partial):
-        args, keywords = copy.deepcopy((function.args, function.keywords), memo)
-        return functools.partial(_copy(function.func, memo), *args, **keywords)
-    if not isinstance(function, FunctionType):
-        return copy.deepcopy(function, memo)
-    if id(function) in memo or not function.__closure__:
-        return memo.get(id(function), function)
-    cells = tuple(CellType() for _ in function.__closure__)
-    new = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    new.__kwdefaults__, new.__qualname__, new.__module__ = (
-        function.__kwdefaults__,
-        function.__qualname__,
-        function.__module__,
-    )
-    memo[id(function)] = new
-    copied = [_fill(cell, old, memo) for cell, old in zip(cells, function.__closure__, strict=True)]
-    if not any(copied):
-        memo[id(function)] = function
-    return memo[id(function)]
+    def row(
+        self,
+        q: int,
+        kv_len: int,
+        *,
+        b: int = 0,
+        h: int = 0,
+        q_len: int | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> list[tuple[int, int]]:
+        """The keys that a query sees, as runs: the cost is that of one row, in parts of bounded size.
 
+        Args:
+            q: the row, from 0; the mask sees q + q_offset.
+            kv_len: columns in tokens.
+            b: batch row.
+            h: query head.
+            q_len: rows in tokens; needed only by masks that depend on it, such as `ColumnIntervals` with causal.
+            batch: batch rows; likewise.
+            heads: query heads; likewise.
+            q_offset: added to row numbers; an int, or an int tensor (batch,).
+            device: where to evaluate.
+            **mask_args: the mask's own arguments.
 
-def _fill(cell: CellType, old: CellType, memo: dict[int, Any]) -> bool:
-    """Copy what a cell holds; whether that is another object."""
-    try:
-        held = old.cell_contents
-    except ValueError:  # nothing yet
-        return False
-    if isinstance(held, ModuleType):
-        cell.cell_contents = held
-    else:
-        cell.cell_contents = _copy(held, memo) if isinstance(held, FunctionType) else copy.deepcopy(held, memo)
-    return cell.cell_contents is not held
+        Returns:
+            (start, stop) of each run of visible keys, half open, ascending.
 
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
 
-def _kind(value: Any) -> str:
-    return f"{value.dtype} of {value.ndim} dimensions" if isinstance(value, Tensor) else type(value).__name__
+        Example:
+            >>> from maskflash import causal, global_tokens, sliding_window
+            >>> (causal() & (global_tokens(4) | sliding_window(100))).row(1000, 4096)
+            [(0, 4), (900, 1001)]
+        """
+        sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+        problem = self.problem_at("Mask.row", {"b": b, "h": h, "q": q}, sizes, q_offset, device, mask_args)
+        return lines.row(problem, b, h, q)
+
+    def column(
+        self,
+        kv: int,
+        q_len: int,
+        *,
+        b: int = 0,
+        h: int = 0,
+        kv_len: int | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> list[tuple[int, int]]:
+        """The queries that see a key, as runs (start, stop) of rows: see `row`.
+
+        Example:
+            >>> from maskflash import sliding_window
+            >>> sliding_window(100).column(1000, 4096)
+            [(1000, 1101)]
+        """
+        sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+        problem = self.problem_at("Mask.column", {"b": b, "h": h, "kv": kv}, sizes, q_offset, device, mask_args)
+        return lines.column(problem, b, h, kv)
+
+    def why(
+        self,
+        q: int,
+        kv: int,
+        *,
+        b: int = 0,
+        h: int = 0,
+        q_len: int | None = None,
+        kv_len: int | None = None,
+        batch: int | None = None,
+        heads: int | None = None,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> Why:
+        """Why a query sees a key, or doesn't: the conditions that decide it, with their values and source lines.
+
+        Args:
+            q: the row, from 0; the mask sees q + q_offset.
+            kv: the column.
+            b: batch row.
+            h: query head.
+            q_len: rows in tokens; needed only by masks that depend on it, such as `ColumnIntervals`.
+            kv_len: columns in tokens; likewise.
+            batch: batch rows; likewise.
+            heads: query heads; likewise.
+            q_offset: added to row numbers; an int, or an int tensor (batch,).
+            device: where to evaluate.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            The answer: true where the query sees the key. str() for people, `reasons` for tools.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal, document
+            >>> print((causal() & document([300, 724])).why(310, 290))
+            causal() & document(2 documents): query 310 does not see key 290
+              document(2 documents):
+                doc[q] == doc[kv]: 1 != 0
+        """
+        from maskflash.masks.why import why
+
+        sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
+        return why(self, {"b": b, "h": h, "q": q, "kv": kv}, sizes, q_offset, device, mask_args)
+
+    def to_flashmask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        causal: bool | None = None,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> ColumnIntervals:
+        """FlashMask's vectors for this mask: found from its boundary, never from all pairs.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows; the vectors have one where the mask does not look at b.
+            heads: query heads; likewise with h.
+            causal: whether the vectors come with causal=True (aligned to the bottom right); None where the mask hides
+                all that causal hides.
+            q_offset: added to row numbers; the vectors are for the rows of the query tensor itself.
+            device: where the vectors live; the analysis runs on the CPU.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            The same mask as column intervals; its `startend_row_indices` is what FlashMask takes.
+
+        Raises:
+            UnsupportedMask: a column hides more than two runs of rows (three with causal); the first such column.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import mask
+            >>> mask(lambda b, h, q, kv: kv <= q < kv + 2).to_flashmask(4, 4).startend_row_indices[0, 0, :, 0]
+            tensor([2, 3, 4, 4], dtype=torch.int32)
+        """
+        from maskflash.masks.convert import to_columns
+
+        operation = "Mask.to_flashmask"
+        chosen = None if causal is None else arguments.flag(operation, "causal", causal)
+        problem = self.problem(operation, q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
+        return to_columns(problem, chosen)
+
+    def to_block_mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        block_size: BlockSize = 128,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> BlockMask:
+        """FlexAttention's BlockMask of this mask, at the cost of a block map: for its kernel, without its wait.
+
+        Args:
+            q_len: rows in tokens, at least 1.
+            kv_len: columns in tokens, at least 1.
+            batch: batch rows; the BlockMask has one where the mask does not look at b.
+            heads: query heads; likewise with h.
+            block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+            q_offset: added to row numbers; an int, or an int tensor (batch,).
+            device: where the BlockMask lives.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            What `create_block_mask` would make: the same full and partial tiles, and a mask_mod for the latter.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import mask
+            >>> flex = mask(lambda b, h, q, kv: q >= kv).to_block_mask(512, 512)
+            >>> flex.kv_num_blocks.tolist(), flex.full_kv_num_blocks.tolist()
+            ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
+        """
+        from maskflash.masks.flex import to_block_mask
+
+        operation = "Mask.to_block_mask"
+        size = arguments.block_size(operation, block_size)
+        for name, length in (("q_len", q_len), ("kv_len", kv_len)):
+            arguments.integer(operation, name, length, low=1)
+        return to_block_mask(self.problem(operation, q_len, kv_len, batch, heads, size, q_offset, device, mask_args))
+
+    def __and__(self, other: Joinable) -> Mask:
+        return self._joined("bitand", other)
+
+    def __or__(self, other: Joinable) -> Mask:
+        return self._joined("bitor", other)
+
+    def __xor__(self, other: Joinable) -> Mask:
+        return self._joined("bitxor", other)
+
+    def __rand__(self, other: Joinable) -> Mask:
+        return self._joined("bitand", other, last=True)
+
+    def __ror__(self, other: Joinable) -> Mask:
+        return self._joined("bitor", other, last=True)
+
+    def __rxor__(self, other: Joinable) -> Mask:
+        return self._joined("bitxor", other, last=True)
+
+    def __invert__(self) -> Mask:
+        from maskflash.masks.combination import Combination
+
+        return Combination("not", self)
+
+    def _joined(self, op: str, other: Joinable, *, last: bool = False) -> Mask:
+        """This mask and another, or a predicate, joined by a connective."""
+        from maskflash.masks.combination import SYMBOLS, Combination
+        from maskflash.masks.dense import dense_mask
+        from maskflash.masks.predicate import mask
+
+        if isinstance(other, Tensor):
+            whole: Mask = dense_mask(f"{self.name} {SYMBOLS[op]} tensor", other)
+        elif callable(other) or isinstance(other, str):  # masks are callable too
+            whole = mask(other)
+        else:
+            return NotImplemented
+        return Combination(op, *((whole, self) if last else (self, whole)))

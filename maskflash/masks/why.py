@@ -11,11 +11,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from maskflash import arguments, html
-from maskflash.blocks.problem import Problem
+from maskflash.analysis.problem import Problem
 from maskflash.expr.reasons import Reason, Reasons, find_reasons
-from maskflash.masks.base import Mask
+from maskflash.ground import arguments, html
 from maskflash.masks.combination import Combination, Step, connect
+from maskflash.masks.mask import Mask
 
 _SETTLING: Final = {"bitand": False, "bitor": True}  # what one operand has to be for a join to be that
 _SHOWN: Final = 12  # reasons, and parts not looked at, that str() writes out

@@ -18,8 +18,8 @@ from maskflash.presets.packed import causal_blockwise, causal_document, prefix_l
 from maskflash.presets.sparse import qk_sparse, random_eviction
 
 if TYPE_CHECKING:
+    from maskflash.flashmask.paper import PAPER, PaperMask, paper
     from maskflash.presets import vectors
-    from maskflash.presets.flashmask import PAPER, PaperMask, paper
 
 __all__ = [
     "PAPER",
@@ -47,7 +47,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What few need, imported when it is first asked for."""
     if name in ("PAPER", "PaperMask", "paper"):
-        return getattr(import_module("maskflash.presets.flashmask"), name)
+        return getattr(import_module("maskflash.flashmask.paper"), name)
     if name == "vectors":
         return import_module("maskflash.presets.vectors")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from maskflash import arguments, modes
 from maskflash.errors import ArgumentError
-from maskflash.masks.mask import Fits, Mask, Predicate
+from maskflash.ground import arguments, modes
+from maskflash.masks.predicate import Fits, Mask, Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Lengths
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskflash import arguments, modes
 from maskflash.errors import ArgumentError, ArgumentTypeError
-from maskflash.masks.call import Fits
+from maskflash.functions.function import Fits
+from maskflash.ground import arguments, modes
 
 Ints = Tensor | Sequence[int]
 Lengths = Tensor | Sequence[int] | Sequence[Sequence[int]]

@@ -6,9 +6,9 @@ sees them. Lengths are read when the mask is made.
 
 from __future__ import annotations
 
-from maskflash import arguments, modes
 from maskflash.errors import ArgumentError
-from maskflash.masks.mask import Fits, Mask, Predicate
+from maskflash.ground import arguments, modes
+from maskflash.masks.predicate import Fits, Mask, Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Align, Ints, Lengths, Questions
 

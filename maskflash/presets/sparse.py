@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskflash.masks.mask import Fits, Mask, Predicate
+from maskflash.masks.predicate import Fits, Mask, Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Segments
 

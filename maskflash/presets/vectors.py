@@ -12,8 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from maskflash import arguments, modes
 from maskflash.errors import ArgumentError
+from maskflash.ground import arguments, modes
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Questions, Segments

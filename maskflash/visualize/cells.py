@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maskflash import arguments
-from maskflash.blocks.block_map import BlockMap
+from maskflash.analysis.block_map import BlockMap
 from maskflash.errors import ArgumentError
+from maskflash.ground import arguments
 
 
 @dataclass(frozen=True, slots=True, eq=False)

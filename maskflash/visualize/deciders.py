@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.blocks.classify import Classified, classify
-from maskflash.blocks.meets import find_meets
-from maskflash.blocks.problem import Problem
-from maskflash.blocks.runs import Runs, Segments
-from maskflash.blocks.tiles import Tiles
+from maskflash.analysis.classify import Classified, classify
+from maskflash.analysis.problem import Problem
+from maskflash.analysis.runs import Runs, Segments
+from maskflash.analysis.ways.meets import find_meets
+from maskflash.analysis.ways.tiles import Tiles
 
 
 @dataclass(frozen=True, slots=True, eq=False)

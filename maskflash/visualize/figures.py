@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from torch import Tensor
 
-from maskflash import arguments
-from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.runs import FULL, PARTIAL, SKIP
+from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.ground import arguments
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Mask
 from maskflash.visualize.cells import Cells, cells
 from maskflash.visualize.style import COLOURS, HATCH, HATCH_INK, OUTLINE, axes, figure, frame
 from maskflash.visualize.vectors import draw_intervals

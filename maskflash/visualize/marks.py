@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maskflash.blocks.problem import Problem
-from maskflash.blocks.runs import IntArray
+from maskflash.analysis.problem import Problem
+from maskflash.analysis.runs import IntArray
 from maskflash.masks.columns import ColumnIntervals
 
 _NONE: Final = -1  # the document of tokens outside a table

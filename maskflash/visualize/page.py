@@ -1,7 +1,7 @@
 """A mask or a block map -> the explorer: one HTML file to zoom, pan and ask, which needs nothing beside itself.
 
 The page holds runs of tiles, never a lattice: numbers as their differences, deflated, in base64. Its template lies in
-`templates/explorer`; matplotlib is not needed.
+`explorer/` beside this file; matplotlib is not needed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash import arguments
-from maskflash.arguments import BlockSize
-from maskflash.blocks.block_map import BlockMap
-from maskflash.blocks.runs import FULL, PARTIAL, SKIP, Runs
-from maskflash.codegen.render import template_folder
+from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.ground import arguments
+from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Mask
 from maskflash.visualize import style
 from maskflash.visualize.deciders import Decided, decide
 from maskflash.visualize.marks import Documents, Steps, Vectors, find_documents, find_vectors
@@ -175,7 +174,7 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
-        loader=FileSystemLoader(template_folder() / "explorer"),
+        loader=FileSystemLoader(Path(__file__).parent / "explorer"),
         undefined=StrictUndefined,
         autoescape=True,
         trim_blocks=True,

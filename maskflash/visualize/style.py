@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from maskflash import arguments
-from maskflash.blocks.runs import FULL, PARTIAL, SKIP
+from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import BackendError
+from maskflash.ground import arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

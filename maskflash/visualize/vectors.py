@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskflash import arguments
 from maskflash.errors import ArgumentTypeError
+from maskflash.ground import arguments
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.visualize.cells import index
 from maskflash.visualize.style import VECTOR_COLOURS, VECTOR_DASHES, axes, frame

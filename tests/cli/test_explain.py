@@ -7,7 +7,7 @@ import torch
 
 import maskflash as mf
 from maskflash import cli
-from maskflash.traffic import predict
+from maskflash.cli.traffic import predict
 
 EXAMPLE = "causal & document(300, 500, 224)"
 MASK = mf.causal() & mf.document([300, 500, 224])

@@ -13,7 +13,7 @@ from maskflash.expr.evaluate import Inputs, evaluate, every_value
 from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Builder
 from maskflash.expr.ranges import RangeMinima
-from maskflash.expr.trace import trace
+from maskflash.trace.trace import trace
 
 ENDS = {"b": (0, 1), "h": (0, 1), "q": (-4, 9), "kv": (0, 11)}
 

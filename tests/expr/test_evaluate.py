@@ -9,7 +9,7 @@ import torch
 from maskflash.errors import MaskflashError, MaskIndexError
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.nodes import parse
-from maskflash.expr.trace import trace
+from maskflash.trace.trace import trace
 
 SHORT = torch.tensor([1, 0, 1])
 WIDE = torch.arange(12).view(3, 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from maskflash.errors import MaskTraceError
 from maskflash.expr.format import format_expr
 from maskflash.expr.nodes import Builder, Expr, Node, Source, parse, promote, result_type
-from maskflash.expr.trace import trace
+from maskflash.trace.trace import trace
 
 DOC = torch.tensor([0, 0, 1])
 DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]

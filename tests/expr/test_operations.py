@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskflash.expr.cuts import find_cuts
+from maskflash.analysis.ways.cuts import find_cuts
+from maskflash.analysis.ways.separate import separate
 from maskflash.expr.nodes import ARITY, COMPARISONS, Builder
-from maskflash.expr.separate import separate
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "analysis.md"
 TABLE = re.search(r"<!-- operations -->\n(.*?)<!-- end operations -->", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 import maskflash as mf
 from maskflash.expr.evaluate import evaluate
 from maskflash.expr.reasons import find_reasons
-from maskflash.expr.trace import trace
+from maskflash.trace.trace import trace
 
 NAMES = {name: getattr(torch, name) for name in ("floor", "ceil", "trunc", "round", "sqrt", "fmod")}
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import maskflash as mf
-from maskflash import compiler, plans
+from maskflash.op import analyse, cache
 
 TOKENS = 256
 LENGTHS = [[100, 156], [30, 30, 196], [256], [1, 255]]
@@ -21,9 +21,9 @@ def analyses(monkeypatch):
 
     def counted(*args):
         threads.append(threading.current_thread())
-        return compiler.analyse(*args)
+        return analyse.analyse(*args)
 
-    monkeypatch.setattr(plans, "analyse", counted)
+    monkeypatch.setattr(cache, "analyse", counted)
     return threads
 
 

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, masking_utils
 
 import maskflash as mf
-from maskflash import compiler, plans
+from maskflash.backends.reference import error_budget
 from maskflash.integrations import closures
 from maskflash.integrations import transformers as integration
-from maskflash.kernels.reference import error_budget
+from maskflash.op import analyse, cache
 
 NAME = integration.register()
 TOKENS, BATCH, WINDOW, VOCABULARY = 150, 2, 20, 64
@@ -204,7 +204,7 @@ def test_the_peak_of_packed_training_is_below_a_dense_mask():
 
 def test_layers_share_an_analysis_and_documents_need_no_new_trace(monkeypatch):
     analyses, traces = [], []
-    monkeypatch.setattr(plans, "analyse", lambda *args: analyses.append(args) or compiler.analyse(*args))
+    monkeypatch.setattr(cache, "analyse", lambda *args: analyses.append(args) or analyse.analyse(*args))
     monkeypatch.setattr(closures, "trace", lambda *args, trace=closures.trace: traces.append(args) or trace(*args))
     closures._mask.cache_clear()
     model = make("Gemma3", num_hidden_layers=6, layer_types=LAYERS * 3)

@@ -10,8 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 import maskflash as mf
+from maskflash.backends.reference import error_budget
 from maskflash.integrations import transformers as integration
-from maskflash.kernels.reference import error_budget
 
 NAME = integration.register()
 SIZES = {

@@ -6,8 +6,8 @@ import transformers
 from transformers import DynamicCache
 
 import maskflash as mf
+from maskflash.backends.reference import error_budget
 from maskflash.integrations import transformers as integration
-from maskflash.kernels.reference import error_budget
 
 NAME = integration.register()
 VOCABULARY, TOKENS = 64, 30

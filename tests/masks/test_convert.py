@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.blocks import changes
+from maskflash.analysis import changes
 from maskflash.testing import columns, masks
 
 LENGTH = st.integers(0, 64)

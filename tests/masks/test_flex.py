@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
 
 import maskflash as mf
-from maskflash.kernels.reference import error_budget, reference
+from maskflash.backends.reference import error_budget, reference
 from maskflash.testing import masks
 
 LENGTH = st.integers(1, 64)

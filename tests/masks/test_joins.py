@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
+from maskflash.backends.reference import reference
 from maskflash.expr.nodes import Builder
-from maskflash.kernels.reference import reference
 
 OPS = {"|": operator.or_, "&": operator.and_, "^": operator.xor}
 MANY = 1000

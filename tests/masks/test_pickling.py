@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.masks.mask import Predicate, Recorded
+from maskflash.masks.predicate import Predicate, Recorded
 from maskflash.testing import columns, masks
 
 DOC = torch.tensor([[0] * 30 + [1] * 34])

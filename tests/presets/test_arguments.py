@@ -283,7 +283,9 @@ def make_all():
     ]
 
 
-@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode, torch.inference_mode], ids=["meta", "fake", "inference"])
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.device("meta"), FakeTensorMode, torch.inference_mode], ids=["meta", "fake", "inference"]
+)
 def test_masks_are_the_same_whatever_mode_they_are_made_in(mode):
     with mode():
         made = make_all()

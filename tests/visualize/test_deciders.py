@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.blocks.classify import classify
+from maskflash.analysis.classify import classify
 from maskflash.testing import masks
 from maskflash.visualize.deciders import decide
 

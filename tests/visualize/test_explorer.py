@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash import visualize
-from maskflash.kernels.triton_work import work
+from maskflash.backends.triton.walks import work
 from maskflash.testing import masks
 from maskflash.visualize.cells import cells
 from maskflash.visualize.deciders import decide

@@ -1,0 +1,1 @@
+"""A mask expression at given lengths -> what its rows see, and the map of full, partial and empty tiles."""

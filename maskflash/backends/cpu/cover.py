@@ -1,0 +1,287 @@
+"""Turns regular rows (each sees one interval) into dense-kernel calls that cover them, at the least predicted cost.
+
+Where the mask is a rectangle there is no mask; where each row's interval moves by one token per row, a slice of one
+shared matrix masks any number of calls. Columns that no row of a call sees are not in it, so what they hold can't
+matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+
+from maskflash.analysis.rows import RowSpans
+from maskflash.analysis.runs import IntArray
+from maskflash.backends.cpu.calls import Band, Call, Causal, Intervals, Pick
+from maskflash.backends.cpu.costs import Costs
+
+_HEIGHTS: Final = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # of the pieces of a long segment, about
+_ALIGNED: Final = 64  # columns; calls of odd numbers of columns are a tenth to a fifth slower
+_MAX_BAND_BYTES: Final = 64 << 20  # of one shared mask matrix
+_MAX_MERGED_ROWS: Final = 256
+_MAX_REPEATED: Final = 1 << 14  # columns of all blocks of a repeated call: backward holds their gradients at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Runs of rows whose interval starts and ends each stay or each move one token per row.
+
+    All (n,) int64: rows row to row + rows; the first sees start to stop; start_step and stop_step are 0 or 1.
+    """
+
+    row: IntArray
+    rows: IntArray
+    start: IntArray
+    stop: IntArray
+    start_step: IntArray
+    stop_step: IntArray
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the six arrays."""
+        return sum(x.nbytes for x in self._arrays())
+
+    def pieces(self) -> list[_Piece]:
+        """The segments one by one."""
+        return [_Piece(*fields) for fields in zip(*(x.tolist() for x in self._arrays()), strict=True)]
+
+    def _arrays(self) -> tuple[IntArray, ...]:
+        return self.row, self.rows, self.start, self.stop, self.start_step, self.stop_step
+
+
+def find_segments(spans: RowSpans) -> Segments:
+    """Cuts the rows where the way their intervals move changes; rows that see nothing are in no segment."""
+    start, stop = spans.start, spans.stop
+    sees = stop > start
+    start_step, stop_step = _steps(start), _steps(stop)
+    joins = sees & (start_step >= 0) & (start_step <= 1) & (stop_step >= 0) & (stop_step <= 1)
+    joins[1:] &= sees[:-1]
+    kind = np.where(joins, 2 * start_step + stop_step, -1)
+    first = sees & ~joins
+    first[1:] |= sees[1:] & (kind[:-1] >= 0) & (kind[1:] != kind[:-1])
+    row = np.flatnonzero(first)
+    # A segment ends where the next begins or where a row sees nothing.
+    ends = np.flatnonzero(np.concatenate((first | ~sees, [True])))
+    rows = ends[np.searchsorted(ends, row, side="right")] - row
+    step = np.where(rows > 1, kind[np.where(rows > 1, row + 1, row)], 0)
+    return Segments(row, rows, start[row], stop[row], step // 2, step % 2)
+
+
+def _steps(places: IntArray) -> IntArray:
+    """How far each row's place is from that of the row before; of the first, farther than a segment's."""
+    steps = np.full(len(places), 9)
+    np.subtract(places[1:], places[:-1], out=steps[1:])
+    return steps
+
+
+def cover(segments: Segments, costs: Costs) -> list[Call]:
+    """Calls that cover the segments: long segments are cut, short neighbours share a masked call."""
+    pieces = segments.pieces()
+    calls = _cut_or_merged(pieces, costs)
+    if len(calls) > 1 and sum(piece.rows for piece in pieces) <= _MAX_MERGED_ROWS:
+        whole = _call(pieces, reduce(_union, [piece.columns for piece in pieces], []))
+        if cost_of(whole, costs) < sum(cost_of(call, costs) for call in calls):
+            return [whole]
+    return calls
+
+
+def cost_of(call: Call, costs: Costs) -> float:
+    """Predicted cost of one call, in pairs."""
+    if isinstance(call.mask, Causal):
+        return costs.of_causal(len(call.rows))
+    return call.repeat * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
+
+
+def _cut_or_merged(segments: list[_Piece], costs: Costs) -> list[Call]:
+    calls: list[Call] = []
+    group: _Group | None = None
+    for segment in segments:
+        pieces = _cut(segment, costs)
+        repeated, rest = _repeated(pieces)
+        if repeated and group is not None:
+            calls.append(_call(group.pieces, group.runs))
+            group = None
+        calls += repeated
+        for piece in rest:
+            single = _Group([piece], piece.rows, [piece.columns], piece.width, piece.cost(costs))
+            mergeable = group is not None and len(pieces) == 1 and piece.rows < _MAX_MERGED_ROWS
+            merged = _merged(group, single, costs) if group is not None and mergeable else None
+            if merged is None and group is not None:
+                calls.append(_call(group.pieces, group.runs))
+            group = merged or single
+    return calls if group is None else [*calls, _call(group.pieces, group.runs)]
+
+
+class _Piece(NamedTuple):
+    """Part of a segment, in the terms of Segments."""
+
+    row: int
+    rows: int
+    start: int
+    stop: int
+    start_step: int
+    stop_step: int
+
+    @property
+    def columns(self) -> tuple[int, int]:
+        """Columns that some row sees, half open."""
+        return self.start, self.stop + self.stop_step * (self.rows - 1)
+
+    @property
+    def width(self) -> int:
+        """How many columns some row sees."""
+        return self.columns[1] - self.columns[0]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether row t sees the first t + 1 of as many columns as rows."""
+        return (self.start_step, self.stop_step) == (0, 1) and self.stop - self.start == 1
+
+    @property
+    def is_rectangle(self) -> bool:
+        """Whether every row sees every column."""
+        return self.start_step == self.stop_step == 0
+
+    def cost(self, costs: Costs) -> float:
+        """Predicted cost of the piece as one call."""
+        if self.is_causal:
+            return costs.of_causal(self.rows)
+        return costs.of(self.rows, self.width, masked=not self.is_rectangle)
+
+    def between(self, low: int, high: int) -> _Piece:
+        """Its rows low to high."""
+        start, stop = self.start + self.start_step * low, self.stop + self.stop_step * low
+        return _Piece(self.row + low, high - low, start, stop, self.start_step, self.stop_step)
+
+
+def _cut(segment: _Piece, costs: Costs) -> list[_Piece]:
+    """The segment in about equal pieces: few calls and long rows against the corners masked away."""
+    rows = segment.rows
+    if segment.is_rectangle or rows <= min(_HEIGHTS):
+        return [segment]
+    best, best_cost = [0], segment.cost(costs)
+    if not segment.is_causal and _band_bytes(segment, rows) > _MAX_BAND_BYTES:
+        best_cost = float("inf")
+    for height in (_aligned_height(segment, height) for height in _HEIGHTS if height < rows):
+        if height > 2 * min(_HEIGHTS) and _band_bytes(segment, height) > _MAX_BAND_BYTES:
+            continue
+        cuts = _cuts(segment, height)
+        cost = _cost_of_pieces(segment, len(cuts), rows / len(cuts), costs)
+        if cost < best_cost:
+            best, best_cost = cuts, cost
+    return [segment.between(low, high) for low, high in pairwise([*best, rows])]
+
+
+def _aligned_height(segment: _Piece, height: int) -> int:
+    """The height nearest to `height` that gives pieces aligned numbers of columns, where all pieces have the same."""
+    if segment.start_step != segment.stop_step or height < _ALIGNED:
+        return height
+    width = segment.stop - segment.start
+    return height + (1 - width - height + _ALIGNED // 2) % _ALIGNED - _ALIGNED // 2
+
+
+def _cuts(segment: _Piece, height: int) -> list[int]:
+    """Where pieces of about `height` rows begin, from 0 on."""
+    rows, width = segment.rows, segment.stop - segment.start
+    if segment.start_step == segment.stop_step:
+        return list(range(0, rows, height))
+    count = -(-rows // height)
+    if rows < 3 * _ALIGNED * count:
+        return [rows * n // count for n in range(count)]
+    # A piece from row low to row high has width + high - 1 columns, or width - low.
+    phase = (1 - width if segment.stop_step else width) % _ALIGNED
+    return [0, *(round((rows * n / count - phase) / _ALIGNED) * _ALIGNED + phase for n in range(1, count))]
+
+
+def _cost_of_pieces(segment: _Piece, count: int, height: float, costs: Costs) -> float:
+    """Cost of `count` pieces of `height` rows, from their mean number of columns. Sliding ones share calls."""
+    corner = (height - 1) * (0.5 if segment.start_step != segment.stop_step else 1.0)
+    seen = segment.stop - segment.start + (segment.stop_step - segment.start_step) * (segment.rows - 1) / 2
+    columns = seen + corner
+    calls = count if segment.start_step != segment.stop_step else -(-count * columns // _MAX_REPEATED)
+    return count * costs.of(height, columns, masked=True) - (count - calls) * costs.call
+
+
+def _repeated(pieces: list[_Piece]) -> tuple[list[Call], list[_Piece]]:
+    """Blocks that only slide as few calls, and the pieces that are left."""
+    first = pieces[0]
+    if len(pieces) < 3 or first.start_step != first.stop_step:
+        return [], pieces
+    equal = len(pieces) - (pieces[-1].rows != first.rows)
+    most = max(_MAX_REPEATED // first.width, 1)
+    calls = []
+    for low in range(0, equal, most):
+        call = _single_call(pieces[low])
+        calls.append(replace(call, repeat=min(most, equal - low)))
+    return calls, pieces[equal:]
+
+
+def _band_bytes(segment: _Piece, height: int) -> int:
+    """Size of the shared float32 matrix that masks pieces of `height` rows of the segment."""
+    widest = segment.width if segment.start_step < segment.stop_step else segment.stop - segment.start
+    return 4 * height * (widest + height)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Neighbouring pieces on their way into one call, over column runs that are ascending and disjoint."""
+
+    pieces: list[_Piece]
+    rows: int
+    runs: list[tuple[int, int]]
+    columns: int
+    cost: float
+
+
+def _merged(group: _Group, single: _Group, costs: Costs) -> _Group | None:
+    """Both groups as one call, or None if two are cheaper."""
+    rows = group.rows + single.rows
+    if rows > _MAX_MERGED_ROWS:
+        return None
+    runs = _union(group.runs, single.runs[0])
+    columns = sum(stop - start for start, stop in runs)
+    cost = costs.of(rows, columns, masked=True)
+    if cost >= group.cost + single.cost:
+        return None
+    return _Group([*group.pieces, *single.pieces], rows, runs, columns, cost)
+
+
+def _union(runs: list[tuple[int, int]], new: tuple[int, int]) -> list[tuple[int, int]]:
+    """Ascending disjoint runs with one more added; touching runs join."""
+    start, stop = new
+    before = [r for r in runs if r[1] < start]
+    after = [r for r in runs if r[0] > stop]
+    for low, high in runs[len(before) : len(runs) - len(after)]:
+        start, stop = min(start, low), max(stop, high)
+    return [*before, (start, stop), *after]
+
+
+def _call(pieces: list[_Piece], runs: list[tuple[int, int]]) -> Call:
+    """One call over column runs: a band, a triangle or a rectangle if it is one piece, else each row's interval."""
+    if len(pieces) == 1:
+        return _single_call(pieces[0])
+    columns = np.concatenate([np.arange(*run) for run in runs])
+    row = np.concatenate([p.row + np.arange(p.rows) for p in pieces])
+    start = np.concatenate([p.start + p.start_step * np.arange(p.rows) for p in pieces])
+    stop = np.concatenate([p.stop + p.stop_step * np.arange(p.rows) for p in pieces])
+    # Tokens become positions among the picked columns; an interval lies inside one run, so its length stays.
+    position = np.searchsorted(columns, start)
+    stop += position - start
+    if (position == 0).all() and (stop == len(columns)).all():
+        return Call(Pick.of(row), Pick.of(columns), None)
+    mask = Intervals(*(torch.from_numpy(x.astype(np.int32))[:, None] for x in (position, stop)))
+    return Call(Pick.of(row), Pick.of(columns), mask)
+
+
+def _single_call(piece: _Piece) -> Call:
+    rows, columns = Pick(piece.row, piece.row + piece.rows), Pick(*piece.columns)
+    if piece.is_causal:
+        return Call(rows, columns, Causal())
+    if piece.is_rectangle:
+        return Call(rows, columns, None)
+    return Call(rows, columns, Band(piece.start_step, piece.stop_step, piece.stop - piece.start))

@@ -1,0 +1,152 @@
+"""Turns strips (rows with holes in what they see, as exact bits) into dense-kernel calls over the columns they see.
+
+Columns that all rows of a call see need no mask. Where they are many they are a call of their own, and a second one
+merges the rest: bits are kept and unpacked only for columns that some rows of the call see and some don't.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import torch
+
+from maskflash.analysis.rows import Strip
+from maskflash.analysis.runs import BoolArray, IntArray
+from maskflash.backends.cpu.calls import Bits, Call, Pick
+from maskflash.backends.cpu.costs import TABLE_WORK, Costs, candidates
+
+_MAX_ROWS: Final = 512  # of a call: packed bits are unpacked per call
+_MAX_CUTS: Final = 8  # strips that change more often are cut every _FINEST_CUT rows
+_FINEST_CUT: Final = 32
+_UNPACKED: Final = 0.1  # cost of one pair's bit on its way to the kernel, in pairs of the table's work
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Rows on their way into a call, each of which sees something, and the columns that some or all of them see."""
+
+    rows: int
+    some: BoolArray  # (kv_len,)
+    every: BoolArray  # (kv_len,)
+
+    def with_piece(self, other: _Piece) -> _Piece:
+        """Both as one."""
+        return _Piece(self.rows + other.rows, self.some | other.some, self.every & other.every)
+
+
+@dataclass(slots=True)
+class StripMerger:
+    """Turns strips into calls over just the columns that some row sees; joins pieces where that is cheaper.
+
+    Attributes:
+        b: batch row of the mask.
+        h: head of the mask.
+        kv_len: columns of the mask, in tokens.
+        budget: bytes of packed bits left to keep.
+        work: heads x head dim that one call is expected to compute.
+    """
+
+    b: int
+    h: int
+    kv_len: int
+    budget: int
+    work: int
+    calls: list[Call] = field(default_factory=list)
+    rows: list[IntArray] = field(default_factory=list)
+    bits: list[tuple[IntArray, BoolArray]] = field(default_factory=list)  # columns, bits
+    pending: _Piece | None = None
+    _costs: Costs = field(init=False)
+
+    def __post_init__(self) -> None:
+        (costs,) = candidates("forward", torch.float32)
+        self._costs = costs.for_work(self.work)
+
+    def take(self, strip: Strip) -> None:
+        """Adds a strip, cut where what its rows see changes abruptly."""
+        for low, high in _steady(strip.bits):
+            rows = low + np.flatnonzero(strip.bits[low:high].any(axis=1))
+            if len(rows):
+                self._add(strip.top + rows, strip.columns, strip.bits[rows])
+
+    def _add(self, rows: IntArray, columns: IntArray, bits: BoolArray) -> None:
+        piece = _Piece(len(rows), *(np.zeros(self.kv_len, dtype=np.bool_) for _ in range(2)))
+        # Reducing over rows is an eighth of the work on packed bits.
+        packed = np.packbits(bits, axis=1)
+        for seen, of_rows in ((piece.some, np.bitwise_or), (piece.every, np.bitwise_and)):
+            seen[columns] = np.unpackbits(of_rows.reduce(packed, axis=0), count=len(columns))
+        if self.pending is not None:
+            both = self.pending.with_piece(piece)
+            if both.rows <= _MAX_ROWS and self._cost(both) < self._cost(self.pending) + self._cost(piece):
+                piece = both
+            else:
+                self._flush()
+        self.rows.append(rows)
+        self.bits.append((columns, bits))
+        self.pending = piece
+
+    def _cost(self, piece: _Piece) -> float:
+        some, every = int(np.count_nonzero(piece.some)), int(np.count_nonzero(piece.every))
+        return min(self._masked_cost(piece.rows, some), self._split_cost(piece.rows, some, every))
+
+    def _masked_cost(self, rows: int, columns: int) -> float:
+        unpacked = _UNPACKED * TABLE_WORK / self.work
+        return self._costs.of(rows, columns, masked=True) + unpacked * rows * columns
+
+    def _split_cost(self, rows: int, some: int, every: int) -> float:
+        return self._costs.of(rows, every, masked=False) + self._masked_cost(rows, some - every)
+
+    def finish(self) -> list[Call]:
+        """The calls of all strips taken."""
+        self._flush()
+        return self.calls
+
+    def _flush(self) -> None:
+        if self.pending is None:
+            return
+        piece, rows = self.pending, np.concatenate(self.rows)
+        some, every = int(np.count_nonzero(piece.some)), int(np.count_nonzero(piece.every))
+        if self._split_cost(piece.rows, some, every) < self._masked_cost(piece.rows, some):
+            self.calls.append(Call(Pick.of(rows), Pick.of(np.flatnonzero(piece.every)), None))
+            self._mask(rows, np.flatnonzero(piece.some & ~piece.every), merges=True)
+        else:
+            self._mask(rows, np.flatnonzero(piece.some), merges=False)
+        self.rows, self.bits, self.pending = [], [], None
+
+    def _mask(self, rows: IntArray, columns: IntArray, *, merges: bool) -> None:
+        """Adds the call over these columns, without rows that see none of them."""
+        bits = np.zeros((len(rows), len(columns)), dtype=np.bool_)
+        top = 0
+        for own, part in self.bits:
+            place = np.searchsorted(own, columns).clip(max=len(own) - 1)
+            shared = np.flatnonzero(own[place] == columns)
+            bits[top : top + len(part), shared] = part[:, place[shared]]
+            top += len(part)
+        seeing = np.flatnonzero(bits.any(axis=1))
+        if len(seeing) < len(rows):
+            rows, bits = rows[seeing], bits[seeing]
+        if len(rows):
+            self.calls.append(Call(Pick.of(rows), Pick.of(columns), self._packed(bits), merges=merges))
+
+    def _packed(self, bits: BoolArray) -> Bits | None:
+        if bits.all():
+            return None
+        mask = Bits.pack(bits, self.b, self.h)
+        assert mask.packed is not None
+        if mask.packed.nbytes > self.budget:
+            return Bits(None, self.b, self.h)
+        self.budget -= mask.packed.nbytes
+        return mask
+
+
+def _steady(bits: BoolArray) -> list[tuple[int, int]]:
+    """Runs of rows in which first, last and number of visible columns change by at most one from row to row."""
+    rows = len(bits)
+    shape = np.stack((bits.argmax(axis=1), bits[:, ::-1].argmax(axis=1), np.count_nonzero(bits, axis=1)))
+    cuts = np.flatnonzero((np.abs(np.diff(shape, axis=1)) > 1).any(axis=0)) + 1
+    if len(cuts) > _MAX_CUTS:
+        cuts = np.arange(_FINEST_CUT, rows, _FINEST_CUT)
+    cuts = np.union1d(cuts, np.arange(_MAX_ROWS, rows, _MAX_ROWS))
+    return list(pairwise([0, *cuts.tolist(), rows]))

@@ -1,0 +1,1 @@
+"""Attention on an NVIDIA GPU: an expression and templates -> kernels; a block map, q, k and v -> results (`run.py`)."""

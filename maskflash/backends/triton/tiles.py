@@ -1,0 +1,188 @@
+"""Architecture, dtype, head dims and pass -> the kernel's tile: one table, each row with where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from maskflash.backends.triton.render import PassName
+from maskflash.errors import BackendError
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a kernel cuts its work: tokens per tile, warps per program, stages of its pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        arch: compute capability times ten that it was chosen for: 80, 86, 90, 100.
+        pass_name: which kernel.
+        bits: of the input dtype, 16 or 32.
+        head_dim: largest D and DV that it serves.
+        tile: the choice.
+        source: "static gate": compiled and checked, never timed; or the device it was measured on.
+    """
+
+    arch: int
+    pass_name: PassName
+    bits: int
+    head_dim: int
+    tile: Tile
+    source: str = "static gate"
+
+
+_Numbers = tuple[int, int, int, int]
+
+
+def _rows() -> tuple[Row, ...]:
+    rows = []
+    for arch, table in _TABLE.items():
+        for (pass_name, bits), tiles in table.items():
+            rows += [Row(arch, pass_name, bits, dim, Tile(*tile)) for dim, tile in tiles.items()]
+    return tuple(rows)
+
+
+# (block_m, block_n, warps, stages) by head dim. dK/dV holds block_n keys and walks block_m queries. Kernels compute in
+# powers of two; masking what a head dim leaves of one takes registers, which is what the rows for 120 are about.
+_FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
+    ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+_TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
+    80: {
+        ("forward", 16): {64: (64, 64, 4, 3), 128: (128, 32, 8, 3), 256: (64, 64, 8, 2)},
+        ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (64, 32, 4, 2), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        **_FLOAT32,
+    },
+    86: {
+        ("forward", 16): {64: (64, 64, 4, 3), 120: (128, 32, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (64, 32, 4, 2), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        **_FLOAT32,
+    },
+    90: {
+        ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
+        ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        **_FLOAT32,
+    },
+    100: {
+        ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (64, 64, 8, 1)},
+        ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
+        **_FLOAT32,
+    },
+}
+
+ROWS: Final = _rows()
+DELTA: Final = Tile(64, 64, 4, 1)  # bound by memory; any tile will do
+
+
+# Bytes of shared memory that one program may ask for, by compute capability times ten.
+SHARED_LIMITS: Final = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+
+
+def choose(
+    arch: int,
+    pass_name: PassName,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: tuple[int, int],
+    shared_limit: int | None = None,
+) -> Tile:
+    """The table's tile, shrunk to divide the block map's and to fit the device's shared memory.
+
+    Args:
+        arch: compute capability times ten; see the table's families.
+        pass_name: which kernel.
+        dtype: of q, k and v.
+        head_dim: the larger of D and DV.
+        block_size: (bq, bkv) of the block map.
+        shared_limit: bytes that one program may have; None for what the family's devices have.
+
+    Raises:
+        BackendError: an architecture before Ampere, a dtype or head dim that no row serves, or a block size that is no
+            multiple of 16.
+    """
+    family = _family(arch)
+    tiles = _TABLE[family].get((pass_name, 8 * dtype.itemsize), {})
+    fitting = [dim for dim in sorted(tiles) if dim >= head_dim]
+    if not fitting:
+        kind = str(dtype).removeprefix("torch.")
+        raise BackendError(
+            f"the triton backend serves 16- and 32-bit types and head dims to 256, got {kind}, {head_dim}"
+        )
+    tile = Tile(*tiles[fitting[0]])
+    block_m, block_n = (
+        _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
+    )
+    tile = replace(tile, block_m=block_m, block_n=block_n)
+    limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
+    while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim) > limit:
+        smaller = shrunk(tile)
+        if smaller is None:
+            break  # an estimate from above: the launch will tell
+        tile = smaller
+    return tile
+
+
+def shared_bytes(arch: int, pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
+    """An estimate, from above, of the shared memory of one program.
+
+    What it holds throughout, the buffers of the two tensors it walks over, P and dS on their way to a product, and the
+    mask's look-ups. Hopper's products read their buffers while the next are filled, so there every stage has one;
+    before, one less. Without a pipeline a tile that is used both ways round is there twice.
+    """
+    own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
+    held = own if pass_name == "forward" else 2 * own
+    dims = 1 << (head_dim - 1).bit_length()
+    buffers = 3 if tile.stages == 1 else 2 * (tile.stages if arch >= 90 else tile.stages - 1)
+    weights = (2 if pass_name == "dkdv" else 1) * tile.block_m * tile.block_n
+    return itemsize * ((held + buffers * walked) * dims + weights) + _MASK_BYTES
+
+
+_MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
+
+
+def shrunk(tile: Tile) -> Tile | None:
+    """The next smaller choice where a kernel did not fit the device: fewer stages, then shorter tiles."""
+    if tile.stages > 1:
+        return replace(tile, stages=tile.stages - 1)
+    if tile.block_m <= 16 and tile.block_n <= 16:
+        return None
+    if tile.block_n >= tile.block_m:
+        return replace(tile, block_n=tile.block_n // 2)
+    return replace(tile, block_m=tile.block_m // 2)
+
+
+def _family(arch: int) -> int:
+    """The family that serves an architecture: the nearest at or below it.
+
+    Consumer Blackwell (12.x) has the products and the shared memory of consumer Ampere, not of 10.0.
+    """
+    below = [family for family in sorted(_TABLE) if family <= arch]
+    if not below:
+        raise BackendError(f"the triton backend needs compute capability 8.0 or later, got {arch / 10}")
+    return 86 if arch >= 120 else below[-1]
+
+
+def _dividing(side: int, size: int) -> int:
+    """The largest power of two up to `side` that divides a block size."""
+    while side >= 16 and size % side:
+        side //= 2
+    if side < 16:
+        raise BackendError(f"the triton backend needs block sizes that are multiples of 16, got {size}")
+    return side

@@ -1,1 +1,0 @@
-"""Which tiles of the attention matrix to visit: the block map, and how it is found."""

@@ -1,1 +1,0 @@
-"""The text of kernels: an expression in Triton, templates filled in, and the modules they become."""

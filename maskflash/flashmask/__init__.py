@@ -1,0 +1,1 @@
+"""FlashMask's call and its paper's twelve masks -> ours."""

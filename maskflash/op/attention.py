@@ -1,0 +1,411 @@
+"""A mask, and how to run it -> the attention op that users call: its arguments checked, its backend chosen here."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
+
+import torch
+from torch import Tensor
+
+from maskflash.analysis.problem import Problem
+from maskflash.errors import ArgumentError, BackendError, MaskIndexError
+from maskflash.expr.evaluate import Inputs
+from maskflash.functions.slots import Slots, slots_of
+from maskflash.ground import arguments
+from maskflash.ground.identity import state
+from maskflash.masks.predicate import Call, Mask
+from maskflash.op import autograd, cache, checking
+from maskflash.op.analyse import Backend
+
+if TYPE_CHECKING:
+    from maskflash.backends.triton.render import PassName
+    from maskflash.op.explain import Explanation
+
+BackendChoice = Literal["auto", "cpu", "triton"]
+
+_TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
+_BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
+
+
+class Attention:
+    """Attention under one mask: call it with q, k and v.
+
+    It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
+    attention ops together, and made again when a table has been written to.
+
+    Attributes:
+        mask: which pairs may attend.
+        scale: factor of the scores; None for 1/sqrt(D).
+        block_size: (bq, bkv), a tile in tokens.
+        backend: as asked for.
+        deterministic: same inputs, same bits. Both backends always are.
+        tune: measure tiles at the first call of a kind (triton only).
+        check: read every table at every call, to find writes that torch doesn't see.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        scale: float | None,
+        block_size: tuple[int, int],
+        backend: BackendChoice,
+        deterministic: bool,
+        tune: bool = False,
+        check: bool = False,
+    ) -> None:
+        self.mask = mask
+        self.scale = scale
+        self.block_size = block_size
+        self.backend = backend
+        self.deterministic = deterministic
+        self.tune = tune
+        self.check = check or checking.ALWAYS
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: Literal[False] = False,
+        **mask_args: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: Literal[True],
+        **mask_args: Any,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: bool,
+        **mask_args: Any,
+    ) -> Any: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: bool = False,
+        **mask_args: Any,
+    ) -> Any:
+        """Attend: out = softmax(scale · q kᵀ over the visible keys) v.
+
+        Under autocast q, k and v are cast as for torch's own attention. torch.compile takes the call whole.
+
+        Args:
+            q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0.
+            k: (B, Hkv, Skv, D), Hkv divides Hq (grouped queries share a key head without a copy); Skv may be 0.
+            v: (B, Hkv, Skv, Dv).
+            q_offset: added to row numbers before the mask sees them: an int, or an int tensor (B,); one element serves
+                all rows.
+            return_lse: also return the log-sum-exp of the scores.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            out: (B, Hq, Sq, Dv) in q's dtype; 0 in rows that see nothing.
+            lse: if asked for, (B, Hq, Sq), natural logarithm of summed exponentials of scaled scores, float32
+            (float64 for float64), -inf in rows that see nothing. Both are differentiable in q, k and v.
+
+        Raises:
+            ArgumentError: shapes, devices or ranges that don't fit.
+            ArgumentTypeError: types or dtypes that don't fit.
+            BackendError: the chosen backend can't run here.
+            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
+
+        Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
+        """
+        q, k, v = arguments.as_autocast(q, k, v)
+        if return_lse is not True and return_lse is not False:
+            return_lse = arguments.flag("attention", "return_lse", return_lse)
+        named = stamp = None
+        if not (return_lse or self.check or torch.compiler.is_compiling() or autograd.watched(q, k, v)):
+            stamp = self.mask.look()
+            named = self._named(q, k, v, q_offset, mask_args, stamp)
+            known = None if named is None else cache.again(named)
+            if known is not None:  # every check below has passed for a call like this
+                scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+                again = autograd.at_once(known.plan, q, k, v, scale)
+                if again is not None:
+                    return again
+                named = None
+        arguments.tensors(q, k, v)
+        backend = self._backend_for(q.device)
+        plain = type(q_offset) is int and abs(q_offset) <= arguments.FARTHEST
+        offset = q_offset if plain else arguments.q_offset("attention", q_offset, q.shape[0])
+        slots, params, tables = self._bound(q, k, offset, mask_args, stamp)
+        if self.check:
+            self._check(slots, tables, offset)
+        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
+        if self.tune and backend == "triton" and not torch.compiler.is_compiling():
+            self._tune(q, k, v, offset, mask_args, scale)
+        try:
+            out, lse = autograd.attend(
+                q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend, return_lse
+            )
+        except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
+            from maskflash.analysis.classify import classify
+
+            classify(self._problem(q, k, q_offset, mask_args))
+            raise
+        if named is not None and backend == "cpu" and all(table.device == q.device for table in self.mask.held()):
+            given = [value for value in mask_args.values() if isinstance(value, Tensor)]
+            cache.note(named, [*self.mask.held(), *given], self._problem(q, k, offset, mask_args), backend)
+        return (out, lse) if return_lse else out
+
+    def source(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        pass_name: PassName = "forward",
+        q_offset: int | Tensor = 0,
+        **mask_args: Any,
+    ) -> str:
+        """The Triton text that a call with these tensors runs on a GPU; it can be had without one.
+
+        Args:
+            q: as in a call.
+            k: as in a call.
+            v: as in a call.
+            pass_name: "forward", "delta", "dkdv" or "dq".
+            q_offset: as in a call.
+            **mask_args: the mask's own arguments.
+
+        Raises:
+            BackendError: the mask uses an operation that Triton can't express exactly.
+
+        Example:
+            >>> import maskflash as mf
+            >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
+            >>> text = mf.compile(lambda b, h, q, kv: q >= kv).source(q, k, v)
+            >>> [line.strip() for line in text.splitlines() if "x2" in line][0]
+            'x2 = q[:, None] >= kv[None, :]'
+        """
+        from maskflash.analysis.classify import classify
+        from maskflash.backends.triton import run as triton
+        from maskflash.backends.triton.render import PASSES
+
+        arguments.tensors(q, k, v)
+        arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
+        if q.is_meta:
+            raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
+        problem = self._problem(q, k, q_offset, mask_args)
+        return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
+
+    def _named(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_offset: int | Tensor,
+        mask_args: dict[str, Any],
+        stamp: int,
+    ) -> Hashable | None:
+        """All that a call's analysis depends on, tables by their state; None if it can't be told at once."""
+        if type(q_offset) is not int or not _TOLD.issuperset(map(type, mask_args.values())):
+            return None
+        if q.is_nested or k.is_nested or v.is_nested:  # which have no shape
+            return None
+        mask = self.mask
+        given: list[Any] = [mask.number, stamp, q_offset]
+        for tensor in mask.held():
+            if tensor.is_inference():
+                return None
+            given += state(tensor)
+        for name, value in mask_args.items():
+            if not isinstance(value, Tensor):
+                given += name, type(value), value.hex() if isinstance(value, float) else value  # 0.0 == -0.0
+            elif value.is_inference() or value.is_nested or value.layout is not torch.strided:
+                return None
+            else:
+                given += name, *state(value)
+        return (
+            *(self.backend, self.block_size, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype),
+            *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *given),
+        )
+
+    def _bound(
+        self,
+        q: Tensor,
+        k: Tensor,
+        offset: int | Tensor,
+        mask_args: dict[str, Any],
+        stamp: int | None = None,
+    ) -> tuple[Slots, list[int], list[Tensor]]:
+        """The mask's expression, and its numbers and tables in a call."""
+        mask, device = self.mask, q.device
+        batch, heads, q_len, _ = q.shape
+        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
+        if mask_args or mask.keywords:
+            values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
+        slots, values = slots_of(mask, values, stamp)
+        params, tables = slots.filled(values, device)
+        if tables or isinstance(offset, Tensor):
+            arguments.same_device(device, slots.names, tables, offset)
+        return slots, params, tables
+
+    def _check(self, slots: Slots, tables: list[Tensor], offset: int | Tensor) -> None:
+        """See `checking.check`."""
+        if not torch.compiler.is_compiling():
+            offsets = [("q_offset", offset)] if isinstance(offset, Tensor) else []
+            checking.check("attention", [*zip(slots.names, tables, strict=True), *offsets])
+        elif not checking.ALWAYS:
+            torch._dynamo.graph_break(
+                "attention: check=True looks at tables in Python, which torch.compile can't take in; set "
+                "MASKFLASH_CHECK=1, with which compiled graphs check too"
+            )
+
+    def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
+        """The mask at the lengths of a call."""
+        offset = arguments.q_offset("attention", q_offset, q.shape[0])
+        slots, params, tables = self._bound(q, k, offset, mask_args)
+        return Problem(
+            slots.expr,
+            Inputs(slots.expr.decoded(params), tuple(tables)),
+            q.shape[2],
+            k.shape[2],
+            q.shape[0],
+            q.shape[1],
+            self.block_size,
+            offset,
+            q.device,
+            slots.names,
+        )
+
+    def _tune(
+        self, q: Tensor, k: Tensor, v: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any], scale: float
+    ) -> None:
+        """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
+        from maskflash.backends.triton import run as triton
+
+        problem = self._problem(q, k, q_offset, mask_args)
+        plan = cache.find(problem, "triton").plan
+        assert isinstance(plan, triton.Plan), "the backend's own"
+        triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
+
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> Explanation:
+        """What was decided for these lengths, and why: str() for people, .to_dict() for tools.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: as in a call.
+            device: where a call would run.
+            **mask_args: the mask's own arguments.
+
+        Example:
+            >>> import maskflash as mf
+            >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))  # doctest: +ELLIPSIS
+            sliding_window(256)
+              visible            ((q - 256) <= kv) and (kv <= q)
+              rows of column j   [j, j + 257)
+              reads              q, kv: one block map for all batch rows and heads
+              tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
+              decided            1024 tiles by formulas
+              backend            cpu, since the tensors are on cpu
+              forward float32    ... dense calls, ... masked, 0 gathered, ... pairs, in float32
+              ...
+        """
+        from maskflash.op.explain import Explanation
+
+        problem = self.mask.problem(
+            "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+        )
+        backend = self._backend_for(problem.device)
+        why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
+        return Explanation(self.mask.name, problem, cache.find(problem, backend), backend, why)
+
+    def prepare(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> None:
+        """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
+
+        It needs no q, k or v, so it can run in a thread while the step before is computed.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: as in a call.
+            device: where the calls will run.
+            **mask_args: the mask's own arguments, the very tensors of the calls.
+
+        Raises:
+            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
+
+        Example:
+            >>> import maskflash as mf
+            >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
+            >>> attn.prepare(512, 512)
+        """
+        problem = self.mask.problem(
+            "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+        )
+        cache.find(problem, self._backend_for(problem.device))
+
+    def invalidate(self) -> None:
+        """Forget what is known of the mask's tables: needed only after a write that torch didn't see.
+
+        `maskflash.invalidate` does so for all masks, and says which writes these are.
+        """
+        cache.invalidate(self.mask.forms.texts)
+
+    def _backend_for(self, device: torch.device) -> Backend:
+        chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
+        if chosen is None or (chosen == "cpu" and device.type != "cpu"):
+            raise BackendError(
+                f"attention: tensors are on {device.type}, expected "
+                f"{'cpu' if chosen else ' or '.join(_BACKENDS)}; move q, k and v"
+            )
+        if chosen == "triton":
+            from maskflash.backends.triton import run as triton
+
+            problem = triton.unavailable(device)
+            if problem is not None:
+                raise BackendError(f"attention: the triton backend can't run here: {problem}")
+        return chosen
+
+    def __repr__(self) -> str:
+        return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"

@@ -1,0 +1,154 @@
+"""An analysis -> what was decided and why, for people and for tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maskflash.analysis.closed_form import visible_rows
+from maskflash.analysis.problem import Problem
+from maskflash.analysis.ways.columns import find_pieces
+from maskflash.analysis.ways.separate import obstacle, separate
+from maskflash.backends.cpu import run as cpu
+from maskflash.expr.format import format_expr
+from maskflash.ground import html
+from maskflash.op.analyse import Analysis
+
+if TYPE_CHECKING:
+    from maskflash.backends.triton import run as triton
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Explanation:
+    """What became of a mask at given lengths: str() for people, also where it is shown; to_dict() for tools."""
+
+    mask: str
+    problem: Problem
+    analysis: Analysis
+    backend: str
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data; `passes` says what the backend runs for each."""
+        problem, classified = self.problem, self.analysis.classified
+        return {
+            "mask": self.mask,
+            "visible": format_expr(problem.expr, problem.inputs.params, problem.names),
+            "rows": self._rows(),
+            "reads": [name for name in ("b", "h", "q", "kv") if name in problem.expr.reads],
+            "tables": {
+                name: list(table.shape) for name, table in zip(problem.names, problem.inputs.tables, strict=True)
+            },
+            "q_len": problem.q_len,
+            "kv_len": problem.kv_len,
+            "block_size": list(problem.block_size),
+            "shape": list(problem.shape),
+            "tiles": classified.block_map.counts,
+            "sparsity": classified.block_map.sparsity,
+            "decided": classified.decided,
+            "evaluated_for": self._obstacle() if classified.by_elements else None,
+            "backend": self.backend,
+            "why": self.why,
+            "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
+            "passes": _passes(self.analysis.plan),
+        }
+
+    def _rows(self) -> str | None:
+        """The rows that column j sees, where they are an interval with a formula, and start at 0."""
+        offset = self.problem.q_offset
+        if isinstance(offset, Tensor) or offset != 0:
+            return None
+        pieces = find_pieces(self.problem.on_host())
+        if pieces is None or any(turn.descending for turn in pieces.turns):
+            return None
+        separated = separate(self.problem.expr)
+        assert separated is not None, "pieces come from what separates"
+        return visible_rows(separated, self.problem.inputs.params, self.problem.names)
+
+    def _obstacle(self) -> str:
+        """What kept the columns from being cut, so that tiles had to be evaluated."""
+        expr = self.problem.expr
+        position = obstacle(expr)
+        if position is None:
+            return "rows whose values go up and down, or change too often to cut columns"
+        text = format_expr(expr.part(position), self.problem.inputs.params, self.problem.names)
+        source = expr.source(position)
+        return f"{text}\nin {source}" if source else text
+
+    def __repr__(self) -> str:
+        told = {name: text.replace("\n", "\n" + " " * 21) for name, text in self._told().items()}
+        return "\n".join([self.mask, *(f"  {name:<18} {text}" for name, text in told.items())])
+
+    def _repr_html_(self) -> str:
+        return html.facts(self.mask, self._told()) + self.analysis.classified.block_map._repr_html_()
+
+    def _told(self) -> dict[str, str]:
+        """The facts as people read them."""
+        facts = self.to_dict()
+        rows, columns = facts["block_size"]
+        tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
+        reads = ", ".join(facts["reads"]) or "nothing"
+        own = [name for name, letter in (("batch row", "b"), ("head", "h")) if letter in facts["reads"]]
+        shared = (
+            f"block maps of its own for each {' and '.join(own)}"
+            if own
+            else "one block map for all batch rows and heads"
+        )
+        return {
+            "visible": facts["visible"],
+            **({"rows of column j": facts["rows"]} if facts["rows"] else {}),
+            "reads": f"{reads}: {shared}",
+            "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
+            "decided": _decided(facts["decided"]),
+            **({"evaluated for": facts["evaluated_for"]} if facts["evaluated_for"] else {}),
+            "backend": f"{self.backend}, {self.why}",
+            **{name: _sentence(counts) for name, counts in facts["passes"].items()},
+        }
+
+
+def _decided(decided: dict[str, int]) -> str:
+    if decided["pairs"]:
+        return f"{decided['pairs']} tiles by all pairs, of so few rows"
+    if decided["formula"]:
+        return f"{decided['formula']} tiles by formulas"
+    if decided["intervals"]:
+        return f"{decided['intervals']} tiles by the rows' intervals"
+    if decided["groups"]:
+        return f"{decided['groups']} tiles by groups of rows and columns that the mask treats alike"
+    if decided["columns"]:
+        return f"{decided['columns']} tiles by cutting columns"
+    if decided["parts"]:
+        return f"{decided['parts']} tiles by conditions one by one, and by pairs where two of them are partial"
+    bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))
+    return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
+
+
+def _sentence(facts: dict[str, int | str]) -> str:
+    """A pass in words: its counts, and on the CPU the dtype that it computes in."""
+    return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
+
+
+def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
+    """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU."""
+    if not isinstance(plan, cpu.Plan):
+        walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
+        return {
+            name: dict(zip(("full tiles", "partial tiles"), work.counts.sum((1, 2)).tolist(), strict=True))
+            for name, work in walks.items()
+        }
+    passes: dict[str, dict[str, int | str]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name in ("forward", "backward"):
+            facts = plan.describe(name, dtype)
+            kind = str(dtype).removeprefix("torch.")
+            passes[f"{name} {kind}"] = {
+                "dense calls": facts["calls"],
+                "masked": facts["masked"],
+                "gathered": facts["gathered"],
+                "pairs": facts["pairs"],
+                "compute": facts["compute"],
+            }
+    return passes

@@ -1,0 +1,152 @@
+"""DTensors and a mask -> the op on what each rank holds of the batch and the heads, under the mask as seen from there.
+
+A rank that holds the rows from 4 on computes under `mask(b + 4, ...)`: the mask's tables are whole everywhere, and its
+indices are those of the whole tensors. Nothing is sent, unless k or v are laid out in another way than q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.expr.nodes import Builder
+from maskflash.expr.simplify import simplify
+from maskflash.functions.slots import expression
+
+_DIMENSIONS: Final = ("batch", "heads", "tokens", "head dim")
+
+
+def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    """The results out and lse, laid out as q is."""
+    q, k, v, *mask = args
+    if not any(isinstance(x, DTensor) for x in (q, k, v)):
+        return op(q, k, v, *_here(mask, None, ()))
+    mesh, placements = _layout(q, k, v)
+    with torch.no_grad():  # autograd is above
+        local = op(*(_part(x, mesh, placements) for x in (q, k, v)), *_here(mask, q, placements))
+        shapes = (*q.shape[:3], v.shape[3]), q.shape[:3]
+        return tuple(_whole(x, mesh, placements, shape) for x, shape in zip(local, shapes, strict=True))
+
+
+def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
+    """dq, dk and dv, laid out as q is."""
+    (dout, dlse, q, k, v, out, lse), mask = args[:7], args[7:]
+    if not any(isinstance(x, DTensor) for x in (q, k, v)):
+        return op(dout, dlse, q, k, v, out, lse, *_here(mask, None, ()))
+    mesh, placements = _layout(q, k, v)
+    with torch.no_grad():
+        parts = (None if x is None else _part(x, mesh, placements) for x in (dout, dlse, q, k, v, out, lse))
+        local = op(*parts, *_here(mask, q, placements))
+        return tuple(_whole(x, mesh, placements, of.shape) for x, of in zip(local, (q, k, v), strict=True))
+
+
+def _layout(q: Any, k: Any, v: Any) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+    """Where q, k, v and all that is made of them are computed: as q is laid out; what is to be summed, everywhere.
+
+    Raises:
+        ArgumentTypeError: only some of them are DTensors.
+        ArgumentError: they are of several meshes, or split along tokens, or key heads can't be shared out.
+    """
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, DTensor):
+            raise ArgumentTypeError(
+                f"attention: {name} is a {type(x).__name__}, expected a DTensor as the others are; make it one with "
+                "torch.distributed.tensor.distribute_tensor or DTensor.from_local"
+            )
+        if x.device_mesh != q.device_mesh:
+            raise ArgumentError(f"attention: {name} is on {x.device_mesh}, expected q's {q.device_mesh}")
+        for placement in x.placements:
+            if not (placement.is_replicate() or placement.is_partial() or _is_split(placement)):
+                along = _DIMENSIONS[placement.dim] if isinstance(placement, Shard) else str(placement)
+                raise ArgumentError(
+                    f"attention: {name} is a DTensor split along {along}, expected batch (Shard(0)) or heads "
+                    f"(Shard(1)); bring it together first: {name}.redistribute(placements=...)"
+                )
+    placements = tuple(p if _is_split(p) else Replicate() for p in q.placements)
+    split = 1
+    for size, placement in zip(q.device_mesh.shape, placements, strict=True):
+        split *= size if placement.is_shard(1) else 1
+    if k.shape[1] % split:
+        raise ArgumentError(
+            f"attention: {k.shape[1]} key heads can't be shared out over {split} ranks along q's heads, expected a "
+            "multiple; repeat key heads for it (repeat_interleave), or split the batch"
+        )
+    return q.device_mesh, placements
+
+
+def _is_split(placement: Placement) -> bool:
+    return isinstance(placement, Shard) and placement.dim in (0, 1)
+
+
+def _part(x: DTensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
+    """What this rank holds of it in a layout."""
+    return x.redistribute(mesh, placements).to_local()
+
+
+def _whole(x: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape: Sequence[int]) -> DTensor:
+    """A tensor of this shape, of which this rank holds x."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def _here(mask: Sequence[Any], q: DTensor | None, placements: tuple[Placement, ...]) -> tuple[Any, ...]:
+    """The op's mask as seen from this rank's part of q: indices shifted, tables whole, offsets of its own rows."""
+    tables, params, q_offset, q_offsets, scale, expr, *rest = mask
+    tables, params = [_all_of(table) for table in tables or ()], list(params or ())
+    if q_offsets is not None:
+        q_offsets = _all_of(q_offsets)
+    if q is not None:
+        rows, of_heads = (_held(q.shape[dim], dim, q.device_mesh, placements) for dim in (0, 1))
+        firsts = {"b": rows.start, "h": of_heads.start}
+        shifts = {name: first for name, first in firsts.items() if first and name in expression(expr).reads}
+        if shifts:
+            expr = _shifted(expr, tuple(shifts), len(params))
+            params += shifts.values()
+        if q_offsets is not None:
+            q_offsets = q_offsets[rows.start : rows.stop]
+    return tables, params, q_offset, q_offsets, scale, expr, *rest
+
+
+def _held(size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> range:
+    """What this rank holds of a dimension, which torch splits as `chunk` does."""
+    held, at = range(size), mesh.get_coordinate()
+    assert at is not None, "a rank outside of the mesh has no part to compute"
+    for ranks, place, placement in zip(mesh.shape, at, placements, strict=True):
+        if placement.is_shard(dim):
+            most = -(-len(held) // ranks)
+            held = held[most * place : most * (place + 1)]
+    return held
+
+
+def _all_of(x: Tensor) -> Tensor:
+    if not isinstance(x, DTensor):
+        return x
+    return x.to_local() if all(placement.is_replicate() for placement in x.placements) else x.full_tensor()
+
+
+@lru_cache(maxsize=256)
+def _shifted(text: str, names: tuple[str, ...], slot: int) -> str:
+    """A mask's text with params, from this slot on, added to these indices."""
+    expr, builder = expression(text), Builder()
+    places: list[int] = []
+    for node in expr.nodes:
+        place = builder.add(
+            node.op, *(places[arg] for arg in node.args), dtype=node.dtype, weak=node.weak, value=node.value
+        )
+        if node.op in names:
+            param = builder.add("param", dtype=torch.int64, weak=True, value=slot + names.index(node.op))
+            place = builder.add("add", place, param)
+        places.append(place)
+    return simplify(builder.finish(places[-1])).text
+
+
+torch.library.register_torch_dispatch("maskflash::forward", DTensor, forward)
+torch.library.register_torch_dispatch("maskflash::backward", DTensor, backward)

@@ -1,0 +1,1 @@
+"""A Python predicate -> the expression it computes."""

@@ -1,0 +1,99 @@
+"""How work is spread over a device, with the numbers of devices that are not here; and what torch's settings mean."""
+
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from maskflash.backends.triton import device as triton_device
+
+H100 = SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132, shared_memory_per_block_optin=232_448)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A CUDA device with the numbers of an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cuda", 1)
+
+
+def test_heads_whose_keys_fit_half_of_the_cache_run_side_by_side(gpu):
+    def share(tokens, group, heads):
+        return triton_device.heads_in_cache(gpu, tokens * (128 + 128) * 2, group, heads)
+
+    assert share(8192, 1, 64) == 6  # of 4 MiB each
+    assert share(8192, 8, 64) == 48  # eight query heads read one key head
+    assert share(8192, 8, 16) == 16
+    assert share(1 << 20, 8, 64) == 1  # one head does not fit
+    assert triton_device.heads_in_cache(gpu, 0, 1, 5) == 5
+
+
+@pytest.mark.parametrize(
+    ("group", "programs", "part"),
+    [
+        (8, 1000, 8),  # enough as it is
+        (8, 264, 8),
+        (8, 263, 4),
+        (8, 64, 1),
+        (6, 100, 2),  # 300 programs of two heads; of three there would be 200
+        (1, 3, 1),
+    ],
+)
+def test_a_group_is_split_until_every_processor_has_two_programs(gpu, group, programs, part):
+    assert triton_device.part_of_group(gpu, group, programs) == part
+
+
+def test_what_the_tile_table_asks_of_a_device(gpu, monkeypatch):
+    assert triton_device.arch(gpu) == 90
+    assert triton_device.shared_limit(gpu) == 232_448
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    assert triton_device.shared_limit(gpu) is None  # an older torch does not tell
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "message"),
+    [((7, 5), None, r"8.0 (Ampere) or later, got 7.5"), ((9, 0), "6.0", "got an AMD one"), ((8, 0), None, None)],
+)
+def test_what_cannot_run_says_why(gpu, monkeypatch, capability, hip, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    interpreted = SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(triton_device, "library", lambda: interpreted)
+    found = triton_device.unavailable(gpu)
+    assert found is None if message is None else message in found
+
+
+def test_without_triton_there_is_a_reason(monkeypatch):
+    def missing():
+        raise ImportError
+
+    monkeypatch.setattr(triton_device, "library", missing)
+    assert "pip install triton" in triton_device.unavailable(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("", "ieee"),
+        ('torch.set_float32_matmul_precision("high")', "tf32"),
+        ('torch.set_float32_matmul_precision("highest")', "ieee"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ('torch.backends.cuda.matmul.fp32_precision = "tf32"', "tf32"),
+        ('torch.backends.cuda.matmul.fp32_precision = "ieee"', "ieee"),
+        ('torch.backends.fp32_precision = "tf32"', "tf32"),
+    ],
+)
+def test_float32_products_follow_torchs_setting(setting, expected):
+    """In a process of its own: torch refuses to go back from its new names to the old ones."""
+    script = f"""
+        import torch
+        {setting}
+        from maskflash.backends.triton.device import precision
+        print(precision(torch.float32), precision(torch.float16))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [expected, "ieee"], done.stderr

@@ -1,0 +1,51 @@
+"""A plan makes each order once, says what it holds, and lives as long as a CUDA graph that reads it.
+
+`tests/test_transfer.py` has what it copies, waits for and refuses.
+"""
+
+import pytest
+import torch
+
+import maskflash as mf
+from maskflash.analysis.classify import classify
+from maskflash.backends.triton import plan as triton_plan
+from maskflash.backends.triton.plan import plan
+
+HALF = mf.causal() & mf.document([20, 13])  # of 40 tokens: the last ones see nothing
+
+
+@pytest.fixture
+def problem():
+    return HALF.problem("test", 40, 40, 1, 1, (16, 16), 0, torch.device("cpu"), {})
+
+
+@pytest.fixture
+def made(problem):
+    return plan(problem, classify(problem), problem.device)
+
+
+def test_an_order_is_made_once(made):
+    first, again, other = made.walks(True, 3, 1)[0], made.walks(True, 3, 1)[0], made.walks(True, 5, 2)[0]
+    assert again is first
+    assert (first.shape, other.shape) == ((1, 3), (1, 5))
+
+
+def test_bytes_are_those_of_all_tensors(made):
+    seen = [made.seen(rows=rows) for rows in (True, False)]
+    held = {id(x): x for work in (made.rows, made.columns) for x in (*work.tensors, work.counts)}
+    before = sum(x.nbytes for x in [*held.values(), *seen])
+    assert made.nbytes == before > 0
+    assert made.nbytes < before + made.walks(False, 3, 1)[0].nbytes == made.nbytes
+
+
+def test_what_a_graph_reads_is_kept(made, problem, monkeypatch):
+    kept = []
+    monkeypatch.setattr(triton_plan, "_captured", kept)
+    made.keep(problem)
+    assert kept == []
+    monkeypatch.setattr(triton_plan, "capturing", lambda device: True)
+    made.keep(problem)
+    ((held, tables),) = kept
+    assert held is made
+    assert tables is problem.inputs.tables
+    assert len(tables) > 0

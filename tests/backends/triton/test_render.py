@@ -1,0 +1,152 @@
+"""Rendered kernels: as the golden files have them, whole Python, and dependent on a mask's structure alone."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jinja2 import UndefinedError
+
+import maskflash as mf
+from maskflash.backends.triton import render as rendering
+from maskflash.backends.triton.emit import TableKind
+from maskflash.backends.triton.render import PASSES, Specialisation, render, template_folder
+from maskflash.trace.trace import trace
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_masks():
+    spec = importlib.util.spec_from_file_location("golden_masks", GOLDEN / "masks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.MASKS
+
+
+MASKS = golden_masks()
+KEPT = [
+    *((name, "forward") for name in MASKS),
+    *(("packed", pass_name) for pass_name in ("dkdv", "dq", "delta")),
+    ("causal", "dkdv"),
+    ("columns", "dkdv"),
+]
+
+
+@pytest.mark.parametrize(("name", "pass_name"), KEPT)
+def test_the_text_is_the_golden_one(request, name, pass_name):
+    """What a change of templates or of emission does to kernels shows here; --update-golden writes them anew."""
+    given = {"doc": torch.zeros(2, 1024, dtype=torch.int32)} if name == "packed" else {}
+    x = torch.zeros(2, 4, 1024, 64)
+    text = mf.compile(MASKS[name]).source(x, x, x, pass_name=pass_name, **given)
+    text = re.sub(r"(\.py):\d+\)", r"\1)", text)  # the lines of masks move with whatever stands above them
+    path = GOLDEN / f"{name}.{pass_name}.txt"
+    if request.config.getoption("--update-golden"):
+        path.write_text(text, encoding="utf-8")
+    assert path.exists(), "no golden file: run pytest with --update-golden"
+    assert text == path.read_text(encoding="utf-8"), "run pytest with --update-golden, and read the difference"
+
+
+def test_no_golden_file_is_left_over():
+    assert {path.name for path in GOLDEN.glob("*.txt")} == {f"{name}.{pass_name}.txt" for name, pass_name in KEPT}
+
+
+EVERYTHING = trace(
+    lambda b, h, q, kv, *, doc, n: doc[b, q] == doc[b, kv] and q - kv < n + h,
+    {"doc": torch.zeros(2, 8, dtype=torch.int64), "n": 3},
+).expr
+KINDS = (TableKind(torch.int64, 2),)
+FLAGS = ("narrow", "map_batch", "map_heads", "per_row_offset", "padded_d", "padded_dv")
+
+
+def special(**flags):
+    return Specialisation(EVERYTHING, KINDS, **flags)
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("others", [False, True])
+def test_every_flag_gives_whole_python(pass_name, flag, others):
+    flags = {name: others for name in FLAGS}
+    texts = [render(special(**{**flags, flag: value}), pass_name) for value in (False, True)]
+    for text in texts:
+        tree = ast.parse(text)
+        assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)][-1] == pass_name
+        assert "{" not in text.replace("{{", "").split("@triton.jit")[-1]
+        assert not any(mark in text for mark in ("#-", "NUMBERS", "{%", "{{", "}}"))
+        assert not any(line != line.rstrip() for line in text.split("\n"))
+        assert text.endswith("\n")
+    assert (texts[0] == texts[1]) == (pass_name == "delta"), "a flag that changes nothing compiles twice for nothing"
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_every_number_is_named_as_unspecialised(pass_name):
+    tree = ast.parse(render(special(per_row_offset=True), pass_name))
+    kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == pass_name)
+    (listed,) = (ast.literal_eval(word.value) for word in kernel.decorator_list[0].keywords)
+    numbers = [arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Constant)]
+    pointers = [] if pass_name == "delta" else ["t0", "q_offset"]
+    assert listed == numbers + pointers
+    constants = {arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Attribute)}
+    assert all(name.isupper() for name in constants)
+
+
+def test_a_table_named_like_a_mark_changes_nothing():
+    NUMBERS = torch.zeros(8)
+    expr = trace(lambda b, h, q, kv: NUMBERS[q] < 3 + NUMBERS[kv]).expr
+    text = render(Specialisation(expr, (TableKind(torch.float32, 1),)), "forward")
+    assert "NUMBERS[q]" in text  # in the comment, as the user wrote it
+    assert 'do_not_specialize=[\n    "q_b", ' in text
+
+
+def test_what_a_template_misses_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "delta.py.jinja").write_text("x = {{ no_such_hole }}\n")
+    monkeypatch.setattr(rendering, "template_folder", lambda: tmp_path)
+    rendering._environment.cache_clear()
+    try:
+        with pytest.raises(UndefinedError, match="no_such_hole"):
+            render(special(), "delta")
+    finally:
+        rendering._environment.cache_clear()
+
+
+def laid_out(folder, monkeypatch):
+    """As if the package lay in a folder."""
+    package = folder / "maskflash"
+    (package / "codegen").mkdir(parents=True)
+    monkeypatch.setattr(rendering, "__file__", str(package / "backends" / "triton" / "render.py"))
+    return package
+
+
+def test_an_installed_package_has_its_own_templates(tmp_path, monkeypatch):
+    package = laid_out(tmp_path, monkeypatch)
+    (package / "templates").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "templates").mkdir()
+    assert template_folder() == package / "templates"
+
+
+def test_a_checkout_has_them_at_its_top(tmp_path, monkeypatch):
+    laid_out(tmp_path, monkeypatch)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "templates").mkdir()
+    assert template_folder() == tmp_path / "templates"
+
+
+def test_a_foreign_folder_beside_the_package_is_not_taken(tmp_path, monkeypatch):
+    package = laid_out(tmp_path, monkeypatch)
+    (tmp_path / "templates").mkdir()  # site-packages/templates may be anybody's
+    with pytest.raises(mf.BackendError) as caught:
+        template_folder()
+    assert str(package / "templates") in str(caught.value)
+    assert str(tmp_path / "templates") in str(caught.value)
+    assert "reinstall" in str(caught.value)
+
+
+def test_importing_the_package_needs_no_jinja():
+    script = "import sys, maskflash; print([name for name in ('jinja2', 'triton') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
