@@ -36,6 +36,7 @@ class Problem:
         q_offset: added to row numbers, an int or an integer tensor (batch,).
         device: where they are, and where a map of it is wanted.
         names: what the user calls each table, for people.
+        kv_offset: added to column numbers, an int or an integer tensor (batch,).
     """
 
     expr: Expr
@@ -48,6 +49,7 @@ class Problem:
     q_offset: int | Tensor = 0
     device: torch.device = _CPU
     names: tuple[str, ...] = ()
+    kv_offset: int | Tensor = 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

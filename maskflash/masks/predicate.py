@@ -25,11 +25,8 @@ from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, keyword_arguments, trace
 
-_MAKERS: Final = (
-    "maskflash.presets.",
-    "maskflash.flashmask.paper",
-    "maskflash.masks.columns",
-)  # modules whose functions make masks
+# Modules whose functions make masks.
+_MAKERS: Final = ("maskflash.presets.", "maskflash.flashmask.paper", "maskflash.masks.columns")
 
 __all__ = ["Call", "Combination", "Fits", "Mask", "Predicate", "Recorded", "mask"]
 
