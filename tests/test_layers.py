@@ -30,7 +30,7 @@ ORDER = {
         *("emit", "render", "tiles", "modules", "tiles_measured", "walks", "device", "plan", "layout", "launch", "run"),
     ],
     "op": [
-        "closed_form",
+        "spec",
         "analyse",
         "explain",
         "checking",

@@ -184,18 +184,18 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
     raise ArgumentTypeError(f"{operation}: {name} is {kind}, expected a dense tensor; convert it once: {name}.{fix}")
 
 
-def q_offset(operation: str, value: Any, batch: int) -> int | Tensor:
+def q_offset(operation: str, value: Any, batch: int, name: str = "q_offset") -> int | Tensor:
     """An int, or an integer tensor (batch,); of a tensor of one element a view that gives it to all batch rows."""
     if not isinstance(value, Tensor):
-        return integer(operation, "q_offset", value, low=-FARTHEST, high=FARTHEST)
-    held(operation, "q_offset", value)
-    _check_integers(operation, "q_offset", value)
+        return integer(operation, name, value, low=-FARTHEST, high=FARTHEST)
+    held(operation, name, value)
+    _check_integers(operation, name, value)
     shape = tuple(value.shape)
     if shape == (batch,):
         return value
     if shape not in ((), (1,)):
         raise ArgumentError(
-            f"{operation}: q_offset has shape {shape}, expected ({batch},), one for each batch row; pass an int, or a "
+            f"{operation}: {name} has shape {shape}, expected ({batch},), one for each batch row; pass an int, or a "
             "tensor of one element, where all rows share it"
         )
     return value.expand(batch)
@@ -401,11 +401,9 @@ def _reshaped(name: str, ndim: int) -> str:
     return f"; {name}[None, None] adds a batch and a head of 1" if ndim == 2 else ""
 
 
-def same_device(device: torch.device, names: tuple[str, ...], tables: list[Tensor], offset: int | Tensor) -> None:
-    """Check that a mask's tables and the offset are where q is."""
-    if isinstance(offset, Tensor):
-        names, tables = (*names, "q_offset"), [*tables, offset]
-    for name, tensor in zip(names, tables, strict=True):
+def same_device(device: torch.device, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Check that a mask's tables and the offsets are where q is."""
+    for name, tensor in tensors:
         if tensor.device != device:
             raise ArgumentError(
                 f"attention: the mask's {name} is on {tensor.device}, expected q's {device}; move it once, before "

@@ -1,10 +1,9 @@
 """A mask at given lengths -> what a backend needs to run it: the passes in order, each with its one home.
 
-    trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
-    simplify    expr/simplify.py     the expression in normal form
-    classify    blocks/classify.py   expression -> block map: formulas, intervals, groups, pieces, parts; or tiles
-    hulls       blocks/hulls.py      expression -> what rows see, where formulas, pieces or groups tell (CPU only)
-    plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
+    trace       trace/trace.py          predicate -> expression; those of combinations are joined (trace/combine.py)
+    simplify    expr/simplify.py        the expression in normal form
+    classify    analysis/classify.py    expression -> what rows see, and the block map, by the cheapest way
+    plan        backends/*/plan.py      that -> what the backend walks: dense calls on the CPU, tiles on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.
 """
@@ -13,7 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from maskflash.op.spec import Backend, Extent, Spec
 
 if TYPE_CHECKING:
     from maskflash.analysis.classify import Classified
@@ -21,17 +25,59 @@ if TYPE_CHECKING:
     from maskflash.backends.cpu.plan import Plan as CpuPlan
     from maskflash.backends.triton.plan import Plan as TritonPlan
 
-Backend = Literal["cpu", "triton"]
-
 _MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than hulls are found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """What is known of a mask at given lengths before any q, k or v."""
+    """What is known of a mask at given lengths before any q, k or v, and how a backend runs it.
+
+    Attributes:
+        classified: the block map, and how it was found.
+        plan: what the backend walks.
+        backend: whose plan that is.
+        run: its `run` module.
+    """
 
     classified: Classified
     plan: CpuPlan | TritonPlan
+    backend: Backend
+    run: Any
+
+    def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Out and lse of a call that the spec asks for."""
+        found: tuple[Tensor, Tensor] = self.run.forward(self.plan, *self._of_mask(spec, q, k), q, k, v, spec.scale)
+        return found
+
+    def backward(
+        self,
+        spec: Spec,
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v, from those of out and lse; None stands for zeros."""
+        dout = torch.zeros_like(out) if dout is None else dout
+        of_mask = self._of_mask(spec, q, k)
+        found: tuple[Tensor, Tensor, Tensor] = self.run.backward(
+            self.plan, *of_mask, dout, dlse, q, k, v, out, lse, spec.scale
+        )
+        return found
+
+    def at_once(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """`out` of the one dense call that is all there is to do, made so that torch differentiates it; else None."""
+        if self.backend != "cpu":
+            return None
+        call = self.run.sole_call(self.plan, q, k, v)
+        return None if call is None else self.run.attend(self.plan, call, q, k, v, scale)
+
+    def _of_mask(self, spec: Spec, q: Tensor, k: Tensor) -> tuple[Problem, ...]:
+        """What a backend that evaluates pairs itself needs beside its plan."""
+        return () if self.backend == "cpu" else (spec.problem(Extent.of(q, k)),)
 
     @property
     def nbytes(self) -> int:
@@ -52,13 +98,15 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
     device, problem = problem.device, problem.on_host()
     classified = classify(problem)
     if backend == "triton":
-        from maskflash.backends.triton.plan import plan as triton_plan
+        from maskflash.backends.triton import run as triton
 
-        return Analysis(replace(classified, hulls=None), triton_plan(problem, classified, device))
+        walks = triton.plan(problem, classified, device)
+        return Analysis(replace(classified, hulls=None), walks, backend, triton)
     from maskflash.analysis.ways.ends import find_hulls
-    from maskflash.backends.cpu.plan import plan as cpu_plan
+    from maskflash.backends.cpu import run as cpu
 
     block_map = classified.block_map
     pairs = block_map.counts["partial"] * math.prod(block_map.block_size)
     hulls = classified.hulls or (find_hulls(problem) if pairs > _MANY_PAIRS else None)
-    return Analysis(replace(classified, hulls=None), cpu_plan(block_map, problem.visible, hulls))
+    plan = cpu.plan(block_map, problem.visible, hulls)
+    return Analysis(replace(classified, hulls=None), plan, backend, cpu)

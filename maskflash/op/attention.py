@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
-from maskflash.expr.evaluate import Inputs
 from maskflash.functions.slots import Slots, slots_of
 from maskflash.ground import arguments
 from maskflash.ground.identity import state
 from maskflash.masks.predicate import Call, Mask
 from maskflash.op import autograd, cache, checking
-from maskflash.op.analyse import Backend
+from maskflash.op.analyse import Analysis
+from maskflash.op.spec import Backend, Extent, Spec
 
 if TYPE_CHECKING:
     from maskflash.backends.triton.render import PassName
@@ -70,6 +71,7 @@ class Attention:
         v: Tensor,
         *,
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         return_lse: Literal[False] = False,
         **mask_args: Any,
     ) -> Tensor: ...
@@ -82,6 +84,7 @@ class Attention:
         v: Tensor,
         *,
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         return_lse: Literal[True],
         **mask_args: Any,
     ) -> tuple[Tensor, Tensor]: ...
@@ -94,6 +97,7 @@ class Attention:
         v: Tensor,
         *,
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         return_lse: bool,
         **mask_args: Any,
     ) -> Any: ...
@@ -105,6 +109,7 @@ class Attention:
         v: Tensor,
         *,
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         return_lse: bool = False,
         **mask_args: Any,
     ) -> Any:
@@ -118,6 +123,8 @@ class Attention:
             v: (B, Hkv, Skv, Dv).
             q_offset: added to row numbers before the mask sees them: an int, or an int tensor (B,); one element serves
                 all rows.
+            kv_offset: added to column numbers before the mask sees them, likewise: k and v may be a part of something
+                longer, whose start is out of reach.
             return_lse: also return the log-sum-exp of the scores.
             **mask_args: the mask's own arguments.
 
@@ -137,39 +144,36 @@ class Attention:
         q, k, v = arguments.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
-        named = stamp = None
-        if not (return_lse or self.check or torch.compiler.is_compiling() or autograd.watched(q, k, v)):
+        spec = stamp = name = analysis = None
+        is_seen = torch.compiler.is_compiling() or autograd.watched(q, k, v)
+        if not (is_seen or self.check):
             stamp = self.mask.look()
-            named = self._named(q, k, v, q_offset, mask_args, stamp)
-            known = None if named is None else cache.again(named)
-            if known is not None:  # every check below has passed for a call like this
-                scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
-                again = autograd.at_once(known.plan, q, k, v, scale)
-                if again is not None:
-                    return again
-                named = None
-        arguments.tensors(q, k, v)
-        backend = self._backend_for(q.device)
-        plain = type(q_offset) is int and abs(q_offset) <= arguments.FARTHEST
-        offset = q_offset if plain else arguments.q_offset("attention", q_offset, q.shape[0])
-        slots, params, tables = self._bound(q, k, offset, mask_args, stamp)
-        if self.check:
-            self._check(slots, tables, offset)
-        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
-        if self.tune and backend == "triton" and not torch.compiler.is_compiling():
-            self._tune(q, k, v, offset, mask_args, scale)
-        try:
-            out, lse = autograd.attend(
-                q, k, v, tables, params, offset, scale, slots.text, self.block_size, backend, return_lse
-            )
-        except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
-            from maskflash.analysis.classify import classify
-
-            classify(self._problem(q, k, q_offset, mask_args))
-            raise
-        if named is not None and backend == "cpu" and all(table.device == q.device for table in self.mask.held()):
-            given = [value for value in mask_args.values() if isinstance(value, Tensor)]
-            cache.note(named, [*self.mask.held(), *given], self._problem(q, k, offset, mask_args), backend)
+            name = self._name(q, k, v, q_offset, kv_offset, mask_args, stamp)
+            analysis = None if name is None else cache.named(name)
+        if analysis is None:  # else every check has passed for a call like this
+            arguments.tensors(q, k, v)
+            spec = self._spec(q, k, q_offset, kv_offset, mask_args, stamp, check=self.check)
+            try:
+                if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
+                    out, lse = autograd.dispatch(spec, q, k, v)
+                    return (out, lse) if return_lse else out
+                analysis = autograd.found(spec, q, k)
+            except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
+                self._analyse_again(q, k, q_offset, kv_offset, mask_args)
+                raise
+            if self.tune and spec.backend == "triton":
+                self._tune(analysis, spec, q, k, v)
+            if name is not None and all(table.device == q.device for table in self.mask.held()):
+                tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
+                cache.note(name, [*self.mask.held(), *tensors], spec, Extent.of(q, k))
+        if not return_lse:
+            scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+            at_once: Tensor | None = autograd.at_once(analysis, scale, q, k, v)
+            if at_once is not None:
+                return at_once
+        if spec is None:
+            spec = self._spec(q, k, q_offset, kv_offset, mask_args, stamp)
+        out, lse = autograd.attend(analysis, spec, q, k, v)
         return (out, lse) if return_lse else out
 
     def source(
@@ -180,6 +184,7 @@ class Attention:
         *,
         pass_name: PassName = "forward",
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         **mask_args: Any,
     ) -> str:
         """The Triton text that a call with these tensors runs on a GPU; it can be had without one.
@@ -190,6 +195,7 @@ class Attention:
             v: as in a call.
             pass_name: "forward", "delta", "dkdv" or "dq".
             q_offset: as in a call.
+            kv_offset: as in a call.
             **mask_args: the mask's own arguments.
 
         Raises:
@@ -210,99 +216,121 @@ class Attention:
         arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
-        problem = self._problem(q, k, q_offset, mask_args)
+        problem = self._problem(q, k, q_offset, kv_offset, mask_args)
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 
-    def _named(
+    def _name(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         q_offset: int | Tensor,
+        kv_offset: int | Tensor,
         mask_args: dict[str, Any],
         stamp: int,
     ) -> Hashable | None:
-        """All that a call's analysis depends on, tables by their state; None if it can't be told at once."""
-        if type(q_offset) is not int or not _TOLD.issuperset(map(type, mask_args.values())):
-            return None
+        """All that a call's spec and analysis depend on, tables by their state; None if it can't be told at once."""
         if q.is_nested or k.is_nested or v.is_nested:  # which have no shape
             return None
         mask = self.mask
-        given: list[Any] = [mask.number, stamp, q_offset]
+        given: list[Any] = [mask.number, stamp]
         for tensor in mask.held():
             if tensor.is_inference():
                 return None
             given += state(tensor)
-        for name, value in mask_args.items():
-            if not isinstance(value, Tensor):
-                given += name, type(value), value.hex() if isinstance(value, float) else value  # 0.0 == -0.0
-            elif value.is_inference() or value.is_nested or value.layout is not torch.strided:
-                return None
+        for value in (q_offset, kv_offset, *mask_args.values()):
+            if isinstance(value, Tensor):
+                if value.is_inference() or value.is_nested or value.layout is not torch.strided:
+                    return None
+                given += state(value)
+            elif type(value) in _TOLD:
+                given += type(value), value.hex() if isinstance(value, float) else value  # 0.0 == -0.0
             else:
-                given += name, *state(value)
+                return None
         return (
             *(self.backend, self.block_size, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype),
-            *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *given),
+            *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *mask_args, *given),
         )
+
+    def _spec(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_offset: int | Tensor,
+        kv_offset: int | Tensor,
+        mask_args: dict[str, Any],
+        stamp: int | None = None,
+        *,
+        check: bool = False,
+    ) -> Spec:
+        """What a call asks for, its arguments checked and bound."""
+        backend = self._backend_for(q.device)
+        offsets = self._offset("q_offset", q_offset, q.shape[0]), self._offset("kv_offset", kv_offset, q.shape[0])
+        slots, params, tables = self._bound(q, k, offsets, mask_args, stamp)
+        if check:
+            self._check(slots, tables, offsets)
+        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
+        return Spec.make(slots.text, params, tables, *offsets, scale, self.block_size, backend)
+
+    @staticmethod
+    def _offset(name: str, value: int | Tensor, batch: int) -> int | Tensor:
+        plain = type(value) is int and abs(value) <= arguments.FARTHEST
+        return value if plain else arguments.q_offset("attention", value, batch, name)
 
     def _bound(
         self,
         q: Tensor,
         k: Tensor,
-        offset: int | Tensor,
+        offsets: tuple[int | Tensor, int | Tensor],
         mask_args: dict[str, Any],
         stamp: int | None = None,
     ) -> tuple[Slots, list[int], list[Tensor]]:
         """The mask's expression, and its numbers and tables in a call."""
         mask, device = self.mask, q.device
         batch, heads, q_len, _ = q.shape
-        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
+        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offsets[0], device))
         if mask_args or mask.keywords:
             values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
         slots, values = slots_of(mask, values, stamp)
         params, tables = slots.filled(values, device)
-        if tables or isinstance(offset, Tensor):
-            arguments.same_device(device, slots.names, tables, offset)
+        named = [*zip(slots.names, tables, strict=True), *_named_tensors(offsets)]
+        if named:
+            arguments.same_device(device, named)
         return slots, params, tables
 
-    def _check(self, slots: Slots, tables: list[Tensor], offset: int | Tensor) -> None:
+    def _check(self, slots: Slots, tables: list[Tensor], offsets: tuple[int | Tensor, int | Tensor]) -> None:
         """See `checking.check`."""
         if not torch.compiler.is_compiling():
-            offsets = [("q_offset", offset)] if isinstance(offset, Tensor) else []
-            checking.check("attention", [*zip(slots.names, tables, strict=True), *offsets])
+            checking.check("attention", [*zip(slots.names, tables, strict=True), *_named_tensors(offsets)])
         elif not checking.ALWAYS:
             torch._dynamo.graph_break(
                 "attention: check=True looks at tables in Python, which torch.compile can't take in; set "
                 "MASKFLASH_CHECK=1, with which compiled graphs check too"
             )
 
-    def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
-        """The mask at the lengths of a call."""
-        offset = arguments.q_offset("attention", q_offset, q.shape[0])
-        slots, params, tables = self._bound(q, k, offset, mask_args)
-        return Problem(
-            slots.expr,
-            Inputs(slots.expr.decoded(params), tuple(tables)),
-            q.shape[2],
-            k.shape[2],
-            q.shape[0],
-            q.shape[1],
-            self.block_size,
-            offset,
-            q.device,
-            slots.names,
-        )
+    def _problem(
+        self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor, mask_args: dict[str, Any]
+    ) -> Problem:
+        """The mask at the sizes of a call, with the user's own lines."""
+        offsets = self._offset("q_offset", q_offset, q.shape[0]), self._offset("kv_offset", kv_offset, q.shape[0])
+        slots, params, tables = self._bound(q, k, offsets, mask_args)
+        spec = Spec.make(slots.text, params, tables, *offsets, 1.0, self.block_size, "cpu")
+        return replace(spec.problem(Extent.of(q, k)), expr=slots.expr, names=slots.names)
 
-    def _tune(
-        self, q: Tensor, k: Tensor, v: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any], scale: float
+    def _analyse_again(
+        self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor, mask_args: dict[str, Any]
     ) -> None:
+        from maskflash.analysis.classify import classify
+
+        classify(self._problem(q, k, q_offset, kv_offset, mask_args))
+
+    def _tune(self, analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
         from maskflash.backends.triton import run as triton
 
-        problem = self._problem(q, k, q_offset, mask_args)
-        plan = cache.find(problem, "triton").plan
-        assert isinstance(plan, triton.Plan), "the backend's own"
-        triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
+        assert isinstance(analysis.plan, triton.Plan), "the backend's own"
+        problem = spec.problem(Extent.of(q, k))
+        triton.tune(analysis.plan, problem, q.detach(), k.detach(), v.detach(), spec.scale)
 
     def explain(
         self,
@@ -312,6 +340,7 @@ class Attention:
         batch: int = 1,
         heads: int = 1,
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         device: torch.device | str = "cpu",
         **mask_args: Any,
     ) -> Explanation:
@@ -323,6 +352,7 @@ class Attention:
             batch: batch rows.
             heads: query heads.
             q_offset: as in a call.
+            kv_offset: as in a call.
             device: where a call would run.
             **mask_args: the mask's own arguments.
 
@@ -346,7 +376,7 @@ class Attention:
         )
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
-        return Explanation(self.mask.name, problem, cache.find(problem, backend), backend, why)
+        return Explanation(self.mask.name, problem, cache.of_problem(problem, backend), backend, why)
 
     def prepare(
         self,
@@ -356,6 +386,7 @@ class Attention:
         batch: int = 1,
         heads: int = 1,
         q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
         device: torch.device | str = "cpu",
         **mask_args: Any,
     ) -> None:
@@ -369,6 +400,7 @@ class Attention:
             batch: batch rows.
             heads: query heads.
             q_offset: as in a call.
+            kv_offset: as in a call.
             device: where the calls will run.
             **mask_args: the mask's own arguments, the very tensors of the calls.
 
@@ -383,7 +415,7 @@ class Attention:
         problem = self.mask.problem(
             "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
         )
-        cache.find(problem, self._backend_for(problem.device))
+        cache.of_problem(problem, self._backend_for(problem.device))
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see.
@@ -409,3 +441,8 @@ class Attention:
 
     def __repr__(self) -> str:
         return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"
+
+
+def _named_tensors(offsets: tuple[int | Tensor, int | Tensor]) -> list[tuple[str, Tensor]]:
+    """The offsets that are tensors, and what a user calls them."""
+    return [(name, x) for name, x in zip(("q_offset", "kv_offset"), offsets, strict=True) if isinstance(x, Tensor)]

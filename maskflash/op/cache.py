@@ -1,11 +1,11 @@
-"""Problems -> analyses, remembered until a length, a parameter or the contents of a table change."""
+"""Specs at the sizes of calls -> analyses, remembered until a length, a number or the contents of a table change."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,72 +13,78 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.functions.fingerprint import contents
+from maskflash.functions.slots import expression
 from maskflash.ground import copies
-from maskflash.ground.copies import lasting
 from maskflash.ground.identity import Watch, owner, state
 from maskflash.op import checking
-from maskflash.op.analyse import Analysis, Backend, analyse
+from maskflash.op.analyse import Analysis, analyse
+from maskflash.op.spec import Backend, Extent, Spec
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
-_CALLS: Final = 4 * CAPACITY  # remembered: the keys of their analyses
-MEMORY: Final = 1 << 30  # bytes of them; likewise, but the latest stays, however large
+MEMORY: Final = 1 << 30  # bytes of them; the latest stays, however large
+_MOST_NAMES: Final = 5 * CAPACITY  # other names of analyses; the oldest goes first
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """An analysis, its bytes when last weighed, its key for saved tensors, and what keeps the addresses in its keys."""
+    """An analysis, its bytes when last weighed, and what keeps the ids in its key from being given away."""
 
     analysis: Analysis
     nbytes: int
-    saved_key: Hashable
     watch: Watch
 
 
-_lock = threading.RLock()  # of what follows; never held while a mask is analysed
+_lock = threading.RLock()  # of all that is kept here; nobody holds it while a mask is analysed
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-_keys: dict[Hashable, Hashable] = {}  # of entries, by their keys for saved tensors
-_calls: dict[Hashable, tuple[Hashable, Watch]] = {}  # keys, by calls
+_names: OrderedDict[Hashable, tuple[Hashable, Watch]] = OrderedDict()
+"""Keys of entries by their other names: calls like one before, and the storages that backward is given."""
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
 
 
-def find(problem: Problem, backend: Backend, *, saved: bool = False) -> Analysis:
-    """The analysis of a problem for a backend, made now or found; threads that want the same one make it once.
+def find(spec: Spec, extent: Extent, *, saved: bool = False) -> Analysis:
+    """The analysis of a spec, made now or found; threads that want the same one make it once.
 
     A table counts as the same while it is the same tensor (or a view alike of it) at the same version, which every
     write through torch advances. Tensors of inference mode have no version: they are compared by content.
 
-    With `saved` the tensors come from autograd, which has made sure that they are unchanged since forward, but may
-    give out others of the same storage.
+    Args:
+        spec: what is attended.
+        extent: the sizes of the call.
+        saved: the tensors come from autograd. It has made sure that they are unchanged since forward, but may give out
+            others of the same storage.
     """
-    key = _key(problem, backend)
+    key = _key(spec, extent)
     found = _get(key)
     if found is None and saved:
-        found = _get(_keys.get(_key(problem, backend, saved=True)))
-    return _make(key, problem, backend) if found is None else found
+        found = named(_key(spec, extent, saved=True))
+    return _make(key, spec, extent) if found is None else found
 
 
-def again(call: Hashable) -> Analysis | None:
-    """The analysis of a call like one before, as `note` was told; None where it has to be looked for."""
-    known = _calls.get(call)
+def of_problem(problem: Problem, backend: Backend) -> Analysis:
+    """The analysis that calls with this mask at these sizes will find."""
+    extent = Extent(problem.batch, problem.heads, problem.q_len, problem.kv_len, problem.device)
+    return find(Spec.of_problem(problem, backend), extent)
+
+
+def named(name: Hashable) -> Analysis | None:
+    """The analysis that was given this name; None where there is none any more."""
+    known = _names.get(name)
     return None if known is None else _get(known[0])
 
 
-def note(call: Hashable, tensors: Sequence[Tensor], problem: Problem, backend: Backend) -> None:
-    """Have `again` find the analysis of a problem.
+def note(name: Hashable, tensors: Iterable[Tensor], spec: Spec, extent: Extent) -> None:
+    """Give the analysis of a spec another name.
 
     Args:
-        call: all that the problem depends on; of tensors their `state`, from before the analysis was looked for.
+        name: all that the spec depends on; of tensors their `state`, from before the analysis was looked for.
         tensors: those.
-        problem: of which `find` has made the analysis.
-        backend: it was made for.
+        spec: of which `find` has made the analysis.
+        extent: the sizes of the call.
     """
-    if any(tensor.is_inference() for tensor in problem.inputs.tables):
+    if any(table.is_inference() for table in spec.tables):
         return
-    with _lock:
-        if len(_calls) >= _CALLS:
-            _calls.clear()
-        _calls[call] = _key(problem, backend), Watch(tensors)
+    _name(name, _key(spec, extent), Watch(tensors))
 
 
 def invalidate(expressions: set[str] | None = None) -> None:
@@ -100,7 +106,7 @@ def _get(key: Hashable) -> Analysis | None:
             return None
 
 
-def _make(key: Hashable, problem: Problem, backend: Backend) -> Analysis:
+def _make(key: Hashable, spec: Spec, extent: Extent) -> Analysis:
     """Analyse, or wait for the thread that does."""
     with _lock:
         turn = _turns.setdefault(key, threading.Lock())
@@ -108,74 +114,81 @@ def _make(key: Hashable, problem: Problem, backend: Backend) -> Analysis:
         found = _get(key)
         if found is None:
             try:
-                with lasting():
-                    found = analyse(problem, backend)
-                _keep(key, found, problem, backend)
+                with copies.lasting():
+                    found = analyse(spec.problem(extent), spec.backend)
+                _keep(key, found, spec, extent)
             finally:
                 with _lock:
                     _turns.pop(key, None)
     return found
 
 
-def _keep(key: Hashable, analysis: Analysis, problem: Problem, backend: Backend) -> None:
+def _keep(key: Hashable, analysis: Analysis, spec: Spec, extent: Extent) -> None:
     """Store an analysis, and drop those used least recently until count and bytes are within bounds."""
     global _latest
-    tensors = problem.inputs.tables
-    if isinstance(problem.q_offset, Tensor):
-        tensors = (*tensors, problem.q_offset)
     with _lock:
-        while stale := [call for call, (_, watch) in _calls.items() if watch.expired()]:  # a view keeps its base
-            for call in stale:
-                del _calls[call]
-        for gone in [old for old, entry in _entries.items() if entry.watch.expired()]:
-            _forget(gone)
-        counted = [tensor for tensor in tensors if not tensor.is_inference()]
-        watch = Watch(map(owner, counted))
+        _forget_the_gone()
+        watch = Watch(owner(x) for x in spec.tensors if x is not None and not x.is_inference())
         latest = _entries.get(_latest)
         if latest is not None:  # it has made schedules since
             latest.nbytes = latest.analysis.nbytes
-        saved_key = _key(problem, backend, saved=True)
-        _entries[key] = _Entry(analysis, analysis.nbytes, saved_key, watch)
-        _keys[saved_key] = _latest = key
+        _entries[key] = _Entry(analysis, analysis.nbytes, watch)
+        _latest = key
+        _name(_key(spec, extent, saved=True), key, watch)
         nbytes = sum(entry.nbytes for entry in _entries.values())
         while len(_entries) > CAPACITY or (nbytes > MEMORY and len(_entries) > 1):
-            oldest, entry = _entries.popitem(last=False)
-            nbytes -= entry.nbytes
-            _forget_saved(oldest, entry)
+            oldest = next(iter(_entries))
+            nbytes -= _entries[oldest].nbytes
+            _forget(oldest)
+
+
+def _forget_the_gone() -> None:
+    """Drop what was made of tensors that nobody has any more."""
+    while gone := [name for name, (_, watch) in _names.items() if watch.expired()]:  # a view keeps its base
+        for name in gone:
+            _names.pop(name)
+    for key in [key for key, entry in _entries.items() if entry.watch.expired()]:
+        _forget(key)
+
+
+def _name(name: Hashable, key: Hashable, watch: Watch) -> None:
+    with _lock:
+        if key in _entries:
+            _names[name] = key, watch
+        while len(_names) > _MOST_NAMES:
+            _names.popitem(last=False)
 
 
 def _forget(key: Hashable) -> None:
     with _lock:
-        entry = _entries.pop(key, None)
-        if entry is not None:
-            _forget_saved(key, entry)
+        _entries.pop(key, None)
+        for name in [name for name, (known, _) in _names.items() if known == key]:
+            del _names[name]
 
 
-def _forget_saved(key: Hashable, entry: _Entry) -> None:
-    if _keys.get(entry.saved_key) == key:
-        del _keys[entry.saved_key]
-
-
-def _key(problem: Problem, backend: Backend, *, saved: bool = False) -> Hashable:
+def _key(spec: Spec, extent: Extent, *, saved: bool = False) -> Hashable:
     """All that an analysis depends on; batch rows and heads count only where they are looked at."""
-    reads, offset = problem.expr.reads, problem.q_offset
-    per_row = isinstance(offset, Tensor)
+    reads = expression(spec.expr).reads
+    per_row = not (spec.q_offsets is None and spec.kv_offsets is None)
     return (
-        problem.expr.text,
-        backend,
-        *problem.expr.coded(problem.inputs.params),
-        problem.q_len,
-        problem.kv_len,
-        problem.batch if per_row or "b" in reads else 1,
-        problem.heads if "h" in reads else 1,
-        problem.block_size,
-        _fingerprint(offset, saved) if isinstance(offset, Tensor) else offset,
-        problem.device,
-        *[_fingerprint(table, saved) for table in problem.inputs.tables],
+        spec.expr,
+        spec.backend,
+        *spec.block_size,
+        *spec.params,
+        extent.q_len,
+        extent.kv_len,
+        extent.batch if per_row or "b" in reads else 1,
+        extent.heads if "h" in reads else 1,
+        spec.q_offset,
+        spec.kv_offset,
+        extent.device,
+        saved,
+        *[None if x is None else _identity(x, saved) for x in spec.tensors],
     )
 
 
-def _fingerprint(tensor: Tensor, saved: bool) -> Hashable:
+def _identity(tensor: Tensor, saved: bool) -> Hashable:
+    """What tells a tensor from others and from itself after a write."""
     if tensor.is_inference():
         return tensor.dtype, tensor.shape, hashlib.blake2b(contents(tensor), digest_size=16).digest()
     if saved:

@@ -6,7 +6,6 @@ that the mask leaves out costs nothing, one that it cuts counts whole. A dense c
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.classify import classify
-from maskflash.op import autograd, cache
+from maskflash.op import cache
+from maskflash.op.spec import Extent, Spec
 
 
 @register_flop_formula(torch.ops.maskflash.forward, get_raw=True)
@@ -46,30 +46,29 @@ def visited(block_map: BlockMap) -> int:
     return int((length * height).sum())
 
 
-def _pairs(q: Tensor, k: Tensor, *mask: Any) -> int:
+def _pairs(q: Tensor, k: Tensor, *args: Any) -> int:
     """Pairs in visited tiles of a call; all of them where sizes or tables have no values yet."""
-    batch, heads, q_len, _ = q.shape
-    if not _is_known(q, k, *mask):
+    spec, (batch, heads, q_len, _) = Spec.from_op(*args), q.shape
+    if not _is_known(q, k, spec):
         return batch * heads * q_len * k.shape[2]
     with _disable_current_modes():  # what is counted here is no part of what they look at
-        found = _block_map(q, k, *mask)
+        found = _block_map(q, k, spec)
         own_batch, own_heads = found.shape[:2]
         return visited(found) * (batch // max(own_batch, 1)) * (heads // max(own_heads, 1))
 
 
-def _is_known(q: Tensor, k: Tensor, tables: list[Tensor] | None, params: list[int] | None, *rest: Any) -> bool:
-    q_offset, q_offsets, *_ = rest
-    numbers = (*q.shape, k.shape[2], q_offset, *(params or ()))
-    tensors = [*(tables or ()), *(() if q_offsets is None else (q_offsets,))]
+def _is_known(q: Tensor, k: Tensor, spec: Spec) -> bool:
+    numbers = (*q.shape, k.shape[2], spec.q_offset, spec.kv_offset, *spec.params)
+    tensors = (x for x in spec.tensors if x is not None)
     return all(type(number) is int for number in numbers) and not any(map(_is_hollow, tensors))
 
 
-def _block_map(q: Tensor, k: Tensor, *mask: Any) -> BlockMap:
+def _block_map(q: Tensor, k: Tensor, spec: Spec) -> BlockMap:
     """The call's map; without data of q it is made for the CPU, and not kept."""
-    problem, _, backend = autograd.problem_of(q, k, *mask)
+    extent = Extent.of(q, k)
     if _is_hollow(q):
-        return classify(replace(problem, device=torch.device("cpu"))).block_map
-    return cache.find(problem, backend, saved=True).classified.block_map
+        return classify(spec.problem(extent._replace(device=torch.device("cpu")))).block_map
+    return cache.find(spec, extent, saved=True).classified.block_map
 
 
 def _is_hollow(x: Tensor) -> bool:

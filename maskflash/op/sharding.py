@@ -19,6 +19,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.nodes import Builder
 from maskflash.expr.simplify import simplify
 from maskflash.functions.slots import expression
+from maskflash.op.spec import Spec
 
 _DIMENSIONS: Final = ("batch", "heads", "tokens", "head dim")
 
@@ -97,22 +98,20 @@ def _whole(x: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def _here(mask: Sequence[Any], q: DTensor | None, placements: tuple[Placement, ...]) -> tuple[Any, ...]:
-    """The op's mask as seen from this rank's part of q: indices shifted, tables whole, offsets of its own rows."""
-    tables, params, q_offset, q_offsets, scale, expr, *rest = mask
-    tables, params = [_all_of(table) for table in tables or ()], list(params or ())
-    if q_offsets is not None:
-        q_offsets = _all_of(q_offsets)
-    if q is not None:
-        rows, of_heads = (_held(q.shape[dim], dim, q.device_mesh, placements) for dim in (0, 1))
-        firsts = {"b": rows.start, "h": of_heads.start}
-        shifts = {name: first for name, first in firsts.items() if first and name in expression(expr).reads}
-        if shifts:
-            expr = _shifted(expr, tuple(shifts), len(params))
-            params += shifts.values()
-        if q_offsets is not None:
-            q_offsets = q_offsets[rows.start : rows.stop]
-    return tables, params, q_offset, q_offsets, scale, expr, *rest
+def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, ...]) -> Spec:
+    """The op's spec as seen from this rank's part of q: indices shifted, tables whole, offsets of its own rows."""
+    spec = Spec.from_op(*args)
+    spec = spec.with_tensors([None if x is None else _all_of(x) for x in spec.tensors])
+    if q is None:
+        return spec
+    rows, of_heads = (_held(q.shape[dim], dim, q.device_mesh, placements) for dim in (0, 1))
+    firsts = {"b": rows.start, "h": of_heads.start}
+    shifts = {name: first for name, first in firsts.items() if first and name in expression(spec.expr).reads}
+    if shifts:
+        text = _shifted(spec.expr, tuple(shifts), len(spec.params))
+        spec = spec._replace(expr=text, params=[*spec.params, *shifts.values()])
+    q_offsets, kv_offsets = (x if x is None else x[rows.start : rows.stop] for x in (spec.q_offsets, spec.kv_offsets))
+    return spec._replace(q_offsets=q_offsets, kv_offsets=kv_offsets)
 
 
 def _held(size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> range:

@@ -21,6 +21,7 @@ from maskflash.backends.triton import run as kernels
 from maskflash.ground import copies as table_copies
 from maskflash.ground import transfer
 from maskflash.op import autograd, cache
+from maskflash.op.spec import Extent, Spec
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 
@@ -161,13 +162,12 @@ def step(mask, offset=0, **mask_args):
     """Forward and backward as a call has them, but for the kernels themselves: problem and plan."""
     q, k, v, dout = (torch.randn(2, 4, 200, 16, device=CUDA) for _ in range(4))
     attn = mf.compile(mask, block_size=32)
-    slots, params, tables = attn._bound(q, k, offset, mask_args)
-    offsets = offset if isinstance(offset, torch.Tensor) else None
-    asked = tables, params, 0 if offsets is not None else offset, offsets, 0.25, slots.text, (32, 32), "triton"
-    out, lse = autograd._forward(q, k, v, *asked)
-    autograd._backward(dout, None, q, k, v, out, lse, *asked)
-    problem = autograd.problem_of(q, k, *asked)[0]
-    return problem, cache.find(problem, "triton").plan
+    slots, params, tables = attn._bound(q, k, (offset, 0), mask_args)
+    spec = Spec.make(slots.text, params, tables, offset, 0, 0.25, (32, 32), "triton")
+    out, lse = autograd._forward(q, k, v, *spec)
+    autograd._backward(dout, None, q, k, v, out, lse, *spec)
+    extent = Extent.of(q, k)
+    return spec.problem(extent), cache.find(spec, extent).plan
 
 
 def on_device(*tensors):

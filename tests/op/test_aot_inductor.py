@@ -47,9 +47,9 @@ def test_lists_may_be_none_where_python_dispatches():
     from maskflash.op import autograd
 
     q, k, v = torch.randn(3, 1, 2, 9, 4).unbind()
-    mask = 0, None, 0.5, "q:int64();kv:int64();ge:bool(0,1)", (128, 128), "cpu"
-    out, lse = autograd._with_lists(autograd._forward, 3)(q, k, v, None, None, *mask)
+    mask = 0, None, 0, None, 0.5, "q:int64();kv:int64();ge:bool(0,1)", (128, 128), "cpu"
+    out, lse = autograd._forward(q, k, v, None, None, *mask)
     assert torch.equal(out, torch.ops.maskflash.forward(q, k, v, [], [], *mask)[0])
-    found = autograd._with_lists(autograd._backward, 7)(out, None, q, k, v, out, lse, None, None, *mask)
+    found = autograd._backward(out, None, q, k, v, out, lse, None, None, *mask)
     expected = torch.ops.maskflash.backward(out, None, q, k, v, out, lse, [], [], *mask)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -13,6 +13,7 @@ import maskflash as mf
 from maskflash.ground import arguments, identity
 from maskflash.op import cache
 from maskflash.op.analyse import Analysis
+from maskflash.op.spec import Extent, Spec
 
 Q, K, V = torch.randn(3, 2, 4, 96, 8).unbind()
 
@@ -185,14 +186,14 @@ def test_a_table_may_die_while_analyses_are_weighed(analyses, monkeypatch):
 
 
 def test_no_key_outlives_its_analysis(analyses):
-    cache._keys.clear()
+    cache._names.clear()
     attn = mf.compile(packed)
     ids = documents()
     attn(Q, K, V, doc=ids)
     attn(Q, K, V, doc=documents())
-    assert len(cache._keys) == len(cache._entries)
+    assert {key for key, _ in cache._names.values()} == set(cache._entries)
     attn.invalidate()
-    assert not cache._keys
+    assert not cache._names
 
 
 def test_what_backward_is_given_is_found_by_its_storage(analyses):
@@ -202,9 +203,11 @@ def test_what_backward_is_given_is_found_by_its_storage(analyses):
     given, saved = (
         packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": doc}) for doc in (ids, detached)
     )
-    forward = cache.find(given, "cpu")
-    assert cache.find(saved, "cpu", saved=True) is forward
-    assert cache.find(saved, "cpu") is not forward
+    given, saved = (Spec.of_problem(problem, "cpu") for problem in (given, saved))
+    extent = Extent(2, 4, 96, 96, ids.device)
+    forward = cache.find(given, extent)
+    assert cache.find(saved, extent, saved=True) is forward
+    assert cache.find(saved, extent) is not forward
 
 
 def test_threads_that_want_one_analysis_make_it_once(monkeypatch):
@@ -283,7 +286,7 @@ def test_tables_that_are_gone_go_with_the_next_analysis(view):
         held[0] = documents() // n
         attn(Q, K, V)
         attn(one(Q[:, :, :7]), one(K), one(V))
-        sizes.append((len(cache._calls), len(identity._kept)))
+        sizes.append((len(cache._names), len(identity._kept)))
     assert sizes[-1] == sizes[2]
 
 

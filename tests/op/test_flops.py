@@ -108,7 +108,7 @@ def arguments(mask, tensors):
 
     slots, values = slots_of(mask, {})
     params, _ = slots.filled(values, torch.device("cpu"))
-    return [], params, 0, None, 1.0, slots.text, (128, 128), "cpu"
+    return [], params, 0, None, 0, None, 1.0, slots.text, (128, 128), "cpu"
 
 
 def test_an_exported_program_is_counted():

@@ -7,14 +7,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskflash as mf
 from maskflash.expr.nodes import parse
+from maskflash.op.spec import Spec
 from maskflash.testing import Shape
 
 
 def arguments(mask, q, k, v, **mask_args):
     """What the op takes for one call."""
     problem = mask.problem("test", q.shape[2], q.shape[2], *q.shape[:2], (32, 32), 0, "cpu", mask_args)
-    tables, params = problem.inputs.tables, problem.inputs.params
-    return (q, k, v, list(tables), list(params), 0, None, 0.25, problem.expr.text, [32, 32], "cpu")
+    spec = Spec.of_problem(problem, "cpu")._replace(scale=0.25)
+    return (q, k, v, list(spec.tables), *spec[1:])
 
 
 @pytest.mark.parametrize("tables", [False, True])

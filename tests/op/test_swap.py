@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
 @pytest.fixture(autouse=True)
 def swapping():
-    cache._entries.clear(), cache._calls.clear(), cache._keys.clear()
+    cache._entries.clear(), cache._names.clear()
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield
     torch.__future__.set_swap_module_params_on_conversion(False)
