@@ -87,6 +87,7 @@ def attention(
     backend: BackendChoice = "auto",
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
     return_lse: Literal[False] = False,
     **mask_args: Any,
 ) -> Tensor: ...
@@ -104,6 +105,7 @@ def attention(
     backend: BackendChoice = "auto",
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
     return_lse: Literal[True],
     **mask_args: Any,
 ) -> tuple[Tensor, Tensor]: ...
@@ -121,6 +123,7 @@ def attention(
     backend: BackendChoice = "auto",
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
     return_lse: bool,
     **mask_args: Any,
 ) -> Any: ...
@@ -137,6 +140,7 @@ def attention(
     backend: BackendChoice = "auto",
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
     return_lse: bool = False,
     **mask_args: Any,
 ) -> Any:
@@ -161,7 +165,7 @@ def attention(
         backend=backend,
         deterministic=deterministic,
     )
-    return attn(q, k, v, q_offset=q_offset, return_lse=return_lse, **mask_args)
+    return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, return_lse=return_lse, **mask_args)
 
 
 def invalidate() -> None:

@@ -221,7 +221,7 @@ class Bindable:
         """This mask at these lengths, ready to be classified; checks what the caller passed."""
         sizes = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads}
         q_len, kv_len, batch, heads = (arguments.length(operation, name, value) for name, value in sizes.items())
-        offset = arguments.q_offset(operation, q_offset, batch)
+        offset = arguments.offset(operation, "q_offset", q_offset, batch)
         if isinstance(offset, Tensor):
             arguments.offsets_in_range(operation, offset)
         on = transfer.numbered(arguments.device(operation, device))

@@ -184,7 +184,7 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
     raise ArgumentTypeError(f"{operation}: {name} is {kind}, expected a dense tensor; convert it once: {name}.{fix}")
 
 
-def q_offset(operation: str, value: Any, batch: int, name: str = "q_offset") -> int | Tensor:
+def offset(operation: str, name: str, value: Any, batch: int) -> int | Tensor:
     """An int, or an integer tensor (batch,); of a tensor of one element a view that gives it to all batch rows."""
     if not isinstance(value, Tensor):
         return integer(operation, name, value, low=-FARTHEST, high=FARTHEST)
@@ -201,12 +201,12 @@ def q_offset(operation: str, value: Any, batch: int, name: str = "q_offset") -> 
     return value.expand(batch)
 
 
-def offsets_in_range(operation: str, offsets: Tensor) -> None:
+def offsets_in_range(operation: str, offsets: Tensor, name: str = "q_offset") -> None:
     """Check the numbers of an offset for each batch row, where they can be had at once."""
     if offsets.device.type == "cpu" and offsets.numel() and not without_data(offsets):
         low, high = (int(end) for end in torch.aminmax(offsets))
         for number in (low, high):
-            integer(operation, "an entry of q_offset", number, low=-FARTHEST, high=FARTHEST)
+            integer(operation, f"an entry of {name}", number, low=-FARTHEST, high=FARTHEST)
 
 
 def int_table(operation: str, name: str, value: Any, dims: Sequence[int]) -> Tensor:

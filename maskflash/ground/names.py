@@ -10,7 +10,9 @@ _QUESTIONS: Final = "Mask.dense and the other questions about a mask (a call has
 _LATER: Final = "attention itself, which is to have it some day"
 
 OWN: Final = {
-    **dict.fromkeys(("q", "k", "v", "q_offset", "return_lse"), "mf.attention and of the compiled op's calls"),
+    **dict.fromkeys(
+        ("q", "k", "v", "q_offset", "kv_offset", "return_lse"), "mf.attention and of the compiled op's calls"
+    ),
     **dict.fromkeys(("mask", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"),
     **dict.fromkeys(("check", "tune"), "mf.compile"),
     "pass_name": "Attention.source",
@@ -18,7 +20,7 @@ OWN: Final = {
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
     "causal": "Mask.to_flashmask",
     "self": "Python's methods",
-    **dict.fromkeys(("dropout_p", "generator", "kv_offset", "score", "seed", "sinks"), _LATER),
+    **dict.fromkeys(("dropout_p", "generator", "score", "seed", "sinks"), _LATER),
 }
 """Arguments of ours, present and to come, by what takes them: a mask's own arguments have other names."""
 
@@ -97,7 +99,6 @@ PEERS: Final = {
     # to come
     "score": _NO_SCORES,
     **dict.fromkeys(("generator", "seed"), _NO_DROPOUT),
-    "kv_offset": "not yet: write kv + offset in a predicate",
     "dtype": f"{_NEEDLESS}: cast q, k and v, or use autocast",
 }
 """What other attentions call their arguments -> what to write here."""

@@ -275,7 +275,7 @@ class Attention:
     @staticmethod
     def _offset(name: str, value: int | Tensor, batch: int) -> int | Tensor:
         plain = type(value) is int and abs(value) <= arguments.FARTHEST
-        return value if plain else arguments.q_offset("attention", value, batch, name)
+        return value if plain else arguments.offset("attention", name, value, batch)
 
     def _bound(
         self,
