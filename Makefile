@@ -12,6 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Extra arguments: `make test ARGS='-k spans -x'`, `make demo ARGS='--tokens 2048 --json'`.
 ARGS ?=
 
+# Tests run side by side, a worker for each core and each file in one of them; `make test ARGS='-n 0'` starts none.
+WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test browser docs lint format bench figures gpu gpu-test gpu-memory gpu-bench dist clean
 
@@ -22,7 +25,7 @@ demo: $(STAMP)  ## run the main job: packed documents, forward, backward, every 
 	$(BIN)/python -m maskflash demo $(ARGS)
 
 test: $(STAMP) browser  ## run all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 browser:  ## have Chromium for the explorer's tests, from Debian's packages where root may install them
 	@sh tests/visualize/install_chromium.sh

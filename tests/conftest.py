@@ -1,4 +1,4 @@
-"""What every test shares: reproducible examples and randomness, Triton's interpreter, and a kernel cache of its own."""
+"""What every test shares: reproducible examples and randomness, threads, Triton's interpreter, and a kernel cache."""
 
 import os
 import tempfile
@@ -14,6 +14,11 @@ from tests.predicates import agree_fixture, brute, texts  # noqa: F401 (fixtures
 DEVICE = os.environ.get("MASKFLASH_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Under pytest-xdist the workers share the cores: each takes its part of torch's threads, and so does what it starts.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 

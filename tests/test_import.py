@@ -38,7 +38,7 @@ def test_the_check_can_fail():
 
 
 def test_what_dir_shows_is_what_users_may_use():
-    public = maskflash, maskflash.presets, maskflash.presets.vectors, maskflash.testing, maskflash.visualize, traffic
+    public = maskflash, maskflash.presets, maskflash.testing, maskflash.visualize, traffic
     for module in public:
         shown = {name for name in dir(module) if not name.startswith("__")}
         assert shown == set(module.__all__)

@@ -14,7 +14,7 @@ ORDER = {
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets", "backends", "op", "api"),
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
-    "ground": ["names", "modes", "arguments", "html", "identity", "transfer", "copies"],
+    "ground": ["names", "modes", "arguments", "identity", "transfer", "copies"],
     "expr": ["nodes", "format", "evaluate", "reasons", "intervals", "ranges", "bounds", "simplify"],
     "trace": ["paths", "tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"],
     "analysis": ["runs", "block_map", "problem", "ways", "rows", "closed_form", "classify", "changes"],
@@ -23,7 +23,7 @@ ORDER = {
     ],
     "functions": ["slots", "traces", "reach", "captures", "fingerprint", "function"],
     "masks": ["lines", "mask", "combination", "predicate", "dense", "columns", "convert", "compare", "why", "flex"],
-    "presets": ["documents", "basic", "packed", "sparse", "vectors"],
+    "presets": ["documents", "basic", "packed", "sparse"],
     "backends": ["reference", "cpu", "triton"],
     "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
     "backends/triton": [
@@ -43,19 +43,23 @@ ORDER = {
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "transformers"],
-    "visualize": ["cells", "style", "vectors", "figures", "deciders", "marks", "page"],
+    "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
     "cli": ["traffic", "expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
 TRITON_AT_HOME = ["backends/triton/device.py"]
-LATE = {  # what a method of every mask returns, how an expression is shown, and a preset that is made of vectors
+LATE = {  # what a method of every mask returns, how an expression is shown, and the paper's twelve among the presets
     *(
         ("masks/mask.py", f"masks/{name}")
         for name in ("combination", "predicate", "dense", "columns", "convert", "why", "flex")
     ),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),
+    *(
+        (f"{path}.py", "visualize/notebook")  # what notebooks show
+        for path in ("analysis/block_map", "functions/function", "masks/why", "masks/compare", "op/explain")
+    ),
 }
 
 

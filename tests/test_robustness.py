@@ -61,8 +61,8 @@ def test_wide_and_negative_numbers(predicate, lengths):
         lambda n: mf.causal(),
         lambda n: mf.causal() & mf.document([n]),
         lambda n: ~mf.causal() | mf.sliding_window(3),
-        lambda n: mf.presets.vectors.causal(n),
-        lambda n: mf.presets.vectors.document([n], n) & mf.global_tokens(1),
+        lambda n: mf.causal().to_flashmask(n, n),
+        lambda n: mf.document([n]).to_flashmask(n, n) & mf.global_tokens(1),
     ],
 )
 def test_no_token_and_one(make, n):

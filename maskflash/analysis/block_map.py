@@ -9,18 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from maskflash.analysis.runs import FULL, PARTIAL, SKIP, Runs
+from maskflash.analysis.runs import FULL, SKIP, Runs
 from maskflash.errors import ArgumentError
-from maskflash.ground import arguments, html, transfer
-
-_TEXT_SIDE: Final = 32  # cells of a picture; larger maps are shrunk to at most this
-_DRAWN_SIDE: Final = 64  # of one in a notebook
-_SHADES: Final = "·▒█"  # by kind
+from maskflash.ground import arguments, transfer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,11 +140,14 @@ class BlockMap:
         )
 
     def __str__(self) -> str:
-        return "\n".join((repr(self), *_picture(self)))
+        from maskflash.visualize import notebook
+
+        return f"{self!r}\n{notebook.picture(self)}"
 
     def _repr_html_(self) -> str:
-        cells, legend = _cells(self, _DRAWN_SIDE)
-        return html.lines(repr(self), ()) + html.tiles(cells, legend)
+        from maskflash.visualize import notebook
+
+        return notebook.of_map(self)
 
     def _summary(self) -> str:
         counts = self.counts
@@ -157,22 +155,3 @@ class BlockMap:
             f"{counts['full']} full, {counts['partial']} partial, {counts['skip']} skip, "
             f"{100 * self.sparsity:.1f} % skipped, {self.nbytes} bytes"
         )
-
-
-def _picture(block_map: BlockMap) -> list[str]:
-    """The first batch row's and head's tiles as text, under a legend."""
-    cells, legend = _cells(block_map, _TEXT_SIDE)
-    key = f"{_SHADES[SKIP]} skip  {_SHADES[PARTIAL]} partial  {_SHADES[FULL]} full"
-    return ["  ".join(filter(None, (key, legend))), *("".join(_SHADES[kind] for kind in row) for row in cells)]
-
-
-def _cells(block_map: BlockMap, most: int) -> tuple[list[list[int]], str]:
-    """The kinds of at most `most` x `most` cells of the first map, and what a cell is."""
-    batch, heads, n_q, n_kv = block_map.shape
-    side = max(1, math.ceil(max(n_q, n_kv) / most))
-    facts = [f"one cell is {side} x {side} tiles"] * (side > 1)
-    facts += [f"batch row 0, head 0 of {batch} x {heads}"] * (batch * heads > 1)
-    legend = f"({'; '.join(facts)})" if facts else ""
-    if math.prod(block_map.shape) == 0:
-        return [], legend
-    return block_map.rows.cells(0, n_q, n_kv, side).tolist(), legend

@@ -149,35 +149,6 @@ class Runs:
         arrays = offsets, *(x.astype(np.int32, copy=False) for x in (start[first], stop[last])), full[first]
         return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
 
-    def cells(self, unit: int, lines: int, across: int, side: int) -> npt.NDArray[np.int8]:
-        """The kinds of squares of tiles: full if all of a square's tiles are, skip if all are, else partial.
-
-        Tiles are counted from the ends of runs, so that the cost follows the runs and the cells.
-
-        Args:
-            unit: which batch row and head.
-            lines: lines of each unit.
-            across: tiles in a line.
-            side: tiles along each side of a square; the last ones may have fewer.
-
-        Returns:
-            (ceil(lines / side), ceil(across / side)) int8, on the CPU.
-        """
-        offsets = self.offsets[unit * lines : (unit + 1) * lines + 1].cpu().numpy().astype(np.int64)
-        held = slice(int(offsets[0]), int(offsets[-1]))
-        start, stop, full = (x[held].cpu().numpy() for x in (self.start, self.stop, self.full))
-        band = np.repeat(np.arange(lines) // side, np.diff(offsets))
-        tall, wide = (np.minimum(side, n - np.arange(0, n, side)) for n in (lines, across))
-        shape = len(tall), len(wide)
-        seen, filled = (
-            _before(stop[of], band[of], shape, side) - _before(start[of], band[of], shape, side)
-            for of in (slice(None), full)
-        )
-        kinds: npt.NDArray[np.int8] = np.where(
-            filled == np.outer(tall, wide), FULL, np.where(seen == 0, SKIP, PARTIAL)
-        ).astype(np.int8)
-        return kinds
-
     def transposed(self, lines: int, across: int) -> Runs:
         """Runs along columns of tiles as runs along rows, or the other way.
 
@@ -220,20 +191,6 @@ class Runs:
         start, stop = ((x % (lines + 1)).astype(np.int32) for x in (starts, stops))
         arrays = offsets, start, stop, new_kind[new_kind != SKIP] == FULL
         return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
-
-
-def _before(ends: npt.NDArray[np.int32], band: IntArray, shape: tuple[int, int], side: int) -> IntArray:
-    """How many tiles of each cell lie before the ends that are in its band: (rows, columns)."""
-    height, width = shape
-    before = np.zeros(height * (width + 1))
-    place = band * (width + 1) + ends // side
-    # An end has `side` tiles before it in each earlier cell of its band, and the rest in its own.
-    before += side * np.bincount(place, minlength=len(before))
-    total = before.reshape(height, width + 1)
-    total = total[:, ::-1].cumsum(1)[:, ::-1] - total
-    total += np.bincount(place, weights=ends % side, minlength=len(before)).reshape(height, width + 1)
-    counted: IntArray = total[:, :width].astype(np.int64)
-    return counted
 
 
 def _steps(line: IntArray, runs: Runs, lines: int, across: int) -> tuple[IntArray, IntArray]:

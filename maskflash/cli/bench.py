@@ -51,7 +51,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class Accuracy:
     """The largest error of the output's first head against dense float64, beside the largest it may be."""
 
     error: float
@@ -115,7 +115,7 @@ def _flex(seen: Subject, inputs: Inputs) -> Forward:
     return partial(torch.compile(flex_attention, dynamic=False), *inputs, block_mask=block_mask)
 
 
-def _check(attend: mf.Attention, seen: Subject, inputs: Inputs) -> Check:
+def _check(attend: mf.Attention, seen: Subject, inputs: Inputs) -> Accuracy:
     """Hold the first head of the first batch row against dense float64, some rows at a time."""
     q, k, v = (x.detach() for x in inputs)
     found = attend(q, k, v)[:1, :1]
@@ -128,7 +128,7 @@ def _check(attend: mf.Attention, seen: Subject, inputs: Inputs) -> Check:
         return torch.cat([reference(band.to(dtype), keys, values, mask, scale)[0] for band, mask in bands], dim=2)
 
     exact = dense(torch.float64)
-    return Check((found.double() - exact).abs().max().item(), error_budget(dense(q.dtype), exact))
+    return Accuracy((found.double() - exact).abs().max().item(), error_budget(dense(q.dtype), exact))
 
 
 def _by_turns(
@@ -165,7 +165,9 @@ def _now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def _facts(seen: Subject, args: Namespace, samples: dict[str, dict[str, list[float]]], check: Check) -> dict[str, Any]:
+def _facts(
+    seen: Subject, args: Namespace, samples: dict[str, dict[str, list[float]]], check: Accuracy
+) -> dict[str, Any]:
     ours = samples["maskflash"]
     return {
         **seen.to_dict(),

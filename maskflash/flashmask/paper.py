@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -18,7 +19,7 @@ from maskflash.errors import ArgumentError
 from maskflash.ground import arguments, modes
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.predicate import Mask
-from maskflash.presets import basic, packed, sparse, vectors
+from maskflash.presets import basic, packed, sparse
 
 __all__ = ["PAPER", "PaperMask", "paper"]
 
@@ -45,26 +46,31 @@ _DROPPED: Final = ((1024, 538), (2358, 1700))  # segments of 8,192 tokens: start
 _DROPPED_OF: Final = 8192
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PaperMask:
-    """A mask of the paper, written twice.
+    """A mask of the paper.
 
     Attributes:
         name: one of `PAPER`.
         seq_len: queries, and keys, in tokens.
-        arguments: what both were made from, by the names of the presets' arguments.
+        arguments: what it was made from, by the names of the preset's arguments.
         predicate: as a preset.
-        vectors: as column intervals.
     """
 
     name: str
     seq_len: int
     arguments: dict[str, Any]
     predicate: Mask
-    vectors: ColumnIntervals
+
+    @cached_property
+    def vectors(self) -> ColumnIntervals:
+        """The same as FlashMask's vectors: `predicate.to_flashmask`, found when first asked for."""
+        batch, heads = self.arguments["evicted_at"].shape[:2] if self.name == "random_eviction" else (1, 1)
+        with modes.off():
+            return self.predicate.to_flashmask(self.seq_len, self.seq_len, batch=batch, heads=heads)
 
 
-# Each takes a mask's `arguments` by name, as the function of the same name in `vectors` does beside seq_len.
+# Each takes a mask's `arguments` by name.
 PREDICATES: Final[dict[str, Callable[..., Mask]]] = {
     "full": basic.full,
     "causal": basic.causal,
@@ -112,7 +118,7 @@ def paper(name: str, seq_len: int, seed: int = 0, *, batch: int = 1, heads: int 
     seq_len, batch, heads = (arguments.integer("paper", key, value) for key, value in sizes.items())
     seed = arguments.integer("paper", "seed", seed)
     given = _arguments(name, seq_len, seed, batch, heads)
-    return PaperMask(name, seq_len, given, PREDICATES[name](**given), getattr(vectors, name)(**given, seq_len=seq_len))
+    return PaperMask(name, seq_len, given, PREDICATES[name](**given))
 
 
 def _arguments(name: str, tokens: int, seed: int, batch: int, heads: int) -> dict[str, Any]:

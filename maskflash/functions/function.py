@@ -12,10 +12,9 @@ from torch import Tensor
 from maskflash.analysis.problem import TILE, Problem
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.evaluate import Inputs
-from maskflash.expr.format import format_expr
 from maskflash.functions import slots
 from maskflash.functions.fingerprint import fingerprint
-from maskflash.ground import arguments, copies, html, transfer
+from maskflash.ground import arguments, copies, transfer
 from maskflash.trace.trace import Traced
 from maskflash.trace.tracer import Argument
 
@@ -316,13 +315,9 @@ class Bindable:
         return None if self.keywords else self.traced(dict.fromkeys(self.implied_names, 1))
 
     def _repr_html_(self) -> str:
-        traced = self.known()
-        names = [f"{name}={self.defaults[name]!r}" if name in self.defaults else name for name in self.keywords]
-        rows = {
-            "visible": format_expr(traced.expr, traced.params, traced.names) if traced else "",
-            "arguments": ", ".join(names),
-        }
-        return html.facts(self.name, {label: text for label, text in rows.items() if text})
+        from maskflash.visualize import notebook
+
+        return notebook.of_mask(self)
 
     def __bool__(self) -> bool:
         raise ArgumentTypeError(

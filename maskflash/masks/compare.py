@@ -11,7 +11,6 @@ from torch import Tensor
 
 from maskflash.analysis.changes import find_changes
 from maskflash.analysis.problem import TILE
-from maskflash.ground import html
 from maskflash.masks.predicate import Mask, mask
 
 Pair = tuple[int, int, int, int]
@@ -33,10 +32,9 @@ class Comparison:
         return self.holds
 
     def _repr_html_(self) -> str:
-        if self.counterexample is None:
-            return html.lines("yes", ())
-        b, h, q, kv = self.counterexample
-        return html.lines("no", [f"for batch row {b}, head {h}, query {q}, key {kv}"])
+        from maskflash.visualize import notebook
+
+        return notebook.of_comparison(self)
 
 
 def equivalent(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.expr.reasons import Reason, Reasons, find_reasons
-from maskflash.ground import arguments, html
+from maskflash.ground import arguments
 from maskflash.masks.combination import Combination, Step, connect
 from maskflash.masks.mask import Mask
 
@@ -47,7 +47,9 @@ class Why:
         return "\n".join((self._answer(), *(f"  {line}" for line in self._lines())))
 
     def _repr_html_(self) -> str:
-        return html.lines(self._answer(), self._lines())
+        from maskflash.visualize import notebook
+
+        return notebook.of_answer(self._answer(), self._lines())
 
     def _answer(self) -> str:
         b, h, q, kv = self.pair

@@ -14,7 +14,6 @@ from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
 from maskflash.expr.format import format_expr
-from maskflash.ground import html
 from maskflash.op.analyse import Analysis
 
 if TYPE_CHECKING:
@@ -83,7 +82,9 @@ class Explanation:
         return "\n".join([self.mask, *(f"  {name:<18} {text}" for name, text in told.items())])
 
     def _repr_html_(self) -> str:
-        return html.facts(self.mask, self._told()) + self.analysis.classified.block_map._repr_html_()
+        from maskflash.visualize import notebook
+
+        return notebook.of_facts(self.mask, self._told()) + notebook.of_map(self.analysis.classified.block_map)
 
     def _told(self) -> dict[str, str]:
         """The facts as people read them."""

@@ -1,4 +1,4 @@
-"""Masks ready to use: predicates by name, column intervals (`vectors`), and the FlashMask paper's twelve (`paper`)."""
+"""Masks ready to use: predicates by name, and the FlashMask paper's twelve (`paper`)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from maskflash.presets.sparse import qk_sparse, random_eviction
 
 if TYPE_CHECKING:
     from maskflash.flashmask.paper import PAPER, PaperMask, paper
-    from maskflash.presets import vectors
 
 __all__ = [
     "PAPER",
@@ -40,7 +39,6 @@ __all__ = [
     "random_eviction",
     "share_question",
     "sliding_window",
-    "vectors",
 ]
 
 
@@ -48,8 +46,6 @@ def __getattr__(name: str) -> Any:
     """What few need, imported when it is first asked for."""
     if name in ("PAPER", "PaperMask", "paper"):
         return getattr(import_module("maskflash.flashmask.paper"), name)
-    if name == "vectors":
-        return import_module("maskflash.presets.vectors")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

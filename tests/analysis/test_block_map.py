@@ -1,15 +1,12 @@
 """A BlockMap holds exactly the kinds it was made from, as runs by rows and by columns."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskflash.analysis import block_map as module
 from maskflash.analysis.block_map import BlockMap
-from maskflash.analysis.runs import FULL, PARTIAL, SKIP, Runs
+from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError
 
 
@@ -85,57 +82,3 @@ def test_memory_follows_the_runs_not_the_tiles():
 def test_a_lattice_that_does_not_fit_is_refused(shape):
     with pytest.raises(ArgumentError, match=r"BlockMap.from_kinds: .*expected \(B, H, 2, 2\) for 20 x 32 tokens"):
         BlockMap.from_kinds(torch.zeros(shape, dtype=torch.int8), 20, 32, (16, 16))
-
-
-def test_it_prints_as_a_picture():
-    kinds = torch.tensor([[1, 0, 0], [2, 1, 0]], dtype=torch.int8)[None, None]
-    text = str(BlockMap.from_kinds(kinds, 20, 40, (16, 16)))
-    assert "20 x 40 tokens, tiles of 16 x 16, shape (1, 1, 2, 3), 1 full, 2 partial, 3 skip, 50.0 % skipped" in text
-    assert text.splitlines()[-2:] == ["▒··", "█▒·"]
-
-
-def test_a_large_picture_shrinks():
-    kinds = torch.zeros(1, 1, 200, 100, dtype=torch.int8)
-    kinds[0, 0, :100, :50] = FULL
-    kinds[0, 0, 101, 0] = FULL
-    lines = str(BlockMap.from_kinds(kinds, 200, 100, (1, 1))).splitlines()
-    assert "one cell is 7 x 7 tiles" in lines[1]
-    assert lines[2:17] == ["█" * 7 + "▒" + "·" * 7] * 14 + ["▒" * 8 + "·" * 7]
-    assert len(lines) == 2 + 29
-
-
-@given(lattices(), st.integers(1, 6))
-def test_a_cell_has_the_common_kind_of_its_tiles(lattice, most):
-    kinds = lattice[0][0, 0]
-    cells, legend = module._cells(BlockMap.from_kinds(*lattice), most)
-    side = max(1, math.ceil(max(kinds.shape) / most))
-    expected = [
-        [int(cell.min()) if cell.min() == cell.max() else PARTIAL for cell in band.split(side, 1)]
-        for band in (kinds.split(side, 0) if kinds.numel() else ())
-    ]
-    assert cells == expected
-    assert (f"one cell is {side} x {side} tiles" in legend) == (side > 1)
-
-
-def test_a_picture_of_several_maps_says_which_it_shows():
-    kinds = torch.tensor([[[[0]], [[2]]]], dtype=torch.int8)
-    assert "(batch row 0, head 0 of 1 x 2)\n·" in str(BlockMap.from_kinds(kinds, 5, 5, (8, 8)))
-
-
-def test_a_picture_is_drawn_from_runs_alone(monkeypatch):
-    n = 1 << 23  # tokens; a lattice of its tiles would take 4 GB
-    line = torch.arange(n // 128, dtype=torch.int32)
-    offsets = torch.arange(n // 128 + 1, dtype=torch.int32)
-    runs = Runs(offsets, line, line + 1, torch.zeros(n // 128, dtype=torch.bool))
-    block_map = BlockMap(n, n, (128, 128), (1, 1, n // 128, n // 128), runs, runs)
-    picture = str(block_map).splitlines()[2:]
-    assert picture == ["·" * i + "▒" + "·" * (31 - i) for i in range(32)]
-    assert block_map._repr_html_().count("<path") == 2
-
-
-@pytest.mark.parametrize("lengths", [(0, 0), (0, 9), (9, 0), (1, 1)])
-def test_maps_of_hardly_any_tokens_print(lengths):
-    kinds = torch.full((1, 1, *(min(n, 1) for n in lengths)), FULL, dtype=torch.int8)
-    block_map = BlockMap.from_kinds(kinds, *lengths, (16, 16))
-    assert str(block_map).splitlines()[2:] == ["█"] * (0 not in lengths)
-    assert "skip" in block_map._repr_html_()

@@ -52,7 +52,7 @@ def test_contenders_run_by_turns_and_ratios_are_those_of_a_round(monkeypatch):
 def test_a_ratio_above_one_is_in_our_favour():
     args = cli.parser().parse_args(SMALL)
     samples = {"maskflash": {"forward": [1.0, 2.0, 4.0]}, "other": {"forward": [10.0, 10.0, 10.0]}}
-    facts = bench._facts(bench.subject(args), args, samples, bench.Check(0.0, 0.0))
+    facts = bench._facts(bench.subject(args), args, samples, bench.Accuracy(0.0, 0.0))
     assert facts["ratios"] == {"other": {"forward": pytest.approx({"p20": 3.5, "p50": 5.0, "p80": 8.0})}}
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_result_is_status_1(capsys, monkeypatch):
 
 
 def test_a_nan_is_not_within_any_budget():
-    assert not bench.Check(float("nan"), 1.0).passed
+    assert not bench.Accuracy(float("nan"), 1.0).passed
 
 
 def test_rows_that_see_nothing_are_no_error(capsys):

@@ -79,7 +79,7 @@ def test_the_offset_is_added_to_the_row():
 
 
 def test_column_intervals_speak_of_their_vectors():
-    mask = mf.presets.vectors.causal_document([3, 5], 8)
+    mask = mf.causal_document([3, 5]).to_flashmask(8, 8)
     found = mask.why(4, 1, q_len=8, kv_len=8)
     assert str(found).splitlines()[1:] == ["  q >= lts[kv]: 4 >= 3"]
     with pytest.raises(mf.ArgumentError, match=r"depends on the sizes of a call; pass q_len=\.\.\., kv_len=\.\.\."):
@@ -138,7 +138,7 @@ def test_notebooks_show_what_print_does_and_escape_it():
         mf.equivalent(joined, mf.causal(), 1024, 1024): "query 300, key 0",
         mf.equivalent(joined, joined, 1024, 1024): "yes",
         mf.compile(joined).explain(1024, 1024): "since the tensors are on cpu",
-        mf.presets.vectors.causal(8): "(q + kv_len - q_len) < kv",
+        mf.ColumnIntervals([8] * 8, causal=True): "(q + kv_len - q_len) < kv",
     }
     for value, text in shown.items():
         page = value._repr_html_()

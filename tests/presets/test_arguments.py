@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import maskflash as mf
 from maskflash import presets
-from maskflash.presets import vectors
 
 NUMBER_PRESETS = {
     "sliding_window": mf.sliding_window,
@@ -26,9 +25,6 @@ NUMBER_PRESETS = {
     "height": lambda n: mf.natten(n, 1, 1, 1),
     "kernel": lambda n: mf.natten(1, 1, n, 1),
     "question": lambda n: presets.share_question([(n, [1])]),
-    "seq_len": vectors.causal,
-    "left": lambda n: vectors.sliding_window(n, 8),
-    "n": lambda n: vectors.prefix_lm_causal(n, 8),
     "paper": lambda n: presets.paper("causal", n),
     "causal_document": lambda n: mf.causal_document([3], left=n),
 }
@@ -45,7 +41,6 @@ TABLE_PRESETS = {
     "evictions": presets.random_eviction,
     "answers": lambda x: presets.share_question([(1, x)]),
     "lts": mf.ColumnIntervals,
-    "vectors": lambda x: vectors.document(x, 8),
 }
 
 

@@ -181,7 +181,7 @@ def test_a_million_columns_are_bands_that_hold_every_entry():
 
 def test_panels_are_side_by_side_in_order():
     causal = mf.causal()
-    vectors = mf.presets.vectors.document([3, 5], 8)
+    vectors = mf.document([3, 5]).to_flashmask(8, 8)
     made = visualize.side_by_side({"a": causal, "b": causal.block_map(8, 8, block_size=2), "c": vectors}, 8, 8)
     assert [ax.get_title() for ax in made.axes] == ["a", "b", "c"]
     lefts = [ax.get_position().x0 for ax in made.axes]

@@ -1,6 +1,6 @@
 // The numbers of a page -> runs of tiles, and what they tell: kinds, who decided, work. First of the page's scripts.
 //
-//   data.runs        offsets, start, stop, full: blocks/runs.py's Runs of the map's rows, packed
+//   data.runs        offsets, start, stop, full: analysis/runs.py's Runs of the map's rows, packed
 //   data.decided     tiles by means: pairs, formula, intervals, ...; null where a map alone is known
 //   data.evaluated   the tiles whose pairs were evaluated, packed as runs; or null
 //   data.documents   [{name, shape, rows, columns}]: steps of document numbers over queries and keys

@@ -1,4 +1,4 @@
-"""Column intervals of the paper's masks: each equals the preset of the same arguments, at any length."""
+"""The paper's masks written by hand as vectors: each equals the preset of the same arguments, at any length."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash import presets
-from maskflash.presets import vectors
+from tests.flashmask import vectors
 
 NUMBER = st.integers(0, 40)
 SIZE = st.integers(0, 12)
@@ -64,8 +64,10 @@ def test_vectors_are_the_preset(name, rest, data):
     given_arguments = data.draw(arguments)
     seq_len = tokens(name, *given_arguments) + rest
     found = as_vectors(*given_arguments, seq_len)
-    assert isinstance(found, mf.ColumnIntervals)
-    assert torch.equal(found.dense(seq_len, seq_len), as_preset(*given_arguments).dense(seq_len, seq_len))
+    preset = as_preset(*given_arguments)
+    dense = found.dense(seq_len, seq_len)
+    assert torch.equal(dense, preset.dense(seq_len, seq_len))
+    assert torch.equal(dense, preset.to_flashmask(seq_len, seq_len).dense(seq_len, seq_len))
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,8 @@ def test_any_number_of_tokens_may_be_left_and_none_of_a_document_missing(name, a
     _, as_vectors, as_preset = TWICE[name]
     total = tokens(name, *arguments)
     if total > seq_len:
-        with pytest.raises(mf.ArgumentError, match=f"add up to {total} tokens, expected at most seq_len, {seq_len}"):
-            as_vectors(*arguments, seq_len)
+        with pytest.raises(mf.ArgumentError, match=f"add up to {total} tokens, expected at most what the call has"):
+            as_preset(*arguments).to_flashmask(seq_len, seq_len)
         return
     found = as_vectors(*arguments, seq_len).dense(seq_len, seq_len)
     assert torch.equal(found, as_preset(*arguments).dense(seq_len, seq_len))
@@ -110,31 +112,3 @@ def test_evictions_of_each_row_and_head(seq_len, dtype):
     rows = torch.randint(-3, 25, (2, 3, 13), dtype=dtype)
     found = vectors.random_eviction(rows, seq_len).dense(seq_len, seq_len, batch=2, heads=3)
     assert torch.equal(found, presets.random_eviction(rows).dense(seq_len, seq_len, batch=2, heads=3))
-
-
-def test_evictions_may_be_any_number_and_are_held_by_reference():
-    rows = torch.tensor([2**40, -(2**40), 2], dtype=torch.int64)
-    assert vectors.random_eviction(rows, 3).lts[0, 0].tolist() == [3, 0, 2]
-    rows = torch.tensor([3, 3, 3], dtype=torch.int32)
-    mask = vectors.random_eviction(rows, 3)
-    rows[0] = 1
-    assert mask.dense(3, 3)[0, 0, :, 0].tolist() == [True, False, False]
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "message"),
-    [
-        (lambda: vectors.causal(-1), mf.ArgumentError, "causal: seq_len is -1, expected at least 0"),
-        (lambda: vectors.full(2.5), mf.ArgumentTypeError, "full: seq_len is 2.5, expected an int"),
-        (lambda: vectors.sliding_window(-1, 4), mf.ArgumentError, "sliding_window: left is -1"),
-        (lambda: vectors.document([1, -2], 4), mf.ArgumentError, "document: lengths holds -2"),
-        (lambda: vectors.causal_document([1, -2], 4), mf.ArgumentError, "causal_document: lengths holds -2"),
-        (lambda: vectors.global_sliding_window(1, -1, 4), mf.ArgumentError, "global_sliding_window: window is -1"),
-        (lambda: vectors.prefix_lm_document([2], [3], 4), mf.ArgumentError, r"prefixes\[0\] is 3, expected at most"),
-        (lambda: vectors.share_question([(1,)], 4), mf.ArgumentTypeError, r"documents\[0\] is \(1,\), expected"),
-        (lambda: vectors.qk_sparse([(0, 3), (2, 1)], 4), mf.ArgumentError, "segments overlap at token 2"),
-    ],
-)
-def test_wrong_arguments_are_told(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
