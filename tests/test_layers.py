@@ -15,7 +15,7 @@ ORDER = {
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
     "ground": ["names", "modes", "arguments", "identity", "transfer", "copies"],
-    "expr": ["nodes", "format", "evaluate", "reasons", "intervals", "ranges", "bounds", "simplify"],
+    "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
     "trace": ["paths", "tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"],
     "analysis": ["runs", "block_map", "problem", "ways", "rows", "closed_form", "classify", "changes"],
     "analysis/ways": [

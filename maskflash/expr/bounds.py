@@ -13,14 +13,30 @@ import torch
 from torch import Tensor
 
 from maskflash.expr.evaluate import Inputs, reached
-from maskflash.expr.intervals import SAFE, Interval, operation, truth
-from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
+from maskflash.expr.intervals import (
+    SAFE,
+    Interval,
+    both,
+    convert,
+    finite,
+    narrow,
+    select,
+    spans_zero,
+    square,
+    truth,
+    unknown,
+    unless_far,
+    widen,
+)
+from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
+from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES, OPERATIONS, Bounds
 from maskflash.expr.ranges import RangeMinima
 
 Reach = tuple[int, int]
 """The least and the greatest value of an integer, over all that is asked: exactly, since differences are taken."""
 
 _FAR: Final = 1 << 64  # as far as anything beyond
+_SQUARE: Final = Bounds(square, finite(square), both)  # of a number times itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +102,39 @@ def bounds(
             if fault is not None:
                 faulty = faulty | (fault & here)
     return Verdict(truths[-1].lo, truths[-1].hi, faulty, _largest(expr, reaches))
+
+
+def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: float) -> tuple[Interval, Tensor | None]:
+    """The interval of a computed node, and where its divisor may be zero.
+
+    Args:
+        node: of any kind but indices, numbers and look-ups.
+        args: the intervals of its operands.
+        dtype: what these are converted to.
+        magnitude: a cap on the absolute values of the node and its operands, before any wrapping.
+    """
+    if node.op == "select":
+        condition, x, y = args
+        return select(truth(condition), convert(x, node.dtype), convert(y, node.dtype)), None
+    if node.op == "cast":
+        return convert(args[0], node.dtype), None
+    squared = node.op == "mul" and node.args[0] == node.args[1]
+    rules = _SQUARE if squared else OPERATIONS[node.op].bounds
+    args = [convert(arg, dtype) for arg in args]
+    if dtype == torch.bool and rules.truths:
+        return rules.truths(*args), None
+    if dtype.is_floating_point:
+        return rules.reals(*args) if rules.reals else unknown(args, dtype), None
+    assert rules.integers is not None
+    args = [widen(arg) for arg in args]
+    if node.op in COMPARISONS:
+        return rules.integers(*args), None
+    fault = spans_zero(args[1]) if OPERATIONS[node.op].faults else None
+    if magnitude < SAFE:
+        return narrow(rules.integers(*args), dtype), fault
+    if rules.reals:
+        return narrow(unless_far(rules.integers, args), dtype), fault
+    return unknown(args, dtype), fault
 
 
 def largest(expr: Expr, inputs: Inputs, extents: Mapping[str, Reach]) -> float | None:

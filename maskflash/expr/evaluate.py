@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 import numpy as np
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import MaskIndexError
-from maskflash.expr.nodes import CONNECTIVES, INDEX_VARIABLES, Expr, Node, Scalar, operand_dtype
+from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
+from maskflash.expr.ops import INDEX_VARIABLES, OPERATIONS
 
 _SHARED: Final = {"b": "batch", "h": "heads"}  # of what a dimension of 1 might be meant to serve all
 
@@ -117,10 +117,6 @@ def _compute(
     operands = [value for value in (values[arg] for arg in node.args) if value is not None]
     if node.op == "lookup":
         return look_up(inputs.tables[int(node.value or 0)], [index.to(torch.int64) for index in operands])
-    computed: Tensor
-    if node.op in CONNECTIVES:
-        computed = _TORCH[node.op](*operands)
-        return computed, None
     if node.op == "select":
         condition, x, y = operands
         return torch.where(condition.to(torch.bool), x.to(node.dtype), y.to(node.dtype)), None
@@ -128,12 +124,13 @@ def _compute(
         return operands[0].to(node.dtype), None
     dtype = operand_dtype(node, [expr.nodes[arg] for arg in node.args])
     operands = [operand.to(dtype) for operand in operands]
-    if node.op in ("floordiv", "mod", "truncdiv", "fmod") and not dtype.is_floating_point:
+    operation, fault = OPERATIONS[node.op], None
+    assert operation.compute is not None
+    if operation.faults and not dtype.is_floating_point:
         fault = operands[1] == 0
-        computed = _TORCH[node.op](operands[0], torch.where(fault, 1, operands[1]))
-        return computed.to(dtype), fault
-    computed = _TORCH[node.op](*operands)
-    return computed, None
+        operands[1] = torch.where(fault, 1, operands[1])
+    computed = operation.compute(*operands)
+    return computed if fault is None else computed.to(dtype), fault
 
 
 def _lookup(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -218,43 +215,3 @@ def _fix(indices: Sequence[str], index: tuple[int, ...], shape: tuple[int, ...])
         "Make the table longer, or guard the look-up: `q < n and table[q] == ...` (`&` does not guard: both of its "
         "sides are always read)."
     )
-
-
-def _connective(op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
-    return op(*(operand.to(torch.bool) for operand in operands))
-
-
-_TORCH: dict[str, Callable[..., Tensor]] = {
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "bitnot": torch.bitwise_not,
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "trunc": torch.trunc,
-    "round": torch.round,
-    "sqrt": torch.sqrt,
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "truediv": torch.true_divide,
-    "floordiv": torch.floor_divide,
-    "mod": torch.remainder,
-    "truncdiv": partial(torch.div, rounding_mode="trunc"),
-    "fmod": torch.fmod,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "shl": torch.bitwise_left_shift,
-    "shr": torch.bitwise_right_shift,
-    "bitand": torch.bitwise_and,
-    "bitor": torch.bitwise_or,
-    "bitxor": torch.bitwise_xor,
-    "eq": torch.eq,
-    "ne": torch.ne,
-    "lt": torch.lt,
-    "le": torch.le,
-    "gt": torch.gt,
-    "ge": torch.ge,
-    "not": partial(_connective, torch.logical_not),
-    "and": partial(_connective, torch.logical_and),
-    "or": partial(_connective, torch.logical_or),
-}

@@ -5,24 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from maskflash.expr.nodes import Expr, Node
+from maskflash.expr.ops import OPERATIONS
 
 _LONGEST: Final = 100  # characters of an operand: a longer one is named, or left out
-
-INFIX = {
-    **{"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "shl": "<<", "shr": ">>"},
-    **{
-        "bitand": "&",
-        "bitor": "|",
-        "bitxor": "^",
-        "eq": "==",
-        "ne": "!=",
-        "lt": "<",
-        "le": "<=",
-        "gt": ">",
-        "ge": ">=",
-    },
-    **{"and": "and", "or": "or"},
-}
 
 
 def format_expr(expr: Expr, params: tuple[object, ...] = (), tables: tuple[str, ...] = ()) -> str:
@@ -57,8 +42,8 @@ def format_nodes(expr: Expr, params: tuple[object, ...] = (), tables: tuple[str,
 def _format_node(node: Node, args: list[str], params: tuple[object, ...], tables: tuple[str, ...]) -> str:
     if node.op in ("add", "sub") and args[1] == "0":  # a window of 0, say
         return args[0]
-    if node.op in INFIX:
-        return f"({args[0]} {INFIX[node.op]} {args[1]})"
+    if symbol := OPERATIONS[node.op].symbol:
+        return f"({args[0]} {symbol} {args[1]})"
     match node.op:
         case "const":
             return str(node.value)

@@ -19,7 +19,6 @@ rules; lengths, windows, table contents and offsets are never part of the text, 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,21 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-INDEX_VARIABLES = ("b", "h", "q", "kv")
-OPPOSITES = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
-COMPARISONS = frozenset(OPPOSITES)
-CONNECTIVES = frozenset(("and", "or", "not"))
-ARITY = {
-    **dict.fromkeys((*INDEX_VARIABLES, "const", "param"), 0),
-    **dict.fromkeys(("cast", "neg", "abs", "not", "bitnot", "floor", "ceil", "trunc", "round", "sqrt"), 1),
-    **dict.fromkeys(("add", "sub", "mul", "truediv", "floordiv", "mod", "truncdiv", "fmod", "min", "max"), 2),
-    **dict.fromkeys(("shl", "shr", "bitand", "bitor", "bitxor", *COMPARISONS, "and", "or"), 2),
-    "select": 3,
-}  # "lookup" takes any number
+from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES, OPERATIONS
 
 Scalar = int | float | bool
-_OF_INTEGERS = frozenset(("neg", "abs", "bitnot", "add", "sub", "mul", "floordiv", "mod", "shl", "shr"))
-
 _REAL, _INTEGER = struct.Struct("<d"), struct.Struct("<q")
 
 
@@ -74,12 +61,18 @@ class Node:
         return f"{self.op}{value}:{kind}({','.join(map(str, self.args))})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expr:
     """A mask as a straight-line program. Equal structure means equal expressions; source lines don't count."""
 
     nodes: tuple[Node, ...]
-    sources: tuple[Source | None, ...] = field(compare=False, repr=False, default=())
+    sources: tuple[Source | None, ...] = field(repr=False, default=())
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == other.text if isinstance(other, Expr) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     @cached_property
     def text(self) -> str:
@@ -192,7 +185,7 @@ class Builder:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.sources: list[Source | None] = []
-        self._positions: dict[tuple[Node, str], int] = {}
+        self._positions: dict[tuple[Any, ...], int] = {}
 
     def add(
         self,
@@ -207,14 +200,12 @@ class Builder:
         if dtype is None:
             dtype, inferred = result_type(op, [self.nodes[arg] for arg in args])
             weak = inferred if weak is None else weak
-        if value != value:
-            value = math.nan  # one object: others are no keys
-        node = Node(op, args, dtype, bool(weak), value)
-        key = (node, repr(value) if isinstance(value, float) else "")  # 0.0 == -0.0, yet they divide differently
+        weak = bool(weak)
+        key = (op, args, dtype, weak, repr(value) if isinstance(value, float) else value)  # 0.0 == -0.0, but in text
         position = self._positions.get(key)
         if position is None:
             position = self._positions[key] = len(self.nodes)
-            self.nodes.append(node)
+            self.nodes.append(Node(op, args, dtype, weak, value))
             self.sources.append(source)
         return position
 
@@ -268,14 +259,14 @@ def operand_dtype(node: Node, args: list[Node]) -> torch.dtype:
 
 def result_type(op: str, args: list[Node]) -> tuple[torch.dtype, bool]:
     """Dtype and weakness of an operation on these operands."""
-    weak = all(arg.weak for arg in args)
-    if op in COMPARISONS or op in CONNECTIVES:
-        return torch.bool, weak
+    operation = OPERATIONS[op]
+    if operation.gives == "truth":
+        return torch.bool, all(arg.weak for arg in args)
     if op == "select":
         return promote(args[1], args[2])
     dtype, weak = promote(args[0], args[-1])
-    if op in ("truediv", "sqrt") and not dtype.is_floating_point:
+    if operation.gives == "real" and not dtype.is_floating_point:
         dtype = torch.float64 if weak else torch.get_default_dtype()
-    if op in _OF_INTEGERS and dtype == torch.bool and weak:
+    if operation.counts and dtype == torch.bool and weak:
         dtype = torch.int64  # Python's True is the int 1
     return dtype, weak

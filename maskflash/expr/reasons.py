@@ -10,11 +10,11 @@ from typing import Final, NamedTuple
 import torch
 
 from maskflash.expr.evaluate import Inputs, evaluate, every_value
-from maskflash.expr.format import INFIX, format_nodes
-from maskflash.expr.nodes import COMPARISONS, INDEX_VARIABLES, OPPOSITES, Expr, Node, Scalar, Source
+from maskflash.expr.format import format_nodes
+from maskflash.expr.nodes import Expr, Node, Scalar, Source
+from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES, OPERATIONS
 
 _MOST_READS: Final = 8  # look-ups that a reason lists
-_SHORT_CIRCUITS: Final = {"and": False, "or": True, "bitand": False, "bitor": True}  # op -> operand that settles it
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,7 @@ def _below(expr: Expr, position: int, values: Sequence[Scalar], passed: dict[int
         chosen, other = (x, y) if values[condition] else (y, x)
         passed[other] = None
         yield from (condition, chosen)
-    elif node.op in _SHORT_CIRCUITS:
-        settling = _SHORT_CIRCUITS[node.op]
+    elif (settling := OPERATIONS[node.op].settled) is not None:
         x, y = node.args
         if node.op in ("and", "or") and values[x] is settling:
             passed[y] = None
@@ -129,11 +128,12 @@ def _relation(expr: Expr, position: int, values: Sequence[Scalar]) -> str:
     if node.op not in COMPARISONS:
         return str(values[node.args[0]] if node.op == "cast" else values[position])
     x, y = (values[arg] for arg in node.args)
+    operation = OPERATIONS[node.op]
     if values[position]:
-        return f"{x} {INFIX[node.op]} {y}"
+        return f"{x} {operation.symbol} {y}"
     if any(isinstance(value, float) and math.isnan(value) for value in (x, y)):  # no relation holds
-        return f"not {x} {INFIX[node.op]} {y}"
-    return f"{x} {INFIX[OPPOSITES[node.op]]} {y}"
+        return f"not {x} {operation.symbol} {y}"
+    return f"{x} {OPERATIONS[operation.opposite].symbol} {y}"
 
 
 def _reads(expr: Expr, texts: Sequence[str], values: Sequence[Scalar]) -> list[tuple[tuple[str, Scalar], ...]]:

@@ -1,199 +1,210 @@
-"""An expression -> an equal, smaller one, by a table of local rules applied once to each node, operands first.
+"""An expression -> an equal, smaller one, by a table of rules that are tried on each node, operands first.
 
 Only constants of the structure are folded: a param's value may change from call to call, so nothing here looks at it.
-Dropping an operand drops its faults too; rules therefore drop only what cannot fault, or what a guard already excludes.
+Dropping an operand drops its faults too: a rule may drop only what cannot fault, or what is never read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
 import torch
 
-from maskflash.expr.nodes import OPPOSITES, Builder, Expr, Node
+from maskflash.expr.nodes import Builder, Expr, Node, Source
+from maskflash.expr.ops import COMPARISONS, OPERATIONS
 
-_FAULTS = frozenset(("lookup", "floordiv", "mod", "truncdiv", "fmod"))
+Pattern = str | bool | tuple[Any, ...]
+"""A name, True or False, or an operation and the patterns of its operands."""
+
+
+class Rewrite(NamedTuple):
+    """What a node may be written as, in the words of the grammar in `nodes.py`.
+
+    A name stands for the same node wherever it is.
+
+    Attributes:
+        pattern: the node.
+        result: what is equal to it.
+        only: whether it is, told of the node and of those that names stand for.
+        unread: the names of operands that the pattern never reads; what else the result lacks must be without faults.
+    """
+
+    pattern: str
+    result: str
+    only: Callable[[Node, list[Node]], bool] = lambda node, named: True
+    unread: str = ""
+
+
+def _truths(node: Node, named: list[Node]) -> bool:
+    return node.dtype == torch.bool
+
+
+def _by_number(node: Node, named: list[Node]) -> bool:
+    return node.dtype == torch.int64 and named[1].op == "const" and named[1].value != 0
+
+
+def _no_float(node: Node, named: list[Node]) -> bool:
+    """Floats may be NaN, which is neither less nor not less than anything, nor equal to itself."""
+    return not any(other.dtype.is_floating_point for other in named)
+
+
+def _of_its_kind(node: Node, named: list[Node]) -> bool:
+    return (named[0].dtype, named[0].weak) == (node.dtype, node.weak)
+
+
+def _turned(no: str) -> Iterator[Rewrite]:
+    """Rules of a negation: truths are turned at once, comparisons become their opposites."""
+    yield Rewrite(f"{no} True", "False", _truths)
+    yield Rewrite(f"{no} False", "True", _truths)
+    yield Rewrite(f"{no} not x", "x", _truths)
+    for op in sorted(COMPARISONS):
+        only = _truths if op in ("eq", "ne") else lambda node, named: _truths(node, named) and _no_float(node, named)
+        yield Rewrite(f"{no} {op} x y", f"{OPERATIONS[op].opposite} x y", only)
+
+
+RULES: Final = (
+    *_turned("not"),
+    *_turned("bitnot"),
+    Rewrite("and x x", "x"),
+    Rewrite("and False x", "False", unread="x"),
+    Rewrite("and True x", "x"),
+    Rewrite("and x True", "x"),
+    Rewrite("and x False", "False"),
+    Rewrite("or x x", "x"),
+    Rewrite("or True x", "True", unread="x"),
+    Rewrite("or False x", "x"),
+    Rewrite("or x False", "x"),
+    Rewrite("or x True", "True"),
+    Rewrite("bitand x x", "x", _truths),
+    Rewrite("bitand False x", "False", _truths),
+    Rewrite("bitand True x", "x", _truths),
+    Rewrite("bitand x True", "x", _truths),
+    Rewrite("bitand x False", "False", _truths),
+    Rewrite("bitor x x", "x", _truths),
+    Rewrite("bitor True x", "True", _truths),
+    Rewrite("bitor False x", "x", _truths),
+    Rewrite("bitor x False", "x", _truths),
+    Rewrite("bitor x True", "True", _truths),
+    Rewrite("bitxor x True", "not x", _truths),
+    Rewrite("bitxor x False", "x", _truths),
+    Rewrite("bitxor True x", "not x", _truths),
+    Rewrite("bitxor False x", "x", _truths),
+    Rewrite("select True x y", "x", unread="y"),
+    Rewrite("select False x y", "y", unread="x"),
+    Rewrite("select c x x", "x"),
+    Rewrite("select not c x y", "select c y x"),
+    Rewrite("select c x c", "and c x", _truths),
+    Rewrite("select c c y", "or c y", _truths),
+    Rewrite("select c True False", "c", _truths),
+    Rewrite("select c False True", "not c", _truths),
+    Rewrite("select c True y", "or c y", _truths),
+    Rewrite("select c x False", "and c x", _truths),
+    Rewrite("select c False y", "and not c y", _truths),
+    Rewrite("select c x True", "or not c x", _truths),
+    Rewrite("cast x", "x", _of_its_kind),
+    Rewrite("cast True", "True", _truths),
+    Rewrite("cast False", "False", _truths),
+    Rewrite("sub x mod x n", "mul floordiv x n n", _by_number),  # bounds don't see that the two x are one
+    *(Rewrite(f"{op} x x", "True", _no_float) for op in ("eq", "le", "ge")),
+    *(Rewrite(f"{op} x x", "False", _no_float) for op in ("ne", "lt", "gt")),
+)
 
 
 def simplify(expr: Expr) -> Expr:
     """The expression rewritten to normal form; the mask it describes is the same, pair by pair."""
-    builder = Builder()
-    faultless: dict[int, bool] = {}
+    normal = _Normal()
     places: list[int] = []
-    for position, node in enumerate(expr.nodes):
-        args = [places[arg] for arg in node.args]
-        place = _rewrite(builder, node, args, faultless)
-        if place is not None:
-            place = _as_kind(builder, place, node, faultless)
-        else:
-            place = builder.add(
-                node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value, source=expr.source(position)
-            )
-        safe = node.op not in _FAULTS or (node.op == "lookup" and not node.args)
-        faultless.setdefault(place, safe and all(faultless[arg] for arg in builder.nodes[place].args))
-        places.append(place)
-    return builder.finish(places[-1])
+    for node, source in zip(expr.nodes, expr.sources or (None,) * len(expr.nodes), strict=True):
+        places.append(normal.place(node, tuple([places[arg] for arg in node.args]), source))
+    return normal.finish(places[-1])
 
 
-def _rewrite(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-    """The place of an equal node, or None if no rule applies."""
-    rule = _RULES.get(node.op)
-    found = rule(builder, node, args, faultless) if rule else None
-    if found is not None:
-        faultless.setdefault(found, all(faultless.get(arg, True) for arg in builder.nodes[found].args))
+class _Normal(Builder):
+    """Grows an expression in normal form, and knows of each node whether it can fault."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._faultless: list[bool] = []
+
+    def _is_faultless(self, place: int) -> bool:
+        """Whether a node has a value for all operands, and so have they."""
+        known = self._faultless
+        for node in self.nodes[len(known) : place + 1]:  # a 0-dim table is looked up without an index
+            known.append(not (OPERATIONS[node.op].faults and node.args) and all([known[arg] for arg in node.args]))
+        return known[place]
+
+    def place(self, node: Node, args: tuple[int, ...], source: Source | None) -> int:
+        """The position of a node, or of what the first rule that fits it says that it equals."""
+        for rule, pattern, result, dropped in _COMPILED.get(node.op, ()):
+            names: dict[str, int] = {}
+            if (
+                self._fit(pattern, args, names)
+                and all([self._is_faultless(names[name]) for name in dropped])
+                and rule.only(node, [self.nodes[place] for place in names.values()])
+            ):
+                return self._of_kind(self._build(result, names, node, self.sources[args[0]]), node)
+        return self.add(node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value, source=source)
+
+    def _fit(self, patterns: tuple[Pattern, ...], places: tuple[int, ...], names: dict[str, int]) -> bool:
+        """Whether patterns fit nodes, noting what their names stand for."""
+        for pattern, place in zip(patterns, places, strict=True):
+            if isinstance(pattern, str):
+                if names.setdefault(pattern, place) != place:
+                    return False
+                continue
+            node = self.nodes[place]
+            if isinstance(pattern, bool):
+                if node.op != "const" or bool(node.value) is not pattern:
+                    return False
+            elif node.op != pattern[0] or not self._fit(pattern[1:], node.args, names):
+                return False
+        return True
+
+    def _build(self, result: Pattern, names: dict[str, int], node: Node, source: Source | None) -> int:
+        """The position of a rule's result; a negation in it is rewritten in turn, a comparison keeps its source."""
+        if isinstance(result, bool):
+            return self.const(result)
+        if isinstance(result, str):
+            return names[result]
+        op, *operands = result
+        args = tuple([self._build(operand, names, node, source) for operand in operands])
+        if op == "not":
+            return self.place(Node("not", args, torch.bool, self.nodes[args[0]].weak), args, None)
+        if op == node.op:
+            return self.add(op, *args, dtype=node.dtype, weak=node.weak)
+        return self.add(op, *args, source=source if op in COMPARISONS else None)
+
+    def _of_kind(self, place: int, node: Node) -> int:
+        """An equal node of this one's dtype and weakness, on which its users' promotion rests; a truth's hardly."""
+        found = self.nodes[place]
+        if found.dtype == node.dtype and (found.weak == node.weak or node.dtype == torch.bool):
+            return place
+        if found.op == "const" and found.dtype == node.dtype:
+            return self.add("const", dtype=node.dtype, weak=node.weak, value=found.value)
+        return self.add("cast", place, dtype=node.dtype, weak=node.weak)
+
+
+def _parsed(words: Iterator[str]) -> Pattern:
+    word = next(words)
+    if word in ("True", "False"):
+        return word == "True"
+    if word not in OPERATIONS:
+        return word
+    return word, *(_parsed(words) for _ in range(OPERATIONS[word].arity or 0))
+
+
+def _compiled() -> dict[str, list[tuple[Rewrite, tuple[Pattern, ...], Pattern, tuple[str, ...]]]]:
+    """By the operation of their pattern: rules, patterns of operands, results, and names whose faults are dropped."""
+    found: dict[str, list[tuple[Rewrite, tuple[Pattern, ...], Pattern, tuple[str, ...]]]] = {}
+    for rule in RULES:
+        op, *operands = rule.pattern.split()
+        pattern, result = _parsed(iter((op, *operands))), _parsed(iter(rule.result.split()))
+        assert isinstance(pattern, tuple)
+        names = (word for word in dict.fromkeys(operands) if word not in ("True", "False", *OPERATIONS))
+        kept = (*rule.result.split(), rule.unread)
+        found.setdefault(op, []).append((rule, pattern[1:], result, tuple(name for name in names if name not in kept)))
     return found
 
 
-def _as_kind(builder: Builder, place: int, node: Node, faultless: dict[int, bool]) -> int:
-    """An equal node of this one's dtype and weakness, on which its users' promotion rests (but a truth's hardly)."""
-    found = builder.nodes[place]
-    if found.dtype == node.dtype and (found.weak == node.weak or node.dtype == torch.bool):
-        return place
-    if found.op == "const" and found.dtype == node.dtype:
-        kind = builder.add("const", dtype=node.dtype, weak=node.weak, value=found.value)
-    else:
-        kind = builder.add("cast", place, dtype=node.dtype, weak=node.weak)
-    faultless.setdefault(kind, faultless[place])
-    return kind
-
-
-def _truth(builder: Builder, place: int) -> bool | None:
-    """The value of a constant, as a truth."""
-    node = builder.nodes[place]
-    return bool(node.value) if node.op == "const" else None
-
-
-def _not(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-    inner = builder.nodes[args[0]]
-    if inner.op == "const":  # not True -> False
-        return builder.const(not inner.value)
-    if inner.op == "not":  # not not x -> x
-        return inner.args[0]
-    operands = [builder.nodes[arg] for arg in inner.args]
-    whole = not any(operand.dtype.is_floating_point for operand in operands)
-    if inner.op in OPPOSITES and (whole or inner.op in ("eq", "ne")):  # not x < y -> x >= y, unless NaN could be there
-        return builder.add(OPPOSITES[inner.op], *inner.args, source=builder.sources[args[0]])
-    return None
-
-
-def _connective(absorbing: bool) -> Callable[..., int | None]:
-    """Rules of `and` (absorbing False) and `or` (absorbing True), guarded or not."""
-
-    def rule(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-        if node.dtype != torch.bool:
-            return None
-        x, y = args
-        first, second = _truth(builder, x), _truth(builder, y)
-        guarded = node.op in ("and", "or")
-        if x == y:  # x and x -> x
-            return x
-        if first is absorbing and (guarded or faultless[y]):  # False and x -> False
-            return x
-        if first is (not absorbing):  # True and x -> x
-            return y
-        if second is (not absorbing):  # x and True -> x
-            return x
-        if second is absorbing and faultless[x]:  # x and False -> False
-            return y
-        return None
-
-    return rule
-
-
-def _xor(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-    if node.dtype != torch.bool:
-        return None
-    for x, y in (args, args[::-1]):
-        known = _truth(builder, y)
-        if known is not None:  # x ^ True -> not x, x ^ False -> x
-            return _not_of(builder, x, faultless) if known else x
-    return None
-
-
-def _select(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-    condition, x, y = args
-    known = _truth(builder, condition)
-    kinds = (builder.nodes[x], builder.nodes[y])
-    if known is not None:  # select(True, x, y) -> x
-        return x if known else y
-    if x == y and faultless[condition]:  # select(c, x, x) -> x
-        return x
-    inner = builder.nodes[condition]
-    if inner.op == "not":  # select(not c, x, y) -> select(c, y, x)
-        return builder.add("select", inner.args[0], y, x, dtype=node.dtype, weak=node.weak)
-    if any(kind.dtype != torch.bool for kind in kinds):
-        return None
-    first, second = _truth(builder, x), _truth(builder, y)
-    if y == condition:  # select(c, x, c) -> c and x
-        return builder.add("and", condition, x)
-    if x == condition:  # select(c, c, y) -> c or y
-        return builder.add("or", condition, y)
-    if first is True and second is False:  # select(c, True, False) -> c
-        return condition
-    if first is False and second is True:
-        return _not_of(builder, condition, faultless)
-    if first is True:  # select(c, True, y) -> c or y
-        return builder.add("or", condition, y)
-    if second is False:  # select(c, x, False) -> c and x
-        return builder.add("and", condition, x)
-    if first is False:  # select(c, False, y) -> not c and y
-        return builder.add("and", _not_of(builder, condition, faultless), y)
-    if second is True:  # select(c, x, True) -> not c or x
-        return builder.add("or", _not_of(builder, condition, faultless), x)
-    return None
-
-
-def _not_of(builder: Builder, place: int, faultless: dict[int, bool]) -> int:
-    found = _not(builder, Node("not", (place,), torch.bool), [place], faultless)
-    negated = builder.add("not", place) if found is None else found
-    faultless.setdefault(negated, faultless[place])
-    return negated
-
-
-def _same(outcome: bool) -> Callable[..., int | None]:
-    """X == x -> True, for integers that can't fault (a float may be NaN)."""
-
-    def rule(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-        same = args[0] == args[1] and not builder.nodes[args[0]].dtype.is_floating_point
-        return builder.const(outcome) if same and faultless[args[0]] else None
-
-    return rule
-
-
-def _cast(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-    inner = builder.nodes[args[0]]
-    if inner.dtype == node.dtype and inner.weak == node.weak:
-        return args[0]
-    if inner.op == "const" and node.dtype == torch.bool:
-        return builder.const(bool(inner.value))
-    return None
-
-
-def _aligned(builder: Builder, node: Node, args: list[int], faultless: dict[int, bool]) -> int | None:
-    """X - x % n -> x // n * n, for a constant n: bounds don't see that the two x are one."""
-    rest = builder.nodes[args[1]]
-    if rest.op != "mod" or rest.args[0] != args[0] or node.dtype != torch.int64 or rest.dtype != torch.int64:
-        return None
-    if not _truth(builder, rest.args[1]):
-        return None
-    quotient = builder.add("floordiv", *rest.args)
-    faultless.setdefault(quotient, faultless[args[0]])
-    return builder.add("mul", quotient, rest.args[1])
-
-
-_RULES: dict[str, Callable[..., int | None]] = {
-    "not": _not,
-    "and": _connective(False),
-    "or": _connective(True),
-    "bitand": _connective(False),
-    "bitor": _connective(True),
-    "bitxor": _xor,
-    "bitnot": lambda builder, node, args, faultless: (
-        _not(builder, node, args, faultless) if node.dtype == torch.bool else None
-    ),
-    "select": _select,
-    "cast": _cast,
-    "sub": _aligned,
-    **dict.fromkeys(("eq", "le", "ge"), _same(True)),
-    **dict.fromkeys(("ne", "lt", "gt"), _same(False)),
-}
+_COMPILED: Final = _compiled()

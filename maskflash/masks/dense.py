@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError, DenseMaskWarning
-from maskflash.expr.nodes import INDEX_VARIABLES
+from maskflash.expr.ops import INDEX_VARIABLES
 from maskflash.ground import arguments
 from maskflash.masks.predicate import Call, Mask
 from maskflash.trace.trace import Traced, trace

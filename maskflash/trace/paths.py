@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from maskflash.expr.nodes import INDEX_VARIABLES, Builder, Node
+from maskflash.expr.nodes import Builder, Node
+from maskflash.expr.ops import INDEX_VARIABLES, OPERATIONS
 
 FEW_PATHS = 64  # beyond this many, conditions are also decided by the values of constants
 MAX_PATHS = 4096
@@ -176,7 +177,7 @@ class Paths:
             elif comparison := self._against_constant(node):
                 name, op, number = comparison
                 low, high = path.ranges.get(name, _START[name])
-                op = op if truth else _OPPOSITE[op]
+                op = op if truth else OPERATIONS[op].opposite
                 if op in ("gt", "ge", "eq"):
                     low = max(low, number + (op == "gt"))
                 if op in ("lt", "le", "eq"):
@@ -210,12 +211,12 @@ class Paths:
 
     def _against_constant(self, node: Node) -> tuple[str, str, float] | None:
         """(variable, comparison, number) if the node compares an index variable with a fixed integer."""
-        if node.op not in _OPPOSITE:
+        if not OPERATIONS[node.op].opposite:
             return None
         left, right = (self._builder.nodes[arg] for arg in node.args)
         op = node.op
         if right.op in INDEX_VARIABLES:
-            left, right, op = right, left, _MIRRORED[op]
+            left, right, op = right, left, OPERATIONS[op].mirrored
         number = self._number(right)
         if left.op not in INDEX_VARIABLES or number is None or right.dtype.is_floating_point:
             return None
@@ -224,7 +225,3 @@ class Paths:
 
 def _siblings(x: list[Answer], y: list[Answer]) -> bool:
     return bool(y) and len(x) == len(y) and x[:-1] == y[:-1] and x[-1][0] == y[-1][0] and x[-1][1] != y[-1][1]
-
-
-_OPPOSITE = {"lt": "ge", "ge": "lt", "gt": "le", "le": "gt", "eq": "ne", "ne": "eq"}
-_MIRRORED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}

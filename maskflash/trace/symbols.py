@@ -12,16 +12,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from maskflash.expr.nodes import COMPARISONS, Node
+from maskflash.expr.nodes import Node
+from maskflash.expr.ops import OPERATIONS
 from maskflash.trace.tracer import OWN, Argument, Tracer
 
 _INT64 = torch.iinfo(torch.int64)
-_DIVISIONS = frozenset(("floordiv", "mod", "truncdiv", "fmod", "truediv"))
-_SHIFTS = frozenset(("shl", "shr"))
-_BIT_MASKS = frozenset(("bitand", "bitor", "bitxor"))
-_NEEDS_NUMBERS = frozenset(
-    ("sub", "neg", "abs", "floordiv", "mod", "truncdiv", "fmod", "floor", "ceil", "trunc", "round", *_SHIFTS)
-)  # torch refuses these on truth values
 _INDEX_FIX = "Index the tensor with b, h, q or kv, one index per dimension."
 
 # Recording
@@ -29,20 +24,19 @@ _INDEX_FIX = "Index the tensor with b, h, q or kv, one index per dimension."
 
 def apply(tracer: Tracer, op: str, *operands: object) -> Symbol:
     """Record an operation on symbols, numbers and 0-dim tensors, under torch's promotion rules."""
-    masks = op in _BIT_MASKS
-    structural = masks or op in _DIVISIONS or op in _SHIFTS
-    args = [
-        position(tracer, operand, place, structural and (masks or place == 1)) for place, operand in enumerate(operands)
-    ]
+    operation = OPERATIONS[op]
+    masks = operation.fixes == "mask"
+    fixed = (masks, bool(operation.fixes))
+    args = [position(tracer, operand, place, fixed[place]) for place, operand in enumerate(operands)]
     if masks and tracer.builder.nodes[args[0]].op == "const":
         args.reverse()  # bit masks on the right
     kinds = [tracer.builder.nodes[arg] for arg in args]
     truths = [kind.dtype == torch.bool and not kind.weak for kind in kinds]
-    if op in _NEEDS_NUMBERS and all(truths):
+    if not operation.of_truths and all(truths):
         tracer.fail(f"applies `{op}` to truth values", "Use `&`, `|`, `^` or `not` on them, or convert with `.long()`.")
-    if (masks or op == "bitnot" or op in _SHIFTS) and any(kind.dtype.is_floating_point for kind in kinds):
+    if not operation.of_reals and any(kind.dtype.is_floating_point for kind in kinds):
         tracer.fail("does bit operations on floating-point numbers", "Convert with `.long()` first.")
-    if op in _DIVISIONS and kinds[1].op == "const" and kinds[1].value == 0:
+    if operation.fixes == "divisor" and kinds[1].op == "const" and kinds[1].value == 0:
         tracer.fail("divides by the constant zero", "Check the divisor this predicate was built with.")
     return Symbol(tracer, tracer.record(op, *args))
 
@@ -434,10 +428,7 @@ def _takes_several(index: object) -> bool:
 
 # Operators
 
-BINARY = {
-    **{name: name for name in ("add", "sub", "mul", "truediv", "floordiv", "mod")},
-    **{"lshift": "shl", "rshift": "shr", "and": "bitand", "or": "bitor", "xor": "bitxor"},
-}  # Python's name -> ours
+METHODS = {row.method: row for row in OPERATIONS.values() if row.method and row.arity == 2}
 
 
 def _forward(op: str) -> Callable[..., Symbol]:
@@ -448,12 +439,12 @@ def _reflected(op: str) -> Callable[..., Symbol]:
     return lambda self, other: apply(self.tracer, op, other, self)
 
 
-for _name, _op in {**BINARY, **{name: name for name in COMPARISONS}}.items():
-    setattr(Symbol, f"__{_name}__", _forward(_op))
+for _name, _row in METHODS.items():
+    setattr(Symbol, f"__{_name}__", _forward(_row.name))
     setattr(Table, f"__{_name}__", Table._whole)
-    if _name in BINARY:
+    if not _row.mirrored:
         setattr(Table, f"__r{_name}__", Table._whole)
         if _name != "truediv":
-            setattr(Symbol, f"__r{_name}__", _reflected(_op))
+            setattr(Symbol, f"__r{_name}__", _reflected(_row.name))
 for _name in ("abs", "neg", "invert", "bool", "int", "float", "index", "divmod", "rdivmod", "pow"):
     setattr(Table, f"__{_name}__", Table._whole)

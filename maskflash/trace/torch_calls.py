@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskflash.errors import MaskTraceError
+from maskflash.expr.ops import OPERATIONS
 from maskflash.trace.symbols import (
-    BINARY,
+    METHODS,
     Symbol,
     Table,
     apply,
@@ -27,22 +28,14 @@ from maskflash.trace.symbols import (
 )
 from maskflash.trace.tracer import Tracer
 
-_BINARY = {
-    **{f"__{name}__": op for name, op in BINARY.items()},
-    **{f"__i{name}__": op for name, op in BINARY.items()},
-    **{op: op for op in ("add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge", "fmod")},
-    **{f"__{op}__": op for op in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{"subtract": "sub", "multiply": "mul", "true_divide": "truediv", "floor_divide": "floordiv"},
-    **{"remainder": "mod", "minimum": "min", "maximum": "max", "min": "min", "max": "max"},
-    **{"bitwise_and": "bitand", "bitwise_or": "bitor", "bitwise_xor": "bitxor"},
-    **{"bitwise_left_shift": "shl", "bitwise_right_shift": "shr"},
-    **{"not_equal": "ne", "less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge"},
+_NAMES = {
+    **{f"__{name}__": row for name, row in METHODS.items()},
+    **{f"__i{name}__": row for name, row in METHODS.items() if not row.mirrored},
+    **{f"__{name}__": OPERATIONS[name] for name in ("neg", "abs")},
+    **{name: row for row in OPERATIONS.values() for name in row.called},
 }
-_REFLECTED = {**{f"__r{name}__": op for name, op in BINARY.items() if op != "truediv"}, "rsub": "sub"}
-_UNARY = {
-    **{name: name for name in ("neg", "abs", "floor", "ceil", "trunc", "round", "sqrt")},
-    **{"negative": "neg", "absolute": "abs", "fix": "trunc", "__neg__": "neg", "__abs__": "abs"},
-}
+_REFLECTED = {f"__r{name}__": row.name for name, row in METHODS.items() if not row.mirrored and name != "truediv"}
+_REFLECTED |= {"rsub": "sub"}
 _SAME = frozenset(("clone", "detach", "contiguous", "cpu", "positive", "__pos__"))
 _SHAPES = frozenset(("squeeze", "view", "reshape", "expand"))
 _CASTS = {
@@ -104,12 +97,10 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
         tracer.fail("writes to a tensor", "Use the function's result instead of `out=`.")
     args, kwargs = _positional(args, kwargs)
     plain = not kwargs
-    if name in _BINARY and len(args) == 2 and plain:
-        return apply(tracer, _BINARY[name], *args)
+    if name in _NAMES and len(args) == _NAMES[name].arity and plain:
+        return apply(tracer, _NAMES[name].name, *args)
     if name in _REFLECTED and len(args) == 2 and plain:
         return apply(tracer, _REFLECTED[name], args[1], args[0])
-    if name in _UNARY and len(args) == 1 and plain:
-        return apply(tracer, _UNARY[name], args[0])
     if name in _SAME or (name in _SHAPES and _keeps_one_element(args[1:], kwargs)):
         return symbol(tracer, args[0])
     if name in _CASTS and len(args) == 1:
@@ -121,7 +112,7 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
             raise
         except (TypeError, KeyError):  # other arguments than ours
             pass
-    known = name in _BINARY or name in _UNARY or name in _SPECIAL or name in _SHAPES
+    known = name in _NAMES or name in _SPECIAL or name in _SHAPES
     _unsupported(tracer, f"`{name}`" + " with these arguments" * known)
 
 
@@ -230,7 +221,7 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     **{"is_floating_point": lambda t, x: x.dtype.is_floating_point},
 }
 _METHOD_NAMES = {"where": "x.where"}  # x.where(condition, y) is torch.where(condition, x, y)
-_METHODS = frozenset((*_BINARY, *_UNARY, *_SAME, *_SHAPES, *_CASTS, *_CONCRETE, *_SPECIAL))
+_METHODS = frozenset((*_NAMES, *_SAME, *_SHAPES, *_CASTS, *_CONCRETE, *_SPECIAL))
 
 
 class CapturedTensors(TorchFunctionMode):

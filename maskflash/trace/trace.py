@@ -20,7 +20,8 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskTraceError
 from maskflash.expr.evaluate import Inputs
-from maskflash.expr.nodes import INDEX_VARIABLES, Expr, Node, Source
+from maskflash.expr.nodes import Expr, Node, Source
+from maskflash.expr.ops import INDEX_VARIABLES
 from maskflash.expr.simplify import simplify
 from maskflash.ground.names import instead_of
 from maskflash.trace import torch_calls

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import MaskTraceError
-from maskflash.expr.nodes import COMPARISONS, Builder, Node, Source, operand_dtype, result_type
+from maskflash.expr.nodes import Builder, Node, Source, operand_dtype, result_type
+from maskflash.expr.ops import COMPARISONS
 from maskflash.trace.paths import Apart, Paths, TooManyPaths, Unrepeatable
 
 MAX_OPERATIONS: Final = 1 << 18  # recorded by one trace, over all its branches: some ten seconds

@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 
-from maskflash.expr.bounds import _reach, _size, _wide_size
-from maskflash.expr.evaluate import _TORCH, Inputs
-from maskflash.expr.intervals import Interval, operation, truth
-from maskflash.expr.nodes import ARITY, Node, operand_dtype, result_type
+from maskflash.expr.bounds import _reach, _size, _wide_size, operation
+from maskflash.expr.evaluate import Inputs
+from maskflash.expr.intervals import Interval, truth
+from maskflash.expr.nodes import Node, operand_dtype, result_type
+from maskflash.expr.ops import OPERATIONS
 from maskflash.expr.ranges import RangeMinima
 
 ENDS = [-9, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 7]
@@ -34,7 +35,7 @@ def apply(op, dtype, *values):
     """The operation on elements, as `evaluate` computes it where nothing is faulty."""
     kinds = [Node("lookup", (), dtype)] * len(values)
     node = Node(op, (), *result_type(op, kinds))
-    return _TORCH[op](*(value.to(operand_dtype(node, kinds)) for value in values))
+    return OPERATIONS[op].compute(*(value.to(operand_dtype(node, kinds)) for value in values))
 
 
 @pytest.mark.parametrize("op", INTEGER_BINARY)
@@ -114,11 +115,11 @@ def test_what_may_wrap_is_unknown_or_right(op, dtype):
     info = torch.iinfo(dtype)
     ends = sorted({info.min, info.min // 2, 0, 1, 5, info.max // 2, info.max - 1, info.max})
     spans = torch.tensor([(lo, hi) for lo in ends for hi in ends if lo <= hi], dtype=dtype)
-    pairs = list(itertools.product(range(len(spans)), repeat=ARITY[op]))
-    chosen = [spans[[pair[k] for pair in pairs]] for k in range(ARITY[op])]
+    pairs = list(itertools.product(range(len(spans)), repeat=OPERATIONS[op].arity))
+    chosen = [spans[[pair[k] for pair in pairs]] for k in range(OPERATIONS[op].arity)]
     result, _ = bound(op, dtype, chosen)
     lo, hi = (end.expand(len(pairs)) for end in result)
-    for corner in itertools.product((0, 1), repeat=ARITY[op]):
+    for corner in itertools.product((0, 1), repeat=OPERATIONS[op].arity):
         value = apply(op, dtype, *(span[:, end] for span, end in zip(chosen, corner, strict=True)))
         assert (lo <= value).all()
         assert (value <= hi).all()
@@ -132,11 +133,11 @@ REALS = torch.tensor([-INF, -3e38, -2.0, -0.5, -0.0, 0.0, 0.25, 1.0, 3e38, INF])
 def test_rules_on_floats_never_hide_a_nan(op):
     """Whatever a bounded value is compared with, the verdict holds for every element, NaN included."""
     places = [(i, j) for i in range(len(REALS)) for j in range(i, len(REALS))]
-    pairs = list(itertools.product(places, repeat=ARITY[op]))
-    spans = [torch.stack([REALS[list(pair[k])] for pair in pairs]) for k in range(ARITY[op])]
+    pairs = list(itertools.product(places, repeat=OPERATIONS[op].arity))
+    spans = [torch.stack([REALS[list(pair[k])] for pair in pairs]) for k in range(OPERATIONS[op].arity)]
     result, _ = bound(op, torch.float32, spans)
     lo, hi = (end.expand(len(pairs)) for end in result)
-    values = apply(op, torch.float32, *(REALS.view(-1, 1), REALS.view(1, -1))[: ARITY[op]])
+    values = apply(op, torch.float32, *(REALS.view(-1, 1), REALS.view(1, -1))[: OPERATIONS[op].arity])
     for place, pair in enumerate(pairs):
         part = values[tuple(slice(i, j + 1) for i, j in pair)]
         assert lo[place].isnan() == hi[place].isnan()  # half a bound decides comparisons

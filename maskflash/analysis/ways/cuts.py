@@ -13,7 +13,8 @@ from typing import Final
 
 import torch
 
-from maskflash.expr.nodes import COMPARISONS, Expr, Node, Scalar, operand_dtype
+from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
+from maskflash.expr.ops import COMPARISONS
 
 _MOST_FORMS: Final = 8  # that one number may take: |q - kv| is q - kv or kv - q
 

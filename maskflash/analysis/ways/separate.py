@@ -12,12 +12,12 @@ from typing import Final, Literal
 
 import torch
 
-from maskflash.expr.nodes import COMPARISONS, OPPOSITES, Builder, Expr, Node, operand_dtype
+from maskflash.expr.nodes import Builder, Expr, Node, operand_dtype
+from maskflash.expr.ops import COMPARISONS, OPERATIONS
 
 Hides = Literal["above", "below"]
 _Side = Literal["neither", "rows", "columns", "both"]
 _Terms = list[tuple[int, int]]  # signs and positions of what is summed
-_FLIPPED: Final = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
 _MOST_TERMS: Final = 64  # of a sum; a shared sub-expression counts each time it is met
 
 
@@ -213,7 +213,7 @@ class _Parts:
             elif node.dtype == torch.bool and {self.expr.nodes[arg].dtype for arg in node.args} == {torch.bool}:
                 turned = negated ^ (node.op in ("not", "bitnot"))
                 stack += [(arg, turned) for arg in node.args]
-                self.joined &= node.op in ("not", "bitnot") + (("or", "bitor") if negated else ("and", "bitand"))
+                self.joined &= turned != negated or OPERATIONS[node.op].settled is negated
             elif not (node.op in COMPARISONS and self._compare(node, negated)):
                 return position
         return None
@@ -225,18 +225,20 @@ class _Parts:
     def _compare(self, node: Node, negated: bool) -> bool:
         """The thresholds of a comparison, or of its opposite; False where there are none."""
         left, right = node.args
-        compares = OPPOSITES[node.op] if negated else node.op
+        compares = OPERATIONS[node.op].opposite if negated else node.op
         dtype = operand_dtype(node, [self.expr.nodes[arg] for arg in node.args])
         if dtype.is_floating_point:  # NaN has no order
             return False
         if self.sides[left] == "rows" and self.sides[right] == "columns":
             return self._turn(compares, _part(self.expr, left, dtype), _part(self.expr, right, dtype))
         if self.sides[left] == "columns" and self.sides[right] == "rows":
-            return self._turn(_FLIPPED[compares], _part(self.expr, right, dtype), _part(self.expr, left, dtype))
+            return self._turn(
+                OPERATIONS[compares].mirrored, _part(self.expr, right, dtype), _part(self.expr, left, dtype)
+            )
         if dtype != torch.int64:
             return False
         self.rearranged = True
-        for op, distance, limit in ((compares, left, right), (_FLIPPED[compares], right, left)):
+        for op, distance, limit in ((compares, left, right), (OPERATIONS[compares].mirrored, right, left)):
             inner = self.expr.nodes[distance]
             if inner.op == "abs" and self.sides[limit] in ("neither", "columns"):
                 terms = self._terms(inner.args[0], 1)
@@ -247,7 +249,7 @@ class _Parts:
         rows, columns = terms[0] + others[0], terms[1] + others[1]
         if all(sign < 0 for sign, _ in rows):  # -q < -c is q > c
             rows, columns = ([(-sign, at) for sign, at in side] for side in (rows, columns))
-            compares = _FLIPPED[compares]
+            compares = OPERATIONS[compares].mirrored
         return self._turn(compares, _sum(self.expr, rows), _sum(self.expr, columns))
 
     def _compare_distance(self, op: str, rows: _Terms, columns: _Terms, limit: int) -> bool:
@@ -255,7 +257,7 @@ class _Parts:
         within = op in ("lt", "le")
         far, near = (_sum(self.expr, [*columns, (sign, limit)]) for sign in (1, -1))
         self._turn(op, _sum(self.expr, rows), far, simple=within)
-        return self._turn(_FLIPPED[op], _sum(self.expr, rows), near, simple=within)
+        return self._turn(OPERATIONS[op].mirrored, _sum(self.expr, rows), near, simple=within)
 
     def _turn(self, op: str, rows: Expr, columns: Expr, *, simple: bool = True) -> bool:
         """Note where `rows op columns` turns."""

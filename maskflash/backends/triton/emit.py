@@ -20,7 +20,8 @@ from typing import Final, Literal
 import torch
 
 from maskflash.errors import BackendError
-from maskflash.expr.nodes import COMPARISONS, CONNECTIVES, Expr, Node, Scalar, operand_dtype
+from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
+from maskflash.expr.ops import COMPARISONS
 
 Group = Literal["once", "rows", "columns", "pairs"]
 GROUPS: Final[tuple[Group, ...]] = ("once", "rows", "columns", "pairs")
@@ -184,7 +185,7 @@ class _Writer:
             typed = node.dtype.is_floating_point or all(kind.op == "const" for kind in kinds[1:])
             x, y = (self.value(arg, node.dtype, group, typed=typed) for arg in node.args[1:])
             return f"tl.where({condition}, {x}, {y})"
-        dtype = torch.bool if node.op in CONNECTIVES else operand_dtype(node, kinds)
+        dtype = operand_dtype(node, kinds)
         typed = dtype.is_floating_point and node.op not in _INFIX
         x, *others = (
             self.value(arg, dtype, group, typed=typed or (bare and nth == 0)) for nth, arg in enumerate(node.args)

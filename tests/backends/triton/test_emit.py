@@ -20,7 +20,8 @@ from maskflash.errors import BackendError
 from maskflash.expr.bounds import bounds
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.intervals import Interval
-from maskflash.expr.nodes import ARITY, Builder, Expr, Source, promote
+from maskflash.expr.nodes import Builder, Expr, Source, promote
+from maskflash.expr.ops import OPERATIONS
 from maskflash.trace.trace import trace
 
 HALF = (torch.float16,)  # the interpreter computes on bfloat16's raw bits
@@ -113,7 +114,7 @@ INTEGERS = ("add", "sub", "mul", "min", "max", "bitand", "bitor", "bitxor")
 DIVISIONS = ("floordiv", "mod", "truncdiv", "fmod")
 ON_REALS = ("add", "sub", "mul", "truediv", "min", "max")
 ROUNDING = ("floor", "ceil", "trunc", "round")
-EVERY_OP = (set(ARITY) | {"lookup"}) - {"kv", "q", "b", "h", "const", "param"}
+EVERY_OP = set(OPERATIONS) - {"kv", "q", "b", "h", "const", "param"}
 
 
 class Draw:
