@@ -37,6 +37,7 @@ from maskflash.presets.packed import causal_document
 if TYPE_CHECKING:
     from maskflash import testing, visualize
     from maskflash.analysis.block_map import BlockMap
+    from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.flex import from_flex
@@ -75,6 +76,7 @@ __all__ = [
     "implies",
     "invalidate",
     "mask",
+    "merge",
     "natten",
     "padding",
     "prefix_lm",
@@ -94,6 +96,7 @@ _LATER: Final = {
     "flashmask_attention": "maskflash.flashmask.call",
     "from_flex": "maskflash.masks.flex",
     "implies": "maskflash.masks.compare",
+    "merge": "maskflash.backends.merge",
 }
 
 

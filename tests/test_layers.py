@@ -24,7 +24,7 @@ ORDER = {
     "functions": ["slots", "traces", "reach", "captures", "fingerprint", "function"],
     "masks": ["lines", "mask", "combination", "predicate", "dense", "columns", "convert", "compare", "why", "flex"],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "backends": ["reference", "cpu", "triton"],
+    "backends": ["merge", "reference", "cpu", "triton"],
     "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
     "backends/triton": [
         *("emit", "render", "tiles", "modules", "tiles_measured", "walks", "device", "plan", "layout", "launch", "run"),

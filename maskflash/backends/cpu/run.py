@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from maskflash.backends.cpu.calls import Call, Causal, Pick, Schedule
 from maskflash.backends.cpu.plan import Plan, plan
 from maskflash.backends.cpu.threads import side_by_side
+from maskflash.backends.merge import merge_into
 
 __all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
 
@@ -296,14 +297,12 @@ def _put(x: Tensor, call: Call, part: Tensor) -> None:
 
 
 def _merge(outs: Tensor, lses: Tensor, call: Call, part: Tensor, part_lse: Tensor) -> None:
-    """Merges the call's rows of out and lse with the softmax over more columns.
-
-    out = (exp(lse) out + exp(part_lse) part) / (exp(lse) + exp(part_lse)), lse = log of the denominator.
-    """
+    """Merges the call's rows of out and lse with the softmax over more columns."""
     out, lse = _take(outs, call.rows, call), _take(lses, call.rows, call)
-    weight = torch.sigmoid(part_lse - lse)[..., None]
-    _put(outs, call, torch.lerp(out, part.to(out.dtype), weight))
-    _put(lses, call, torch.logaddexp(lse, part_lse))
+    merge_into(out, lse, part, part_lse)
+    if call.rows.index is not None:  # these are copies
+        _put(outs, call, out)
+        _put(lses, call, lse)
 
 
 def _add_rows(x: Tensor, call: Call, part: Tensor) -> None:
