@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from maskflash.analysis.classify import Classified
     from maskflash.analysis.problem import Problem
     from maskflash.backends.cpu.plan import Plan as CpuPlan
-    from maskflash.backends.triton.plan import Plan as TritonPlan
+    from maskflash.backends.triton.plan import DevicePlan
 
 Backend = Literal["cpu", "triton"]
 
@@ -31,7 +31,7 @@ class Analysis:
     """What is known of a mask at given lengths before any q, k or v."""
 
     classified: Classified
-    plan: CpuPlan | TritonPlan
+    plan: CpuPlan | DevicePlan
 
     @property
     def nbytes(self) -> int:

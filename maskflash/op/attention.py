@@ -19,7 +19,7 @@ from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Backend
 
 if TYPE_CHECKING:
-    from maskflash.backends.triton.render import PassName
+    from maskflash.backends.triton.signature import PassName
     from maskflash.op.explain import Explanation
 
 BackendChoice = Literal["auto", "cpu", "triton"]
@@ -204,7 +204,7 @@ class Attention:
         """
         from maskflash.analysis.classify import classify
         from maskflash.backends.triton import run as triton
-        from maskflash.backends.triton.render import PASSES
+        from maskflash.backends.triton.signature import PASSES
 
         arguments.tensors(q, k, v)
         arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
@@ -301,7 +301,7 @@ class Attention:
 
         problem = self._problem(q, k, q_offset, mask_args)
         plan = cache.find(problem, "triton").plan
-        assert isinstance(plan, triton.Plan), "the backend's own"
+        assert isinstance(plan, triton.DevicePlan), "the backend's own"
         triton.tune(plan, problem, q.detach(), k.detach(), v.detach(), scale)
 
     def explain(
