@@ -36,7 +36,8 @@ import maskflash as mf
 from benchmarks.runner import ROOT, WIDTH, conditions, describe
 from maskflash.backends.triton import modules
 from maskflash.backends.triton.layout import UNIT, padded
-from maskflash.backends.triton.render import PASSES, PassName, Specialisation, render, table_kind
+from maskflash.backends.triton.render import render
+from maskflash.backends.triton.signature import PASSES, PassName, Specialisation, TableKind
 from maskflash.backends.triton.tiles import DELTA, ROWS, SHARED_LIMITS, Tile, choose
 
 RESULTS: Final = ROOT / "benchmarks/results/static_gates.json"
@@ -227,7 +228,7 @@ def _specialisation(case: Case) -> Specialisation:
     reads = problem.expr.reads
     return Specialisation(
         problem.expr,
-        tuple(table_kind(table) for table in problem.inputs.tables),
+        tuple(map(TableKind.of, problem.inputs.tables)),
         map_batch="b" in reads,
         map_heads="h" in reads,
         padded_d=padded(case.head_dim) != case.head_dim,

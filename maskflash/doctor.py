@@ -84,10 +84,9 @@ def _templates() -> Finding:
 
 
 def _cache() -> Finding:
-    try:
-        modules.load("# written by maskflash doctor to see that kernels can be kept\n")
-    except (MaskflashError, OSError) as error:
-        return Finding("kernel cache", False, str(error))
+    kept = modules.load("# written by maskflash doctor to see that kernels can be kept\n").__file__
+    if str(kept).startswith("<"):
+        return Finding("kernel cache", True, f"in memory: no folder can be written; set ${modules.VARIABLE} to one")
     source = f"from ${modules.VARIABLE}" if os.environ.get(modules.VARIABLE) else "the default"
     return Finding("kernel cache", True, f"{modules.folder()} ({source})")
 

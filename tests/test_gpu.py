@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.backends.triton import modules, tiles_measured
+from maskflash.backends.triton import modules, tile_choice
 from maskflash.op import cache
 from maskflash.testing import Shape, assert_matches_dense
 
@@ -209,7 +209,7 @@ def test_a_device_that_is_not_the_current_one():
 
 def test_measured_tiles_give_the_same_attention(monkeypatch, tmp_path):
     monkeypatch.setenv(modules.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tiles_measured, "_known", {})
+    monkeypatch.setattr(tile_choice, "_known", {})
     q, k, v = tensors()
     dout = torch.randn_like(q)
     mask = mf.causal() & mf.document([600, 424])

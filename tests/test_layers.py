@@ -27,7 +27,8 @@ ORDER = {
     "backends": ["merge", "reference", "cpu", "triton"],
     "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
     "backends/triton": [
-        *("emit", "render", "tiles", "modules", "tiles_measured", "walks", "device", "plan", "layout", "launch", "run"),
+        *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "plan", "layout"),
+        *("launch", "run"),
     ],
     "op": [
         "spec",

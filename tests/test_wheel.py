@@ -21,7 +21,8 @@ DOWNSTREAM = CHECKOUT / "tests" / "downstream"
 USE = """
 import importlib.metadata, pathlib, sys, torch
 import maskflash as mf
-from maskflash.backends.triton.render import PASSES, template_folder
+from maskflash.backends.triton.render import template_folder
+from maskflash.backends.triton.signature import PASSES
 
 package = pathlib.Path(mf.__file__).parent
 assert package.is_relative_to(sys.prefix), package

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from maskflash.analysis.classify import Classified
     from maskflash.analysis.problem import Problem
     from maskflash.backends.cpu.plan import Plan as CpuPlan
-    from maskflash.backends.triton.plan import Plan as TritonPlan
+    from maskflash.backends.triton.plan import DevicePlan
 
 _MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than hulls are found
 
@@ -40,7 +40,7 @@ class Analysis:
     """
 
     classified: Classified
-    plan: CpuPlan | TritonPlan
+    plan: CpuPlan | DevicePlan
     backend: Backend
     run: Any
 

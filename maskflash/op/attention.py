@@ -20,7 +20,7 @@ from maskflash.op.analyse import Analysis
 from maskflash.op.spec import Backend, Extent, Spec
 
 if TYPE_CHECKING:
-    from maskflash.backends.triton.render import PassName
+    from maskflash.backends.triton.signature import PassName
     from maskflash.op.explain import Explanation
 
 BackendChoice = Literal["auto", "cpu", "triton"]
@@ -210,7 +210,7 @@ class Attention:
         """
         from maskflash.analysis.classify import classify
         from maskflash.backends.triton import run as triton
-        from maskflash.backends.triton.render import PASSES
+        from maskflash.backends.triton.signature import PASSES
 
         arguments.tensors(q, k, v)
         arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
@@ -328,7 +328,7 @@ class Attention:
         """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
         from maskflash.backends.triton import run as triton
 
-        assert isinstance(analysis.plan, triton.Plan), "the backend's own"
+        assert isinstance(analysis.plan, triton.DevicePlan), "the backend's own"
         problem = spec.problem(Extent.of(q, k))
         triton.tune(analysis.plan, problem, q.detach(), k.detach(), v.detach(), spec.scale)
 

@@ -132,7 +132,7 @@ def _sentence(facts: dict[str, int | str]) -> str:
     return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
 
 
-def _passes(plan: cpu.Plan | triton.Plan) -> dict[str, dict[str, int | str]]:
+def _passes(plan: cpu.Plan | triton.DevicePlan) -> dict[str, dict[str, int | str]]:
     """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU."""
     if not isinstance(plan, cpu.Plan):
         walks = {"forward, dq": plan.rows, "dkdv": plan.columns}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash import visualize
-from maskflash.backends.triton.walks import work
+from maskflash.backends.triton.walks import split_runs
 from maskflash.testing import masks
 from maskflash.visualize.cells import cells
 from maskflash.visualize.deciders import decide
@@ -374,7 +374,7 @@ def test_the_histogram_is_the_work_of_lines(opened, side, order):
     kinds = block_map.kinds()[0, 0] if side == "rows" else block_map.kinds()[0, 0].T
     runs, length = (block_map.rows, q_len) if side == "rows" else (block_map.columns, kv_len)
     n = len(kinds)
-    launched = work(runs, n, kinds.shape[1], False).order(n, 1)[0].tolist()  # as the Triton kernels have it
+    launched = split_runs(runs, n, kinds.shape[1], False).order(n, 1)[0].tolist()  # as the Triton kernels have it
     lines = list(range(n)) if order == "place" else launched
     page.page.locator("#histogram").scroll_into_view_if_needed()
     box = page.page.locator("#histogram").bounding_box()

@@ -12,19 +12,20 @@ torch rounds it. Look-ups load under a range mask: what a guard excludes may be 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import torch
 
+from maskflash.backends.triton.signature import TableKind
 from maskflash.errors import BackendError
 from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
 from maskflash.expr.ops import COMPARISONS
 
 Group = Literal["once", "rows", "columns", "pairs"]
-GROUPS: Final[tuple[Group, ...]] = ("once", "rows", "columns", "pairs")
+GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 
 _INFIX: Final = {
     **{"add": "+", "sub": "-", "mul": "*", "bitand": "&", "bitor": "|", "bitxor": "^"},
@@ -34,33 +35,27 @@ _INFIX: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class TableKind:
-    """What a kernel must know of a table: its dtype and number of dimensions; sizes and strides are arguments."""
-
-    dtype: torch.dtype
-    ndim: int
-
-
-@dataclass(frozen=True, slots=True)
 class Emitted:
     """Triton text of a mask.
 
     Attributes:
-        once: statements on scalars.
-        rows: statements on vectors over the tile's queries; `q` holds the row numbers, offset included.
-        columns: statements on vectors over the tile's keys; `kv` holds the column numbers.
-        pairs: statements on the tile.
+        lines: statements by group. Those of "rows" find the row numbers in `q`, those of "columns" the column numbers
+            in `kv`, offsets included.
         visible: an expression, broadcastable to the tile: whether the pair is visible.
     """
 
-    once: tuple[str, ...]
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    pairs: tuple[str, ...]
+    lines: Mapping[Group, list[str]]
     visible: str
 
 
-def emit(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, transposed: bool = False) -> Emitted:
+def emit(
+    expr: Expr,
+    tables: Sequence[TableKind],
+    *,
+    narrow: bool,
+    transposed: bool = False,
+    negative_kv: bool = False,
+) -> Emitted:
     """Write an expression in Triton.
 
     Args:
@@ -68,11 +63,13 @@ def emit(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, transposed: b
         tables: the kind of each table slot.
         narrow: compute 64-bit integers in 32 bits; only where no value of the mask needs more.
         transposed: the tile is keys x queries instead of queries x keys.
+        negative_kv: column numbers may be below 0, where look-ups count from a table's end. To ask costs dK and dV 3
+            to 9 registers with four look-ups of FlashMask's, and a spill on sm_80 at head dim 128.
 
     Raises:
         BackendError: an operation that has no exact counterpart in Triton.
     """
-    writer = _Writer(expr, tables, narrow, transposed)
+    writer = _Writer(expr, tables, narrow, transposed, negative_kv)
     if narrow:  # numbers arrive in 64 bits, whatever their value, so that none is compiled in
         sizes = (f"t{slot}_size{axis}" for slot, kind in enumerate(tables) for axis in range(kind.ndim))
         whole = (slot for slot in range(expr.slots("param")) if slot not in expr.real_params)
@@ -83,27 +80,17 @@ def emit(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, transposed: b
     ]
     for position in range(len(expr.nodes)):
         writer.write(position)
-    root = len(expr.nodes) - 1
-    once, rows, columns, pairs = (tuple(writer.lines[group]) for group in GROUPS)
-    return Emitted(once, rows, columns, pairs, writer.value(root, torch.bool, "pairs"))
-
-
-def signature(expr: Expr, tables: Sequence[TableKind]) -> tuple[str, ...]:
-    """What a mask adds to a kernel's arguments, in order: params, then each table's pointer, sizes and strides.
-
-    All params are integers: a float comes as its 64 bits (`Expr.coded`).
-    """
-    names = [f"p{slot}" for slot in range(expr.slots("param"))]
-    for slot, kind in enumerate(tables):
-        names += [f"t{slot}", *(f"t{slot}_{what}{axis}" for what in ("size", "stride") for axis in range(kind.ndim))]
-    return tuple(names)
+    return Emitted(writer.lines, writer.value(len(expr.nodes) - 1, torch.bool, "pairs"))
 
 
 class _Writer:
-    def __init__(self, expr: Expr, tables: Sequence[TableKind], narrow: bool, transposed: bool) -> None:
+    def __init__(
+        self, expr: Expr, tables: Sequence[TableKind], narrow: bool, transposed: bool, negative_kv: bool
+    ) -> None:
         self.expr = expr
         self.tables = tables
         self.narrow = narrow
+        self.natural = ("b", "h") if negative_kv else ("b", "h", "kv")  # indices that are never negative
         own, other = "[:, None]", "[None, :]"
         self.expand: dict[Group, str] = {"rows": other if transposed else own, "columns": own if transposed else other}
         self.lines: dict[Group, list[str]] = {group: [] for group in GROUPS}
@@ -289,7 +276,7 @@ class _Writer:
         floored = node.op in ("floordiv", "mod") and dtype.is_signed
         if floored and d > 0 and d & (d - 1) == 0:  # an arithmetic shift and a mask round down by themselves
             return f"{x} >> {d.bit_length() - 1}" if op == "//" else f"{x} & {d - 1}"
-        if not floored or (d > 0 and dividend.op in ("b", "h", "kv")):  # indices are never negative
+        if not floored or (d > 0 and dividend.op in self.natural):  # these are never negative
             return f"{x} {op} {y}"
         remainder = f"{name}_r"
         self.lines[group].append(f"{remainder} = {x} % {y}")
@@ -310,7 +297,7 @@ class _Writer:
         for axis, arg in enumerate(node.args):
             size = self._number(f"t{slot}_size{axis}")
             index = self.value(arg, torch.int64, group, typed=True)
-            if self.expr.nodes[arg].op in ("b", "h", "kv"):  # these are never negative
+            if self.expr.nodes[arg].op in self.natural:  # these are never negative
                 inside.append(f"({index} < {size})")
             else:
                 self.lines[group].append(f"{name}_{axis} = tl.where({index} < 0, {index} + {size}, {index})")

@@ -1,74 +1,104 @@
-"""One call's shape and mask -> launches of its passes: the kernel, the tile that fits or is fastest, the arguments."""
+"""One call's tensors and mask -> launches of its passes: each with its kernel, its tile and its arguments by name."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import modules, tiles_measured
-from maskflash.backends.triton.layout import UNIT, mask_arguments, padded
-from maskflash.backends.triton.plan import Plan
-from maskflash.backends.triton.render import PassName, Specialisation, render, table_kind
-from maskflash.backends.triton.tiles import Tile, choose, shrunk
+from maskflash.backends.triton import modules, tile_choice
+from maskflash.backends.triton.layout import UNIT, mask_values, padded
+from maskflash.backends.triton.plan import DevicePlan
+from maskflash.backends.triton.render import render
+from maskflash.backends.triton.signature import PassName, Specialisation, TableKind, signature
+from maskflash.backends.triton.tile_choice import Case
+from maskflash.backends.triton.tiles import Tile, candidates, shrunk
 from maskflash.errors import BackendError
-from maskflash.expr.nodes import parse
-
-NO_MASK: Final = Specialisation(parse("const=True:bool~()"))  # of delta, which looks at no pair
 
 
 def specialisation(problem: Problem, narrow: bool, dim: int, v_dim: int) -> Specialisation:
     """What the text of a call's kernels depends on, given head dims that are whole vectors."""
-    per_row = isinstance(problem.q_offset, Tensor)
+    q_offsets, kv_offset = isinstance(problem.q_offset, Tensor), problem.kv_offset
+    kv_offsets = isinstance(kv_offset, Tensor)
     return Specialisation(
         problem.expr,
-        tuple(table_kind(table) for table in problem.inputs.tables),
+        tuple(map(TableKind.of, problem.inputs.tables)),
         narrow,
-        map_batch=per_row or "b" in problem.expr.reads,
+        map_batch=q_offsets or kv_offsets or "b" in problem.expr.reads,
         map_heads="h" in problem.expr.reads,
-        per_row_offset=per_row,
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
+        negative_kv=isinstance(kv_offset, Tensor) or kv_offset < 0,
         padded_d=dim != padded(dim),
         padded_dv=v_dim != padded(v_dim),
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """The compiled-when-launched function of a pass, and the names of its arguments in order."""
+
+    function: Any
+    names: tuple[str, ...]
+
+    def launch(self, programs: int, tile: Tile, **named: Any) -> None:
+        """Launch it with all of its arguments.
+
+        They reach triton in order: by name, it takes 15 us longer to find them (40 arguments).
+        """
+        assert len(named) == len(self.names), f"beside the kernel's arguments: {named.keys() ^ set(self.names)}"
+        values = [named[name] for name in self.names]
+        self.function[(programs,)](*values, num_warps=tile.warps, num_stages=tile.stages)
+
+
 @lru_cache(maxsize=1024)
-def kernel(special: Specialisation, pass_name: PassName) -> Any:
-    """The compiled-when-launched function of one pass."""
-    return getattr(modules.load(render(special, pass_name)), pass_name)
+def kernel(special: Specialisation, pass_name: PassName) -> Kernel:
+    """The kernel of a pass."""
+    function = getattr(modules.load(render(special, pass_name)), pass_name)
+    return Kernel(function, tuple(argument.name for line in signature(special, pass_name) for argument in line))
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class Launcher:
     """What the launches of one call share.
 
     Attributes:
         plan: of the mask.
         problem: the mask.
-        q: (B, Hq, Sq, D) as laid out, for its dtype, head dim and device.
-        v_dim: head dim of v as laid out.
+        q: (B, Hq, Sq, D) as laid out.
+        k: (B, Hkv, Skv, D) as laid out.
+        v: (B, Hkv, Skv, Dv) as laid out.
+        tuning: measure tiles first, and keep the fastest.
     """
 
-    plan: Plan
+    plan: DevicePlan
     problem: Problem
     q: Tensor
-    v_dim: int
+    k: Tensor
+    v: Tensor
+    tuning: bool = False
 
-    def fitted(self, pass_name: PassName, launch: Callable[[Tile], None]) -> None:
-        """Launch with the tile measured or listed for this device, or the next smaller one that fits it."""
-        tile = self.plan.tiles.get(self._place(pass_name))
-        if tile is None:
-            tile = tiles_measured.find(self.key(pass_name)) or self._listed(pass_name)
+    def run(self, pass_name: PassName, own: dict[str, Any]) -> None:
+        """Run a pass with the tile that `tile_choice` has for it, or the next smaller one that fits the device.
+
+        Args:
+            pass_name: which.
+            own: arguments of its kernel, by name, that other passes don't have or have otherwise; see `launch`.
+        """
+        self.plan.keep(self.problem)
+        case = self.case(pass_name)
+        if self.tuning:
+            self._tune(case, own)
+        tile = wanted = tile_choice.find(case).tile
         while True:
             try:
-                launch(tile)
+                self.launch(pass_name, tile, own)
+                break
             except gpu.library().runtime.errors.OutOfResources as error:
                 smaller = shrunk(tile)
                 if smaller is None:
@@ -76,77 +106,57 @@ class Call:
                         f"the triton backend: no tile of {pass_name} fits this device: {error}"
                     ) from error
                 tile = smaller
-            else:
-                self.plan.tiles[self._place(pass_name)] = tile
-                return
+        if tile != wanted:
+            tile_choice.remember(case, tile)
 
-    def tune(self, pass_name: PassName, launch: Callable[[Tile], None]) -> None:
-        """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
-        errors = gpu.library().runtime.errors
+    def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
+        """Launch a pass's kernel with its own arguments, the mask's, its walks, the sizes of the call and a tile."""
+        (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = self.q.shape, self.v.shape
         rows, columns = self.problem.block_size
-        seconds: dict[Tile, float] = {}
-        for tile in tiles_measured.candidates(self._listed(pass_name)):
-            if rows % tile.block_m == 0 and columns % tile.block_n == 0:
-                with contextlib.suppress(errors.OutOfResources, errors.PTXASError):
-                    seconds[tile] = gpu.seconds(partial(launch, tile), self.q.device)
-        if seconds:
-            best = min(seconds, key=lambda tile: seconds[tile])
-            tiles_measured.keep(self.key(pass_name), best)
-            self.plan.tiles[self._place(pass_name)] = best
-
-    def key(self, pass_name: PassName) -> tuple[str, ...]:
-        """What a measured tile holds for: see `tuned`."""
-        return (
-            gpu.name(self.q.device),
-            gpu.library().__version__,
-            pass_name,
-            str(self.q.dtype),
-            str((self.q.shape[3], self.v_dim)),
-            str(self.problem.block_size),
-            self.problem.expr.text,
-        )
-
-    def walks(self, pass_name: PassName, tile: Tile, tiles: int) -> list[Tensor]:
-        """The order of the kernel's tiles, then the full and the partial walk."""
         transposed = pass_name == "dkdv"
-        own, size = (
-            (tile.block_n, self.problem.block_size[1]) if transposed else (tile.block_m, self.problem.block_size[0])
-        )
-        return self.plan.walks(transposed, tiles, size // own)
-
-    def launch(self, pass_name: PassName, tile: Tile, programs: int, tensors: list[Any], rest: list[Any]) -> None:
-        """Run one pass: its own tensors and strides, what follows them in its signature, then the mask's."""
-        problem, dim = self.problem, self.q.shape[3]
-        function = kernel(specialisation(problem, self.plan.narrow, dim, self.v_dim), pass_name)
-        offset = problem.q_offset.contiguous() if isinstance(problem.q_offset, Tensor) else problem.q_offset
-        own, step = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
-        own_size, step_size = problem.block_size[::-1] if pass_name == "dkdv" else problem.block_size
+        if transposed:
+            tiles, per_line, steps = -(-kv_len // tile.block_n), columns // tile.block_n, rows // tile.block_m
+        else:
+            tiles, per_line, steps = -(-q_len // tile.block_m), rows // tile.block_m, columns // tile.block_n
+        special = specialisation(self.problem, self.plan.narrow, dim, v_dim)
         with gpu.current(self.q.device):
-            function[(programs,)](
-                *tensors,
-                *rest,
-                offset,
-                *mask_arguments(problem),
+            kernel(special, pass_name).launch(
+                tiles * batch * heads // own.get("part", 1),
+                tile,
+                **own,
+                **mask_values(self.problem),
+                **self.plan.walked(transposed, tiles, per_line),
+                **{"tiles_n" if transposed else "tiles_m": tiles},
+                batch=batch,
+                heads=heads,
+                group=heads // kv_heads,
+                q_len=q_len,
+                kv_len=kv_len,
                 UNIT=UNIT,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
-                ROWS=own_size // own,
-                SUB=step_size // step,
+                ROWS=per_line,
+                SUB=steps,
                 D=dim,
-                DV=self.v_dim,
+                DV=v_dim,
                 BLOCK_D=padded(dim),
-                BLOCK_DV=padded(self.v_dim),
+                BLOCK_DV=padded(v_dim),
                 PRECISION=gpu.precision(self.q.dtype),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
             )
 
-    def _listed(self, pass_name: PassName) -> Tile:
-        device, sizes = self.q.device, self.problem.block_size
-        return choose(gpu.arch(device), pass_name, self.q.dtype, self._dims(), sizes, gpu.shared_limit(device))
+    def case(self, pass_name: PassName) -> Case:
+        """What the tile of a pass is chosen for."""
+        dims = self.q.shape[3], self.v.shape[3]
+        return Case(self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size, self.problem.expr.text)
 
-    def _dims(self) -> int:
-        return max(self.q.shape[3], self.v_dim)
-
-    def _place(self, pass_name: PassName) -> tuple[PassName, torch.dtype, int]:
-        return pass_name, self.q.dtype, self._dims()
+    def _tune(self, case: Case, own: dict[str, Any]) -> None:
+        """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
+        errors = gpu.library().runtime.errors
+        rows, columns = case.block_size
+        seconds: dict[Tile, float] = {}
+        for tile in candidates(tile_choice.listed(case)):
+            if rows % tile.block_m == 0 and columns % tile.block_n == 0:
+                with contextlib.suppress(errors.OutOfResources, errors.PTXASError):
+                    seconds[tile] = gpu.seconds(partial(self.launch, case.pass_name, tile, own), case.device)
+        if seconds:
+            tile_choice.keep(case, min(seconds, key=lambda tile: seconds[tile]))

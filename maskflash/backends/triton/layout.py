@@ -1,4 +1,4 @@
-"""Tensors of a call, and the values of a mask's slots -> what the kernels are given: layouts, strides, arguments."""
+"""Tensors of a call, and the values of a mask's slots -> arguments of the kernels."""
 
 from __future__ import annotations
 
@@ -45,9 +45,16 @@ def cut(x: Tensor, dim: int) -> Tensor:
     return x if x.shape[3] == dim else x[..., :dim].contiguous()
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """Of every dimension but the last, in units of UNIT elements."""
-    return [step // UNIT for x in tensors for step in x.stride()[:3]]
+def addressed(**tensors: Tensor) -> dict[str, Any]:
+    """Tensors (B, heads, tokens, n) and their strides but for the last, in units of UNIT elements, as arguments."""
+    found: dict[str, Any] = {}
+    for name, x in tensors.items():
+        batch_step, head_step, token_step, _ = x.stride()
+        found[f"{name}_ptr"] = x
+        found[f"{name}_b"] = batch_step // UNIT
+        found[f"{name}_h"] = head_step // UNIT
+        found[f"{name}_s"] = token_step // UNIT
+    return found
 
 
 def whole(dim: int) -> int:
@@ -60,10 +67,18 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def mask_arguments(problem: Problem) -> list[Any]:
-    """Params, then each table with its sizes and strides: what `emit.signature` names."""
-    values: list[Any] = problem.expr.coded(problem.inputs.params)
-    for table in problem.inputs.tables:
-        memory = table.view(torch.uint8) if table.dtype == torch.bool else table
-        values += [memory, *table.shape, *table.stride()]
-    return values
+def mask_values(problem: Problem) -> dict[str, Any]:
+    """Offsets, params, and each table with its sizes and strides, as arguments: see `signature.mask_arguments`."""
+    found: dict[str, Any] = {"q_offset": _dense(problem.q_offset), "kv_offset": _dense(problem.kv_offset)}
+    for slot, value in enumerate(problem.expr.coded(problem.inputs.params)):
+        found[f"p{slot}"] = value
+    for slot, table in enumerate(problem.inputs.tables):
+        found[f"t{slot}"] = table.view(torch.uint8) if table.dtype == torch.bool else table  # bytes in memory
+        for axis, (size, step) in enumerate(zip(table.shape, table.stride(), strict=True)):
+            found[f"t{slot}_size{axis}"] = size
+            found[f"t{slot}_stride{axis}"] = step
+    return found
+
+
+def _dense(offset: int | Tensor) -> int | Tensor:
+    return offset.contiguous() if isinstance(offset, Tensor) else offset

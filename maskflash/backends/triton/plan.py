@@ -1,8 +1,7 @@
-"""A classified mask -> the Plan that Triton's kernels walk: on the device, for any call, stream and CUDA graph."""
+"""A classified mask -> the walks of Triton's kernels on the device, for any call, stream and CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -11,17 +10,16 @@ from torch import Tensor
 
 from maskflash.analysis.classify import Classified
 from maskflash.analysis.problem import Problem
-from maskflash.backends.triton.render import PassName
-from maskflash.backends.triton.tiles import Tile
-from maskflash.backends.triton.walks import Walk, Work, seen, work
+from maskflash.backends.triton.walks import Walk, Walks, seen, split_runs
 from maskflash.ground.transfer import Upload, capturing
 
-# What CUDA graphs read: they hold addresses alone, and may run for as long as the process.
-_captured: list[tuple[Plan, tuple[Tensor, ...]]] = []
+# What CUDA graphs read, by the identity of all parts. A graph holds addresses alone, and nobody tells when the last one
+# is gone, so a plan that one has recorded lives as long as the process; it is here once, however often it is recorded.
+_captured: dict[tuple[int, ...], tuple[DevicePlan, tuple[Tensor, ...]]] = {}
 
 
 @dataclass(slots=True, eq=False)
-class Plan:
+class DevicePlan:
     """What the kernels need of a mask at given lengths; reusable across calls, dtypes and head dims.
 
     Attributes:
@@ -29,20 +27,18 @@ class Plan:
         narrow: the mask's integers fit 32 bits.
         rows: the map's rows, for forward and dQ.
         columns: the map's columns, for dK and dV.
-        tiles: the tile that each pass took for a dtype and head dim, once one has fitted.
     """
 
     device: torch.device
     narrow: bool
-    rows: Work
-    columns: Work
+    rows: Walks
+    columns: Walks
     _seen: dict[bool, Tensor | None]
     _made: Upload
-    tiles: dict[tuple[PassName, torch.dtype, int], Tile] = field(default_factory=dict)
-    _orders: dict[tuple[bool, int, int], Upload] = field(default_factory=dict)
+    _orders: dict[tuple[bool, int, int], tuple[Upload, dict[str, Tensor]]] = field(default_factory=dict)
 
-    def walks(self, transposed: bool, tiles: int, per_line: int) -> list[Tensor]:
-        """What a pass walks, as its signature has it.
+    def walked(self, transposed: bool, tiles: int, per_line: int) -> dict[str, Tensor]:
+        """What a pass walks, as arguments of its kernel.
 
         Args:
             transposed: columns, else rows.
@@ -55,32 +51,35 @@ class Plan:
         Raises:
             BackendError: the order isn't known yet, and a CUDA graph is being captured.
         """
-        work, key = self.columns if transposed else self.rows, (transposed, tiles, per_line)
-        order = self._orders.get(key)
-        if order is None:
-            order = self._orders[key] = Upload([work.order(tiles, per_line)], self.device)
+        key = transposed, tiles, per_line
+        if key not in self._orders:
+            walks = self.columns if transposed else self.rows
+            order = Upload([walks.order(tiles, per_line)], self.device)
+            self._orders[key] = order, {"order": order.tensors[0], **walks.named}
+        order, arguments = self._orders[key]
         for upload in (order, self._made):
             upload.lend()
-        return [*order.tensors, *work.tensors]
+        return arguments
 
     def seen(self, *, rows: bool) -> Tensor | None:
-        """Which rows see something, or which columns are seen; None where all are. See `triton_work.seen`."""
+        """Which rows see something, or which columns are seen; None where all are. See `walks.seen`."""
         self._made.lend()
         return self._seen[rows]
 
     def keep(self, problem: Problem) -> None:
         """Keep the plan and the tables for good where the current stream records a CUDA graph."""
         if capturing(self.device):
-            _captured.append((self, problem.inputs.tables))
+            tables = problem.inputs.tables
+            _captured[id(self), *map(id, tables)] = self, tables
 
     @property
     def nbytes(self) -> int:
         """Bytes held, nearly all on the device."""
         counts = self.rows.counts.nbytes + self.columns.counts.nbytes
-        return counts + sum(upload.nbytes for upload in (self._made, *self._orders.values()))
+        return counts + sum(upload.nbytes for upload in (self._made, *(order for order, _ in self._orders.values())))
 
 
-def plan(problem: Problem, classified: Classified, device: torch.device) -> Plan:
+def plan(problem: Problem, classified: Classified, device: torch.device) -> DevicePlan:
     """Prepare a block map for the kernels.
 
     Args:
@@ -95,17 +94,15 @@ def plan(problem: Problem, classified: Classified, device: torch.device) -> Plan
     _, _, n_q, n_kv = block_map.shape
     (bq, bkv), (q_len, kv_len) = block_map.block_size, (block_map.q_len, block_map.kv_len)
     directions = (
-        work(block_map.rows, n_q, n_kv, kv_len % bkv != 0),
-        work(block_map.columns, n_kv, n_q, q_len % bq != 0),
+        split_runs(block_map.rows, n_q, n_kv, kv_len % bkv != 0),
+        split_runs(block_map.columns, n_kv, n_q, q_len % bq != 0),
     )
     known = {rows: seen(problem, block_map, rows=rows) for rows in (True, False)}
     walked = [tensor for one in directions for tensor in one.tensors]
     made = Upload([*walked, *(bits for bits in known.values() if bits is not None)], device)
     arrived = iter(made.tensors)
-    rows, columns = (replace(one, full=_walk(arrived), partial=_walk(arrived)) for one in directions)
+    rows, columns = (
+        replace(one, full=Walk(*islice(arrived, 4)), partial=Walk(*islice(arrived, 4))) for one in directions
+    )
     known = {side: None if bits is None else next(arrived) for side, bits in known.items()}
-    return Plan(device, classified.largest < 2**31, rows, columns, known, made)
-
-
-def _walk(tensors: Iterator[Tensor]) -> Walk:
-    return Walk(*islice(tensors, 4))
+    return DevicePlan(device, classified.largest < 2**31, rows, columns, known, made)

@@ -1,13 +1,17 @@
-"""Architecture, dtype, head dims and pass -> the kernel's tile: one table, each row with where it came from."""
+"""Architecture, dtype, head dims and pass -> the table's tile, each row with where it came from.
+
+Unmeasured: every row has been compiled and looked at (`benchmarks/static_gates.py`), none has been timed on a device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
-from maskflash.backends.triton.render import PassName
+from maskflash.backends.triton.signature import PassName
 from maskflash.errors import BackendError
 
 
@@ -166,6 +170,21 @@ def shrunk(tile: Tile) -> Tile | None:
     if tile.block_n >= tile.block_m:
         return replace(tile, block_n=tile.block_n // 2)
     return replace(tile, block_m=tile.block_m // 2)
+
+
+def candidates(tile: Tile) -> Iterable[Tile]:
+    """What to time where tiles are measured: the table's tile and its neighbours, one thing changed at a time."""
+    yield tile
+    for stages in (tile.stages - 1, tile.stages + 1):
+        if stages:
+            yield replace(tile, stages=stages)
+    yield replace(tile, warps=4 if tile.warps == 8 else 8)
+    for side in ("block_m", "block_n"):
+        tokens = getattr(tile, side)
+        if tokens > 16:
+            yield replace(tile, **{side: tokens // 2})
+        if tokens < 128:
+            yield replace(tile, **{side: tokens * 2})
 
 
 def _family(arch: int) -> int:

@@ -1,7 +1,16 @@
 """Runs of a block map -> what the Triton kernels walk: full and partial tiles apart, and the order to take lines in.
 
+    a line of the map       skip  FULL  FULL  part  part  FULL  part        seven tiles, five runs
+    full walk                     1-3               5-6                     two runs, three tiles: no mask, no bounds
+    partial walk                        3-5               6-7               two runs, three tiles
+
+    ragged last column      a full last tile that reaches beyond the length is walked as a partial one
+    order                   lines with most tiles first, so that no processor begins a long one when others are done
+    forward, dQ             walk the map's rows
+    dK and dV (dkdv)        walk its columns
+
 And a mask with its block map -> which of the rows and columns that the kernels load are seen by nobody. All of it on
-the CPU; `triton_plan` takes it to the device.
+the CPU; `plan.py` takes it to the device.
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ class Walk:
         offsets: (lines,) int32, each line's first run.
         tiles: (lines,) int32, how many tiles its runs hold.
         start: (runs + 1,) int32, first tile of a run; one more than there are runs, since a cursor looks ahead.
-        stop: likewise, one past its last tile.
+        stop: (runs + 1,) int32, one past its last tile.
     """
 
     offsets: Tensor
@@ -40,12 +49,16 @@ class Walk:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """As a kernel's signature has them."""
+        """The fields in order."""
         return self.offsets, self.tiles, self.start, self.stop
+
+    def named(self, kind: str) -> dict[str, Tensor]:
+        """As arguments of a kernel."""
+        return {f"{kind}_{field}": getattr(self, field) for field in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class Walks:
     """One direction of a block map.
 
     Attributes:
@@ -65,12 +78,17 @@ class Work:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """As a kernel's signature has them."""
+        """What goes to the device: the full walk, then the partial one."""
         return *self.full.tensors, *self.partial.tensors
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """As arguments of a kernel."""
+        return {**self.full.named("full"), **self.partial.named("partial")}
 
-def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:
-    """Split the runs of one direction.
+
+def split_runs(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Walks:
+    """Split the runs of one direction into a full and a partial walk.
 
     Args:
         runs: of rows or of columns.
@@ -82,13 +100,13 @@ def work(runs: Runs, lines_per_map: int, across: int, ragged: bool) -> Work:
     edge = runs.full & (runs.stop == across) & ragged
     inner = runs.stop - edge.int()
     # A full run may end in a ragged tile. It is the last of its line, so it is in place as the line's last partial one.
-    whole = _walk(line, runs.start, inner, runs.full & (inner > runs.start), lines)
-    broken = _walk(line, torch.where(edge, runs.stop - 1, runs.start), runs.stop, ~runs.full | edge, lines)
-    counts = torch.stack((whole.tiles, broken.tiles)).long()
-    return Work(whole, broken, counts.view(2, -1, max(lines_per_map, 1)))
+    full = _walk_of(line, runs.start, inner, runs.full & (inner > runs.start), lines)
+    partial = _walk_of(line, torch.where(edge, runs.stop - 1, runs.start), runs.stop, ~runs.full | edge, lines)
+    counts = torch.stack((full.tiles, partial.tiles)).long()
+    return Walks(full, partial, counts.view(2, -1, max(lines_per_map, 1)))
 
 
-def _walk(line: Tensor, start: Tensor, stop: Tensor, kept: Tensor, lines: int) -> Walk:
+def _walk_of(line: Tensor, start: Tensor, stop: Tensor, kept: Tensor, lines: int) -> Walk:
     """The kept ones of runs sorted by line."""
     line, start, stop = line[kept], start[kept], stop[kept]
     runs = torch.bincount(line, minlength=lines)

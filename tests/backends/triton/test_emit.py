@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskflash.backends.triton import modules
-from maskflash.backends.triton.emit import GROUPS, emit, signature
-from maskflash.backends.triton.render import table_kind
+from maskflash.backends.triton.emit import GROUPS, emit
+from maskflash.backends.triton.signature import TableKind, mask_arguments
 from maskflash.errors import BackendError
 from maskflash.expr.bounds import bounds
 from maskflash.expr.evaluate import Inputs, evaluate
@@ -48,19 +48,19 @@ def tile(out, b: "i64", h: "i64", {arguments}SIDE: tl.constexpr):
 
 def kernel_text(expr, kinds, narrow, transposed):
     emitted = emit(expr, kinds, narrow=narrow, transposed=transposed)
-    names = (f"{name}, " if re.fullmatch(r"t\d+", name) else f'{name}: "i64", ' for name in signature(expr, kinds))
+    arguments = (argument for line in mask_arguments(expr, kinds) for argument in line)
     return KERNEL.format(
-        arguments="".join(names),
+        arguments="".join(f"{argument.text}, " for argument in arguments),
         integer="tl.int32" if narrow else "tl.int64",
         visible=emitted.visible,
-        **{group: textwrap.indent("\n".join(getattr(emitted, group)), "    ") for group in GROUPS},
+        **{group: textwrap.indent("\n".join(emitted.lines[group]), "    ") for group in GROUPS},
     )
 
 
 def run(expr, inputs, *, narrow=False, transposed=False, b=1, h=2, device="cpu"):
     """Truth on a tile: q from -3, kv from 0, as the emitted text has it."""
     tables = [table.to(device) for table in inputs.tables]
-    module = modules.load(kernel_text(expr, tuple(map(table_kind, tables)), narrow, transposed))
+    module = modules.load(kernel_text(expr, tuple(map(TableKind.of, tables)), narrow, transposed))
     values = list(inputs.params[: expr.slots("param")])
     for table in tables:
         memory = table.view(torch.uint8) if table.dtype == torch.bool else table
@@ -90,7 +90,7 @@ def agree(expr, inputs, device="cpu"):
         for transposed in (False, True):
             found = run(expr, inputs, narrow=narrow, transposed=transposed, device=device)
             wrong = (found != expected).nonzero().tolist()
-            text = kernel_text(expr, tuple(map(table_kind, inputs.tables)), narrow, transposed)
+            text = kernel_text(expr, tuple(map(TableKind.of, inputs.tables)), narrow, transposed)
             assert not wrong, f"{expr}\n{text}\ndiffers at {wrong[:5]}, narrow={narrow}, transposed={transposed}"
 
 
@@ -106,7 +106,7 @@ TABLES = (
     torch.tensor(5),
     torch.tensor([2**62, -(2**62), 2**40, -1, 5]),
 )
-KINDS = tuple(map(table_kind, TABLES))
+KINDS = tuple(map(TableKind.of, TABLES))
 NUMBERS = (0, 1, 2, 3, 5, 8, -1, -4, 100, 300, 2**31, -(2**31), 2**40)
 REALS = (0.0, 0.5, -1.25, 0.1, 3.0, float("inf"), float("-inf"), float("nan"))
 PARAMS = (3, -5, 2**33)
@@ -286,7 +286,7 @@ def test_every_operation_of_the_grammar_is_drawn():
 def emitted(predicate, narrow=True, **mask_args):
     traced = trace(predicate, mask_args)
     tables = traced.bind(mask_args).tables
-    return emit(traced.expr, tuple(map(table_kind, tables)), narrow=narrow), traced.expr
+    return emit(traced.expr, tuple(map(TableKind.of, tables)), narrow=narrow), traced.expr
 
 
 def packed(b, h, q, kv, *, doc, spans):
@@ -316,9 +316,9 @@ def test_statements_are_grouped_by_what_they_depend_on():
     text, _ = emitted(packed, doc=DOC, spans=SPANS)
     loads = {group: sum("tl.load" in line for line in getattr(text, group)) for group in GROUPS}
     assert loads == {"once": 1, "rows": 1, "columns": 1, "pairs": 0}  # spans[h], doc[b, q], doc[b, kv]
-    assert not any(re.search(r"\bkv\b", line) for line in text.rows)
-    assert not any(re.search(r"\bq\b", line) for line in text.columns)
-    assert not any(re.search(r"\b(q|kv)\b", line) for line in text.once)
+    assert not any(re.search(r"\bkv\b", line) for line in text.lines["rows"])
+    assert not any(re.search(r"\bq\b", line) for line in text.lines["columns"])
+    assert not any(re.search(r"\b(q|kv)\b", line) for line in text.lines["once"])
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_statements_are_grouped_by_what_they_depend_on():
 )
 def test_rows_and_columns_are_shaped_for_the_tile(transposed, row, column):
     text = emit(trace(lambda b, h, q, kv: q >= kv).expr, (), narrow=True, transposed=transposed)
-    assert text.pairs[-1] == f"x2 = q{row} >= kv{column}"
+    assert text.lines["pairs"][-1] == f"x2 = q{row} >= kv{column}"
     assert text.visible == "x2"
 
 
@@ -334,8 +334,8 @@ def test_statements_name_the_line_of_the_user():
     text, _ = emitted(packed, doc=DOC, spans=SPANS)
     comments = [line for group in GROUPS for line in getattr(text, group) if line.startswith("#")]
     first = packed.__code__.co_firstlineno
-    assert f"# packed (test_emit.py:{first + 1}): doc[b, q]" in text.rows
-    assert any(line.startswith(f"# packed (test_emit.py:{first + 2}): ") for line in text.pairs)
+    assert f"# packed (test_emit.py:{first + 1}): doc[b, q]" in text.lines["rows"]
+    assert any(line.startswith(f"# packed (test_emit.py:{first + 2}): ") for line in text.lines["pairs"])
     assert not any(os.sep in line.split(":")[0] for line in comments)  # whose machine it was is nobody's business
     assert len(comments) == len(set(comments))
 
@@ -344,7 +344,7 @@ def test_a_comment_is_one_line_whatever_the_source_holds():
     expr = trace(lambda b, h, q, kv: q >= kv).expr
     bad = Source("f", "/home/me/a.py", 3, "q >=\n    kv\r\nimport os")
     text = emit(Expr(expr.nodes, (bad,) * len(expr.nodes)), (), narrow=True)
-    assert text.pairs == ("# f (a.py:3): q >= kv import os", "x2 = q[:, None] >= kv[None, :]")
+    assert text.lines["pairs"] == ["# f (a.py:3): q >= kv import os", "x2 = q[:, None] >= kv[None, :]"]
 
 
 def test_what_a_guard_excludes_is_neither_read_nor_divided_by():
@@ -353,21 +353,21 @@ def test_what_a_guard_excludes_is_neither_read_nor_divided_by():
     text, _ = emitted(
         lambda b, h, q, kv: (q < 4 and table[q] > 0 and kv < 4 and table[kv] > 0) or (kv > 0 and q // kv > 1)
     )
-    rows, columns = ([line for line in lines if "tl.load" in line] for lines in (text.rows, text.columns))
+    rows, columns = ([line for line in text.lines[group] if "tl.load" in line] for group in ("rows", "columns"))
     assert [re.search(r"mask=(.*), other=0", line)[1] for line in rows + columns] == [
         f"({rows[0].split(' = ')[0]}_0 >= 0) & ({rows[0].split(' = ')[0]}_0 < t0_size0_32)",
         "(kv < t0_size0_32)",  # a column is never negative
     ]
-    (divisor,) = (line for line in text.pairs if "== 0, 1," in line)
+    (divisor,) = (line for line in text.lines["pairs"] if "== 0, 1," in line)
     assert re.fullmatch(r"(x\d+_d) = tl\.where\(kv\[None, :\] == 0, 1, kv\[None, :\]\)", divisor)
-    assert all("// kv" not in line and "% kv" not in line for line in text.pairs if not line.startswith("#"))
+    assert all("// kv" not in line and "% kv" not in line for line in text.lines["pairs"] if not line.startswith("#"))
 
 
 @pytest.mark.parametrize(("narrow", "bits"), [(True, 32), (False, 64)])
 def test_a_shift_stays_below_the_bits_there_are(narrow, bits):
     """Beyond them it is undefined in LLVM, though numpy knows an answer."""
     text, _ = emitted(lambda b, h, q, kv: q << kv > q >> kv, narrow=narrow)
-    shifts = [line for line in text.pairs if not line.startswith("#") and ("<<" in line or ">>" in line)]
+    shifts = [line for line in text.lines["pairs"] if not line.startswith("#") and ("<<" in line or ">>" in line)]
     assert len(shifts) == 2
     assert all(f"(kv[None, :] < {bits})" in line and f"(kv[None, :] & {bits - 1})" in line for line in shifts)
 
@@ -450,7 +450,7 @@ from maskflash.backends.triton import modules
 def compiled(predicate):
     traced = t.trace(predicate)
     inputs = traced.bind({})
-    text = t.kernel_text(traced.expr, tuple(map(t.table_kind, inputs.tables)), False, False)
+    text = t.kernel_text(traced.expr, tuple(map(t.TableKind.of, inputs.tables)), False, False)
     kernel = modules.load(text).tile
     pointers = {f"t{n}": "*" + t.NAMES[x.dtype] for n, x in enumerate(inputs.tables)}
     types = {name: pointers.get(name, "i64") for name in kernel.arg_names}

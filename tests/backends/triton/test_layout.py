@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskflash.backends.triton.layout import UNIT, cut, laid_out, padded, strides, whole, without_hidden
+from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
 
 LAYOUTS = {
     "as it is": lambda x: x,
@@ -31,7 +31,8 @@ def test_whatever_the_layout_rows_are_dense_and_whole_vectors(name, heads, token
     steps = [(size, step) for size, step in zip(sizes, found.stride(), strict=True) if size > 1]
     assert found.stride(3) == 1
     assert all(step % UNIT == 0 for _, step in steps[:-1])
-    assert [step * UNIT for step in strides(found)] == [step // UNIT * UNIT for step in found.stride()[:3]]
+    named = {f"x_{dimension}": step // UNIT for dimension, step in zip("bhs", found.stride()[:3], strict=True)}
+    assert addressed(x=found) == {"x_ptr": found, **named}
     assert torch.equal(cut(found, dim), x)
     assert cut(found, dim).is_contiguous() or cut(found, dim) is found
 

@@ -1,7 +1,9 @@
 """A plan makes each order once, says what it holds, and lives as long as a CUDA graph that reads it.
 
-`tests/test_transfer.py` has what it copies, waits for and refuses.
+`tests/ground/test_transfer.py` has what it copies, waits for and refuses.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,27 +27,30 @@ def made(problem):
 
 
 def test_an_order_is_made_once(made):
-    first, again, other = made.walks(True, 3, 1)[0], made.walks(True, 3, 1)[0], made.walks(True, 5, 2)[0]
+    first, again, other = (made.walked(True, *sizes)["order"] for sizes in ((3, 1), (3, 1), (5, 2)))
     assert again is first
     assert (first.shape, other.shape) == ((1, 3), (1, 5))
 
 
 def test_bytes_are_those_of_all_tensors(made):
     seen = [made.seen(rows=rows) for rows in (True, False)]
-    held = {id(x): x for work in (made.rows, made.columns) for x in (*work.tensors, work.counts)}
+    held = {id(x): x for walks in (made.rows, made.columns) for x in (*walks.tensors, walks.counts)}
     before = sum(x.nbytes for x in [*held.values(), *seen])
     assert made.nbytes == before > 0
-    assert made.nbytes < before + made.walks(False, 3, 1)[0].nbytes == made.nbytes
+    assert made.nbytes < before + made.walked(False, 3, 1)["order"].nbytes == made.nbytes
 
 
-def test_what_a_graph_reads_is_kept(made, problem, monkeypatch):
-    kept = []
+def test_what_a_graph_reads_is_kept_once(made, problem, monkeypatch):
+    kept = {}
     monkeypatch.setattr(triton_plan, "_captured", kept)
     made.keep(problem)
-    assert kept == []
+    assert kept == {}
     monkeypatch.setattr(triton_plan, "capturing", lambda device: True)
-    made.keep(problem)
-    ((held, tables),) = kept
+    for _ in range(2):
+        made.keep(problem)
+    ((held, tables),) = kept.values()
     assert held is made
     assert tables is problem.inputs.tables
     assert len(tables) > 0
+    made.keep(replace(problem, inputs=replace(problem.inputs, tables=(torch.zeros(40),))))  # another graph's tables
+    assert len(kept) == 2

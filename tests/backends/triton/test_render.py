@@ -13,8 +13,8 @@ from jinja2 import UndefinedError
 
 import maskflash as mf
 from maskflash.backends.triton import render as rendering
-from maskflash.backends.triton.emit import TableKind
-from maskflash.backends.triton.render import PASSES, Specialisation, render, template_folder
+from maskflash.backends.triton.render import render, template_folder
+from maskflash.backends.triton.signature import PASSES, Specialisation, TableKind, signature
 from maskflash.trace.trace import trace
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +59,7 @@ EVERYTHING = trace(
     {"doc": torch.zeros(2, 8, dtype=torch.int64), "n": 3},
 ).expr
 KINDS = (TableKind(torch.int64, 2),)
-FLAGS = ("narrow", "map_batch", "map_heads", "per_row_offset", "padded_d", "padded_dv")
+FLAGS = ("narrow", "map_batch", "map_heads", "q_offsets", "kv_offsets", "negative_kv", "padded_d", "padded_dv")
 
 
 def special(**flags):
@@ -76,30 +76,29 @@ def test_every_flag_gives_whole_python(pass_name, flag, others):
         tree = ast.parse(text)
         assert [node.name for node in tree.body if isinstance(node, ast.FunctionDef)][-1] == pass_name
         assert "{" not in text.replace("{{", "").split("@triton.jit")[-1]
-        assert not any(mark in text for mark in ("#-", "NUMBERS", "{%", "{{", "}}"))
+        assert not any(mark in text for mark in ("{%", "{{", "}}"))
         assert not any(line != line.rstrip() for line in text.split("\n"))
+        assert "\n\n\n" not in text.split("@triton.jit")[-1]
         assert text.endswith("\n")
     assert (texts[0] == texts[1]) == (pass_name == "delta"), "a flag that changes nothing compiles twice for nothing"
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
-def test_every_number_is_named_as_unspecialised(pass_name):
-    tree = ast.parse(render(special(per_row_offset=True), pass_name))
+@pytest.mark.parametrize("offsets", [False, True])
+def test_the_text_takes_the_arguments_of_the_list_and_specialises_as_it_says(pass_name, offsets):
+    chosen = special(q_offsets=offsets, kv_offsets=offsets)
+    tree = ast.parse(render(chosen, pass_name))
     kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == pass_name)
+    arguments = [argument for line in signature(chosen, pass_name) for argument in line]
+    assert [arg.arg for arg in kernel.args.args] == [argument.name for argument in arguments]
     (listed,) = (ast.literal_eval(word.value) for word in kernel.decorator_list[0].keywords)
-    numbers = [arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Constant)]
-    pointers = [] if pass_name == "delta" else ["t0", "q_offset"]
-    assert listed == numbers + pointers
+    numbers = {arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Constant)}
+    views = set() if pass_name == "delta" else {"t0", *(["q_offset", "kv_offset"] if offsets else [])}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == numbers | views
     constants = {arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Attribute)}
+    assert constants == {argument.name for argument in arguments if argument.kind == "constant"}
     assert all(name.isupper() for name in constants)
-
-
-def test_a_table_named_like_a_mark_changes_nothing():
-    NUMBERS = torch.zeros(8)
-    expr = trace(lambda b, h, q, kv: NUMBERS[q] < 3 + NUMBERS[kv]).expr
-    text = render(Specialisation(expr, (TableKind(torch.float32, 1),)), "forward")
-    assert "NUMBERS[q]" in text  # in the comment, as the user wrote it
-    assert 'do_not_specialize=[\n    "q_b", ' in text
 
 
 def test_what_a_template_misses_is_an_error(monkeypatch, tmp_path):

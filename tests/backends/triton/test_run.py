@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
+from maskflash.analysis.classify import classify
+from maskflash.backends.reference import reference
 from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import launch as triton_launch
-from maskflash.backends.triton import modules, tiles_measured
+from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton import run as triton
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
@@ -305,7 +309,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
 
     q, k, v = small()
     expected = results(mf.causal(), q, k, v, block_size=64)
-    launch, tried = triton_launch.Call.launch, []
+    launch, tried = triton_launch.Launcher.launch, []
 
     def limited(self, pass_name, tile, *rest):
         tried.append((pass_name, tile))
@@ -313,7 +317,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
             raise OutOfResources(300_000, 200_000, "shared memory")
         return launch(self, pass_name, tile, *rest)
 
-    monkeypatch.setattr(triton_launch.Call, "launch", limited)
+    monkeypatch.setattr(triton_launch.Launcher, "launch", limited)
     found = results(mf.causal(), q, k, v, block_size=(64, 128))  # another block size: a plan that knows no tile yet
     for x, y in zip(found, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -330,7 +334,7 @@ def test_a_device_that_nothing_fits_is_told(results, small, monkeypatch):
     def never(*args):
         raise OutOfResources(300_000, 1, "shared memory")
 
-    monkeypatch.setattr(triton_launch.Call, "launch", never)
+    monkeypatch.setattr(triton_launch.Launcher, "launch", never)
     with pytest.raises(mf.BackendError, match=r"no tile of forward fits this device.*shared memory"):
         results(mf.causal(), *small())
 
@@ -374,6 +378,57 @@ def test_tensors_on_the_cpu_are_refused_without_the_interpreter():
     assert "the triton backend can't run here: its kernels run on CUDA tensors, got cpu; move q, k and v" in out
 
 
+# Columns that count from an offset of the call's
+
+
+def by_number(device):
+    """Masks whose columns' own numbers matter: compared, looked up (before the first, too) and divided."""
+    ids = (torch.arange(200, device=device) // 9 % 3).to(torch.int32)
+    spans = torch.tensor([4, 19], device=device)
+    return {
+        "causal": lambda b, h, q, kv: q >= kv,
+        "documents": lambda b, h, q, kv: ids[q] == ids[kv],
+        "a window for each head": lambda b, h, q, kv: abs(q - kv) < spans[h],
+        "divisions": lambda b, h, q, kv: (kv // 3 + kv % 5 + q) % 7 < 4,
+    }
+
+
+@settings(max_examples=16)
+@given(st.sampled_from(["causal", "documents", "a window for each head", "divisions"]), SMALL, st.data())
+def test_offsets_of_rows_and_columns_match_dense_float64(device, name, shape, data):
+    """The map is that of a mask which adds the offsets itself; the kernel is given the mask and the offsets."""
+    predicate = by_number(device)[name]
+    heads = 2 if name == "a window for each head" else shape.heads
+    shape = replace(shape, heads=heads, kv_heads=1 if heads != shape.heads else shape.kv_heads)
+    offsets, added = {}, {}
+    for index in ("q", "kv"):
+        numbers = data.draw(st.lists(st.integers(-20, 60), min_size=shape.batch, max_size=shape.batch), label=index)
+        table = torch.tensor(numbers, device=device)
+        per_row = data.draw(st.booleans(), label=f"{index} per row")
+        offsets[f"{index}_offset"] = table if per_row else numbers[0]
+        added[index] = (lambda b, table=table: table[b]) if per_row else (lambda b, number=numbers[0]: number)
+    place = torch.device(device)
+    sizes = shape.q_len, shape.kv_len, shape.batch, shape.heads, (16, 32), 0, place, {}
+    adding = mf.mask(lambda b, h, q, kv: predicate(b, h, q + added["q"](b), kv + added["kv"](b)))
+    asked, problem = (mask.problem("test", *sizes) for mask in (adding, mf.mask(predicate)))
+    problem, asked = replace(problem, **offsets), asked.on_host()
+    plan = triton.plan(asked, classify(asked), place)
+
+    q, k, v = shape.tensors(torch.float32, device=device)
+    out, lse = triton.forward(plan, problem, q.detach(), k.detach(), v.detach(), 0.3)
+    dout, dlse = torch.randn(out.shape).to(out), torch.randn(lse.shape).to(lse)
+    found = out, lse, *triton.backward(plan, problem, dout, dlse, *(x.detach() for x in (q, k, v)), out, lse, 0.3)
+
+    dense = adding.dense(shape.q_len, shape.kv_len, batch=shape.batch, heads=shape.heads, device=device)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = reference(*exact, dense, 0.3)
+    seen = expected[1].isfinite()
+    arriving = dout.double(), torch.where(seen, dlse, 0.0).double()
+    gradients = torch.autograd.grad([expected[0], torch.where(seen, expected[1], 0.0)], exact, arriving)
+    for x, y in zip(found, (*expected, *gradients), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+
+
 # Nothing is compiled again for another length, window, offset or table
 
 
@@ -407,20 +462,21 @@ def compiled(monkeypatch):
     render, load, kernel = triton_launch.render, modules.load, triton_launch.kernel
 
     def recorded(special, pass_name):
-        function = kernel(special, pass_name)
+        found = kernel(special, pass_name)
 
-        class Launcher:
-            def __getitem__(self, grid):
-                def launch(*arguments, **constants):
-                    kinds = [
-                        (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else type(x) for x in arguments
-                    ]
-                    keys.add((special, pass_name, *kinds, *constants.items()))
-                    return function[grid](*arguments, **constants)
+        def launch(programs, tile, **arguments):
+            kinds = {
+                name: (x.dtype, x.data_ptr() % 16 == 0)
+                if isinstance(x, torch.Tensor)
+                else x
+                if name.isupper()
+                else type(x)
+                for name, x in arguments.items()
+            }
+            keys.add((special, pass_name, tile, *kinds.items()))
+            return found.launch(programs, tile, **arguments)
 
-                return launch
-
-        return Launcher()
+        return SimpleNamespace(launch=launch)
 
     monkeypatch.setattr(triton_launch, "render", lambda *args: rendered.append(args) or render(*args))
     monkeypatch.setattr(modules, "load", lambda text: loaded.append(text) or load(text))
@@ -492,16 +548,16 @@ def test_triton_compiles_no_number_into_a_kernel():
     out = in_a_process("""
         import torch, maskflash as mf
         from maskflash.backends.triton import modules
-        from maskflash.backends.triton.render import PASSES, Specialisation, render, table_kind
+        from maskflash.backends.triton.render import render
+        from maskflash.backends.triton.signature import PASSES, Specialisation, TableKind
 
         ids, spans = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(4)
         for window in (3, 5):
             mask = mf.mask(lambda b, h, q, kv: q - kv < window and ids[b, q] == ids[b, kv] and spans[h] < q)
             problem = mask.problem("test", 8, 8, 2, 4, (16, 16), 0, torch.device("cpu"), {})
             for per_row in (False, True):
-                special = Specialisation(
-                    problem.expr, tuple(map(table_kind, problem.inputs.tables)), per_row_offset=per_row
-                )
+                tables = tuple(map(TableKind.of, problem.inputs.tables))
+                special = Specialisation(problem.expr, tables, q_offsets=per_row, kv_offsets=per_row)
                 for name in PASSES:
                     kernel = getattr(modules.load(render(special, name)), name)
                     for param in kernel.params:
@@ -518,7 +574,7 @@ def test_triton_compiles_no_number_into_a_kernel():
         seen.add(kind)
         if kind == "constant":
             assert name.isupper(), line
-        elif (name.startswith("t") and name[1:].isdigit()) or (name == "q_offset" and kind == "pointer"):
+        elif (name.startswith("t") and name[1:].isdigit()) or (name in ("q_offset", "kv_offset") and kind == "pointer"):
             assert free == "True", line  # a table may lie at any address: new ones are views as often as not
         elif kind == "pointer":
             assert name.endswith("_ptr") or name in WALKS, line
@@ -538,12 +594,12 @@ WALKS = {"order", *(f"{kind}_{what}" for kind in ("full", "partial") for what in
 def measured(monkeypatch, tmp_path):
     """Tiles with two stages are fastest: (tiles that were timed, tiles that were launched) by pass."""
     monkeypatch.setenv(modules.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tiles_measured, "_known", {})
+    monkeypatch.setattr(tile_choice, "_known", {})
     timed, launched = [], []
-    launch = triton_launch.Call.launch
+    launch = triton_launch.Launcher.launch
 
     def seconds(function, device):
-        tile = function.args[0]
+        tile = function.args[1]
         timed.append(tile)
         return abs(tile.stages - 2) + tile.block_m / 1e3
 
@@ -552,7 +608,7 @@ def measured(monkeypatch, tmp_path):
         return launch(self, pass_name, tile, *rest)
 
     monkeypatch.setattr(triton_device, "seconds", seconds)
-    monkeypatch.setattr(triton_launch.Call, "launch", counted)
+    monkeypatch.setattr(triton_launch.Launcher, "launch", counted)
     return timed, launched
 
 
@@ -581,7 +637,7 @@ def test_tuning_measures_once_and_keeps_the_fastest(small, measured, monkeypatch
     run(7, tune=True)
     assert len(timed) == count
     assert dict(launched) == chosen
-    monkeypatch.setattr(tiles_measured, "_known", {})  # a later process, and another window
+    monkeypatch.setattr(tile_choice, "_known", {})  # a later process, and another window
     launched.clear()
     run(5, tune=True)
     assert len(timed) == count
@@ -595,7 +651,7 @@ def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch)
 
     def failing(function, device):
         error = (OutOfResources(300_000, 1, "shared memory"), PTXASError("too many registers"))[len(failed) % 2]
-        if function.args[0].stages > 1:
+        if function.args[1].stages > 1:
             failed.append(error)
             raise error
         return seconds(function, device)

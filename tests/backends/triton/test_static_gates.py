@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.static_gates import ODD, Case, Resources, faults, programs_at_once, table_cases
-from maskflash.backends.triton.render import PASSES
+from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile, shared_bytes
 
 ROOT = Path(__file__).parents[3]

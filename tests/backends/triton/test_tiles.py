@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from maskflash.backends.triton.tiles import ROWS, SHARED_LIMITS, Tile, choose, shared_bytes, shrunk
+from maskflash.backends.triton.tiles import ROWS, SHARED_LIMITS, Tile, candidates, choose, shared_bytes, shrunk
 from maskflash.errors import BackendError
 
 PASSES = ("forward", "dkdv", "dq")
@@ -103,3 +103,15 @@ def test_shared_memory_follows_the_formula():
 def test_what_no_row_serves_is_an_error(arch, dtype, dim, block_size, message):
     with pytest.raises(BackendError, match=message):
         choose(arch, "forward", dtype, dim, block_size)
+
+
+@pytest.mark.parametrize("tile", dict.fromkeys(row.tile for row in ROWS), ids=str)
+def test_candidates_are_the_tile_and_what_differs_in_one_thing(tile):
+    found = list(candidates(tile))
+    assert found[0] == tile
+    assert len(set(found)) == len(found) > 3
+    for other in found[1:]:
+        assert sum(getattr(other, name) != getattr(tile, name) for name in Tile.__slots__) == 1
+        assert {other.block_m, other.block_n} <= {16, 32, 64, 128}
+        assert other.warps in (4, 8)
+        assert other.stages >= 1

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
-from maskflash.backends.triton.walks import work
+from maskflash.backends.triton.walks import split_runs
 
 
 @st.composite
@@ -23,11 +23,11 @@ def maps(draw):
 
 
 def both(block_map):
-    """(work, kinds by line, tiles of a line, whether its last is ragged) by rows and by columns."""
+    """(walks, kinds by line, tiles of a line, whether its last is ragged) by rows and by columns."""
     _, _, n_q, n_kv = block_map.shape
     kinds, (q_ragged, kv_ragged) = block_map.kinds(), (block_map.q_len % 16 != 0, block_map.kv_len % 16 != 0)
-    yield work(block_map.rows, n_q, n_kv, kv_ragged), kinds, n_kv, kv_ragged
-    yield work(block_map.columns, n_kv, n_q, q_ragged), kinds.mT, n_q, q_ragged
+    yield split_runs(block_map.rows, n_q, n_kv, kv_ragged), kinds, n_kv, kv_ragged
+    yield split_runs(block_map.columns, n_kv, n_q, q_ragged), kinds.mT, n_q, q_ragged
 
 
 def walked(walk, line):

@@ -1,0 +1,138 @@
+"""What a kernel's text depends on -> its arguments: the one list from which its signature and its launch come.
+
+    pointer         a tensor; Triton compiles in whether its address is a multiple of 16 bytes
+    view            a tensor at any address, as tables and offsets may be
+    i64, i32, fp32  a number whose value is not compiled in
+    constant        a number that is
+
+Launches give every argument by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+
+from maskflash.expr.nodes import Expr
+
+PassName = Literal["forward", "delta", "dkdv", "dq"]
+PASSES: Final[tuple[PassName, ...]] = ("forward", "delta", "dkdv", "dq")
+
+
+@dataclass(frozen=True, slots=True)
+class TableKind:
+    """What a kernel must know of a table: its dtype and number of dimensions; sizes and strides are arguments."""
+
+    dtype: torch.dtype
+    ndim: int
+
+    @classmethod
+    def of(cls, table: torch.Tensor) -> TableKind:
+        """The kind of a table."""
+        return cls(table.dtype, table.ndim)
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """Everything a kernel's text depends on. Lengths, windows, offsets and the contents of tables are not among it.
+
+    Attributes:
+        expr: the mask.
+        tables: the kind of each of its tables.
+        narrow: its 64-bit integers fit 32 bits at the lengths of the call.
+        map_batch: the block map has batch rows of its own.
+        map_heads: the block map has heads of its own.
+        q_offsets: q_offset is a tensor.
+        kv_offsets: kv_offset is a tensor.
+        negative_kv: column numbers may be below 0: kv_offset is, or is a tensor.
+        padded_d: the head dim of q and k is no power of two (at least 16).
+        padded_dv: the head dim of v is no power of two (at least 16).
+    """
+
+    expr: Expr
+    tables: tuple[TableKind, ...] = ()
+    narrow: bool = True
+    map_batch: bool = False
+    map_heads: bool = False
+    q_offsets: bool = False
+    kv_offsets: bool = False
+    negative_kv: bool = False
+    padded_d: bool = False
+    padded_dv: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """An argument of a kernel."""
+
+    name: str
+    kind: Literal["pointer", "view", "i64", "i32", "fp32", "constant"]
+
+    @property
+    def text(self) -> str:
+        """As it stands in the signature."""
+        if self.kind in ("pointer", "view"):
+            return self.name
+        return f"{self.name}: tl.constexpr" if self.kind == "constant" else f'{self.name}: "{self.kind}"'
+
+    @property
+    def specialised(self) -> bool:
+        """Whether Triton compiles its value or its alignment into the kernel."""
+        return self.kind in ("pointer", "constant")
+
+
+# By pass: tensors with strides; contiguous tensors; real numbers; integers.
+_OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
+    "forward": ("q k v out", "lse", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
+    "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
+    "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
+    "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
+}
+
+
+def signature(special: Specialisation, pass_name: PassName) -> list[list[Argument]]:
+    """The arguments of a pass's kernel, line by line as its text has them."""
+    strided, contiguous, reals, integers = (names.split() for names in _OWN[pass_name])
+    lines = [
+        _line("pointer", (f"{tensor}_ptr" for tensor in (*strided, *contiguous))),
+        *(_line("i64", (f"{tensor}_{dimension}" for dimension in "bhs")) for tensor in strided),
+        _line("fp32", reals),
+        _line("i32", integers),
+    ]
+    if pass_name == "delta":
+        lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV")))
+    else:
+        lines += [
+            _line("pointer", ["order"]),
+            *(
+                _line("pointer", (f"{kind}_{what}" for what in ("offsets", "tiles", "start", "stop")))
+                for kind in ("full", "partial")
+            ),
+            [
+                Argument("q_offset", "view" if special.q_offsets else "i64"),
+                Argument("kv_offset", "view" if special.kv_offsets else "i64"),
+            ],
+            *mask_arguments(special.expr, special.tables),
+            _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", "ROWS", "SUB")),
+            _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
+        ]
+    return [line for line in lines if line]
+
+
+def mask_arguments(expr: Expr, tables: Sequence[TableKind]) -> list[list[Argument]]:
+    """What a mask adds: its params on one line, then each table with its sizes and strides.
+
+    All params are integers: a float comes as its 64 bits (`Expr.coded`).
+    """
+    lines = [_line("i64", (f"p{slot}" for slot in range(expr.slots("param"))))]
+    for slot, kind in enumerate(tables):
+        numbers = (f"t{slot}_{what}{axis}" for axis in range(kind.ndim) for what in ("size", "stride"))
+        lines.append([Argument(f"t{slot}", "view"), *_line("i64", numbers)])
+    return lines
+
+
+def _line(kind: Literal["pointer", "i64", "i32", "fp32", "constant"], names: Iterable[str]) -> list[Argument]:
+    return [Argument(name, kind) for name in names]
