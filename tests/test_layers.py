@@ -21,8 +21,22 @@ ORDER = {
     "analysis/ways": [
         *("separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "function"],
-    "masks": ["lines", "mask", "combination", "predicate", "dense", "columns", "convert", "compare", "why", "flex"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function"],
+    "masks": [
+        *(
+            "lines",
+            "sight",
+            "mask",
+            "combination",
+            "predicate",
+            "dense",
+            "columns",
+            "convert",
+            "compare",
+            "why",
+            "flex",
+        ),
+    ],
     "presets": ["documents", "basic", "packed", "sparse", "vectors"],
     "backends": ["reference", "cpu", "triton"],
     "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
@@ -51,8 +65,9 @@ STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one an
 TRITON_AT_HOME = ["backends/triton/device.py"]
 LATE = {  # what a method of every mask returns, how an expression is shown, and a preset that is made of vectors
     *(
-        ("masks/mask.py", f"masks/{name}")
-        for name in ("combination", "predicate", "dense", "columns", "convert", "why", "flex")
+        (f"masks/{asked}.py", f"masks/{name}")
+        for asked in ("sight", "mask")
+        for name in ("mask", "combination", "predicate", "dense", "columns", "convert", "why", "flex")
     ),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),

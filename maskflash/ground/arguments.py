@@ -184,29 +184,29 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
     raise ArgumentTypeError(f"{operation}: {name} is {kind}, expected a dense tensor; convert it once: {name}.{fix}")
 
 
-def q_offset(operation: str, value: Any, batch: int) -> int | Tensor:
+def offset(operation: str, name: str, value: Any, batch: int) -> int | Tensor:
     """An int, or an integer tensor (batch,); of a tensor of one element a view that gives it to all batch rows."""
     if not isinstance(value, Tensor):
-        return integer(operation, "q_offset", value, low=-FARTHEST, high=FARTHEST)
-    held(operation, "q_offset", value)
-    _check_integers(operation, "q_offset", value)
+        return integer(operation, name, value, low=-FARTHEST, high=FARTHEST)
+    held(operation, name, value)
+    _check_integers(operation, name, value)
     shape = tuple(value.shape)
     if shape == (batch,):
         return value
     if shape not in ((), (1,)):
         raise ArgumentError(
-            f"{operation}: q_offset has shape {shape}, expected ({batch},), one for each batch row; pass an int, or a "
+            f"{operation}: {name} has shape {shape}, expected ({batch},), one for each batch row; pass an int, or a "
             "tensor of one element, where all rows share it"
         )
     return value.expand(batch)
 
 
-def offsets_in_range(operation: str, offsets: Tensor) -> None:
+def offsets_in_range(operation: str, offsets: Tensor, name: str = "q_offset") -> None:
     """Check the numbers of an offset for each batch row, where they can be had at once."""
     if offsets.device.type == "cpu" and offsets.numel() and not without_data(offsets):
         low, high = (int(end) for end in torch.aminmax(offsets))
         for number in (low, high):
-            integer(operation, "an entry of q_offset", number, low=-FARTHEST, high=FARTHEST)
+            integer(operation, f"an entry of {name}", number, low=-FARTHEST, high=FARTHEST)
 
 
 def int_table(operation: str, name: str, value: Any, dims: Sequence[int]) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
 from maskflash.expr.evaluate import Inputs
-from maskflash.functions.slots import Slots, slots_of
+from maskflash.functions.sizes import Sizes
+from maskflash.functions.slots import Slots
 from maskflash.ground import arguments
 from maskflash.ground.identity import state
-from maskflash.masks.predicate import Call, Mask
+from maskflash.masks.mask import Mask
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Backend
 
@@ -151,7 +152,7 @@ class Attention:
         arguments.tensors(q, k, v)
         backend = self._backend_for(q.device)
         plain = type(q_offset) is int and abs(q_offset) <= arguments.FARTHEST
-        offset = q_offset if plain else arguments.q_offset("attention", q_offset, q.shape[0])
+        offset = q_offset if plain else arguments.offset("attention", "q_offset", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args, stamp)
         if self.check:
             self._check(slots, tables, offset)
@@ -254,13 +255,9 @@ class Attention:
         stamp: int | None = None,
     ) -> tuple[Slots, list[int], list[Tensor]]:
         """The mask's expression, and its numbers and tables in a call."""
-        mask, device = self.mask, q.device
-        batch, heads, q_len, _ = q.shape
-        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offset, device))
-        if mask_args or mask.keywords:
-            values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
-        slots, values = slots_of(mask, values, stamp)
-        params, tables = slots.filled(values, device)
+        device, (batch, heads, q_len, _) = q.device, q.shape
+        sizes = Sizes("attention", q_len, k.shape[2], batch, heads, offset, device)
+        slots, params, tables = self.mask.bind(sizes, mask_args, stamp)
         if tables or isinstance(offset, Tensor):
             arguments.same_device(device, slots.names, tables, offset)
         return slots, params, tables
@@ -278,7 +275,7 @@ class Attention:
 
     def _problem(self, q: Tensor, k: Tensor, q_offset: int | Tensor, mask_args: dict[str, Any]) -> Problem:
         """The mask at the lengths of a call."""
-        offset = arguments.q_offset("attention", q_offset, q.shape[0])
+        offset = arguments.offset("attention", "q_offset", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
         return Problem(
             slots.expr,
@@ -390,7 +387,7 @@ class Attention:
 
         `maskflash.invalidate` does so for all masks, and says which writes these are.
         """
-        cache.invalidate(self.mask.forms.texts)
+        cache.invalidate(self.mask.traces.texts)
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
