@@ -19,7 +19,8 @@ from maskflash.errors import (
     UnsupportedMask,
 )
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.predicate import Mask, mask
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import mask
 from maskflash.op.attention import Attention
 from maskflash.presets.basic import (
     causal,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from maskflash.flashmask.call import flashmask_attention
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.flex import from_flex
+    from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
     from maskflash.op.explain import Explanation
 
@@ -60,6 +62,7 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "Sight",
     "UnsupportedMask",
     "Why",
     "attention",
@@ -91,6 +94,7 @@ _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.op.explain",
+    "Sight": "maskflash.masks.sight",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",

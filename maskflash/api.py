@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentTypeError
-from maskflash.functions.slots import aside, slots_of
+from maskflash.functions.slots import aside
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.ground.names import instead_of, unexpected
 from maskflash.masks.dense import dense_mask
-from maskflash.masks.predicate import Mask, mask, refuse_maker
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import mask, refuse_maker
 from maskflash.op import cache
 from maskflash.op.attention import Attention, BackendChoice
 from maskflash.presets.basic import full
@@ -71,7 +72,7 @@ def compile(
     factor = None if scale is None else arguments.scale("compile", scale)
     whole = _as_mask("compile", mask)
     if not (whole.keywords or whole.implied_names):
-        slots_of(whole, {})
+        whole.slots({})
     return Attention(whole, factor, size, backend, deterministic, tune, check)
 
 

@@ -20,7 +20,7 @@ from maskflash.errors import ArgumentError
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.op.attention import BackendChoice
 

@@ -21,8 +21,22 @@ ORDER = {
     "analysis/ways": [
         *("separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "function"],
-    "masks": ["lines", "mask", "combination", "predicate", "dense", "columns", "convert", "compare", "why", "flex"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function"],
+    "masks": [
+        *(
+            "lines",
+            "sight",
+            "mask",
+            "combination",
+            "predicate",
+            "dense",
+            "columns",
+            "convert",
+            "compare",
+            "why",
+            "flex",
+        ),
+    ],
     "presets": ["documents", "basic", "packed", "sparse"],
     "backends": ["merge", "reference", "cpu", "triton"],
     "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
@@ -52,14 +66,15 @@ STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one an
 TRITON_AT_HOME = ["backends/triton/device.py"]
 LATE = {  # what a method of every mask returns, how an expression is shown, and the paper's twelve among the presets
     *(
-        ("masks/mask.py", f"masks/{name}")
-        for name in ("combination", "predicate", "dense", "columns", "convert", "why", "flex")
+        (f"masks/{asked}.py", f"masks/{name}")
+        for asked in ("sight", "mask")
+        for name in ("mask", "combination", "predicate", "dense", "columns", "convert", "why", "flex")
     ),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),
     *(
         (f"{path}.py", "visualize/notebook")  # what notebooks show
-        for path in ("analysis/block_map", "functions/function", "masks/why", "masks/compare", "op/explain")
+        for path in ("analysis/block_map", "masks/mask", "masks/why", "masks/compare", "op/explain")
     ),
 }
 

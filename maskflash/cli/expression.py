@@ -19,7 +19,7 @@ from typing import Any, Final, NoReturn
 
 from maskflash import presets
 from maskflash.errors import ArgumentError, MaskflashError
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 
 _JOINS: Final[dict[type[ast.operator], Callable[[Mask, Mask], Mask]]] = {
     ast.BitAnd: operator.and_,

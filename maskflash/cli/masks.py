@@ -16,7 +16,8 @@ from torch import Tensor
 from maskflash.analysis.block_map import BlockMap
 from maskflash.cli.expression import Written, parse
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError, MaskflashError
-from maskflash.masks.predicate import Mask, mask
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import mask
 
 _IN_FILE: Final = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 TOKENS: Final = 4096  # where neither the mask nor the options say how many

@@ -10,7 +10,7 @@ from maskflash.analysis.block_map import BlockMap
 from maskflash.cli import terminal
 from maskflash.cli.masks import Subject, subject
 from maskflash.errors import ArgumentError
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 from maskflash.visualize.cells import Cells, cells
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 from maskflash.op.attention import BackendChoice
 from maskflash.presets import basic
 

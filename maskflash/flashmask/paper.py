@@ -18,7 +18,7 @@ from torch import Tensor
 from maskflash.errors import ArgumentError
 from maskflash.ground import arguments, modes
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 from maskflash.presets import basic, packed, sparse
 
 __all__ = ["PAPER", "PaperMask", "paper"]

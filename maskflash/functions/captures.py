@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index, is_
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from maskflash.functions.reach import ABSENT, MAPPINGS, SEQUENCES, Step, follow, is_value, members, owner, reach
 from maskflash.functions.slots import aside
+from maskflash.functions.traces import Reading
 from maskflash.trace.lower import read_elsewhere
 from maskflash.trace.tracer import Captured, Sources
 
@@ -47,10 +48,8 @@ class _Found:
         steps: from it to every value that counts; values are numbered from 1, the function is 0.
         seen: the values.
         names: what traces call those that fill slots; None for others, "" for what isn't there.
-        shape: what traces depend on besides the slots' values.
-        slots: numbers and tensors, by what traces call them.
-        layouts: of the tensors among them.
-        tensors: those themselves.
+        reading: the values that fill slots, and what else traces depend on.
+        layouts: of the tensors that fill slots.
         aliases: for places whose value was found before, the place of that; or a view of the same memory.
         shared: views of one memory, by two.
         open: places, the names that code would read there, and whether it is an object that has none of them.
@@ -60,16 +59,13 @@ class _Found:
         complete: whether steps lead to all there is.
         guarded: whether dynamo can tell when what is read changes.
         nothing: whether nothing is read.
-        stamp: another number for another shape or other slots.
     """
 
     steps: tuple[Step, ...]
     seen: tuple[Any, ...]
     names: tuple[str | None, ...]
-    shape: tuple[object, ...]
-    slots: dict[str, Any]
+    reading: Reading
     layouts: dict[str, object]
-    tensors: tuple[Tensor, ...]
     aliases: dict[int, int]
     shared: tuple[tuple[Tensor, Tensor], ...]
     open: tuple[tuple[int, frozenset[str], bool], ...]
@@ -79,7 +75,6 @@ class _Found:
     complete: bool
     guarded: bool
     nothing: bool
-    stamp: int = 0
 
 
 class Captures:
@@ -115,14 +110,15 @@ class Captures:
         """Read everything again; the stamp."""
         now = self.now
         if now.nothing and not self._lost and (not now.codes or self.function.__code__ is now.codes[0][1]):
-            return now.stamp
+            return now.reading.stamp
         if self.followed and self._unchanged(now):
-            return now.stamp
+            return now.reading.stamp
         with self._lock:
             before, new = self.now, _found(self.function)
-            same = self.followed and before.shape == new.shape and before.layouts == new.layouts
-            stamp = before.stamp + (not (same and _same_slots(before.slots, new.slots)))
-            self._now = replace(new, stamp=stamp)
+            old, reading = before.reading, new.reading
+            same = self.followed and old.structure == reading.structure and before.layouts == new.layouts
+            stamp = old.stamp + (not (same and _same_slots(old.slots, reading.slots)))
+            self._now = replace(new, reading=reading._replace(stamp=stamp))
             return stamp
 
     def read(self) -> dict[str, Any]:
@@ -164,7 +160,7 @@ class Captures:
                 tensors.setdefault(id(value), Captured(f"@{now.aliases.get(place, place)}"))
             else:
                 numbers[owner(now.seen[step.parent - 1] if step.parent else self.function, step)] = slot
-        values = {Captured(name): value for name, value in now.slots.items()}
+        values = {Captured(name): value for name, value in now.reading.slots.items()}
         return Sources(numbers, tensors, values, labels)
 
     def depend(self, names: Iterable[str]) -> None:
@@ -194,7 +190,7 @@ class Captures:
                 if not there.isdisjoint(names):
                     return False
         for name in self._laid_out:
-            if name in now.layouts and now.layouts[name] != _layout(now.slots[name]):
+            if name in now.layouts and now.layouts[name] != _layout(now.reading.slots[name]):
                 return False
         for view, other in now.shared:
             if view.data_ptr() != other.data_ptr() or _layout(view) != _layout(other):
@@ -210,15 +206,14 @@ def _found(function: Callable[..., Any]) -> _Found:
     slots = {name: value for name, value in zip(names, seen, strict=True) if name}
     kinds = (_kind(x) if name else _frozen(x) for x, name in zip(seen, names, strict=True))
     aliases = (found.alias.get(place) for place in range(1, len(found.values)))
+    structure = (_frozen(function), *zip(found.steps, aliases, kinds, strict=True))
     pairs = ((found.values[place], found.values[first]) for place, first in found.alias.items())
     return _Found(
         tuple(found.steps),
         seen,
         names,
-        (_frozen(function), *zip(found.steps, aliases, kinds, strict=True)),
-        slots,
+        Reading(0, slots, structure, tuple(x for x in slots.values() if isinstance(x, Tensor))),
         {name: _layout(x) for name, x in slots.items() if isinstance(x, Tensor)},
-        tuple(x for x in slots.values() if isinstance(x, Tensor)),
         found.alias,
         tuple((x, y) for x, y in pairs if x is not y),
         tuple((place, names, _may_have(found.values[place])) for place, names in found.open.items()),
@@ -334,7 +329,7 @@ def _same(values: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(values) == len(others) and all(map(is_, values, others))
 
 
-def _same_slots(slots: dict[str, Any], others: dict[str, Any]) -> bool:
+def _same_slots(slots: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether all slots have the very tensors, and equal numbers."""
     return slots.keys() == others.keys() and all(
         value is others[name] or (not isinstance(value, Tensor) and _frozen(value) == _frozen(others[name]))

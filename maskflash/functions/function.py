@@ -1,99 +1,67 @@
-"""What a call passes -> a mask's expression with its slots filled: what every kind of mask has to say of itself."""
+"""A Python function of (b, h, q, kv) with run-time arguments -> its expression with every slot filled, in each call.
+
+    given     what a call passes by name                 checked against the function's own keywords
+    implied   what follows from the sizes of the call    by names that nobody can pass
+    captured  what the function's code reads by itself   looked up again at each call
+
+A trace is found by the kinds of all these (`traces`), and its slots are filled with their values. Under torch.compile
+dynamo follows `bind`. The trace it can't follow: that is made aside, on stand-ins for the arguments, and dynamo reads
+the result off the function as plain data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Mapping
 from itertools import count
-from typing import Any, ClassVar, Final, NamedTuple, NoReturn
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskflash.analysis.problem import TILE, Problem
-from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.evaluate import Inputs
-from maskflash.functions import slots
-from maskflash.functions.fingerprint import fingerprint
-from maskflash.ground import arguments, copies, transfer
+from maskflash.functions.sizes import Fits, Sizes
+from maskflash.functions.slots import Slots, aside, bits_of_hex
+from maskflash.functions.traces import (
+    Case,
+    Exact,
+    Kinds,
+    Reading,
+    Record,
+    Traces,
+    exact_of,
+    kind_of,
+    open_names,
+    stand_ins,
+)
+from maskflash.ground import arguments
 from maskflash.trace.trace import Traced
-from maskflash.trace.tracer import Argument
+from maskflash.trace.tracer import is_captured
 
+_NOTHING: Final = Reading()
 _numbers = count()
-_SIZES: Final = {"b": "batch", "h": "heads", "q": "q_len", "kv": "kv_len"}  # of a call, by what they bound
 
 
-class Call(NamedTuple):
-    """What a mask may know of the call it serves, already checked.
-
-    Attributes:
-        operation: what messages call it.
-        q_len: rows in tokens.
-        kv_len: columns in tokens.
-        batch: batch rows.
-        heads: query heads.
-        q_offset: added to row numbers, an int or an integer tensor (batch,).
-        device: where it runs.
-        partial: whether sizes that nobody gave reach just so far as the index that was asked about.
-    """
-
-    operation: str
-    q_len: int
-    kv_len: int
-    batch: int
-    heads: int
-    q_offset: int | Tensor
-    device: torch.device
-    partial: bool = False
-
-
-class Fits(NamedTuple):
-    """What a mask's tables are made for; None where any will do.
+class Bound(NamedTuple):
+    """A function in one call.
 
     Attributes:
-        batch: batch rows.
-        heads: query heads.
-        q_total: tokens of the queries' documents.
-        kv_total: tokens of the keys' documents.
+        slots: its expression, and what fills it.
+        params: the numbers, of floats their 64 bits.
+        tables: the tensors; those that it captured are on the device of the call.
     """
 
-    batch: int | None = None
-    heads: int | None = None
-    q_total: int | None = None
-    kv_total: int | None = None
+    slots: Slots
+    params: list[int]
+    tables: list[Tensor]
 
-    def check(self, name: str, call: Call) -> None:
-        """Refuse a call that the tables weren't made for.
-
-        Documents may end before the sequence does. They may go on after it only where an offset says that the call is a
-        part of something longer.
-        """
-        for what, held, size in (("batch", self.batch, call.batch), ("heads", self.heads, call.heads)):
-            if held is not None and (held < size if call.partial else held != size):
-                raise ArgumentError(
-                    f"{call.operation}: {what} is {size}, expected {held} as in the tables of {name}; one that is to "
-                    "serve all has size 1 there"
-                )
-        if self.q_total is None or call.partial or isinstance(call.q_offset, Tensor) or call.q_offset != 0:
-            return
-        if self.kv_total is None:
-            if self.q_total > call.q_len and self.q_total > call.kv_len:
-                _refuse_total(name, call, "", self.q_total, f"{call.q_len} queries and {call.kv_len} keys")
-        elif self.q_total > call.q_len:
-            _refuse_total(name, call, " of the queries", self.q_total, f"{call.q_len} queries")
-        elif self.kv_total > call.kv_len:
-            _refuse_total(name, call, " of the keys", self.kv_total, f"{call.kv_len} keys")
+    @property
+    def inputs(self) -> Inputs:
+        """The values of all slots, floats as they are."""
+        return Inputs(self.slots.expr.decoded(self.params), tuple(self.tables))
 
 
-def _refuse_total(name: str, call: Call, whose: str, total: int, there: str) -> NoReturn:
-    raise ArgumentError(
-        f"{call.operation}: the documents{whose} of {name} add up to {total} tokens, expected at most what the call "
-        f"has, {there}; check the lengths: where tokens' ids or starts are meant, pass them by these names. "
-        "If the rest is still to come, give k and v room for it"
-    )
-
-
-class Bindable:
-    """What a mask has to say of itself.
+class Function:
+    """What a function with run-time arguments has to say of itself, whatever it returns.
 
     Attributes:
         name: what messages call it.
@@ -102,9 +70,9 @@ class Bindable:
         implied_names: arguments that follow from a call, by names that nobody can pass.
         sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
         fits: what its tables are made for.
-        forms: its traces so far, as the op takes them.
-        number: another for each mask of this process.
-        reachable: attributes that its `__call__` reads, which a predicate that calls it captures with it.
+        traces: its traces so far.
+        number: another for each function of this process.
+        reachable: attributes that its `__call__` reads, which a function that calls it captures with it.
     """
 
     reachable: ClassVar[tuple[str, ...]] = ()
@@ -124,205 +92,173 @@ class Bindable:
         self.implied_names = implied_names
         self.sizes = sizes
         self.fits = fits
-        self.forms = slots.Known()
+        self.traces = Traces()
         self.number = next(_numbers)
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
-        """Whether the pair is visible, for numbers, tensors or the symbols of a trace."""
+        """The value at a pair, for numbers, tensors or the symbols of a trace."""
         raise NotImplementedError
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
-        """The mask's expression for arguments like these (see `arguments.mask_args`); cached by their kinds.
+    # What kinds of functions differ in
 
-        What it captures comes into its slots by name, as arguments do: see `captured`.
-        """
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
+        """The expression for arguments like these, made now; what is captured comes into its slots by name."""
         raise NotImplementedError
 
-    def traced(self, mask_args: dict[str, Any]) -> Traced:
-        """The same with what is captured now in its slots."""
-        template = self.template(mask_args)
-        return template.filled(self.captured())
-
-    def look(self) -> int:
-        """Read again what the mask captures; another number if something else is there now."""
-        return 0
-
-    def captured(self) -> dict[str, Any]:
-        """Numbers and tensors that fill captured slots, as `look` found them."""
-        return {}
-
-    def read(self) -> dict[str, Any]:
-        """The same, read now and in dynamo's sight: it makes them inputs, or guards, of what it compiles."""
-        return {}
-
-    def structure(self) -> Hashable:
-        """What traces depend on of all else that is captured."""
-        return ()
-
-    @property
-    def followed(self) -> bool:
-        """Whether `look` sees all that is captured; else the mask is traced at each call."""
-        return True
-
-    def held(self) -> tuple[Tensor, ...]:
-        """Tensors that the mask looks up, besides its arguments."""
-        return tuple(value for value in self.captured().values() if isinstance(value, Tensor))
-
-    @slots.aside
-    def structure_name(self) -> int:
-        """A number that stands for `shape`."""
-        return slots.structure_name(self)
-
-    @slots.aside
-    def specialised(self, kinds: tuple[slots.Kind, ...]) -> tuple[str, ...]:
-        """The arguments whose values (or shapes) traces for these kinds are known to depend on."""
-        return slots.specialised(self, kinds)
-
-    @slots.aside
-    def slots_name(self, kinds: tuple[slots.Kind, ...], exact: slots.Exact) -> str | None:
-        """Where `forms` has the slots for these kinds and values; None if a trace depends on further values."""
-        return slots.slots_name(self, kinds, exact)
-
-    def implied(self, call: Call) -> dict[str, int]:
+    def implied(self, sizes: Sizes) -> dict[str, int]:
         """The values of `implied_names` in a call.
 
         Raises:
-            ArgumentError: the mask has sizes of its own, and the call doesn't fit them.
+            ArgumentError: the function has sizes of its own, and the call doesn't fit them.
         """
         if self.fits is not None:
-            self.fits.check(self.name, call)
+            self.fits.check(self.name, sizes)
         return {}
 
-    def bound(self, call: Call, given: dict[str, Any]) -> tuple[Traced, Inputs]:
-        """The expression, and its slots from a call's keyword arguments; captured tables on the call's device."""
-        values = arguments.mask_args(call.operation, given, self.keywords, self.defaults) | self.implied(call)
-        traced = self.traced(values)
-        inputs = traced.bind(values)
-        held = zip(traced.tables, inputs.tables, strict=True)
-        return traced, Inputs(
-            inputs.params,
-            tuple(table if isinstance(slot, Argument) else copies.on(table, call.device) for slot, table in held),
-        )
+    def look(self) -> int:
+        """Read again what is captured; another number if something else is there now."""
+        return 0
 
-    def problem(
-        self,
-        operation: str,
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        heads: int,
-        block_size: tuple[int, int],
-        q_offset: int | Tensor,
-        device: torch.device | str,
-        mask_args: dict[str, Any],
-        partial: bool = False,
-    ) -> Problem:
-        """This mask at these lengths, ready to be classified; checks what the caller passed."""
-        sizes = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads}
-        q_len, kv_len, batch, heads = (arguments.length(operation, name, value) for name, value in sizes.items())
-        offset = arguments.offset(operation, "q_offset", q_offset, batch)
-        if isinstance(offset, Tensor):
-            arguments.offsets_in_range(operation, offset)
-        on = transfer.numbered(arguments.device(operation, device))
-        call = Call(operation, q_len, kv_len, batch, heads, offset, on, partial)
-        traced, inputs = self.bound(call, mask_args)
-        return Problem(
-            traced.expr,
-            Inputs(inputs.params, tuple(table.to(on) for table in inputs.tables)),
-            q_len,
-            kv_len,
-            batch,
-            heads,
-            block_size,
-            offset.to(on) if isinstance(offset, Tensor) else offset,
-            on,
-            traced.names,
-        )
+    def reading(self) -> Reading:
+        """What is captured, as `look` found it."""
+        return _NOTHING
 
-    def problem_at(
-        self,
-        operation: str,
-        index: dict[str, int],
-        sizes: dict[str, int | None],
-        q_offset: int | Tensor,
-        device: torch.device | str,
-        mask_args: dict[str, Any],
-    ) -> Problem:
-        """This mask at sizes that hold an index; those that nobody gave reach just so far.
+    def read(self) -> dict[str, Any]:
+        """What fills captured slots, read now and in dynamo's sight, which makes inputs or guards of it."""
+        return {}
+
+    @property
+    def followed(self) -> bool:
+        """Whether `look` sees all that is captured; else the function is traced at each call."""
+        return True
+
+    def held(self) -> tuple[Tensor, ...]:
+        """Tensors that the function looks up, besides its arguments."""
+        return self.reading().tensors
+
+    # What all have
+
+    def bind(self, sizes: Sizes, given: dict[str, Any], stamp: int | None = None) -> Bound:
+        """The function in a call.
 
         Args:
-            operation: what messages call it.
-            index: of some of b, h, q, kv.
-            sizes: batch, heads, q_len, kv_len.
-            q_offset: added to row numbers.
-            device: where to look at it.
-            mask_args: the mask's own arguments.
+            sizes: of the call.
+            given: its keyword arguments.
+            stamp: what `look` has given in this very call, if it was asked.
+
+        Raises:
+            ArgumentError: an argument, or a size, that the function has no use for.
+            ArgumentTypeError: an argument that is missing, or of a wrong type.
+            MaskTraceError: the function does something that can't become an expression.
         """
-        missing = [f"{name}=..." for name in self.sizes if sizes[name] is None]
-        if missing:
-            raise ArgumentError(
-                f"{operation}: {self.name} depends on the sizes of a call; pass {', '.join(missing)} as well"
-            )
-        if isinstance(q_offset, Tensor) and sizes["batch"] is None and q_offset.numel() > 1:
-            sizes = {**sizes, "batch": q_offset.numel()}
-        found = {}
-        for name, size in _SIZES.items():
-            at = arguments.integer(operation, name, index[name]) if name in index else 0
-            length = sizes[size]
-            found[size] = at + 1 if length is None else arguments.length(operation, size, length)
-            if name in index and at >= found[size]:
-                raise ArgumentError(f"{operation}: {name} is {at}, expected less than {size}, {found[size]}")
-        return self.problem(
-            operation,
-            found["q_len"],
-            found["kv_len"],
-            found["batch"],
-            found["heads"],
-            TILE,
-            q_offset,
-            device,
-            mask_args,
-            partial=None in sizes.values(),
-        )
+        values: Mapping[str, Any] = self.implied(sizes)
+        if given or self.keywords:
+            values = {**arguments.mask_args(sizes.operation, given, self.keywords, self.defaults), **values}
+        slots, values = self.slots(values, stamp)
+        return Bound(slots, *slots.filled(values, sizes.device))
 
-    def fingerprint(self, **mask_args: Any) -> str:
-        """A hash of what the mask is: the same in every process, and for every mask of the same structure.
+    def slots(self, given: Mapping[str, Any], stamp: int | None = None) -> tuple[Slots, Mapping[str, Any]]:
+        """The slots for checked arguments (see `arguments.mask_args`), and all values that may fill them."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._slots_of_dynamo(given)
+        if stamp is None:
+            stamp = self.look()
+        if not given:
+            plain = self.traces.plain  # read once: another thread may put another there
+            if plain is not None and plain[0] == stamp:
+                return plain[1], plain[2]
+        while self.followed:
+            now = self.reading()
+            values = {**given, **now.slots}
+            kinds = tuple([kind_of(name, value) for name, value in values.items()])
+            found = self._find(kinds, values)
+            if found is not None and self.reading().stamp == now.stamp:  # else the function changed it when traced
+                if not given:
+                    self.traces.plain = now.stamp, found, now.slots
+                return found, values
+        return self._unfollowed(dict(given)), {**given, **self.reading().slots}
 
-        It covers the expression, its numbers and its tables' contents, but neither names nor lengths. Masks may be
-        `equivalent` and yet differ in it; those that share it are the same.
+    def _slots_of_dynamo(self, given: Mapping[str, Any]) -> tuple[Slots, dict[str, Any]]:
+        values = {**given, **self.read()}
+        kinds = tuple([kind_of(name, value) for name, value in values.items()])
+        found = None
+        while found is None:
+            found = self._find(kinds, values)
+        real = (float, torch.SymFloat)  # a graph's numbers are integers, so a float is a constant
+        return found, {name: bits_of_hex(x.hex()) if isinstance(x, real) else x for name, x in values.items()}
 
-        Args:
-            **mask_args: the mask's own arguments; they are hashed by value.
+    def _find(self, kinds: Kinds, values: dict[str, Any]) -> Slots | None:
+        """The slots for values of these kinds; None if a trace has just shown that more of them matter."""
+        exact = tuple([(name, exact_of(name, values[name])) for name in self.depends(kinds)])
+        name = self.slots_name(kinds, exact)
+        found: Slots | None = None if name is None else getattr(self.traces, name)
+        return found
 
-        Example:
-            >>> from maskflash import causal, mask, sliding_window
-            >>> causal().fingerprint() == mask(lambda b, h, q, kv: q >= kv).fingerprint()
-            True
-            >>> sliding_window(100).fingerprint() == sliding_window(101).fingerprint()
-            False
-        """
-        given = arguments.mask_args("Mask.fingerprint", mask_args, self.keywords, self.defaults)
-        values = given | dict.fromkeys(self.implied_names, 1)
-        traced = self.traced(values)
-        implied = [isinstance(value, Argument) and value in self.implied_names for value in traced.params]
-        bound = traced.bind(values)
-        coded = traced.expr.coded(bound.params)
-        params = tuple(name if by_call else x for name, x, by_call in zip(traced.params, coded, implied, strict=True))
-        return fingerprint(traced.expr, params, bound.tables)
+    @aside
+    def depends(self, kinds: Kinds) -> tuple[str, ...]:
+        """The values (of tensors the layout) that traces for these kinds are known to depend on."""
+        case = self._case(kinds)
+        names = self.traces.depends(case)
+        if names is None:
+            open_ = open_names(kinds)
+            try:
+                self._trace(kinds, {})
+            except Exception:  # it may do with the true values; if not, the error had better name those
+                if all(map(is_captured, open_)):
+                    raise
+                self.traces.depend(case, open_)
+            names = self.traces.depends(self._case(kinds))
+        return tuple(sorted(names or ()))
+
+    @aside
+    def slots_name(self, kinds: Kinds, exact: Exact) -> str | None:
+        """Which attribute of `traces` has the slots for these; None if a trace depends on more than `exact` has."""
+        name = self.traces.name(self._case(kinds), exact)
+        if name is None and self.followed:
+            self._trace(kinds, dict(exact))
+            name = self.traces.name(self._case(kinds), exact)
+        return name
+
+    def _case(self, kinds: Kinds) -> Case:
+        return self.reading().structure, kinds
+
+    def _trace(self, kinds: Kinds, exact: dict[str, Any]) -> None:
+        """Trace the function on stand-ins of these kinds, and keep what comes of it."""
+        given = stand_ins(kinds, exact)
+        now = self.reading()
+        traced = self.trace(given)
+        if (
+            self.followed and self.look() != now.stamp
+        ):  # another thread has changed what is captured, or the function itself
+            now = self.reading()
+            traced = self.trace(given)
+        if not self.followed:  # as the trace has shown
+            return
+        case = now.structure, kinds
+        names = self.traces.depend(case, open_names(kinds) & traced.specialised)
+        values = {**given, **now.slots}
+        self.traces.keep(case, tuple((x, exact_of(x, values[x])) for x in sorted(names)), Slots.of(traced))
+
+    def _unfollowed(self, given: dict[str, Any]) -> Slots:
+        traced = self.trace(given)
+        kinds = tuple(kind_of(name, value) for name, value in given.items())
+        exact = tuple((name, exact_of(name, given[name])) for name in sorted(open_names(kinds)))
+        self.traces.unfollowed = Record(kinds, exact, traced)
+        return Slots.of(traced)
+
+    def traced(self, given: dict[str, Any]) -> Traced:
+        """The trace for checked arguments, with what is captured now in its slots."""
+        slots, values = self.slots(given)
+        return slots.traced.filled(values)
 
     def known(self) -> Traced | None:
-        """An expression of the mask: the only one, or the latest; None for a mask whose arguments nobody gave yet."""
-        return None if self.keywords else self.traced(dict.fromkeys(self.implied_names, 1))
-
-    def _repr_html_(self) -> str:
-        from maskflash.visualize import notebook
-
-        return notebook.of_mask(self)
-
-    def __bool__(self) -> bool:
-        raise ArgumentTypeError(
-            f"{self.name}: a mask has no truth value; combine masks with & | ^ ~ instead of and, or, not"
-        )
+        """A trace: the only one, or the latest; None for a function whose arguments nobody gave yet."""
+        if not self.keywords:
+            return self.traced(dict.fromkeys(self.implied_names, 1))
+        self.look()
+        now = self.reading()
+        latest = self.traces.latest(now.structure)
+        return latest and latest.filled(now.slots)
 
     def __repr__(self) -> str:
         return self.name

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from maskflash.functions.traces import Traces
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, trace
 
@@ -83,15 +82,14 @@ class _Lifted(Mask):
         name = structure.code.co_qualname if isinstance(structure, _Function) else "mask"
         super().__init__(name, (*map(_name, range(tensors)), "first_key"), {})
         self.filling = structure
-        self._traces = Traces()
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The function, holding these tables, of shifted columns."""
         return _filled(self.filling, mask_args)(b, h, q, kv + mask_args["first_key"])
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
-        return self._traces.get(mask_args, lambda: trace(self, mask_args))
+        return trace(self, mask_args)
 
 
 _mask = lru_cache(maxsize=256)(_Lifted)

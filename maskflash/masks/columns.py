@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
-from maskflash.functions.function import Call
+from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, modes
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, trace
@@ -148,30 +148,27 @@ class ColumnIntervals(Mask):
         moved = {name: x.to(on) for name, x in self.vectors().items()}
         return self if moved["lts"] is self.lts else ColumnIntervals(**moved, causal=self.causal)
 
-    def implied(self, call: Call) -> dict[str, int]:
+    def implied(self, sizes: Sizes) -> dict[str, int]:
         """How rows align with columns, and query heads with those of the vectors."""
-        batch, heads, kv_len = self.lts.shape
-        if isinstance(call.q_offset, Tensor) or call.q_offset != 0:
+        operation, (batch, heads, kv_len) = sizes.operation, self.lts.shape
+        sizes.refuse_offsets(
+            "column intervals count the rows and columns of the tensors themselves",
+            "shift the vectors instead, or use to_flashmask(..., q_offset=...)",
+        )
+        if sizes.kv_len != kv_len:
             raise ArgumentError(
-                f"{call.operation}: q_offset is {_short(call.q_offset)}, expected 0: column intervals count the rows "
-                "of the query tensor itself; shift the vectors instead, or use to_flashmask(..., q_offset=...)"
+                f"{operation}: kv_len is {sizes.kv_len}, expected {kv_len}, a column for each entry of the vectors"
             )
-        if call.kv_len != kv_len:
+        if batch not in (1, sizes.batch):
             raise ArgumentError(
-                f"{call.operation}: kv_len is {call.kv_len}, expected {kv_len}, a column for each entry of the vectors"
+                f"{operation}: batch is {sizes.batch}, expected {batch} as in the vectors; a batch of 1 serves all"
             )
-        if batch not in (1, call.batch):
-            raise ArgumentError(
-                f"{call.operation}: batch is {call.batch}, expected {batch} as in the vectors; a batch of 1 serves all"
-            )
-        if call.heads % heads:
-            raise ArgumentError(
-                f"{call.operation}: {call.heads} query heads, expected a multiple of the vectors' {heads}"
-            )
-        implied = {_SHIFT: call.kv_len - call.q_len} if self.causal else {}
-        return implied if heads == 1 else {**implied, _group(heads): call.heads // heads}
+        if sizes.heads % heads:
+            raise ArgumentError(f"{operation}: {sizes.heads} query heads, expected a multiple of the vectors' {heads}")
+        implied = {_SHIFT: sizes.kv_len - sizes.q_len} if self.causal else {}
+        return implied if heads == 1 else {**implied, _group(heads): sizes.heads // heads}
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The comparisons with the vectors; those of one form are traced once, whatever the vectors."""
         traced = _trace(self._form, mask_args.get(_group(self._form.heads), 1))
         return replace(traced, tables=tuple(self._tables[name] for name in traced.names))
@@ -274,7 +271,3 @@ def _checked(name: str, value: Any) -> Tensor:
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(arguments.int_table("ColumnIntervals", "a vector", value, (1, 2, 3)).shape)
-
-
-def _short(value: int | Tensor) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)

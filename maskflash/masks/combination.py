@@ -6,14 +6,14 @@ its steps, never down by recursion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from maskflash.functions.function import Call
+from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
-from maskflash.functions.traces import Traces
+from maskflash.functions.traces import Reading
 from maskflash.masks.mask import Mask
 from maskflash.trace.combine import Join, combine
 from maskflash.trace.trace import Traced
@@ -41,9 +41,8 @@ class Combination(Mask):
         self.op = op
         self.parts = parts
         self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
-        self._traces = Traces()
         self._masks: tuple[Mask, ...] | None = None
-        self._looked: tuple[int, dict[str, Any], tuple[Tensor, ...]] = -1, {}, ()  # replaced as a whole, for threads
+        self._reading = Reading(-1)  # replaced as a whole, for threads
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
         for part in parts:
@@ -83,78 +82,56 @@ class Combination(Mask):
             self._masks = tuple([step for step in self.steps() if isinstance(step, Mask)])
         return self._masks
 
-    def implied(self, call: Call) -> dict[str, int]:
+    def implied(self, sizes: Sizes) -> dict[str, int]:
         """What any part's call implies."""
-        return {name: value for part in self.joined() for name, value in part.implied(call).items()}
+        return {name: value for part in self.joined() for name, value in part.implied(sizes).items()}
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The parts' expressions, joined."""
-        self.look()
-        if not self.followed:
-            return combine(self._traced_steps(mask_args))
-        return self._traces.get(
-            mask_args, lambda: combine(self._traced_steps(mask_args)), self.captured(), self.structure()
-        )
+        places = {id(mask): place for place, mask in enumerate(self.joined())}
+        tensors: dict[int, Captured] = {}  # names by tensor: masks that hold the same one share a slot
+
+        def of(mask: Mask) -> Traced:
+            traced = mask.slots(own(mask, mask_args))[0].traced
+            names = {}
+            for name, value in mask.reading().slots.items():
+                new = Captured(_of_mask(places[id(mask)], name))
+                names[name] = tensors.setdefault(id(value), new) if isinstance(value, Tensor) else new
+            return traced.renamed(names)
+
+        return combine([of(step) if isinstance(step, Mask) else step for step in self.steps()])
 
     @property
     def followed(self) -> bool:
         """Whether that is so for all of the masks."""
         return all([mask.followed for mask in self.joined()])
 
-    def _traced_steps(self, mask_args: dict[str, Any]) -> list[Traced | Join]:
-        first: dict[int, str] = {}  # name of each tensor: masks that hold the same one share a slot
-        names = {
-            name: Captured(first.setdefault(id(value), name) if isinstance(value, Tensor) else name)
-            for name, value in self.captured().items()
-        }
-        places = {id(mask): place for place, mask in enumerate(self.joined())}
-
-        def template(mask: Mask) -> Traced:
-            own_names = {name: names[_of_mask(places[id(mask)], name)] for name in mask.captured()}
-            return mask.template(own(mask, mask_args)).renamed(own_names)
-
-        return [template(step) if isinstance(step, Mask) else step for step in self.steps()]
-
     def look(self) -> int:
         """Whether any of the masks has something else now."""
-        stamp = sum([mask.look() for mask in self.joined()])
-        if stamp != self._looked[0]:
-            captured = {
-                _of_mask(place, name): value
-                for place, mask in enumerate(self.joined())
-                for name, value in mask.captured().items()
-            }
-            self._looked = stamp, captured, tuple(tensor for mask in self.joined() for tensor in mask.held())
+        masks = self.joined()
+        stamp = sum([mask.look() for mask in masks])
+        if stamp != self._reading.stamp:
+            readings = [mask.reading() for mask in masks]
+            slots = {_of_mask(place, name): x for place, of in enumerate(readings) for name, x in of.slots.items()}
+            first: dict[int, int] = {}
+            tensors = (value for value in slots.values() if isinstance(value, Tensor))
+            same = tuple(first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors))
+            held = tuple(tensor for mask in masks for tensor in mask.held())
+            self._reading = Reading(stamp, slots, (*(of.structure for of in readings), same), held)
         return stamp
 
-    def captured(self) -> dict[str, Any]:
-        """What all of them capture, by mask."""
-        return self._looked[1]
+    def reading(self) -> Reading:
+        """What all of them capture, by mask, and which of their tensors are the same."""
+        return self._reading
 
     def read(self) -> dict[str, Any]:
-        """See `captured`."""
+        """See `reading`."""
         self._look_aside()
         return {_of_mask(place, name): x for place, mask in enumerate(self.joined()) for name, x in mask.read().items()}
 
     @aside
     def _look_aside(self) -> None:
         self.look()
-
-    def structure(self) -> Hashable:
-        """The masks' structures, and which of their tensors are the same."""
-        first: dict[int, int] = {}
-        tensors = (value for value in self.captured().values() if isinstance(value, Tensor))
-        same = tuple(first.setdefault(id(value), place) for place, value in enumerate(tensors))
-        return (*(mask.structure() for mask in self.joined()), same)
-
-    def held(self) -> tuple[Tensor, ...]:
-        """Those of all of them."""
-        return self._looked[2]
-
-    def known(self) -> Traced | None:
-        """The latest, or the only one."""
-        latest = self._traces.latest() if self.keywords else None
-        return latest.filled(self.captured()) if latest else super().known()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _joined_again, (self.steps(),)

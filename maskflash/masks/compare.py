@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.changes import find_changes
-from maskflash.analysis.problem import TILE
-from maskflash.masks.predicate import Mask, mask
+from maskflash.analysis.problem import TILE, Problem
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import mask
 
 Pair = tuple[int, int, int, int]
 
@@ -75,7 +76,10 @@ def equivalent(
         >>> equivalent(window, lambda b, h, q, kv: q - 4 <= kv < q + 4, 1000, 1000).counterexample
         (0, 0, 0, 4)
     """
-    return _nothing("equivalent", mask(a) ^ mask(b), q_len, kv_len, batch, heads, q_offset, device, mask_args)
+    difference = mask(a) ^ mask(b)
+    return _shows_nothing(
+        difference.problem("equivalent", q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
+    )
 
 
 def implies(
@@ -99,22 +103,12 @@ def implies(
         >>> bool(implies(packed, lambda b, h, q, kv: q - kv < 100, 1000, 1000))
         True
     """
-    return _nothing("implies", mask(a) & ~mask(b), q_len, kv_len, batch, heads, q_offset, device, mask_args)
+    beyond = mask(a) & ~mask(b)
+    return _shows_nothing(beyond.problem("implies", q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args))
 
 
-def _nothing(
-    operation: str,
-    difference: Mask,
-    q_len: int,
-    kv_len: int,
-    batch: int,
-    heads: int,
-    q_offset: int | Tensor,
-    device: torch.device | str,
-    mask_args: dict[str, Any],
-) -> Comparison:
+def _shows_nothing(problem: Problem) -> Comparison:
     """Whether a mask shows nothing; else the first pair of the first column that shows one."""
-    problem = difference.problem(operation, q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
     changes = find_changes(problem)
     if not len(changes.column):
         return Comparison(True, None)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError, DenseMaskWarning
 from maskflash.expr.ops import INDEX_VARIABLES
+from maskflash.functions.sizes import Sizes
+from maskflash.functions.traces import Reading
 from maskflash.ground import arguments
-from maskflash.masks.predicate import Call, Mask
+from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, trace
 from maskflash.trace.tracer import Captured, View
 
@@ -58,7 +60,7 @@ class DenseMask(Mask):
         layout = _layout("mask", self.tensor)
         return _look_up(layout.of(self.tensor), layout.looks_at, b, h, q, kv)
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
         """One look-up; tensors that look at the same indices are traced once."""
         layout = _layout("mask", self.tensor)
         traced = _trace(layout.looks_at)
@@ -74,24 +76,25 @@ class DenseMask(Mask):
             self._looks += 1
         return self._looks
 
-    def captured(self) -> dict[str, Any]:
+    def reading(self) -> Reading:
+        """The tensor."""
+        return Reading(self._looks, {"@mask": self.tensor}, (), (self.tensor,))
+
+    def read(self) -> dict[str, Any]:
         """The tensor."""
         return {"@mask": self.tensor}
 
-    read = captured
-
-    def implied(self, call: Call) -> dict[str, int]:
+    def implied(self, sizes: Sizes) -> dict[str, int]:
         """Nothing, if the call has the tensor's sizes."""
-        if isinstance(call.q_offset, Tensor) or call.q_offset != 0:
-            raise ArgumentError(
-                f"{call.operation}: got a q_offset with a dense mask, whose rows are those of q; take the rows "
-                "instead: mask[..., offset : offset + q_len, :]"
-            )
-        wanted = (call.batch, call.heads, call.q_len, call.kv_len)
+        sizes.refuse_offsets(
+            "a dense mask's rows and columns are those of q and k",
+            "take the part that is meant instead: mask[..., offset : offset + q_len, :]",
+        )
+        wanted = (sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len)
         shape = (1,) * (4 - self.tensor.ndim) + tuple(self.tensor.shape)
         if any(size not in (1, needed) for size, needed in zip(shape, wanted, strict=True)):
             raise ArgumentError(
-                f"{call.operation}: mask has shape {tuple(self.tensor.shape)}, expected {wanted}, or 1 in place of any"
+                f"{sizes.operation}: mask has shape {tuple(self.tensor.shape)}, expected {wanted}, or 1 in place of any"
             )
         return {}
 

@@ -18,7 +18,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskIndexError
 from maskflash.expr.evaluate import compute
-from maskflash.functions.function import Call
+from maskflash.functions.sizes import Sizes
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import Predicate, mask
 
@@ -91,19 +91,16 @@ class _FlexMask(Predicate):
         super().__init__(function, f"from_flex({function.name})")
         self.shape = shape
 
-    def implied(self, call: Call) -> dict[str, int]:
+    def implied(self, sizes: Sizes) -> dict[str, int]:
         """Nothing, if the sizes are right."""
-        sizes = call.batch, call.heads, call.q_len, call.kv_len
-        fits = [want in (1, got) for got, want in zip(sizes[:2], self.shape[:2], strict=True)]
-        if not all(fits) or sizes[2:] != self.shape[2:]:
+        got = sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len
+        fits = [want in (1, size) for size, want in zip(got[:2], self.shape[:2], strict=True)]
+        if not all(fits) or got[2:] != self.shape[2:]:
             raise ArgumentError(
-                f"{call.operation}: the BlockMask is for (batch, heads, q_len, kv_len) {self.shape}, got {sizes}; make "
+                f"{sizes.operation}: the BlockMask is for (batch, heads, q_len, kv_len) {self.shape}, got {got}; make "
                 "one of that size, or use its mask_mod"
             )
-        if isinstance(call.q_offset, Tensor) or call.q_offset:
-            raise ArgumentError(
-                f"{call.operation}: q_offset is {call.q_offset}, expected 0: a BlockMask has its own rows"
-            )
+        sizes.refuse_offsets("a BlockMask has its own rows and columns", "use its mask_mod instead")
         return {}
 
 

@@ -1,18 +1,22 @@
-"""A mask, lengths and arguments -> its pairs, tiles, lines, vectors and reasons: what one may ask of every mask."""
+"""A function whose value is a truth -> a mask: it joins others, and answers questions at any lengths (`sight`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from maskflash.analysis.problem import TILE
-from maskflash.functions.function import Bindable
+from maskflash.analysis.problem import Problem
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.functions.fingerprint import fingerprint
+from maskflash.functions.function import Function
+from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
-from maskflash.masks import lines
+from maskflash.masks.sight import Sight
+from maskflash.trace.tracer import Argument
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -24,10 +28,8 @@ if TYPE_CHECKING:
 Joinable = Callable[..., Any] | Tensor
 """A mask, a predicate `(b, h, q, kv)`, or a tensor of bool."""
 
-_PAIRS_AT_ONCE: Final = 1 << 22  # of a dense mask: bounds what its evaluation holds beside the result
 
-
-class Mask(Bindable):
+class Mask(Function):
     """Which query may see which key.
 
     Masks combine with one another, with predicates and with tensors of bool by `&`, `|`, `^` and `~`; keyword arguments
@@ -36,6 +38,107 @@ class Mask(Bindable):
     A mask is equal to itself alone: `equivalent` compares what masks show, `fingerprint` how they are written. It can
     be pickled and deep-copied: see docs/questions.md for what becomes of its function.
     """
+
+    def at(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> Sight:
+        """This mask at the lengths of a call: said once, for any number of questions.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            batch: batch rows.
+            heads: query heads.
+            q_offset: added to row numbers before the mask sees them; an int, or an int tensor (batch,).
+            kv_offset: added to column numbers, likewise.
+            device: where to evaluate, and where answers live.
+            **mask_args: the mask's own arguments.
+
+        Returns:
+            What has `dense()`, `block_map()`, `row(q)`, `column(kv)`, `why(q, kv)`, `to_flashmask()` and
+            `to_block_mask()`. Each question may raise MaskIndexError: a look-up out of range, or a division by zero,
+            that no guard excludes.
+
+        Raises:
+            ArgumentError: a size, an offset or a table that doesn't fit.
+            ArgumentTypeError: an argument of a wrong type, or one that is missing.
+
+        Example:
+            >>> from maskflash import causal
+            >>> sight = causal().at(2, 4, q_offset=2)
+            >>> sight.dense()[0, 0].int()
+            tensor([[1, 1, 1, 0],
+                    [1, 1, 1, 1]], dtype=torch.int32)
+            >>> sight.row(0), bool(sight.why(0, 3))
+            ([(0, 3)], False)
+        """
+        return self._at("Mask.at", q_len, kv_len, batch, heads, q_offset, device, mask_args, kv_offset)
+
+    def _at(
+        self,
+        operation: str,
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        heads: int,
+        q_offset: int | Tensor,
+        device: torch.device | str,
+        mask_args: dict[str, Any],
+        kv_offset: int | Tensor = 0,
+    ) -> Sight:
+        """`at`, for an operation that messages call by another name."""
+        sizes = Sizes.checked(
+            *(operation, q_len, kv_len),
+            batch=batch,
+            heads=heads,
+            q_offset=q_offset,
+            device=device,
+            kv_offset=kv_offset,
+        )
+        return Sight.of(self, sizes, mask_args)
+
+    def problem(
+        self,
+        operation: str,
+        q_len: int,
+        kv_len: int,
+        batch: int,
+        heads: int,
+        block_size: tuple[int, int],
+        q_offset: int | Tensor,
+        device: torch.device | str,
+        mask_args: dict[str, Any],
+        kv_offset: int | Tensor = 0,
+    ) -> Problem:
+        """The same as analysis takes it, in tiles that are checked already."""
+        seen = self._at(operation, q_len, kv_len, batch, heads, q_offset, device, mask_args, kv_offset)
+        return seen.tiled(block_size)
+
+    def _around(
+        self,
+        operation: str,
+        index: dict[str, int],
+        sizes: dict[str, int | None],
+        q_offset: int | Tensor,
+        device: torch.device | str,
+        mask_args: dict[str, Any],
+    ) -> Sight:
+        """This mask at sizes that hold an index; see `Sizes.around`."""
+        missing = [f"{name}=..." for name in self.sizes if sizes[name] is None]
+        if missing:
+            raise ArgumentError(
+                f"{operation}: {self.name} depends on the sizes of a call; pass {', '.join(missing)} as well"
+            )
+        return Sight.of(self, Sizes.around(operation, index, sizes, q_offset, device), mask_args)
 
     def dense(
         self,
@@ -71,18 +174,7 @@ class Mask(Bindable):
             tensor([[1, 0, 0],
                     [1, 1, 0]], dtype=torch.int32)
         """
-        problem = self.problem("Mask.dense", q_len, kv_len, batch, heads, (1, 1), q_offset, device, mask_args)
-        rows, columns = problem.shape[:2]
-        seen = torch.zeros(rows, columns, q_len, kv_len, dtype=torch.bool, device=problem.device)
-        b, h, q, kv = (
-            torch.arange(n, device=problem.device).view([-1 if axis == place else 1 for axis in range(4)])
-            for place, n in enumerate(seen.shape)
-        )
-        if seen.numel():
-            step = max(1, _PAIRS_AT_ONCE // (rows * columns * kv_len))
-            for start in range(0, q_len, step):
-                seen[:, :, start : start + step] = problem.visible(b, h, q[:, :, start : start + step], kv)
-        return seen.expand(batch, heads, q_len, kv_len)
+        return self._at("Mask.dense", q_len, kv_len, batch, heads, q_offset, device, mask_args).dense()
 
     def block_map(
         self,
@@ -116,11 +208,8 @@ class Mask(Bindable):
             >>> mask(lambda b, h, q, kv: q >= kv).block_map(512, 512).counts
             {'full': 6, 'partial': 4, 'skip': 6}
         """
-        from maskflash.analysis.classify import classify
-
-        size = arguments.block_size("Mask.block_map", block_size, attended=False)
-        problem = self.problem("Mask.block_map", q_len, kv_len, batch, heads, size, q_offset, device, mask_args)
-        return classify(problem).block_map.to(problem.device)
+        sight = self._at("Mask.block_map", q_len, kv_len, batch, heads, q_offset, device, mask_args)
+        return sight.block_map(block_size)
 
     def row(
         self,
@@ -162,8 +251,8 @@ class Mask(Bindable):
             [(0, 4), (900, 1001)]
         """
         sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-        problem = self.problem_at("Mask.row", {"b": b, "h": h, "q": q}, sizes, q_offset, device, mask_args)
-        return lines.row(problem, b, h, q)
+        sight = self._around("Mask.row", {"b": b, "h": h, "q": q}, sizes, q_offset, device, mask_args)
+        return sight.row(q, b=b, h=h)
 
     def column(
         self,
@@ -187,8 +276,8 @@ class Mask(Bindable):
             [(1000, 1101)]
         """
         sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-        problem = self.problem_at("Mask.column", {"b": b, "h": h, "kv": kv}, sizes, q_offset, device, mask_args)
-        return lines.column(problem, b, h, kv)
+        sight = self._around("Mask.column", {"b": b, "h": h, "kv": kv}, sizes, q_offset, device, mask_args)
+        return sight.column(kv, b=b, h=h)
 
     def why(
         self,
@@ -233,10 +322,9 @@ class Mask(Bindable):
               document(2 documents):
                 doc[q] == doc[kv]: 1 != 0
         """
-        from maskflash.masks.why import why
-
         sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-        return why(self, {"b": b, "h": h, "q": q, "kv": kv}, sizes, q_offset, device, mask_args)
+        sight = self._around("Mask.why", {"b": b, "h": h, "q": q, "kv": kv}, sizes, q_offset, device, mask_args)
+        return sight.why(q, kv, b=b, h=h)
 
     def to_flashmask(
         self,
@@ -275,12 +363,8 @@ class Mask(Bindable):
             >>> mask(lambda b, h, q, kv: kv <= q < kv + 2).to_flashmask(4, 4).startend_row_indices[0, 0, :, 0]
             tensor([2, 3, 4, 4], dtype=torch.int32)
         """
-        from maskflash.masks.convert import to_columns
-
-        operation = "Mask.to_flashmask"
-        chosen = None if causal is None else arguments.flag(operation, "causal", causal)
-        problem = self.problem(operation, q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
-        return to_columns(problem, chosen)
+        sight = self._at("Mask.to_flashmask", q_len, kv_len, batch, heads, q_offset, device, mask_args)
+        return sight.to_flashmask(causal)
 
     def to_block_mask(
         self,
@@ -318,13 +402,33 @@ class Mask(Bindable):
             >>> flex.kv_num_blocks.tolist(), flex.full_kv_num_blocks.tolist()
             ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
         """
-        from maskflash.masks.flex import to_block_mask
+        sight = self._at("Mask.to_block_mask", q_len, kv_len, batch, heads, q_offset, device, mask_args)
+        return sight.to_block_mask(block_size)
 
-        operation = "Mask.to_block_mask"
-        size = arguments.block_size(operation, block_size)
-        for name, length in (("q_len", q_len), ("kv_len", kv_len)):
-            arguments.integer(operation, name, length, low=1)
-        return to_block_mask(self.problem(operation, q_len, kv_len, batch, heads, size, q_offset, device, mask_args))
+    def fingerprint(self, **mask_args: Any) -> str:
+        """A hash of what the mask is: the same in every process, and for every mask of the same structure.
+
+        It covers the expression, its numbers and its tables' contents, but neither names nor lengths. Masks may be
+        `equivalent` and yet differ in it; those that share it are the same.
+
+        Args:
+            **mask_args: the mask's own arguments; they are hashed by value.
+
+        Example:
+            >>> from maskflash import causal, mask, sliding_window
+            >>> causal().fingerprint() == mask(lambda b, h, q, kv: q >= kv).fingerprint()
+            True
+            >>> sliding_window(100).fingerprint() == sliding_window(101).fingerprint()
+            False
+        """
+        given = arguments.mask_args("Mask.fingerprint", mask_args, self.keywords, self.defaults)
+        values = given | dict.fromkeys(self.implied_names, 1)
+        traced = self.traced(values)
+        implied = [isinstance(value, Argument) and value in self.implied_names for value in traced.params]
+        bound = traced.bind(values)
+        coded = traced.expr.coded(bound.params)
+        params = tuple(name if by_call else x for name, x, by_call in zip(traced.params, coded, implied, strict=True))
+        return fingerprint(traced.expr, params, bound.tables)
 
     def __and__(self, other: Joinable) -> Mask:
         return self._joined("bitand", other)
@@ -362,3 +466,13 @@ class Mask(Bindable):
         else:
             return NotImplemented
         return Combination(op, *((whole, self) if last else (self, whole)))
+
+    def __bool__(self) -> bool:
+        raise ArgumentTypeError(
+            f"{self.name}: a mask has no truth value; combine masks with & | ^ ~ instead of and, or, not"
+        )
+
+    def _repr_html_(self) -> str:
+        from maskflash.visualize import notebook
+
+        return notebook.of_mask(self)

@@ -7,8 +7,7 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Hashable
-from functools import partial
+from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, NoReturn
 
@@ -17,18 +16,15 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentTypeError
 from maskflash.functions.captures import Captures
-from maskflash.functions.function import Call, Fits
+from maskflash.functions.sizes import Fits
 from maskflash.functions.slots import aside
-from maskflash.functions.traces import Traces
+from maskflash.functions.traces import Reading, Record, Traces
 from maskflash.ground.names import check_free
-from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, keyword_arguments, trace
 
 # Modules whose functions make masks.
 _MAKERS: Final = ("maskflash.presets.", "maskflash.flashmask.paper", "maskflash.masks.columns")
-
-__all__ = ["Call", "Combination", "Fits", "Mask", "Predicate", "Recorded", "mask"]
 
 
 class Predicate(Mask):
@@ -54,7 +50,6 @@ class Predicate(Mask):
         self._place = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
         self.function = function
         self._captures = Captures(function)
-        self._traces = Traces()
         if traced and not keywords:
             self.traced({})
 
@@ -62,31 +57,12 @@ class Predicate(Mask):
         """The function itself."""
         return self.function(b, h, q, kv, **mask_args)
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
-        try:
-            return self._template(mask_args, again=True)
-        except _Overtaken:
-            return self._template(mask_args, again=False)
-
-    def _template(self, mask_args: dict[str, Any], again: bool) -> Traced:
-        captures = self._captures
-        captures.look()
-        now = captures.now
-        shape = now.shape if captures.followed else object()
-        make = partial(self._trace, mask_args, now.stamp if again else None)
-        traced = self._traces.get(mask_args, make, now.slots, shape)
-        captures.depend(traced.specialised)
-        return traced
-
-    def _trace(self, mask_args: dict[str, Any], stamp: int | None) -> Traced:
-        """The trace; `_Overtaken` if captures have another stamp by then: perhaps the predicate itself changed them."""
-        captures = self._captures
-        traced = trace(self.function, mask_args, captures.sources())
-        if stamp is not None and captures.followed and captures.look() != stamp:
-            raise _Overtaken
+        traced = trace(self.function, mask_args, self._captures.sources())
+        self._captures.depend(traced.specialised)
         if any(isinstance(table, Tensor) for table in traced.tables):
-            captures.lose()
+            self._captures.lose()
         return traced
 
     @property
@@ -98,13 +74,9 @@ class Predicate(Mask):
         """See `Captures.look`."""
         return self._captures.look()
 
-    def captured(self) -> dict[str, Any]:
+    def reading(self) -> Reading:
         """See `Captures.now`."""
-        return self._captures.now.slots
-
-    def held(self) -> tuple[Tensor, ...]:
-        """See `Captures.now`."""
-        return self._captures.now.tensors
+        return self._captures.now.reading
 
     def read(self) -> dict[str, Any]:
         """See `Captures.read`."""
@@ -125,17 +97,6 @@ class Predicate(Mask):
     def _look_aside(self) -> None:
         self._captures.look()
 
-    def structure(self) -> Hashable:
-        """See `Captures.now`."""
-        return self._captures.now.shape
-
-    def known(self) -> Traced | None:
-        """The latest, as it would be now; a mask without arguments has but one."""
-        if not self.keywords:
-            return self.traced({})
-        latest = self._traces.latest()
-        return latest and latest.filled(self.captured())
-
     def __reduce__(self) -> str | tuple[Any, ...]:
         """By reference where its module has it, or its object's class, by name; otherwise what was recorded of it."""
         found = self._importable()
@@ -151,16 +112,14 @@ class Predicate(Mask):
         function = _copy(self.function, memo)
         return self if function is self.function else _untraced(function, self.name, self.fits)
 
-    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], Traces, Fits | None]:
+    def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], list[Record], Fits | None]:
         if self.known() is None:
             raise ArgumentTypeError(
                 f"{self.name}: it can't be pickled before a call has shown the kinds of its arguments "
                 f"({', '.join(self.keywords)}), since its function is a lambda or local. Define it with "
                 "`def` at the top level of a module"
             )
-        self.look()
-        traces = self._traces.recorded(self.captured(), self.structure())
-        return self.name, self.keywords, self.defaults, traces, self.fits
+        return self.name, self.keywords, self.defaults, self.traces.records(self.reading()), self.fits
 
     def _importable(self) -> object:
         """The mask or its function, whichever its module has by name; None where it has neither."""
@@ -171,10 +130,6 @@ class Predicate(Mask):
         return found if found is self or found is self.function else None
 
 
-class _Overtaken(Exception):
-    """Another thread has changed what is captured while it was traced."""
-
-
 class Recorded(Mask):
     """A mask that came out of a pickle without its function: it serves arguments of the kinds that were recorded."""
 
@@ -183,11 +138,12 @@ class Recorded(Mask):
         name: str,
         keywords: tuple[str, ...],
         defaults: dict[str, Any],
-        traces: Traces,
+        records: list[Record],
         fits: Fits | None = None,
     ) -> None:
         super().__init__(name, keywords, defaults, fits=fits)
-        self._traces = traces
+        self.traces = Traces.recorded(records)
+        self._held = tuple(x for record in records for x in record.traced.tables if isinstance(x, Tensor))
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
         """Nothing to call."""
@@ -196,28 +152,20 @@ class Recorded(Mask):
             "with & | ^ ~, or define its function at the top level of a module"
         )
 
-    def template(self, mask_args: dict[str, Any]) -> Traced:
-        """What was recorded for arguments like these."""
-
-        def unknown() -> NoReturn:
-            kinds = ", ".join(f"{name} {_kind(value)}" for name, value in mask_args.items())
-            raise ArgumentTypeError(
-                f"{self.name}: got {kinds}, but it was pickled without its function, after calls with arguments of "
-                "other kinds; pass those, or define its function at the top level of a module"
-            )
-
-        return self._traces.get(mask_args, unknown)
-
-    def known(self) -> Traced | None:
-        """The latest."""
-        return self._traces.latest()
+    def trace(self, mask_args: dict[str, Any]) -> NoReturn:
+        """Nothing to trace: these are arguments of other kinds than those that were recorded."""
+        kinds = ", ".join(f"{name} {_kind(value)}" for name, value in mask_args.items())
+        raise ArgumentTypeError(
+            f"{self.name}: got {kinds}, but it was pickled without its function, after calls with arguments of "
+            "other kinds; pass those, or define its function at the top level of a module"
+        )
 
     def held(self) -> tuple[Tensor, ...]:
         """Tensors that were recorded."""
-        return self._traces.tensors()
+        return self._held
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Recorded, (self.name, self.keywords, self.defaults, self._traces, self.fits)
+        return Recorded, (self.name, self.keywords, self.defaults, self.traces.records(self.reading()), self.fits)
 
 
 def mask(function: Callable[..., Any] | Mask) -> Mask:

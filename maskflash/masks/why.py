@@ -6,16 +6,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
 
-from maskflash.analysis.problem import Problem
 from maskflash.expr.reasons import Reason, Reasons, find_reasons
 from maskflash.ground import arguments
 from maskflash.masks.combination import Combination, Step, connect
 from maskflash.masks.mask import Mask
+from maskflash.masks.sight import Sight
 
 _SETTLING: Final = {"bitand": False, "bitor": True}  # what one operand has to be for a join to be that
 _SHOWN: Final = 12  # reasons, and parts not looked at, that str() writes out
@@ -70,40 +69,28 @@ class Why:
         return lines
 
 
-def why(
-    mask: Mask,
-    index: dict[str, int],
-    sizes: dict[str, int | None],
-    q_offset: int | Tensor,
-    device: torch.device | str,
-    mask_args: dict[str, Any],
-) -> Why:
-    """The answer to `Mask.why`, whose arguments these are."""
-    operation = "Mask.why"
+def why(sight: Sight, pair: tuple[int, int, int, int]) -> Why:
+    """The answer to `Mask.why` for (b, h, q, kv)."""
+    mask, sizes = sight.mask, sight.sizes
+    values = arguments.mask_args(sizes.operation, sight.mask_args, mask.keywords, mask.defaults)
+    b, h, q, kv = pair
+    rows, columns = (int(x[b]) if isinstance(x, Tensor) else x for x in (sizes.q_offset, sizes.kv_offset))
+    asked = b, h, q + rows, kv + columns
 
-    def problem(part: Mask, values: dict[str, Any]) -> Problem:
+    def of(part: Mask) -> Reasons:
         own = {name: values[name] for name in part.keywords if name in values}
-        return part.problem_at(operation, index, sizes, q_offset, device, own)
+        problem = Sight.of(part, sizes, own).problem
+        return find_reasons(problem.expr, problem.inputs, problem.names, asked, part.name)
 
-    whole = mask.problem_at(operation, index, sizes, q_offset, device, mask_args)
-    values = arguments.mask_args(operation, mask_args, mask.keywords, mask.defaults)
-    b, h, q, kv = (index[name] for name in ("b", "h", "q", "kv"))
-    first = whole.q_offset if isinstance(whole.q_offset, int) else int(whole.q_offset[b])
-    found = _find(mask, lambda part: problem(part, values), (b, h, q + first, kv))
-    return Why(mask.name, (b, h, q, kv), *found)
+    return Why(mask.name, pair, *_find(mask, of))
 
 
-def _find(mask: Mask, problem: Callable[[Mask], Problem], pair: tuple[int, int, int, int]) -> Reasons:
+def _find(mask: Mask, of: Callable[[Mask], Reasons]) -> Reasons:
     """The reasons of a mask; of joined ones those of the parts that decide."""
-
-    def own(part: Mask) -> Reasons:
-        asked = problem(part)
-        return find_reasons(asked.expr, asked.inputs, asked.names, pair, part.name)
-
     if not isinstance(mask, Combination):
-        return own(mask)
+        return of(mask)
     steps = mask.steps()
-    found = [own(step) if isinstance(step, Mask) else None for step in steps]
+    found = [of(step) if isinstance(step, Mask) else None for step in steps]
     truths: list[bool] = []
     for step, looked_at in zip(steps, found, strict=True):
         if looked_at is not None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
-from maskflash.functions.slots import Slots, slots_of
+from maskflash.functions.sizes import Sizes
+from maskflash.functions.slots import Slots
 from maskflash.ground import arguments
 from maskflash.ground.identity import state
-from maskflash.masks.predicate import Call, Mask
+from maskflash.masks.mask import Mask
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Analysis
 from maskflash.op.spec import Backend, Extent, Spec
@@ -286,13 +287,9 @@ class Attention:
         stamp: int | None = None,
     ) -> tuple[Slots, list[int], list[Tensor]]:
         """The mask's expression, and its numbers and tables in a call."""
-        mask, device = self.mask, q.device
-        batch, heads, q_len, _ = q.shape
-        values = mask.implied(Call("attention", q_len, k.shape[2], batch, heads, offsets[0], device))
-        if mask_args or mask.keywords:
-            values = {**arguments.mask_args("attention", mask_args, mask.keywords, mask.defaults), **values}
-        slots, values = slots_of(mask, values, stamp)
-        params, tables = slots.filled(values, device)
+        device, (batch, heads, q_len, _) = q.device, q.shape
+        sizes = Sizes("attention", q_len, k.shape[2], batch, heads, offsets[0], device, offsets[1])
+        slots, params, tables = self.mask.bind(sizes, mask_args, stamp)
         named = [*zip(slots.names, tables, strict=True), *_named_tensors(offsets)]
         if named:
             arguments.same_device(device, named)
@@ -372,7 +369,7 @@ class Attention:
         from maskflash.op.explain import Explanation
 
         problem = self.mask.problem(
-            "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+            "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args, kv_offset
         )
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
@@ -413,7 +410,7 @@ class Attention:
             >>> attn.prepare(512, 512)
         """
         problem = self.mask.problem(
-            "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args
+            "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args, kv_offset
         )
         cache.of_problem(problem, self._backend_for(problem.device))
 
@@ -422,7 +419,7 @@ class Attention:
 
         `maskflash.invalidate` does so for all masks, and says which writes these are.
         """
-        cache.invalidate(self.mask.forms.texts)
+        cache.invalidate(self.mask.traces.texts)
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from maskflash.errors import ArgumentError
+from maskflash.functions.sizes import Fits
 from maskflash.ground import arguments, modes
-from maskflash.masks.predicate import Fits, Mask, Predicate
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Lengths
 

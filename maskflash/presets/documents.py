@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
-from maskflash.functions.function import Fits
+from maskflash.functions.sizes import Fits
 from maskflash.ground import arguments, modes
 
 Ints = Tensor | Sequence[int]

@@ -7,8 +7,10 @@ sees them. Lengths are read when the mask is made.
 from __future__ import annotations
 
 from maskflash.errors import ArgumentError
+from maskflash.functions.sizes import Fits
 from maskflash.ground import arguments, modes
-from maskflash.masks.predicate import Fits, Mask, Predicate
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Align, Ints, Lengths, Questions
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskflash.masks.predicate import Fits, Mask, Predicate
+from maskflash.functions.sizes import Fits
+from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Segments
 

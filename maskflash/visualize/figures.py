@@ -14,7 +14,7 @@ from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 from maskflash.visualize.cells import Cells, cells
 from maskflash.visualize.style import COLOURS, HATCH, HATCH_INK, OUTLINE, axes, figure, frame
 from maskflash.visualize.vectors import draw_intervals

@@ -16,8 +16,8 @@ from maskflash.expr.format import format_expr
 from maskflash.visualize.cells import cells
 
 if TYPE_CHECKING:
-    from maskflash.functions.function import Bindable
     from maskflash.masks.compare import Comparison
+    from maskflash.masks.mask import Mask
 
 _TEXT_SIDE: Final = 32  # cells of a text picture; larger maps are shrunk to at most this
 _DRAWN_SIDE: Final = 64  # of one in a notebook
@@ -40,7 +40,7 @@ def of_map(block_map: BlockMap) -> str:
     return of_answer(repr(block_map), ()) + _tiles(*_first(block_map, _DRAWN_SIDE))
 
 
-def of_mask(mask: Bindable) -> str:
+def of_mask(mask: Mask) -> str:
     """A mask's name, expression and arguments, as HTML."""
     traced = mask.known()
     names = [f"{name}={mask.defaults[name]!r}" if name in mask.defaults else name for name in mask.keywords]

@@ -24,7 +24,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
-from maskflash.masks.predicate import Mask
+from maskflash.masks.mask import Mask
 from maskflash.visualize import style
 from maskflash.visualize.deciders import Decided, decide
 from maskflash.visualize.marks import Documents, Steps, Vectors, find_documents, find_vectors

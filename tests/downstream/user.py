@@ -34,6 +34,9 @@ def questions(mask: mf.Mask) -> tuple[dict[str, int], float, bool, str]:
     block_map: mf.BlockMap = mask.block_map(1024, 1024, batch=2, block_size=64)
     dense: Tensor = mask.dense(16, 16)
     columns: mf.ColumnIntervals = mask.to_flashmask(1024, 1024)
+    sight: mf.Sight = mask.at(1024, 1024, batch=2, q_offset=torch.tensor([0, 5]), kv_offset=3)
+    runs: list[tuple[int, int]] = sight.row(5, b=1) + sight.column(5)
+    dense = dense | sight.dense().any() | bool(runs)
     same: bool = bool(mf.equivalent(mask, columns, 1024, 1024)) and bool(dense.all())
     why: str = str(mf.compile(mask).explain(1024, 1024))
     return block_map.counts, block_map.sparsity, same, why

@@ -471,7 +471,7 @@ def test_what_python_computes_with_is_traced_again_and_not_kept_for_good(traces)
         held.n = n
         assert mask.row(190, 191) == [(max(0, 191 - 2 * n), 191)]
     assert len(traces) == 199
-    assert len(mask._traces._traces) <= 64
+    assert len(mask.traces.all()) <= 64
     for n in range(199, 190, -1):
         held.n = n
         assert mask.row(190, 191) == [(max(0, 191 - 2 * n), 191)]

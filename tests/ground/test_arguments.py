@@ -103,10 +103,8 @@ def test_all_arguments_of_ours_are_kept_from_masks():
         for parameter in inspect.signature(call).parameters.values()
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     }
-    internal = set(inspect.signature(mf.Mask.problem).parameters) | set(
-        inspect.signature(mf.Mask.problem_at).parameters
-    )
-    assert taken - internal - {"call", "given", "kinds", "exact"} <= OWN.keys()
+    internal = set(inspect.signature(mf.Mask.problem).parameters) | set(inspect.signature(mf.Mask.bind).parameters)
+    assert taken - internal - {"kinds", "exact"} <= OWN.keys()
     assert {"q_offset", "return_lse", "device", "causal", "tune", "b"} <= taken
 
 

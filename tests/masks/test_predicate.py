@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.masks import mask as base
 from maskflash.masks import predicate as module
+from maskflash.masks import sight
 from maskflash.testing import masks
 
 LENGTHS = st.integers(0, 40)
@@ -31,7 +31,7 @@ def test_dense_is_the_predicate_of_every_pair():
 
 def test_dense_in_bands_is_the_same(monkeypatch):
     whole = packed.dense(50, 50, batch=2, doc=torch.arange(100).view(2, 50) // 7)
-    monkeypatch.setattr(base, "_PAIRS_AT_ONCE", 300)
+    monkeypatch.setattr(sight, "_PAIRS_AT_ONCE", 300)
     assert torch.equal(packed.dense(50, 50, batch=2, doc=torch.arange(100).view(2, 50) // 7), whole)
 
 

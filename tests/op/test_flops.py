@@ -104,9 +104,7 @@ def same_document(b, h, q, kv, *, ids):
 
 def arguments(mask, tensors):
     """What the op is given for a mask without tables."""
-    from maskflash.functions.slots import slots_of
-
-    slots, values = slots_of(mask, {})
+    slots, values = mask.slots({})
     params, _ = slots.filled(values, torch.device("cpu"))
     return [], params, 0, None, 0, None, 1.0, slots.text, (128, 128), "cpu"
 

@@ -122,10 +122,10 @@ def test_offsets_and_tables_as_arguments_are_those_of_the_rank_s_rows(world):
 def test_a_shifted_mask_is_the_mask_of_shifted_indices(mask, shape, b, h):
     from maskflash.analysis.problem import Problem
     from maskflash.expr.evaluate import Inputs
-    from maskflash.functions.slots import expression, slots_of
+    from maskflash.functions.slots import expression
     from maskflash.op import sharding
 
-    slots, values = slots_of(mask, {})
+    slots, values = mask.slots({})
     params, tables = slots.filled(values, torch.device("cpu"))
     text = sharding._shifted(slots.text, ("b", "h"), len(params))
     at = [torch.arange(n).view([-1 if i == dim else 1 for i in range(4)]) for dim, n in enumerate((4, 4, 9, 9))]
