@@ -228,16 +228,16 @@ class Bindable:
         call = Call(operation, q_len, kv_len, batch, heads, offset, on, partial)
         traced, inputs = self.bound(call, mask_args)
         return Problem(
-            traced.expr,
-            Inputs(inputs.params, tuple(table.to(on) for table in inputs.tables)),
-            q_len,
-            kv_len,
-            batch,
-            heads,
-            block_size,
-            offset.to(on) if isinstance(offset, Tensor) else offset,
-            on,
-            traced.names,
+            expr=traced.expr,
+            inputs=Inputs(inputs.params, tuple(table.to(on) for table in inputs.tables)),
+            q_len=q_len,
+            kv_len=kv_len,
+            batch=batch,
+            heads=heads,
+            block_size=block_size,
+            q_offset=offset.to(on) if isinstance(offset, Tensor) else offset,
+            device=on,
+            names=traced.names,
         )
 
     def problem_at(

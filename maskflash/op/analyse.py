@@ -1,42 +1,45 @@
 """A mask at given lengths -> what a backend needs to run it: the passes in order, each with its one home.
 
-    trace       masks/mask.py        predicate -> expression (expr/trace.py), combinations joined (expr/combine.py)
-    simplify    expr/simplify.py     the expression in normal form
-    classify    blocks/classify.py   expression -> block map: formulas, intervals, groups, pieces, parts; or tiles
-    hulls       blocks/hulls.py      expression -> what rows see, where formulas, pieces or groups tell (CPU only)
-    plan        kernels/*.py         block map -> what the backend walks: dense calls on the CPU, runs on a GPU
+    trace       masks/predicate.py     predicate -> expression (trace/trace.py), combinations joined (trace/combine.py)
+    simplify    expr/simplify.py       the expression in normal form
+    classify    analysis/classify.py   expression -> what rows see, and the block map, by the cheapest of its ways
+    plan        backends/*/plan.py     what rows see -> what the backend walks: dense calls on the CPU, runs on a GPU
 
 The first two depend on the mask alone and are kept by it; the others also on lengths and on table contents.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from maskflash.analysis.classify import Classified
+    from maskflash.analysis.block_map import BlockMap
     from maskflash.analysis.problem import Problem
     from maskflash.backends.cpu.plan import Plan as CpuPlan
     from maskflash.backends.triton.plan import Plan as TritonPlan
 
 Backend = Literal["cpu", "triton"]
 
-_MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than hulls are found
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """What is known of a mask at given lengths before any q, k or v."""
+    """What is known of a mask at given lengths before any q, k or v. It is kept, and holds none of the mask's tables.
 
-    classified: Classified
+    Attributes:
+        block_map: the mask's tiles.
+        decided: how many of them each means decided.
+        plan: what the backend runs.
+    """
+
+    block_map: BlockMap
+    decided: dict[str, int]
     plan: CpuPlan | TritonPlan
 
     @property
     def nbytes(self) -> int:
         """Bytes held so far; a plan grows as passes first need it."""
-        return self.classified.block_map.nbytes + self.plan.nbytes
+        return self.block_map.nbytes + self.plan.nbytes
 
 
 def analyse(problem: Problem, backend: Backend) -> Analysis:
@@ -49,16 +52,14 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
     """
     from maskflash.analysis.classify import classify
 
-    device, problem = problem.device, problem.on_host()
-    classified = classify(problem)
+    seen = classify(problem)
+    plan: CpuPlan | TritonPlan
     if backend == "triton":
         from maskflash.backends.triton.plan import plan as triton_plan
 
-        return Analysis(replace(classified, hulls=None), triton_plan(problem, classified, device))
-    from maskflash.analysis.ways.ends import find_hulls
-    from maskflash.backends.cpu.plan import plan as cpu_plan
+        plan = triton_plan(seen, problem.device)
+    else:
+        from maskflash.backends.cpu.plan import plan as cpu_plan
 
-    block_map = classified.block_map
-    pairs = block_map.counts["partial"] * math.prod(block_map.block_size)
-    hulls = classified.hulls or (find_hulls(problem) if pairs > _MANY_PAIRS else None)
-    return Analysis(replace(classified, hulls=None), cpu_plan(block_map, problem.visible, hulls))
+        plan = cpu_plan(seen)
+    return Analysis(seen.block_map, seen.decided, plan)

@@ -281,16 +281,16 @@ class Attention:
         offset = arguments.q_offset("attention", q_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offset, mask_args)
         return Problem(
-            slots.expr,
-            Inputs(slots.expr.decoded(params), tuple(tables)),
-            q.shape[2],
-            k.shape[2],
-            q.shape[0],
-            q.shape[1],
-            self.block_size,
-            offset,
-            q.device,
-            slots.names,
+            expr=slots.expr,
+            inputs=Inputs(slots.expr.decoded(params), tuple(tables)),
+            q_len=q.shape[2],
+            kv_len=k.shape[2],
+            batch=q.shape[0],
+            heads=q.shape[1],
+            block_size=self.block_size,
+            q_offset=offset,
+            device=q.device,
+            names=slots.names,
         )
 
     def _tune(

@@ -319,15 +319,15 @@ def problem_of(
     rows, columns = block_size
     mask = expression(expr)
     problem = Problem(
-        mask,
-        Inputs(mask.decoded(params), tuple(tables)),
-        q_len,
-        k.shape[2],
-        batch,
-        heads,
-        (rows, columns),
-        q_offset if q_offsets is None else q_offsets,
-        q.device,
+        expr=mask,
+        inputs=Inputs(mask.decoded(params), tuple(tables)),
+        q_len=q_len,
+        kv_len=k.shape[2],
+        batch=batch,
+        heads=heads,
+        block_size=(rows, columns),
+        q_offset=q_offset if q_offsets is None else q_offsets,
+        device=q.device,
     )
     return problem, scale, backend
 

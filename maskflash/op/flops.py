@@ -69,7 +69,7 @@ def _block_map(q: Tensor, k: Tensor, *mask: Any) -> BlockMap:
     problem, _, backend = autograd.problem_of(q, k, *mask)
     if _is_hollow(q):
         return classify(replace(problem, device=torch.device("cpu"))).block_map
-    return cache.find(problem, backend, saved=True).classified.block_map
+    return cache.find(problem, backend, saved=True).block_map
 
 
 def _is_hollow(x: Tensor) -> bool:

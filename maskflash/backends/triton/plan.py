@@ -1,4 +1,4 @@
-"""A classified mask -> the Plan that Triton's kernels walk: on the device, for any call, stream and CUDA graph."""
+"""What a mask's rows see -> the Plan that Triton's kernels walk: on the device, for any call, stream and CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from maskflash.analysis.classify import Classified
 from maskflash.analysis.problem import Problem
+from maskflash.analysis.seen import Seen
 from maskflash.backends.triton.render import PassName
 from maskflash.backends.triton.tiles import Tile
 from maskflash.backends.triton.walks import Walk, Work, seen, work
@@ -80,31 +80,30 @@ class Plan:
         return counts + sum(upload.nbytes for upload in (self._made, *self._orders.values()))
 
 
-def plan(problem: Problem, classified: Classified, device: torch.device) -> Plan:
+def plan(found: Seen, device: torch.device) -> Plan:
     """Prepare a block map for the kernels.
 
     Args:
-        problem: the mask, on the CPU.
-        classified: its block map.
+        found: what the mask's rows see, and its block map.
         device: where the kernels run.
 
     Raises:
         BackendError: a CUDA graph is being captured there.
     """
-    block_map = classified.block_map
+    block_map = found.block_map
     _, _, n_q, n_kv = block_map.shape
     (bq, bkv), (q_len, kv_len) = block_map.block_size, (block_map.q_len, block_map.kv_len)
     directions = (
         work(block_map.rows, n_q, n_kv, kv_len % bkv != 0),
         work(block_map.columns, n_kv, n_q, q_len % bq != 0),
     )
-    known = {rows: seen(problem, block_map, rows=rows) for rows in (True, False)}
+    known = {rows: seen(found, rows=rows) for rows in (True, False)}
     walked = [tensor for one in directions for tensor in one.tensors]
     made = Upload([*walked, *(bits for bits in known.values() if bits is not None)], device)
     arrived = iter(made.tensors)
     rows, columns = (replace(one, full=_walk(arrived), partial=_walk(arrived)) for one in directions)
     known = {side: None if bits is None else next(arrived) for side, bits in known.items()}
-    return Plan(device, classified.largest < 2**31, rows, columns, known, made)
+    return Plan(device, found.largest < 2**31, rows, columns, known, made)
 
 
 def _walk(tensors: Iterator[Tensor]) -> Walk:
