@@ -17,9 +17,12 @@ ORDER = {
     "ground": ["names", "modes", "arguments", "identity", "transfer", "copies"],
     "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
     "trace": ["paths", "tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"],
-    "analysis": ["runs", "block_map", "problem", "ways", "rows", "closed_form", "classify", "changes"],
+    "analysis": [
+        *("runs", "block_map", "intervals", "problem", "ways", "facts", "seen", "rows", "closed_form", "classify"),
+        "changes",
+    ],
     "analysis/ways": [
-        *("separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
+        *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
     "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function"],
     "masks": [

@@ -1,7 +1,7 @@
 """A problem -> the rows at which each column turns visible or hidden: exactly, and never from all pairs.
 
-Where the mask comes apart, from the pieces of its columns; else from the runs of its block map and the pairs of its
-partial tiles.
+Where the intervals of rows that see a column are known, these are their ends. Else they are those of the column's
+pieces, or come from the runs of the block map and the pairs of its partial tiles.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.analysis.classify import classify
+from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.classify import see
+from maskflash.analysis.facts import Facts
+from maskflash.analysis.intervals import Rows
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.ways.columns import Pieces, find_pieces
+from maskflash.analysis.ways.columns import Pieces
 
 _PIECES_AT_ONCE: Final = 1 << 18
 _PAIRS_AT_ONCE: Final = 1 << 21
@@ -43,13 +46,27 @@ def find_changes(problem: Problem) -> Changes:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    problem = problem.on_host()
-    pieces = find_pieces(problem)
-    found = list(_of_tiles(problem) if pieces is None else _of_pieces(pieces))
+    facts = Facts(problem.on_host())
+    problem = facts.problem
+    if facts.columns is not None and bool(facts.columns.told.all()):
+        found = list(_of_intervals(problem, facts.columns))
+    elif facts.pieces is not None:
+        found = list(_of_pieces(facts.pieces))
+    else:
+        found = list(_of_tiles(problem, see(facts).block_map))
     empty = torch.zeros(0, dtype=torch.int64, device=problem.device)
     column, row = (torch.cat([empty, *parts]) for parts in (zip(*found, strict=True) if found else ((), ())))
     order = (column * max(problem.q_len, 1) + row).argsort()
     return Changes(problem.shape[:2], column[order], row[order])
+
+
+def _of_intervals(problem: Problem, columns: Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    for start, stop in zip(columns.start, columns.stop, strict=True):
+        some = (start < stop).flatten()
+        column = some.nonzero()[:, 0]
+        yield column, start.flatten()[column]
+        within = column[stop.flatten()[column] < problem.q_len]
+        yield within, stop.flatten()[within]
 
 
 def _of_pieces(pieces: Pieces) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,9 +87,8 @@ def _of_pieces(pieces: Pieces) -> Iterator[tuple[Tensor, Tensor]]:
                 yield (b * heads + h) * problem.kv_len + low + column[turns], start[column, piece][turns]
 
 
-def _of_tiles(problem: Problem) -> Iterator[tuple[Tensor, Tensor]]:
+def _of_tiles(problem: Problem, block_map: BlockMap) -> Iterator[tuple[Tensor, Tensor]]:
     """Changes inside partial tiles, then those between what lies above and below an edge of tiles."""
-    block_map = classify(problem).block_map
     heads, n_q, n_kv = block_map.shape[1:]
     rows, width = problem.block_size
     line, tile = block_map.columns.tiles(full=False)

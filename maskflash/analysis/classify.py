@@ -1,15 +1,9 @@
-"""A mask expression and two lengths -> its BlockMap, exactly the brute-force one, by the cheapest means that applies.
-
-The pairs of a few rows are evaluated at once. A mask that compares only q, kv and q - kv with numbers has formulas; one
-that is comparisons joined by `and` mostly shows each row one interval, whose ends tell. Else squares of tiles are
-bounded, coarse to fine; where tiles are many, or many pairs would have to be evaluated, and the mask compares rows with
-columns, its columns are cut into pieces instead, which looks at no tile.
-"""
+"""A problem -> what its rows see, and its block map: exactly the brute-force one, by the cheapest way that applies."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Final
 
@@ -17,151 +11,133 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.facts import Facts
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.ways.columns import find_pieces
+from maskflash.analysis.seen import DECIDERS, Seen
 from maskflash.analysis.ways.coverage import cover
-from maskflash.analysis.ways.ends import Hulls, evaluated, find_intervals
-from maskflash.analysis.ways.groups import find_groups
-from maskflash.analysis.ways.lines import find_formula
+from maskflash.analysis.ways.ends import map_of_intervals
 from maskflash.analysis.ways.meets import find_meets
 from maskflash.analysis.ways.parts import join_parts
 from maskflash.analysis.ways.tiles import Tiles
 from maskflash.ground import arguments
 
-_FEW_ROWS: Final = 8  # and as many pairs as there are are evaluated at once: a step of decoding
-_FEW_PAIRS: Final = 1 << 18
+Way = Callable[[Facts], Seen | None]
+"""Finds what rows see; None where it doesn't apply."""
+
 _MANY_TILES: Final = 1 << 16  # from here on, bounding costs more than cutting the columns
 _PAIRS_FOR_A_PIECE: Final = 16  # evaluated for what a piece of a column costs
+_NOBODY: Final = dict.fromkeys(DECIDERS, 0)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Classified:
-    """The block map, and how it was found.
+def by_pairs(facts: Facts) -> Seen | None:
+    """All pairs of few rows, or of none."""
+    problem = facts.problem
+    if 0 in problem.shape:
+        kinds = torch.zeros(problem.shape, dtype=torch.int8)
+        return _whole("pairs", facts, BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size))
+    return None if facts.pairs is None else _whole("pairs", facts, facts.pairs.block_map)
 
-    Attributes:
-        block_map: the map.
-        largest: a cap on the mask's 64-bit integers over all its pairs, before any wrapping, and on its tables' sizes.
-        by_bounds: tiles that bounds settled.
-        by_samples: partial tiles that samples, or counts of matching pairs, settled.
-        by_elements: tiles that had to be evaluated.
-        by_columns: tiles whose columns were cut into pieces; then all of them.
-        by_pairs: tiles of a few rows, whose pairs were evaluated at once; then all of them.
-        by_intervals: tiles that follow from the interval that each row sees; then all of them.
-        by_formula: tiles that follow from formulas; then all of them.
-        by_groups: tiles that follow from pairs of groups of rows and of columns; then all of them.
-        by_parts: tiles that follow from those of joined conditions, or were looked at where these leave them open; then
-            all of them.
-        hulls: those intervals.
+
+def by_lines(facts: Facts) -> Seen | None:
+    """Formulas, where the mask compares only q, kv and q - kv with numbers."""
+    return None if facts.formula is None else _whole("formula", facts, facts.formula.block_map())
+
+
+def by_ends(facts: Facts) -> Seen | None:
+    """The ends of each row's interval, where the mask is comparisons joined by `and`."""
+    block_map = None if facts.intervals is None else map_of_intervals(facts.problem, facts.intervals)
+    return None if block_map is None else _whole("intervals", facts, block_map)
+
+
+def by_groups(facts: Facts) -> Seen | None:
+    """Pairs of groups of rows and of columns, where these are few."""
+    return None if facts.groups is None else _whole("groups", facts, facts.groups.block_map())
+
+
+def by_columns(facts: Facts) -> Seen | None:
+    """Columns cut into pieces, or else rows, where the mask compares rows with columns."""
+    if facts.pieces is not None:
+        return _whole("columns", facts, cover(facts.pieces))
+    if facts.pieces_of_rows is not None:
+        return _whole("columns", facts, cover(facts.pieces_of_rows).turned())
+    return None
+
+
+CONDITION_WAYS: Final[tuple[Way, ...]] = (by_lines, by_ends, by_groups, by_columns)
+"""How a condition among others is decided: without a look at its tiles."""
+
+
+def by_parts(facts: Facts, ways: Sequence[Way] = CONDITION_WAYS) -> Seen | None:
+    """Conditions joined by `and`, `or` and `not`, each decided by its own way."""
+
+    def decide(condition: Problem) -> BlockMap | None:
+        found = _first(Facts(condition), ways)
+        return None if found is None else found.block_map
+
+    block_map = join_parts(facts.problem, decide)
+    return None if block_map is None else _whole("parts", facts, block_map)
+
+
+def by_tiles(facts: Facts, otherwise: Sequence[Way] = (by_columns, by_parts)) -> Seen | None:
+    """Tiles, coarse to fine.
+
+    Args:
+        facts: of what is asked.
+        otherwise: ways of which the first that applies is taken where tiles, or the pairs to evaluate, are many.
     """
-
-    block_map: BlockMap
-    largest: float
-    by_bounds: int = 0
-    by_samples: int = 0
-    by_elements: int = 0
-    by_columns: int = 0
-    by_pairs: int = 0
-    by_intervals: int = 0
-    by_formula: int = 0
-    by_groups: int = 0
-    by_parts: int = 0
-    hulls: Hulls | None = None
-
-    @property
-    def decided(self) -> dict[str, int]:
-        """How many tiles each means decided; the first seven decide all or none."""
-        return {
-            "pairs": self.by_pairs,
-            "formula": self.by_formula,
-            "intervals": self.by_intervals,
-            "groups": self.by_groups,
-            "columns": self.by_columns,
-            "parts": self.by_parts,
-            "bounds": self.by_bounds,
-            "samples": self.by_samples,
-            "elements": self.by_elements,
-        }
+    problem = facts.problem
+    batch, heads = problem.shape[:2]
+    other = cache(lambda: _first(facts, otherwise))
+    if math.prod(problem.shape) > _MANY_TILES and (found := other()):
+        return found
+    most = _PAIRS_FOR_A_PIECE * batch * heads * problem.kv_len
+    tiles = Tiles(problem)
+    tiles.meets = find_meets(problem, tiles.undecided)
+    if not tiles.settle(lambda pairs: pairs <= most or other() is None):
+        return other()
+    evaluated = torch.cat([torch.zeros(0, 4, dtype=torch.int64), *tiles.evaluated])
+    counts = {"samples": tiles.by_samples, "elements": len(evaluated)}
+    counts["bounds"] = math.prod(problem.shape) - sum(counts.values())
+    return Seen(facts, tiles.block_map(), _NOBODY | counts, evaluated)
 
 
-def classify(problem: Problem) -> Classified:
-    """Find the kind of every tile.
+WAYS: Final[tuple[Way, ...]] = (by_pairs, by_lines, by_ends, by_groups, by_tiles)
+"""Cheapest first. The last one always applies: it takes columns and parts where these cost less."""
+
+
+def classify(problem: Problem, ways: Sequence[Way] = WAYS) -> Seen:
+    """Find what rows see, and the kind of every tile.
+
+    Args:
+        problem: what is asked; it is analysed on the CPU, wherever it is.
+        ways: to take, the first that applies.
 
     Returns:
-        The map, equal to evaluating every pair; on the CPU, wherever the problem is.
+        What was found, with a map equal to evaluating every pair.
 
     Raises:
         MaskIndexError: a pair inside the lengths reads out of range, or divides by zero, and no guard excludes it.
     """
-    problem = problem.on_host()
-    if isinstance(problem.q_offset, Tensor):
-        arguments.offsets_in_range("attention", problem.q_offset)
-    count = math.prod(problem.shape)
-    largest = _longest(problem)
-    if not count:
-        kinds = torch.zeros(problem.shape, dtype=torch.int8, device=problem.device)
-        return Classified(BlockMap.from_kinds(kinds, problem.q_len, problem.kv_len, problem.block_size), largest)
-    units = math.prod(problem.shape[:2])
-    if problem.q_len <= _FEW_ROWS and units * problem.q_len * problem.kv_len <= _FEW_PAIRS:
-        few, block_map = evaluated(problem)
-        return Classified(block_map, max(largest, few.largest), by_pairs=count, hulls=few)
-    if whole := _by_one_way(problem):
-        return whole
-    otherwise = cache(_by_pieces_or_parts)
-    if count > _MANY_TILES and (found := otherwise(problem)):
-        return found
-    columns = units * problem.kv_len
-    tiles = Tiles(problem)
-    tiles.meets = find_meets(problem, tiles.undecided)
-    if not tiles.settle(lambda pairs: pairs <= _PAIRS_FOR_A_PIECE * columns or otherwise(problem) is None):
-        found = otherwise(problem)
-        assert found is not None, "evaluation is refused only where there is another way"
-        return found
-    by_bounds = count - tiles.by_samples - tiles.by_elements
-    return Classified(tiles.block_map(), max(largest, tiles.largest), by_bounds, tiles.by_samples, tiles.by_elements)
+    return see(Facts(problem.on_host()), ways)
 
 
-def _by_one_way(problem: Problem) -> Classified | None:
-    """The map of a problem that is a formula, whose rows see intervals, or that has groups."""
-    count, largest = math.prod(problem.shape), _longest(problem)
-    formula = find_formula(problem)
-    if formula is not None:
-        return Classified(formula.block_map(), max(largest, formula.largest), by_formula=count)
-    hulls = find_intervals(problem)
-    if hulls is not None and (joined := hulls.block_map(problem)):
-        return Classified(joined, max(largest, hulls.largest), by_intervals=count, hulls=hulls)
-    groups = find_groups(problem)
-    if groups is not None:
-        return Classified(groups.block_map(), max(largest, problem.largest()), by_groups=count)
+def see(facts: Facts, ways: Sequence[Way] = WAYS) -> Seen:
+    """The same of a problem of which some facts may be known."""
+    if isinstance(facts.problem.q_offset, Tensor):
+        arguments.offsets_in_range("attention", facts.problem.q_offset)
+    found = _first(facts, ways)
+    assert found is not None, "the last way always applies"
+    return found
+
+
+def _first(facts: Facts, ways: Sequence[Way]) -> Seen | None:
+    """What the first way that applies finds."""
+    for way in ways:
+        if (found := way(facts)) is not None:
+            return found
     return None
 
 
-def _by_pieces_or_parts(problem: Problem) -> Classified | None:
-    """The map of a problem whose columns, or rows, are cut, or whose conditions are decided one by one."""
-    if found := _by_pieces(problem):
-        return found
-    joined = join_parts(problem, _map_of)
-    if joined is None:
-        return None
-    return Classified(joined, max(_longest(problem), problem.largest()), by_parts=math.prod(problem.shape))
-
-
-def _by_pieces(problem: Problem) -> Classified | None:
-    """The map of a problem whose columns are cut, or else its rows."""
-    count, largest = math.prod(problem.shape), _longest(problem)
-    if pieces := find_pieces(problem):
-        return Classified(cover(pieces), max(largest, pieces.largest), by_columns=count)
-    turned = problem.turned()
-    if turned is not None and (pieces := find_pieces(turned)):
-        return Classified(cover(pieces).turned(), max(largest, pieces.largest), by_columns=count)
-    return None
-
-
-def _map_of(problem: Problem) -> BlockMap | None:
-    """The map of a condition, without a look at its tiles."""
-    found = _by_one_way(problem) or _by_pieces(problem)
-    return None if found is None else found.block_map
-
-
-def _longest(problem: Problem) -> float:
-    """The longest side of a problem's tables."""
-    return float(max((size for table in problem.inputs.tables for size in table.shape), default=0))
+def _whole(decider: str, facts: Facts, block_map: BlockMap) -> Seen:
+    """A map that one means decided all of."""
+    return Seen(facts, block_map, _NOBODY | {decider: math.prod(block_map.shape)})

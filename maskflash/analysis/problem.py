@@ -34,9 +34,9 @@ class Problem:
         heads: query heads; likewise.
         block_size: (bq, bkv) in tokens.
         q_offset: added to row numbers, an int or an integer tensor (batch,).
+        kv_offset: added to column numbers, likewise.
         device: where they are, and where a map of it is wanted.
         names: what the user calls each table, for people.
-        kv_offset: added to column numbers, an int or an integer tensor (batch,).
     """
 
     expr: Expr
@@ -47,14 +47,14 @@ class Problem:
     heads: int = 1
     block_size: tuple[int, int] = TILE
     q_offset: int | Tensor = 0
+    kv_offset: int | Tensor = 0
     device: torch.device = _CPU
     names: tuple[str, ...] = ()
-    kv_offset: int | Tensor = 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, nQ, nKV) of the map."""
-        per_row = isinstance(self.q_offset, Tensor)
+        per_row = bool(self.offsets)
         return (
             self.batch if per_row or "b" in self.expr.reads else 1,
             self.heads if "h" in self.expr.reads else 1,
@@ -62,43 +62,67 @@ class Problem:
             math.ceil(self.kv_len / self.block_size[1]),
         )
 
+    @property
+    def offsets(self) -> list[Tensor]:
+        """The offsets that differ from batch row to batch row."""
+        return [offset for offset in (self.q_offset, self.kv_offset) if isinstance(offset, Tensor)]
+
     def on_host(self) -> Problem:
         """The same on the CPU, where it is analysed: one copy of what is elsewhere, which the host waits for."""
         if self.device == _CPU:
             return self
-        offsets = [self.q_offset] if isinstance(self.q_offset, Tensor) else []
-        tensors = transfer.to_host([*self.inputs.tables, *offsets])
-        offset = tensors.pop() if offsets else self.q_offset
-        return replace(self, inputs=Inputs(self.inputs.params, tuple(tensors)), q_offset=offset, device=_CPU)
+        count = len(self.inputs.tables)
+        tensors = transfer.to_host([*self.inputs.tables, *self.offsets])
+        arrived = iter(tensors[count:])
+        q_offset, kv_offset = (
+            next(arrived) if isinstance(offset, Tensor) else offset for offset in (self.q_offset, self.kv_offset)
+        )
+        inputs = Inputs(self.inputs.params, tuple(tensors[:count]))
+        return replace(self, inputs=inputs, q_offset=q_offset, kv_offset=kv_offset, device=_CPU)
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """Whether pairs are visible: int64 indices that broadcast, q counted from the call's first row -> bool."""
-        return evaluate(self.expr, self.inputs, {"b": b, "h": h, "q": q + self.offset_of(b), "kv": kv})
+        """Whether pairs are visible: int64 indices that broadcast, counted from the call's first -> bool."""
+        return evaluate(self.expr, self.inputs, self.indices(b, h, q, kv))
+
+    def indices(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> dict[str, Tensor]:
+        """Indices as the mask has them, with the offsets."""
+        return {"b": b, "h": h, "q": _moved(q, self.q_offset, b), "kv": _moved(kv, self.kv_offset, b)}
 
     def largest(self, expr: Expr | None = None) -> float:
         """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
         expr = self.expr if expr is None else expr
-        offset = self.q_offset
-        low, high = torch.stack(torch.aminmax(offset)).tolist() if isinstance(offset, Tensor) else (offset, offset)
-        ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads), ("kv", self.kv_len))}
-        ends["q"] = low, high + self.q_len - 1
+        ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads))}
+        ends["q"], ends["kv"] = _extent(self.q_offset, self.q_len), _extent(self.kv_offset, self.kv_len)
         found = largest(expr, self.inputs, ends)
         if found is not None:
             return found
         boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
         return bounds(expr, self.inputs, boxes).largest
 
-    def turned(self) -> Problem | None:
-        """The problem with the roles of rows and columns swapped; None where rows have an offset."""
-        if isinstance(self.q_offset, Tensor) or self.q_offset:
-            return None
-        rows, columns = self.block_size
-        expr = _turned(self.expr)
-        return replace(self, expr=expr, q_len=self.kv_len, kv_len=self.q_len, block_size=(columns, rows))
+    def turned(self) -> Problem:
+        """The problem with the roles of rows and columns swapped."""
+        return replace(
+            self,
+            expr=_turned(self.expr),
+            q_len=self.kv_len,
+            kv_len=self.q_len,
+            block_size=self.block_size[::-1],
+            q_offset=self.kv_offset,
+            kv_offset=self.q_offset,
+        )
 
-    def offset_of(self, b: Tensor) -> int | Tensor:
-        """The offset of each batch row in b."""
-        return self.q_offset[b] if isinstance(self.q_offset, Tensor) else self.q_offset
+
+def _moved(index: Tensor, offset: int | Tensor, b: Tensor) -> Tensor:
+    """Rows or columns with the offset of their batch row."""
+    if isinstance(offset, Tensor):
+        return index + offset[b]
+    return index + offset if offset else index
+
+
+def _extent(offset: int | Tensor, length: int) -> tuple[int, int]:
+    """The first and the last row, or column, that any batch row has."""
+    low, high = torch.stack(torch.aminmax(offset)).tolist() if isinstance(offset, Tensor) else (offset, offset)
+    return low, high + length - 1
 
 
 @lru_cache(maxsize=256)

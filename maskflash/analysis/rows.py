@@ -1,26 +1,35 @@
-"""Turns a BlockMap and its mask's evaluator into exact geometry: what each row sees, to the token.
+"""A BlockMap, its mask and what rows are known to see -> exact geometry: what each row sees, to the token.
 
-Most masks show every row one interval of columns, and RowSpans has its ends. A row of tiles in which some row sees
-anything else is handed over as a Strip, with its exact bits. Only partial tiles are evaluated, a bounded number at
-a time, and only where hulls don't tell; no strip outlives its turn: memory follows what the caller keeps.
+Most masks show every row one interval of columns, and RowSpans has its ends. A line of tiles in which some row sees
+anything else is handed over: by its rows' intervals where these are known, or as a Strip, with its exact bits.
+
+    # # # . . . . .    one interval                # # . . # # # .    several: taken as intervals,
+    . # # # . . . .    in each row: spans          # # . . . # # #    or as a strip of bits
+
+Only partial tiles are evaluated, a bounded number at a time, and only where nothing tells; no strip outlives its turn:
+memory follows what the caller keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.intervals import Rows
 from maskflash.analysis.runs import BoolArray, IntArray
-from maskflash.analysis.ways.ends import Hulls
 
 Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """evaluate(b, h, q, kv): int64 index tensors that broadcast together -> bool of their common shape."""
+
+TakeLines = Callable[[IntArray, IntArray, IntArray], BoolArray]
+"""take_lines(lines, start, stop): some lines, and their rows' intervals (n, lines, bq) -> which of them are taken."""
 
 _CHUNK_PAIRS: Final = 1 << 20  # pairs evaluated at once: index arithmetic stays near the caches, memory bounded
 
@@ -68,13 +77,18 @@ class _Lines:
     tile_column: IntArray
 
 
+def _take_none(lines: IntArray, start: IntArray, stop: IntArray) -> BoolArray:
+    return np.zeros(len(lines), dtype=np.bool_)
+
+
 def row_spans(
     block_map: BlockMap,
     evaluate: Evaluate,
     b: int,
     h: int,
     take_strip: Callable[[Strip], None],
-    hulls: Hulls | None = None,
+    take_lines: TakeLines = _take_none,
+    rows: Rows | None = None,
 ) -> RowSpans:
     """Finds what each row of one batch row and head of the map sees.
 
@@ -84,38 +98,49 @@ def row_spans(
         b: batch row of the map.
         h: head of the map.
         take_strip: called with each strip, from the top down.
-        hulls: of all rows, where they are known without evaluation.
+        take_lines: called before it with lines of tiles whose rows see several known intervals; says which it takes.
+        rows: what all rows see, where that is known without evaluation.
 
     Returns:
-        The interval of every row that is in no strip.
+        The interval of every row that is in no strip, nor in a line that was taken.
     """
-    n_q, bq = block_map.shape[2], block_map.block_size[0]
-    groups: Iterable[tuple[int, int]]
-    if hulls is None:
+    if rows is None:
         lines = _lines(block_map, b, h)
         start, stop, count = _full_hulls(lines)
-        groups = _groups(lines)
-    else:
-        start, stop, count = _given(block_map, hulls, b, h)
-        groups = [(line, line + 1) for line in np.flatnonzero(_holes(start, stop, count)).tolist()]
-        if groups:
-            lines = _lines(block_map, b, h)
-        alike = _alike(block_map, hulls, b, h)
-    for low, high in groups:
-        if hulls is None:
+        for low, high in _groups(lines):
             bits = _evaluate_tiles(lines, evaluate, low, high)
             _add_partial_tiles(lines, bits, low, high, start[low:high], stop[low:high], count[low:high])
-        else:
-            first, place = _distinct(alike[low * bq : high * bq])
-            bits = _evaluate_tiles(lines, evaluate, low, high, first)[:, place]
-        for line in (low + np.flatnonzero(_holes(start[low:high], stop[low:high], count[low:high]))).tolist():
-            within = slice(*(lines.tile_offsets[line : line + 2] - lines.tile_offsets[low]))
-            take_strip(_strip(lines, bits[within], line))
+            for line in (low + np.flatnonzero(_holes(start[low:high], stop[low:high], count[low:high]))).tolist():
+                _hand_over(lines, bits, low, line, take_strip)
+                count[line] = 0
+    else:
+        rows = rows.unit(b, h)
+        start, stop, count = (_by_lines(block_map, x) for x in (*rows.hulls, rows.count))
+        apart = np.flatnonzero(_holes(start, stop, count))
+        if len(rows.start) > 1:
+            told = np.logical_and.reduce(_by_lines(block_map, rows.told)[apart], axis=1)
+            first, last = (_by_lines(block_map, x)[:, apart[told]] for x in (rows.start, rows.stop))
+            told[told] = take_lines(apart[told], first, last)
+            count[apart[told]] = 0
+            apart = apart[~told]
+        if len(apart):
+            lines = _lines(block_map, b, h)
+            alike = _by_lines(block_map, torch.arange(block_map.q_len) if rows.group is None else rows.group)
+        for line in apart.tolist():
+            first, place = _distinct(alike[line])
+            bits = _evaluate_tiles(lines, evaluate, line, line + 1, first)[:, place]
+            _hand_over(lines, bits, line, line, take_strip)
             count[line] = 0
     empty = count == 0
     start[empty] = stop[empty] = 0
-    rows = slice(0, block_map.q_len)
-    return RowSpans(start.reshape(n_q * bq)[rows], stop.reshape(n_q * bq)[rows])
+    tokens = slice(0, block_map.q_len)
+    return RowSpans(start.reshape(-1)[tokens], stop.reshape(-1)[tokens])
+
+
+def _hand_over(lines: _Lines, bits: BoolArray, low: int, line: int, take_strip: Callable[[Strip], None]) -> None:
+    """A line as a strip, from the bits of partial tiles from line `low` on."""
+    within = slice(*(lines.tile_offsets[line : line + 2] - lines.tile_offsets[low]))
+    take_strip(_strip(lines, bits[within], line))
 
 
 def _holes(start: IntArray, stop: IntArray, count: IntArray) -> BoolArray:
@@ -124,22 +149,11 @@ def _holes(start: IntArray, stop: IntArray, count: IntArray) -> BoolArray:
     return holes
 
 
-def _given(block_map: BlockMap, hulls: Hulls, b: int, h: int) -> tuple[IntArray, IntArray, IntArray]:
-    """Start, stop and count of each row as they are known: three (nQ, bq), 0 after the last row."""
+def _by_lines(block_map: BlockMap, values: Tensor) -> npt.NDArray[Any]:
+    """Something of each row (..., q_len), by lines of tiles: a copy (..., nQ, bq) that goes on with the last row's."""
     n_q, bq = block_map.shape[2], block_map.block_size[0]
-    found = np.zeros((3, n_q * bq), dtype=np.int64)
-    for place, x in enumerate((hulls.start, hulls.stop, hulls.count)):
-        found[place, : block_map.q_len] = x[b, h].numpy()
-    start, stop, count = found.reshape(3, n_q, bq)
-    return start, stop, count
-
-
-def _alike(block_map: BlockMap, hulls: Hulls, b: int, h: int) -> IntArray:
-    """A number for each row, of whole tiles; rows with one number see the same."""
-    rows = block_map.shape[2] * block_map.block_size[0]
-    if hulls.group is None:
-        return np.arange(rows)
-    return np.pad(hulls.group[b, h].numpy(), (0, rows - block_map.q_len), mode="edge")
+    ragged = [(0, 0)] * (values.ndim - 1) + [(0, n_q * bq - block_map.q_len)]
+    return np.pad(values.numpy(), ragged, mode="edge").reshape(*values.shape[:-1], n_q, bq)
 
 
 def _lines(block_map: BlockMap, b: int, h: int) -> _Lines:

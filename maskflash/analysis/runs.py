@@ -24,7 +24,7 @@ PARTIAL: Final = 1
 FULL: Final = 2
 
 
-class Segments(NamedTuple):
+class Stretches(NamedTuple):
     """Stretches of tiles of one kind: all (n,).
 
     Attributes:
@@ -39,14 +39,14 @@ class Segments(NamedTuple):
     stop: TileArray | IntArray
     full: BoolArray
 
-    def kept(self) -> Segments:
+    def kept(self) -> Stretches:
         """Without those that hold no tile."""
         some = self.stop > self.start
         if some.all():
             return self
         kept = np.flatnonzero(some)  # where they come and go by turns, it takes a quarter of the time of a mask
         line, start, stop, full = self
-        return Segments(line.take(kept), start.take(kept), stop.take(kept), full.take(kept))
+        return Stretches(line.take(kept), start.take(kept), stop.take(kept), full.take(kept))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,17 +125,17 @@ class Runs:
         return Runs(offsets, *(torch.cat(x) for x in zip(*(part.tensors[1:] for part in parts), strict=True)))
 
     @staticmethod
-    def from_segments(lines: int, segments: Segments, device: torch.device) -> Runs:
+    def from_stretches(lines: int, stretches: Stretches, device: torch.device) -> Runs:
         """Runs of disjoint stretches in any order; those that touch and are of one kind are joined.
 
         In numpy: the arrays are short, and handing each operation to threads would take longer than doing it.
 
         Args:
             lines: how many lines there are.
-            segments: the stretches.
+            stretches: of tiles, as above.
             device: where the runs are wanted.
         """
-        line, start, stop, full = segments.kept()
+        line, start, stop, full = stretches.kept()
         same = line[1:] == line[:-1]
         if not ((line[1:] > line[:-1]) | same & (start[1:] > start[:-1])).all():
             order = np.lexsort((start, line))

@@ -20,7 +20,7 @@ def run(args: Namespace) -> int:
         attn = mf.compile(seen.mask, block_size=args.block_size or 128)
         explained = attn.explain(seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads, device=device(args))
         moved = predict(
-            explained.analysis.classified.block_map,
+            explained.analysis.block_map,
             head_dim=args.head_dim,
             itemsize=itemsize,
             fast_bytes=args.fast_memory * 1024,

@@ -10,9 +10,8 @@ The first two depend on the mask alone and are kept by it; the others also on le
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,26 +19,26 @@ from torch import Tensor
 from maskflash.op.spec import Backend, Extent, Spec
 
 if TYPE_CHECKING:
-    from maskflash.analysis.classify import Classified
+    from maskflash.analysis.block_map import BlockMap
     from maskflash.analysis.problem import Problem
     from maskflash.backends.cpu.plan import Plan as CpuPlan
     from maskflash.backends.triton.plan import DevicePlan
 
-_MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than hulls are found
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Analysis:
-    """What is known of a mask at given lengths before any q, k or v, and how a backend runs it.
+    """What is known of a mask at given lengths before any q, k or v. It is kept, and holds none of the mask's tables.
 
     Attributes:
-        classified: the block map, and how it was found.
+        block_map: the mask's tiles.
+        decided: how many of them each means decided.
         plan: what the backend walks.
         backend: whose plan that is.
         run: its `run` module.
     """
 
-    classified: Classified
+    block_map: BlockMap
+    decided: dict[str, int]
     plan: CpuPlan | DevicePlan
     backend: Backend
     run: Any
@@ -82,7 +81,7 @@ class Analysis:
     @property
     def nbytes(self) -> int:
         """Bytes held so far; a plan grows as passes first need it."""
-        return self.classified.block_map.nbytes + self.plan.nbytes
+        return self.block_map.nbytes + self.plan.nbytes
 
 
 def analyse(problem: Problem, backend: Backend) -> Analysis:
@@ -95,18 +94,11 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
     """
     from maskflash.analysis.classify import classify
 
-    device, problem = problem.device, problem.on_host()
-    classified = classify(problem)
+    seen = classify(problem)
     if backend == "triton":
         from maskflash.backends.triton import run as triton
 
-        walks = triton.plan(problem, classified, device)
-        return Analysis(replace(classified, hulls=None), walks, backend, triton)
-    from maskflash.analysis.ways.ends import find_hulls
+        return Analysis(seen.block_map, seen.decided, triton.plan(seen, problem.device), backend, triton)
     from maskflash.backends.cpu import run as cpu
 
-    block_map = classified.block_map
-    pairs = block_map.counts["partial"] * math.prod(block_map.block_size)
-    hulls = classified.hulls or (find_hulls(problem) if pairs > _MANY_PAIRS else None)
-    plan = cpu.plan(block_map, problem.visible, hulls)
-    return Analysis(replace(classified, hulls=None), plan, backend, cpu)
+    return Analysis(seen.block_map, seen.decided, cpu.plan(seen), backend, cpu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from maskflash.op.analyse import Analysis
 if TYPE_CHECKING:
     from maskflash.backends.triton import run as triton
 
+_WHOLE: Final = {  # who decides all tiles or none
+    "pairs": "all pairs, of so few rows",
+    "formula": "formulas",
+    "intervals": "the rows' intervals",
+    "groups": "groups of rows and columns that the mask treats alike",
+    "columns": "cutting columns",
+    "parts": "conditions one by one, and by pairs where two of them are partial",
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
@@ -32,7 +41,7 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data; `passes` says what the backend runs for each."""
-        problem, classified = self.problem, self.analysis.classified
+        problem, analysis = self.problem, self.analysis
         return {
             "mask": self.mask,
             "visible": format_expr(problem.expr, problem.inputs.params, problem.names),
@@ -45,20 +54,20 @@ class Explanation:
             "kv_len": problem.kv_len,
             "block_size": list(problem.block_size),
             "shape": list(problem.shape),
-            "tiles": classified.block_map.counts,
-            "sparsity": classified.block_map.sparsity,
-            "decided": classified.decided,
-            "evaluated_for": self._obstacle() if classified.by_elements else None,
+            "tiles": analysis.block_map.counts,
+            "sparsity": analysis.block_map.sparsity,
+            "decided": analysis.decided,
+            "evaluated_for": self._obstacle() if analysis.decided["elements"] else None,
             "backend": self.backend,
             "why": self.why,
-            "nbytes": {"block_map": classified.block_map.nbytes, "plan": self.analysis.plan.nbytes},
-            "passes": _passes(self.analysis.plan),
+            "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
+            "passes": _passes(analysis.plan),
         }
 
     def _rows(self) -> str | None:
         """The rows that column j sees, where they are an interval with a formula, and start at 0."""
-        offset = self.problem.q_offset
-        if isinstance(offset, Tensor) or offset != 0:
+        offsets = self.problem.q_offset, self.problem.kv_offset
+        if any(isinstance(offset, Tensor) or offset != 0 for offset in offsets):
             return None
         pieces = find_pieces(self.problem.on_host())
         if pieces is None or any(turn.descending for turn in pieces.turns):
@@ -84,7 +93,7 @@ class Explanation:
     def _repr_html_(self) -> str:
         from maskflash.visualize import notebook
 
-        return notebook.of_facts(self.mask, self._told()) + notebook.of_map(self.analysis.classified.block_map)
+        return notebook.of_facts(self.mask, self._told()) + notebook.of_map(self.analysis.block_map)
 
     def _told(self) -> dict[str, str]:
         """The facts as people read them."""
@@ -111,18 +120,9 @@ class Explanation:
 
 
 def _decided(decided: dict[str, int]) -> str:
-    if decided["pairs"]:
-        return f"{decided['pairs']} tiles by all pairs, of so few rows"
-    if decided["formula"]:
-        return f"{decided['formula']} tiles by formulas"
-    if decided["intervals"]:
-        return f"{decided['intervals']} tiles by the rows' intervals"
-    if decided["groups"]:
-        return f"{decided['groups']} tiles by groups of rows and columns that the mask treats alike"
-    if decided["columns"]:
-        return f"{decided['columns']} tiles by cutting columns"
-    if decided["parts"]:
-        return f"{decided['parts']} tiles by conditions one by one, and by pairs where two of them are partial"
+    for decider, how in _WHOLE.items():
+        if decided[decider]:
+            return f"{decided[decider]} tiles by {how}"
     bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))
     return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
 

@@ -68,7 +68,7 @@ def _block_map(q: Tensor, k: Tensor, spec: Spec) -> BlockMap:
     extent = Extent.of(q, k)
     if _is_hollow(q):
         return classify(spec.problem(extent._replace(device=torch.device("cpu")))).block_map
-    return cache.find(spec, extent, saved=True).classified.block_map
+    return cache.find(spec, extent, saved=True).block_map
 
 
 def _is_hollow(x: Tensor) -> bool:

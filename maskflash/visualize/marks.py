@@ -138,7 +138,8 @@ def _numbers(problem: Problem, looked_up: _LookUp, b: int, h: int) -> IntArray:
     """The document of each row, or column, of a batch row and head."""
     row = looked_up.axis == "q"
     line = np.full(problem.q_len if row else problem.kv_len, _NONE, dtype=np.int64)
-    first = int(problem.offset_of(torch.tensor(b))) if row else 0
+    zero = torch.tensor(0)
+    first = int(problem.indices(torch.tensor(b), zero, zero, zero)[looked_up.axis])
     place = tuple(at if own else 0 for at, own in zip((b, h), looked_up.own, strict=True))
     if place[0] < looked_up.table.shape[0] and place[1] < looked_up.table.shape[1]:
         own = looked_up.table[place]

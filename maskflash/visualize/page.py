@@ -95,7 +95,7 @@ def explorer(
         size = arguments.block_size("explorer", block_size)
         problem = shown.problem("explorer", q_len, kv_len, batch, heads, size, q_offset, device, mask_args).on_host()
         decided = decide(problem)
-        block_map = decided.classified.block_map
+        block_map = decided.seen.block_map
         documents = find_documents(problem)
         if isinstance(shown, ColumnIntervals):
             vectors = find_vectors(shown, problem.q_len)
@@ -123,7 +123,7 @@ def _render(
         "block_size": block_map.block_size,
         "shape": block_map.shape,
         "runs": _runs(block_map.rows),
-        "decided": decided and decided.classified.decided,
+        "decided": decided and decided.seen.decided,
         "evaluated": decided and decided.evaluated and _runs(decided.evaluated),
         "documents": [
             {

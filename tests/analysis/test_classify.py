@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.analysis import classify as module
+from maskflash.analysis.classify import WAYS, by_columns, by_groups, by_lines, by_parts, classify
 from maskflash.analysis.ways import tiles
 from maskflash.testing import masks
 
@@ -28,19 +28,23 @@ def brute_force(dense, block_size):
     return kinds
 
 
+def problem_of(mask, q_len, kv_len, block_size, batch=2, heads=2):
+    block_size = (block_size, block_size) if isinstance(block_size, int) else block_size
+    return mask.problem("test", q_len, kv_len, batch, heads, block_size, 0, torch.device("cpu"), {})
+
+
 @settings(max_examples=300)
 @given(masks(), st.integers(0, 64), st.integers(0, 64), SIZES, st.integers(0, 3), st.sampled_from([2, 3, 8]), st.data())
 def test_every_tile_is_what_all_its_pairs_say(mask, q_len, kv_len, block_size, parts, division, data):
     with pytest.MonkeyPatch.context() as patch:
-        if data.draw(st.booleans(), "whatever has a formula, by other means"):
-            patch.setattr(module, "find_formula", lambda problem: None)
-        if data.draw(st.booleans(), "and whatever has groups"):
-            patch.setattr(module, "find_groups", lambda problem: None)
-        patch.setattr(module, "_MANY_TILES", data.draw(st.sampled_from([0, 1 << 16]), "0: cut columns where it can be"))
+        left_out = data.draw(st.sets(st.sampled_from(WAYS[:-1])), "what these decide, by other ways")
+        left_out = left_out if q_len and kv_len else set()
+        few = data.draw(st.booleans(), "columns and conditions before tiles")
+        ways = [way for way in (*WAYS[:-1], *(by_columns, by_parts) * few, WAYS[-1]) if way not in left_out]
         patch.setattr(tiles, "_DIVISION", division)
         patch.setattr(tiles, "_SQUARES", 4**parts)  # so that there are many levels, and seams
         patch.setattr(tiles, "_PAIRS_AT_ONCE", 1 << (5 * parts))
-        found = mask.block_map(q_len, kv_len, batch=2, heads=2, block_size=block_size).kinds()
+        found = classify(problem_of(mask, q_len, kv_len, block_size), ways).block_map.kinds()
     expected = brute_force(mask.dense(q_len, kv_len, batch=2, heads=2), block_size)
     assert torch.equal(found.expand_as(expected), expected)
 
@@ -158,11 +162,11 @@ def test_numbers_near_the_ends_of_64_bits_are_as_torch_has_them(base, other, nea
     assert torch.equal(found, brute_force(mask.dense(40, 40), block_size))
 
 
-def test_terms_are_brought_together_only_where_their_sum_fits_64_bits(monkeypatch):
-    monkeypatch.setattr(module, "_MANY_TILES", 0)
+def test_terms_are_brought_together_only_where_their_sum_fits_64_bits():
     ids = torch.arange(40) // 8 + 2**62 - 20  # twice that, and 3 * q, crosses 2**63
     mask = mf.mask(lambda b, h, q, kv: (ids[q] - ids[kv]) + (ids[q] - ids[kv]) <= 3 * kv - 3 * q)
-    assert torch.equal(mask.block_map(10, 40, block_size=4).kinds(), brute_force(mask.dense(10, 40), 4))
+    found = classify(problem_of(mask, 10, 40, 4), (by_columns, *WAYS)).block_map
+    assert torch.equal(found.kinds(), brute_force(mask.dense(10, 40), 4))
 
 
 def test_large_numbers_cost_what_small_ones_do():
@@ -187,13 +191,12 @@ ROUGH = torch.arange(512) * 7 % 11  # changes at every row
     ],
 )
 @pytest.mark.parametrize("block_size", [(16, 16), (16, 32), (10, 3)])
-def test_conditions_of_rows_cost_what_those_of_columns_cost(predicate, block_size, monkeypatch):
+def test_conditions_of_rows_cost_what_those_of_columns_cost(predicate, block_size):
     """Neither goes through tiles, and each map is the other's, turned over."""
-    monkeypatch.setattr(module, "_MANY_TILES", 0)
-    monkeypatch.setattr(module, "Tiles", None)
     turned = mf.mask(lambda b, h, q, kv: predicate(b, h, kv, q))
-    rows = mf.mask(predicate).block_map(500, 300, block_size=block_size)
-    columns = turned.block_map(300, 500, block_size=block_size[::-1])
+    ways = by_lines, by_groups, by_columns
+    rows = classify(problem_of(mf.mask(predicate), 500, 300, block_size, 1, 1), ways).block_map
+    columns = classify(problem_of(turned, 300, 500, block_size[::-1], 1, 1), ways).block_map
     assert torch.equal(rows.kinds(), columns.kinds().transpose(2, 3))
     assert torch.equal(rows.kinds(), brute_force(mf.mask(predicate).dense(500, 300), block_size))
     for x, y in ((rows.rows, columns.columns), (rows.columns, columns.rows)):

@@ -1,17 +1,17 @@
 """Masks with numbers near the ends of 64 bits: every way to a map finds what evaluating each pair does."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.analysis.classify import classify
+from maskflash.analysis.classify import by_columns, by_ends, by_lines, by_tiles, classify
+from maskflash.analysis.facts import Facts
 from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.coverage import cover
-from maskflash.analysis.ways.ends import find_hulls, find_intervals
-from maskflash.analysis.ways.lines import find_formula
-from maskflash.analysis.ways.tiles import Tiles
 
 FAR = st.one_of(
     st.sampled_from([2**63 - 1, -(2**63), 2**62, -(2**62), 2**61, -(2**61), 2**60, 0]), st.integers(-(2**63), 2**63 - 1)
@@ -58,20 +58,13 @@ def test_every_way_is_exact(mask, q_len, kv_len):
     problem = mask.problem("test", q_len, kv_len, 1, 1, (2, 2), 0, torch.device("cpu"), {})
     seen = mask.dense(q_len, kv_len)
     expected = mf.BlockMap.from_kinds(kinds(seen[0, 0]), q_len, kv_len, (2, 2)).kinds()
-    ways = {"classify": classify(problem).block_map}
-    if (formula := find_formula(problem)) is not None:
-        ways["formula"] = formula.block_map()
-    if (pieces := find_pieces(problem)) is not None:
-        ways["columns"] = cover(pieces)
-    if (hulls := find_intervals(problem)) is not None and (joined := hulls.block_map(problem)) is not None:
-        ways["intervals"] = joined
-    tiles = Tiles(problem)
-    if tiles.settle(lambda pairs: True):
-        ways["tiles"] = tiles.block_map()
-    for way, found in ways.items():
-        assert torch.equal(found.kinds(), expected), way
-    if (hulls := find_hulls(problem)) is not None:
-        assert torch.equal(hulls.count[0, 0], seen[0, 0].sum(1))
+    assert torch.equal(classify(problem).block_map.kinds(), expected)
+    facts = Facts(problem)
+    for way in (by_lines, by_ends, by_columns, partial(by_tiles, otherwise=())):
+        if (found := way(facts)) is not None:
+            assert torch.equal(found.block_map.kinds(), expected), way
+    for rows in (facts.rows, facts.intervals):
+        assert rows is None or torch.equal(rows.count[0, 0], seen[0, 0].sum(1))
 
 
 def kinds(seen):

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from maskflash.analysis import rows as spans
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.intervals import Rows
 from maskflash.analysis.rows import row_spans
-from maskflash.analysis.ways.ends import Hulls
 
 
 def map_of(mask, block_size):
@@ -25,7 +25,7 @@ def hulls_of(mask):
     count = mask.sum(-1)
     first = mask.int().argmax(-1) if mask.shape[-1] else count
     stop = mask.shape[-1] - mask.flip(-1).int().argmax(-1) if mask.shape[-1] else count
-    return Hulls(first, torch.where(count > 0, stop, first), count, 0.0)
+    return Rows(first[None], torch.where(count > 0, stop, first)[None], count)
 
 
 def rebuilt(mask, block_size, b, h, hulls=None):
@@ -38,7 +38,7 @@ def rebuilt(mask, block_size, b, h, hulls=None):
         return mask[b, h, q, kv]
 
     strips = []
-    found = row_spans(block_map, evaluate, b, h, strips.append, hulls)
+    found = row_spans(block_map, evaluate, b, h, strips.append, rows=hulls)
     columns = torch.arange(mask.shape[3])
     start, stop = torch.from_numpy(found.start)[:, None], torch.from_numpy(found.stop)[:, None]
     plane = (columns >= start) & (columns < stop)

@@ -1,12 +1,14 @@
 """Random attention problems for the kernels: a strategy of Case, the two sides to compare, and machines to run as."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.seen import DECIDERS, Seen
 from maskflash.backends.cpu import costs as cpu_costs
 from maskflash.backends.cpu import run as cpu
 from maskflash.backends.reference import reference
@@ -70,6 +72,12 @@ def tile_kinds(mask, block_size):
     return torch.where(any_in_tile(mask), torch.where(any_in_tile(~mask), 1, 2), 0).to(torch.int8)
 
 
+def plan_of_pairs(block_map, visible):
+    """The plan of a mask of which only tiles and pairs are known."""
+    facts = SimpleNamespace(problem=SimpleNamespace(visible=visible), rows=None)
+    return cpu.plan(Seen(facts, block_map, dict.fromkeys(DECIDERS, 0)))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Case:
     """One attention problem: mask (Bm, Hm, Sq, Skv) bool, Bm and Hm 1 or those of q."""
@@ -96,7 +104,7 @@ class Case:
 
     def plan(self):
         block_map = BlockMap.from_kinds(tile_kinds(self.mask, self.block_size), *self.mask.shape[2:], self.block_size)
-        return cpu.plan(block_map, lambda b, h, q, kv: self.mask[b, h, q, kv])
+        return plan_of_pairs(block_map, lambda b, h, q, kv: self.mask[b, h, q, kv])
 
     def run(self, plan=None):
         """out, lse, dq, dk, dv of the kernel under test."""

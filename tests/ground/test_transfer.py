@@ -277,7 +277,7 @@ def test_what_was_prepared_for_cuda_is_found_by_calls(device):
 def test_the_device_gets_what_the_interpreter_walks(device, inference):
     with torch.inference_mode(inference):
         problem, plan = step(mf.mask(packed), **arguments(device))
-    here = kernels.plan(problem.on_host(), classify(problem), CPU)
+    here = kernels.plan(classify(problem), CPU)
     assert plan.narrow == here.narrow
     for rows in (True, False):
         for x, y in zip(memory([plan.seen(rows=rows)]), [here.seen(rows=rows)], strict=True):

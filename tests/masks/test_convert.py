@@ -66,19 +66,20 @@ def test_vectors_come_back(data, q_len, kv_len):
 
 @settings(max_examples=150)
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (5, 7), (64, 3)]))
-def test_both_ways_to_find_changes_agree(mask, q_len, kv_len, block_size):
+def test_all_ways_to_find_changes_agree(mask, q_len, kv_len, block_size):
     problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, 0, torch.device("cpu"), {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(changes, "_PAIRS_AT_ONCE", 1000)
         patch.setattr(changes, "_PIECES_AT_ONCE", 100)
-        found = changes.find_changes(problem)
-        patch.setattr(changes, "find_pieces", lambda problem: None)
-        tiles = changes.find_changes(problem)
+        found = [changes.find_changes(problem)]
+        for fact in ("columns", "pieces"):
+            patch.setattr(changes.Facts, fact, None)
+            found.append(changes.find_changes(problem))
     bits = mask.dense(q_len, kv_len, batch=2, heads=2)[: problem.shape[0], : problem.shape[1]]
     before = torch.cat((torch.zeros_like(bits[:, :, :1]), bits[:, :, :-1]), 2)
     expected = (bits != before).transpose(2, 3).flatten(0, 2).nonzero(as_tuple=True)
-    for column, row in ((found.column, found.row), (tiles.column, tiles.row)):
-        assert torch.equal(column, expected[0]) and torch.equal(row, expected[1])
+    for way in found:
+        assert torch.equal(way.column, expected[0]) and torch.equal(way.row, expected[1])
 
 
 @given(masks(max_len=96), st.integers(0, 32))

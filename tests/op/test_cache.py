@@ -165,7 +165,7 @@ def test_bytes_are_bounded_too(analyses, monkeypatch):
     assert 0 < len(cache._entries) < len(lengths)
     monkeypatch.setattr(cache, "MEMORY", 1)
     attn(Q[:, :, :7], K[:, :, :7], V[:, :, :7])
-    assert [entry.analysis.classified.block_map.q_len for entry in cache._entries.values()] == [7]
+    assert [entry.analysis.block_map.q_len for entry in cache._entries.values()] == [7]
 
 
 def test_a_table_may_die_while_analyses_are_weighed(analyses, monkeypatch):

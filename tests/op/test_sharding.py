@@ -129,8 +129,8 @@ def test_a_shifted_mask_is_the_mask_of_shifted_indices(mask, shape, b, h):
     params, tables = slots.filled(values, torch.device("cpu"))
     text = sharding._shifted(slots.text, ("b", "h"), len(params))
     at = [torch.arange(n).view([-1 if i == dim else 1 for i in range(4)]) for dim, n in enumerate((4, 4, 9, 9))]
-    small = Problem(expression(slots.text), Inputs(tuple(params), tuple(tables)), 9, 9, 4, 4)
-    moved = Problem(expression(text), Inputs((*params, b, h), tuple(tables)), 9, 9, 4, 4)
+    small = Problem(expression(slots.text), Inputs(tuple(params), tuple(tables)), q_len=9, kv_len=9, batch=4, heads=4)
+    moved = Problem(expression(text), Inputs((*params, b, h), tuple(tables)), q_len=9, kv_len=9, batch=4, heads=4)
     inside = at[0][: 4 - b], at[1][:, : 4 - h], *at[2:]
     try:
         expected = small.visible(inside[0] + b, inside[1] + h, *inside[2:])

@@ -172,8 +172,8 @@ class Truth:
         sizes = {"batch": 1, "heads": 1} | sizes
         problem = mask.problem("test", q_len, kv_len, *sizes.values(), block_size, 0, torch.device("cpu"), {})
         decided = decide(problem)
-        self.counts = decided.classified.decided
-        self.map = decided.classified.block_map
+        self.counts = decided.seen.decided
+        self.map = decided.seen.block_map
         self.kinds = self.map.kinds()
         self.evaluated = torch.zeros(len(self.map.rows.offsets) - 1, self.map.shape[3], dtype=torch.bool)
         if decided.evaluated is not None:

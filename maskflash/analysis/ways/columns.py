@@ -29,7 +29,6 @@ class Pieces:
 
     Attributes:
         problem: what was asked.
-        largest: a cap on the mask's 64-bit integers, before any wrapping.
         turns: comparisons with the column.
         always: (n,) rows at which any column may change.
         within: (B or 1, H or 1, 1) int64, the first row that some column may see and one past the last, where columns
@@ -38,7 +37,6 @@ class Pieces:
     """
 
     problem: Problem
-    largest: float
     turns: tuple[Turn, ...]
     always: Tensor
     within: tuple[Tensor, Tensor] | None
@@ -115,7 +113,7 @@ class _Columns:
     def values(self, expr: Expr) -> tuple[Tensor, list[Tensor]]:
         """An expression's values and faults, which broadcast to (b, h, columns)."""
         if expr.text not in self._values:
-            pairs = {**self.pairs, "q": _nowhere(self.problem)}
+            pairs = self.problem.indices(**self.pairs, q=_nowhere(self.problem))
             self._values[expr.text] = compute(expr, self.problem.inputs, pairs)
         return self._values[expr.text]
 
@@ -210,7 +208,7 @@ def find_pieces(problem: Problem) -> Pieces | None:
     always = torch.cat(changes).unique() if changes else torch.zeros(0, dtype=torch.int64, device=problem.device)
     single = separated.joined and not faulty and all(turn.hides for turn in turns.values())
     within = _only_interval(shown, problem) if single else None
-    pieces = Pieces(problem, largest, tuple(turns.values()), always, within, separated.conditions)
+    pieces = Pieces(problem, tuple(turns.values()), always, within, separated.conditions)
     return pieces if len(always) <= _MOST_SWITCHES and pieces.most <= _MOST_PIECES else None
 
 
@@ -245,8 +243,8 @@ def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
     batch, heads = problem.shape[:2]
     device = problem.device
     b, h = torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
-    row = torch.arange(problem.q_len, device=device) + problem.offset_of(b)
-    values, faults = compute(expr, problem.inputs, {"b": b, "h": h, "q": row, "kv": _nowhere(problem)})
+    pairs = problem.indices(b, h, torch.arange(problem.q_len, device=device), _nowhere(problem))
+    values, faults = compute(expr, problem.inputs, pairs)
     values, *faults = (x[(None,) * (3 - x.ndim)] for x in (values, *faults))
     return values, faults
 

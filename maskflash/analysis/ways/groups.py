@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.intervals import Rows
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import BoolArray, IntArray, Runs
 from maskflash.analysis.ways.separate import one_sided
@@ -104,8 +105,16 @@ class Groups:
         columns = rows.transposed(*problem.shape[2:])
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
 
-    def hulls(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What rows see: their first column, one past their last, and how many; all (B, H, q_len) int64."""
+    def turned(self) -> Groups:
+        """The groups of the problem with rows and columns swapped."""
+        return Groups(self.problem.turned(), self.columns, self.rows)
+
+    def seen(self) -> Rows:
+        """What rows see: their hulls, and how many columns.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+        """
         problem = self.problem
         found = torch.empty(3, len(self.rows), problem.q_len, dtype=torch.int64)
         for unit, (rows, columns) in enumerate(zip(self.rows, self.columns, strict=True)):
@@ -119,11 +128,8 @@ class Groups:
                 parts.append(torch.stack((start, torch.where(number > 0, stop, start), number)))
             found[:, unit] = torch.cat(parts, 1)[:, rows.of_tokens()]
         start, stop, number = found.view(3, *problem.shape[:2], problem.q_len)
-        return start, stop, number
-
-    def of_rows(self) -> Tensor:
-        """The group of each row: (B, H, q_len) int64."""
-        return torch.stack([rows.of_tokens() for rows in self.rows]).view(*self.problem.shape[:2], -1)
+        group = torch.stack([rows.of_tokens() for rows in self.rows]).view(number.shape)
+        return Rows(start[None], stop[None], number, group)
 
     def _kinds(self) -> Iterator[npt.NDArray[np.int8]]:
         """Kinds of all tiles, some lines of tiles at a time."""
@@ -150,9 +156,9 @@ class Groups:
 
 def find_groups(problem: Problem) -> Groups | None:
     """The groups of a problem on the CPU; None where there are so many that nothing is gained."""
-    pairs = problem.q_len * problem.kv_len
-    if not pairs:
+    if 0 in problem.shape:
         return None
+    pairs = problem.q_len * problem.kv_len
     most = min(pairs // _TOKENS**2, max(_FEW_PAIRS, pairs // _MORE_TOKENS**2), _MOST_PAIRS)
     of_rows, of_columns = one_sided(problem.expr)
     if _least(of_rows, "q", problem.q_len) * _least(of_columns, "kv", problem.kv_len) > most:
@@ -193,9 +199,8 @@ def _keys(problem: Problem, part: Expr, axis: _Axis, length: int) -> list[Tensor
     """A part's value at every token, and where it fails: integers (B or 1, H or 1, length or 1)."""
     batch, heads = problem.shape[:2]
     b, h, nowhere = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None], torch.tensor(0)
-    pairs = {"b": b, "h": h, "q": nowhere, "kv": nowhere, axis: torch.arange(length)}
-    if axis == "q":
-        pairs["q"] = pairs["q"] + problem.offset_of(b)
+    tokens = torch.arange(length)
+    pairs = problem.indices(b, h, *((tokens, nowhere) if axis == "q" else (nowhere, tokens)))
     values, faults = every_value(part, problem.inputs, pairs)
     keys = [_exact(values[-1])]
     if any(fault is not None and bool(fault.any()) for fault in faults):

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.intervals import Rows
 from maskflash.analysis.problem import LARGEST_SUM, Problem
-from maskflash.analysis.runs import IntArray, Runs, Segments, TileArray
+from maskflash.analysis.runs import IntArray, Runs, Stretches, TileArray
 from maskflash.analysis.ways.cuts import find_cuts
 
 _T = TypeVar("_T")
 
 _MOST_CELLS: Final = 4096  # one pair of each is evaluated
 _LINES_AT_ONCE: Final = 8192  # whose numbers stay in the caches, and in memory that the process has already
+_TOKENS_AT_ONCE: Final = 1 << 17  # likewise
 
 
-class Strip(NamedTuple):
+class Diagonals(NamedTuple):
     """Lines see, of columns left to right (half open), those with low <= line - column <= high."""
 
     left: int
@@ -36,7 +38,9 @@ class Strip(NamedTuple):
     high: int
 
 
-Bands = dict[tuple[int, int], list[Strip]]
+_NOTHING: Final = Diagonals(0, 0, 0, 0)
+
+Bands = dict[tuple[int, int], list[Diagonals]]
 """What lines (half open) see: strips in ascending order, disjoint; those of one band of columns never touch."""
 
 
@@ -46,13 +50,11 @@ class Formula:
 
     Attributes:
         problem: what was asked.
-        largest: a cap on the mask's 64-bit integers.
         rows: bands of rows, q counted from the call's first row.
         columns: bands of columns; a strip's "column" is then a row.
     """
 
     problem: Problem
-    largest: float
     rows: Bands
     columns: Bands
 
@@ -63,26 +65,19 @@ class Formula:
         rows, columns = (_runs(*args, problem.device) for args in ((self.rows, *q, *kv), (self.columns, *kv, *q)))
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
 
-    def intervals(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What rows see, band by band: starts and stops (intervals, rows), empty where start is not below stop."""
-        for (top, bottom), strips in self.rows.items():
-            row = np.arange(top, bottom)
-            seen = _seen(strips or [Strip(0, 0, 0, 0)], row, row)
-            device = self.problem.device
-            yield torch.from_numpy(seen.start).to(device), torch.from_numpy(seen.stop).to(device)
-
 
 def find_formula(problem: Problem) -> Formula | None:
     """Cut the plane of a problem; None where its mask compares anything else, or too often."""
-    if 0 in problem.shape or isinstance(problem.q_offset, Tensor):
+    q_offset, kv_offset = problem.q_offset, problem.kv_offset
+    if 0 in problem.shape or isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
         return None
     cuts = find_cuts(problem.expr, problem.inputs.params)
-    if cuts is None or (largest := problem.largest()) >= LARGEST_SUM:
+    if cuts is None or problem.largest() >= LARGEST_SUM:
         return None
-    offset, q_len, kv_len = problem.q_offset, problem.q_len, problem.kv_len
-    rows = _between([q - offset for q in cuts.rows], 0, q_len)
-    columns = _between(list(cuts.columns), 0, kv_len)
-    diagonals = _between([d - offset for d in cuts.diagonals], 1 - kv_len, q_len)
+    q_len, kv_len = problem.q_len, problem.kv_len
+    rows = _between([q - q_offset for q in cuts.rows], 0, q_len)
+    columns = _between([kv - kv_offset for kv in cuts.columns], 0, kv_len)
+    diagonals = _between([d - q_offset + kv_offset for d in cuts.diagonals], 1 - kv_len, q_len)
     if len(rows) * len(columns) * len(diagonals) > _MOST_CELLS:
         return None
     cells: dict[tuple[int, int, int], tuple[int, int]] = {}  # a pair of each that has any
@@ -103,17 +98,28 @@ def find_formula(problem: Problem) -> Formula | None:
     ]
     of_rows = [
         [
-            Strip(*column, low, high)
+            Diagonals(*column, low, high)
             for column, distances in _merged(columns, by_row)
             for low, high in reversed(distances)
         ]
         for by_row in seen_by
     ]
     of_columns = [
-        [Strip(*row, -high, -low) for row, distances in _merged(rows, by_column) for low, high in distances]
+        [Diagonals(*row, -high, -low) for row, distances in _merged(rows, by_column) for low, high in distances]
         for by_column in zip(*seen_by, strict=True)
     ]
-    return Formula(problem, largest, dict(_merged(rows, of_rows)), dict(_merged(columns, of_columns)))
+    return Formula(problem, dict(_merged(rows, of_rows)), dict(_merged(columns, of_columns)))
+
+
+def rows_of(bands: Bands) -> Rows:
+    """What each of the lines that these bands are of sees."""
+    return Rows.joined(
+        Rows.from_pieces(torch.from_numpy(ends.start)[:, None, None], torch.from_numpy(ends.stop)[:, None, None])
+        for (top, bottom), strips in bands.items()
+        for low in range(top, bottom, _TOKENS_AT_ONCE)
+        for line in [np.arange(low, min(low + _TOKENS_AT_ONCE, bottom))]
+        for ends in [_ends(strips or [_NOTHING], line, line)]
+    )
 
 
 def _between(cuts: list[int], start: int, stop: int) -> list[tuple[int, int]]:
@@ -143,7 +149,7 @@ def _joined(strips: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-class Seen(NamedTuple):
+class Ends(NamedTuple):
     """What groups of lines see, interval by interval: all (strips, groups), empty where start is not below stop.
 
     In tokens int64, in tiles int32.
@@ -161,7 +167,7 @@ class Seen(NamedTuple):
     inner_stop: TileArray | IntArray
 
 
-def _seen(strips: list[Strip], first: IntArray, last: IntArray) -> Seen:
+def _ends(strips: list[Diagonals], first: IntArray, last: IntArray) -> Ends:
     """What lines first to last (groups,) of one band see. Strips that all lines see to their common edge are joined."""
     left, right, low, high = np.array(strips, dtype=np.int64).reshape(-1, 4).T[:, :, None]
     start, stop = np.maximum(left, first - high), np.minimum(right, last - low + 1)
@@ -173,7 +179,7 @@ def _seen(strips: list[Strip], first: IntArray, last: IntArray) -> Seen:
         for starts, stops in ((start, stop), (inner_start, inner_stop)):
             starts[place] = np.where(joins, starts[before], starts[place])
             stops[before] = np.where(joins, starts[before], stops[before])
-    return Seen(start, stop, inner_start, inner_stop)
+    return Ends(start, stop, inner_start, inner_stop)
 
 
 def _runs(bands: Bands, length: int, block: int, across: int, width: int, device: torch.device) -> Runs:
@@ -186,14 +192,14 @@ def _runs(bands: Bands, length: int, block: int, across: int, width: int, device
         for low in range(begin, end, _LINES_AT_ONCE):
             line = np.arange(low, min(low + _LINES_AT_ONCE, end), dtype=np.int32)
             first = line * np.int64(block)
-            seen = _seen(strips, first, np.minimum(first + block, length) - 1)
-            parts[low] = segments_of(line, tiles_of(seen, across, width)).kept()
+            seen = _ends(strips, first, np.minimum(first + block, length) - 1)
+            parts[low] = stretches_of(line, tiles_of(seen, across, width)).kept()
     ordered = (parts[line] for line in sorted(parts))
-    segments = Segments(*(np.concatenate(column) for column in zip(*ordered, strict=True)))
-    return Runs.from_segments(lines, segments, device)
+    stretches = Stretches(*(np.concatenate(column) for column in zip(*ordered, strict=True)))
+    return Runs.from_stretches(lines, stretches, device)
 
 
-def tiles_of(seen: Seen, across: int, width: int) -> Seen:
+def tiles_of(seen: Ends, across: int, width: int) -> Ends:
     """The same in tiles: start and stop of those to visit, no tile twice, and of those that are full."""
     some = seen.start < seen.stop
     stop = np.where(some, -(-seen.stop // width), 0).astype(np.int32)
@@ -202,10 +208,10 @@ def tiles_of(seen: Seen, across: int, width: int) -> Seen:
         start[place] = np.maximum(start[place], stop[:place].max(0))
     inner_start = -(-seen.inner_start // width)
     inner_stop = np.where(seen.inner_stop == across, -(-across // width), seen.inner_stop // width)
-    return Seen(start, stop, inner_start.astype(np.int32), inner_stop.astype(np.int32))
+    return Ends(start, stop, inner_start.astype(np.int32), inner_stop.astype(np.int32))
 
 
-def segments_of(line: TileArray | IntArray, tiles: Seen) -> Segments:
+def stretches_of(line: TileArray | IntArray, tiles: Ends) -> Stretches:
     """The stretches of lines of tiles that belong to one band, in order."""
     full = tiles.inner_start < tiles.inner_stop
     before, after = (np.where(full, end, tiles.start) for end in (tiles.inner_start, tiles.inner_stop))
@@ -219,10 +225,10 @@ def segments_of(line: TileArray | IntArray, tiles: Seen) -> Segments:
     kinds = np.array([kind for _, _, kind in stretches], dtype=np.bool_)
     for place, (start, stop, _) in enumerate(stretches):
         starts[:, place], stops[:, place] = start, stop
-    return Segments(line.repeat(len(kinds)), starts.reshape(-1), stops.reshape(-1), np.tile(kinds, len(line)))
+    return Stretches(line.repeat(len(kinds)), starts.reshape(-1), stops.reshape(-1), np.tile(kinds, len(line)))
 
 
-def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[Segments]:
+def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Iterator[Stretches]:
     """The stretches of lines of tiles that belong to several bands: a few, each drawn on a line of its own."""
     n = -(-across // width)
     for line in sorted({edge // block for edge, _ in bands if edge % block}):
@@ -230,14 +236,14 @@ def _torn(bands: Bands, length: int, block: int, across: int, width: int) -> Ite
         for (top, bottom), strips in bands.items():
             first, last = max(top, line * block), min(bottom, line * block + block, length) - 1
             if first <= last:
-                seen = _seen(strips, np.array([first]), np.array([last]))
+                seen = _ends(strips, np.array([first]), np.array([last]))
                 inner = np.zeros(n, dtype=np.bool_)
                 for _, start, stop, full in zip(
-                    *segments_of(np.array([line]), tiles_of(seen, across, width)), strict=True
+                    *stretches_of(np.array([line]), tiles_of(seen, across, width)), strict=True
                 ):
                     some[start:stop] = True
                     inner[start:stop] |= full
                 every &= inner
         edges = np.flatnonzero(np.diff(some.view(np.int8) + every, prepend=-1, append=-1))
         start, stop = edges[:-1], edges[1:]
-        yield Segments(np.full_like(start, line), start, np.where(some[start], stop, start), every[start])
+        yield Stretches(np.full_like(start, line), start, np.where(some[start], stop, start), every[start])

@@ -151,8 +151,8 @@ def _values(problem: Problem, exprs: tuple[Expr, ...], axis: int) -> list[Tensor
     batch, heads = problem.shape[:2]
     b, h = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None]
     tokens, nowhere = torch.arange((problem.q_len, problem.kv_len)[axis]), torch.zeros((), dtype=torch.int64)
-    q, kv = (tokens + problem.offset_of(b), nowhere) if axis == 0 else (nowhere, tokens)
-    found = (compute(expr, problem.inputs, {"b": b, "h": h, "q": q, "kv": kv})[0] for expr in exprs)
+    pairs = problem.indices(b, h, *((tokens, nowhere) if axis == 0 else (nowhere, tokens)))
+    found = (compute(expr, problem.inputs, pairs)[0] for expr in exprs)
     return [x.to(torch.int64).expand(batch, heads, len(tokens)).reshape(batch * heads, -1) for x in found]
 
 

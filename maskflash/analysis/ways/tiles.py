@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.runs import Runs, Segments
+from maskflash.analysis.runs import Runs, Stretches
 from maskflash.analysis.ways.meets import Meets
 from maskflash.expr.bounds import Verdict, bounds
 from maskflash.expr.intervals import Interval
@@ -42,18 +42,16 @@ class Tiles:
     Attributes:
         problem: what was asked.
         meets: where rows match columns, as far as that is known.
-        largest: a cap on the mask's 64-bit integers in what was bounded.
         by_samples: partial tiles that samples, or counts of matching pairs, settled.
-        by_elements: tiles that had to be evaluated.
+        evaluated: tiles that had to be evaluated, (n, 4) each.
     """
 
     problem: Problem
     meets: tuple[Meets, ...] = ()
-    largest: float = 0.0
     by_samples: int = 0
-    by_elements: int = 0
+    evaluated: list[Tensor] = field(default_factory=list)
     _ranges: RangeMinima = field(default_factory=RangeMinima)
-    _segments: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    _stretches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def settle(self, may_evaluate: Callable[[int], bool]) -> bool:
         """Find the kind of every tile.
@@ -104,9 +102,9 @@ class Tiles:
         problem = self.problem
         batch, heads, n_q, n_kv = problem.shape
         nothing = torch.zeros(0, dtype=torch.int64, device=problem.device)
-        segments = [(nothing, nothing, nothing, nothing.bool()), *self._segments]
-        joined = Segments(*(torch.cat(x).cpu().numpy() for x in zip(*segments, strict=True)))
-        rows = Runs.from_segments(batch * heads * n_q, joined, problem.device)
+        stretches = [(nothing, nothing, nothing, nothing.bool()), *self._stretches]
+        joined = Stretches(*(torch.cat(x).cpu().numpy() for x in zip(*stretches, strict=True)))
+        rows = Runs.from_stretches(batch * heads * n_q, joined, problem.device)
         columns = rows.transposed(n_q, n_kv)
         return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
 
@@ -118,7 +116,7 @@ class Tiles:
         start = (squares[:, 3] * side)[:, None].expand_as(line)
         kind = torch.as_tensor(full, device=squares.device).expand(len(squares))[:, None].expand_as(line)
         inside = i < n_q
-        self._segments.append((line[inside], start[inside], (start + side).clamp(max=n_kv)[inside], kind[inside]))
+        self._stretches.append((line[inside], start[inside], (start + side).clamp(max=n_kv)[inside], kind[inside]))
 
     def _first(self) -> Iterator[tuple[_Squares, int]]:
         """Squares that make up the whole, and their side."""
@@ -137,7 +135,6 @@ class Tiles:
         """Keep the squares that bounds prove full; return the open ones, (n, 4), and which surely have no fault."""
         b, _, i, j = squares
         verdict = self._verdict(squares, side, {})
-        self.largest = max(self.largest, verdict.largest)
         inside = (i * side < self.problem.shape[2]) & (j * side < self.problem.shape[3])
         always, undecided = verdict.always & ~verdict.faulty, (verdict.maybe & ~verdict.always) | verdict.faulty
         shape = np.broadcast_shapes(b.shape, inside.shape)
@@ -153,9 +150,8 @@ class Tiles:
         """Bounds over squares, given where rows match columns, and what is supposed of some nodes."""
         b, h, i, j = squares
         rows, columns = self._extent(i, 0, side), self._extent(j, 1, side)
-        offset = self.problem.offset_of(b)
-        q = Interval(rows.lo + offset, rows.hi + offset)
-        boxes = {"b": Interval(b, b), "h": Interval(h, h), "q": q, "kv": columns}
+        first, last = (self.problem.indices(b, h, *ends) for ends in zip(rows, columns, strict=True))
+        boxes = {name: Interval(first[name], last[name]) for name in first}
         never = torch.zeros((), dtype=torch.bool, device=self.problem.device)
         met = {meets.matching.position: Interval(never, meets.within(squares, side)) for meets in self.meets}
         return bounds(self.problem.expr, self.problem.inputs, boxes, self._ranges, met | supposed)
@@ -208,7 +204,7 @@ class Tiles:
             anywhere, everywhere = zip(*((bits.any(1), bits.all(1)) for bits in parts), strict=True)
             seen = torch.stack(anywhere).any(0)
             self._keep(some[seen], 1, full=torch.stack(everywhere).all(0)[seen])
-        self.by_elements += len(tiles)
+        self.evaluated.append(tiles)
 
     def _visible(self, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Bits of rows x columns of each tile: (n, pairs)."""

@@ -1,7 +1,8 @@
-"""Turns a BlockMap and its mask into a Plan: exact geometry once, then schedules of dense-kernel calls as needed."""
+"""What a mask's rows see -> a Plan: exact geometry once, then schedules of dense-kernel calls as needed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.intervals import Rows
 from maskflash.analysis.rows import Evaluate, Strip, row_spans
-from maskflash.analysis.ways.ends import Hulls
+from maskflash.analysis.seen import Seen
 from maskflash.backends.cpu.calls import Band, Bits, Call, Intervals, Schedule, additive, chained, spread
 from maskflash.backends.cpu.costs import TABLE_WORK, Costs, Pass, candidates
 from maskflash.backends.cpu.cover import Segments, cost_of, cover, find_segments
@@ -21,6 +23,7 @@ from maskflash.backends.cpu.layers import Layers
 from maskflash.backends.cpu.strips import StripMerger
 from maskflash.ground.copies import lasting
 
+_MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than it is found what rows see
 _MAX_STORED_BITS: Final = 256 << 20  # bytes of packed bits per plan; beyond it, the mask is evaluated per call
 _MAX_KEPT_PAIRS: Final = 1 << 16  # of one call whose mask is kept
 _MAX_KEPT_MASKS: Final = 16
@@ -183,18 +186,16 @@ class Plan:
         }
 
 
-def plan(block_map: BlockMap, evaluate: Evaluate, hulls: Hulls | None = None) -> Plan:
+def plan(seen: Seen) -> Plan:
     """Finds the exact geometry of a mask, ready to be scheduled.
 
     Args:
-        block_map: the mask's tiles.
-        evaluate: evaluate(b, h, q, kv) -> bool of the broadcast shape; int64 indices, q without its offset,
-            b and h below block_map.shape[:2]. Called on pairs of partial tiles inside the lengths.
-        hulls: of all rows, where they are known without evaluation.
+        seen: what its rows see, and the tiles; the mask is evaluated only where these don't tell.
 
     Returns:
         A plan that forward and backward take, for any dtype and head dim.
     """
+    block_map, evaluate, rows = seen.block_map, seen.problem.visible, _rows(seen)
     segments: dict[tuple[int, int], list[Segments]] = {}
     strips: dict[tuple[int, int], list[Call]] = {}
     stored = 0
@@ -204,7 +205,8 @@ def plan(block_map: BlockMap, evaluate: Evaluate, hulls: Hulls | None = None) ->
         for h in range(block_map.shape[1]):
             layers = Layers(block_map.q_len)
             merger = StripMerger(b, h, block_map.kv_len, _MAX_STORED_BITS - stored, work)
-            spans = row_spans(block_map, evaluate, b, h, partial(_take, layers, merger), hulls)
+            take = partial(_take, layers, merger)
+            spans = row_spans(block_map, evaluate, b, h, take, layers.take_lines, rows)
             segments[b, h] = [find_segments(layer) for layer in layers.joined(spans)]
             strips[b, h] = merger.finish()
             stored += sum(call.nbytes for call in strips[b, h])
@@ -212,6 +214,13 @@ def plan(block_map: BlockMap, evaluate: Evaluate, hulls: Hulls | None = None) ->
     # A plan may outlive its mask's tensors: it holds on to the mask only where it will evaluate it again.
     again = any(isinstance(mask, Bits) and mask.packed is None for mask in masks)
     return Plan(block_map, evaluate if again else None, segments, strips)
+
+
+def _rows(seen: Seen) -> Rows | None:
+    """What rows see, if that is known or found sooner than by evaluating partial tiles."""
+    known = seen.decided["pairs"] or seen.decided["intervals"]
+    pairs = seen.block_map.counts["partial"] * math.prod(seen.block_map.block_size)
+    return seen.rows() if known or pairs > _MANY_PAIRS else None
 
 
 def _take(layers: Layers, merger: StripMerger, strip: Strip) -> None:

@@ -1,4 +1,4 @@
-"""A classified mask -> the walks of Triton's kernels on the device, for any call, stream and CUDA graph."""
+"""What a mask's rows see -> the walks of Triton's kernels on the device, for any call, stream and CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from maskflash.analysis.classify import Classified
 from maskflash.analysis.problem import Problem
+from maskflash.analysis.seen import Seen
 from maskflash.backends.triton.walks import Walk, Walks, seen, split_runs
 from maskflash.ground.transfer import Upload, capturing
 
@@ -79,25 +79,24 @@ class DevicePlan:
         return counts + sum(upload.nbytes for upload in (self._made, *(order for order, _ in self._orders.values())))
 
 
-def plan(problem: Problem, classified: Classified, device: torch.device) -> DevicePlan:
+def plan(found: Seen, device: torch.device) -> DevicePlan:
     """Prepare a block map for the kernels.
 
     Args:
-        problem: the mask, on the CPU.
-        classified: its block map.
+        found: what the mask's rows see, and its block map.
         device: where the kernels run.
 
     Raises:
         BackendError: a CUDA graph is being captured there.
     """
-    block_map = classified.block_map
+    block_map = found.block_map
     _, _, n_q, n_kv = block_map.shape
     (bq, bkv), (q_len, kv_len) = block_map.block_size, (block_map.q_len, block_map.kv_len)
     directions = (
         split_runs(block_map.rows, n_q, n_kv, kv_len % bkv != 0),
         split_runs(block_map.columns, n_kv, n_q, q_len % bq != 0),
     )
-    known = {rows: seen(problem, block_map, rows=rows) for rows in (True, False)}
+    known = {rows: seen(found, rows=rows) for rows in (True, False)}
     walked = [tensor for one in directions for tensor in one.tensors]
     made = Upload([*walked, *(bits for bits in known.values() if bits is not None)], device)
     arrived = iter(made.tensors)
@@ -105,4 +104,4 @@ def plan(problem: Problem, classified: Classified, device: torch.device) -> Devi
         replace(one, full=Walk(*islice(arrived, 4)), partial=Walk(*islice(arrived, 4))) for one in directions
     )
     known = {side: None if bits is None else next(arrived) for side, bits in known.items()}
-    return DevicePlan(device, classified.largest < 2**31, rows, columns, known, made)
+    return DevicePlan(device, found.largest < 2**31, rows, columns, known, made)

@@ -17,8 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.analysis.classify import Classified
 from maskflash.analysis.problem import Problem
+from maskflash.analysis.seen import Seen
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import tile_choice
 from maskflash.backends.triton.device import unavailable
@@ -36,9 +36,9 @@ _LOG2E: Final = 1.4426950408889634
 _NO_MASK: Final = Specialisation(parse("const=True:bool~()"))  # of delta, which looks at no pair
 
 
-def source(problem: Problem, classified: Classified, head_dim: int, v_head_dim: int, pass_name: PassName) -> str:
+def source(problem: Problem, seen: Seen, head_dim: int, v_head_dim: int, pass_name: PassName) -> str:
     """The text of the kernel that a call with these head dims runs."""
-    special = specialisation(problem, classified.largest < 2**31, whole(head_dim), whole(v_head_dim))
+    special = specialisation(problem, seen.largest < 2**31, whole(head_dim), whole(v_head_dim))
     return render(special, pass_name)
 
 

@@ -9,7 +9,7 @@
     forward, dQ             walk the map's rows
     dK and dV (dkdv)        walk its columns
 
-And a mask with its block map -> which of the rows and columns that the kernels load are seen by nobody. All of it on
+And a mask's analysis -> which of the rows and columns that the kernels load are seen by nobody. All of it on
 the CPU; `plan.py` takes it to the device.
 """
 
@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskflash.analysis.block_map import BlockMap
-from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import Runs
-from maskflash.analysis.ways.ends import Hulls, find_hulls
+from maskflash.analysis.seen import Seen
 
 _PAIRS_AT_ONCE: Final = 1 << 21  # pairs evaluated together
-_MANY_PAIRS: Final = 1 << 19  # fewer are evaluated sooner than hulls are found
+_MANY_PAIRS: Final = 1 << 19  # fewer are evaluated sooner than it is found what rows see
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,21 +112,21 @@ def _walk_of(line: Tensor, start: Tensor, stop: Tensor, kept: Tensor, lines: int
     return Walk((runs.cumsum(0) - runs).int(), tiles, *(pad(end, (0, 1)) for end in (start, stop)))
 
 
-def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
+def seen(found: Seen, *, rows: bool) -> Tensor | None:
     """Whether each row sees anything, or each column is seen: what nobody sees must be zeros before the kernels run.
 
-    A full tile settles all of its rows and columns; the others take a few samples, then what formulas or columns in
-    pieces tell, where that is less work than all their pairs.
+    A full tile settles all of its rows and columns. For the others the analysis tells what rows see, or by which rows
+    columns are seen; where it doesn't, or pairs are few, a few samples are taken, and then all pairs.
 
     Args:
-        problem: the mask, on the CPU.
-        block_map: of the mask.
+        found: the mask's analysis.
         rows: rows, else columns.
 
     Returns:
         (B, H, q_len or kv_len) bool with the map's own B and H, True also where no visited tile is; None where all of
         it is True.
     """
+    block_map = found.block_map
     batch, heads, *counts = block_map.shape
     axis = 0 if rows else 1
     n, size, step = counts[axis], block_map.block_size[axis], block_map.block_size[1 - axis]
@@ -154,8 +152,8 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
         if not len(left):
             return None
         line, position = line[left], position[left]
-        if len(line) * places.numel() > _MANY_PAIRS and places is every and (hulls := _hulls(problem, rows)):
-            some = pad(hulls.count > 0, (0, n * size - lengths[axis]), value=True)
+        if len(line) * every.numel() > _MANY_PAIRS and (told := found.rows() if rows else found.columns()):
+            some = pad(told.count > 0, (0, n * size - lengths[axis]), value=True)
             known |= some.reshape(known.shape)
             break
         pieces = (x.split(max(1, _PAIRS_AT_ONCE // places.numel())) for x in (line, position))
@@ -165,14 +163,8 @@ def seen(problem: Problem, block_map: BlockMap, *, rows: bool) -> Tensor | None:
             theirs = at[:, None, None] * step + places
             mine, theirs = mine.clamp(max=lengths[axis] - 1), theirs.clamp(max=lengths[1 - axis] - 1)
             q, kv = (mine, theirs) if rows else (theirs, mine)
-            bits = problem.visible(b, h, q, kv).expand(len(some), *places.shape).any(2)
+            bits = found.problem.visible(b, h, q, kv).expand(len(some), *places.shape).any(2)
             # Tiles of one line may lie in one piece: add, since writes to one place would race.
             counted = torch.zeros(known.shape, dtype=torch.int32).index_add_(0, some, bits.int())
             known |= counted > 0
     return None if bool(known.all()) else known.view(batch, heads, n * size)[..., : lengths[axis]]
-
-
-def _hulls(problem: Problem, rows: bool) -> Hulls | None:
-    """What rows see, or by which rows columns are seen; None where only the pairs tell."""
-    view = problem if rows else problem.turned()
-    return None if view is None else find_hulls(view)

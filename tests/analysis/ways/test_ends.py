@@ -1,4 +1,4 @@
-"""Hulls are what rows see, whether formulas or the pieces of the problem turned over tell."""
+"""Rows are what rows see, whether formulas, pieces, groups or all pairs tell."""
 
 import operator
 
@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.analysis.block_map import BlockMap
-from maskflash.analysis.classify import classify
+from maskflash.analysis.classify import by_ends, by_tiles, classify
+from maskflash.analysis.facts import Facts
+from maskflash.analysis.intervals import MOST_INTERVALS, Rows
 from maskflash.analysis.ways import ends as module
-from maskflash.analysis.ways.ends import Hulls, evaluated, find_hulls, find_intervals
-from maskflash.analysis.ways.tiles import Tiles
-from maskflash.op import analyse, cache
+from maskflash.analysis.ways.ends import map_of_intervals
+from maskflash.backends.cpu import plan as cpu_plan
+from maskflash.op import cache
 from maskflash.testing import Shape, affine_masks, assert_matches_dense, masks
 
 CPU = torch.device("cpu")
@@ -25,16 +27,33 @@ def problem_of(mask, q_len, kv_len, q_offset=0):
 
 def check(mask, q_len, kv_len, offset=0):
     problem = problem_of(mask, q_len, kv_len, offset)
-    found = find_hulls(problem)
-    assume(found is not None)
+    facts = Facts(problem)
+    assume(facts.rows is not None)
     batch, heads = problem.shape[:2]
     dense = mask.dense(q_len, kv_len, batch=2, heads=2, q_offset=offset)[:batch, :heads]
+    are_what_is_seen(facts.rows, dense)
+    if facts.columns is not None:
+        are_what_is_seen(facts.columns, dense.transpose(2, 3))
+
+
+def are_what_is_seen(rows, dense):
+    """Hulls and counts are those of the bits (B, H, rows, columns), and so are intervals where they tell."""
+    length = dense.shape[3]
     sees = dense.any(-1)
-    first = dense.int().argmax(-1)
-    stop = kv_len - dense.flip(-1).int().argmax(-1)
-    assert torch.equal(found.count, dense.sum(-1))
-    assert torch.equal(found.start[sees], first[sees]) and torch.equal(found.stop[sees], stop[sees])
-    assert bool((found.stop <= found.start)[~sees].all())
+    start, stop = rows.hulls
+    assert torch.equal(rows.count, dense.sum(-1))
+    assert torch.equal(start[sees], dense.int().argmax(-1)[sees])
+    assert torch.equal(stop[sees], length - dense.flip(-1).int().argmax(-1)[sees])
+    assert bool((stop <= start)[~sees].all())
+    column = torch.arange(length)
+    bits = ((column >= rows.start[..., None]) & (column < rows.stop[..., None])).sum(0)
+    assert torch.equal(bits[rows.told], dense[rows.told].long())
+    some = rows.start < rows.stop
+    assert bool((some[:-1] | ~some[1:]).all())  # a row's missing intervals are its last
+    assert bool((rows.start[1:] > rows.stop[:-1])[some[1:]].all())  # apart
+    edges = torch.nn.functional.pad(dense.int(), (1, 1)).diff(dim=-1).abs().sum(-1)
+    if rows.group is None and edges.max() <= 2 * MOST_INTERVALS:
+        assert rows.told.all()
 
 
 @settings(max_examples=200)
@@ -52,11 +71,10 @@ def test_formulas_know_offsets(mask, q_len, kv_len, offset):
 
 def test_what_tells_and_what_does_not():
     ids = torch.tensor([1, 1, 0, 2])
-    assert find_hulls(problem_of(mf.document([30, 10]), 40, 40)) is not None
-    assert find_hulls(problem_of(mf.document(ids=ids), 4, 4)) is None  # ids don't ascend
-    assert find_hulls(problem_of(mf.causal() & mf.document([30, 10]), 4, 40, q_offset=36)) is None
-    assert find_hulls(problem_of(mf.document([30, 10]), 4, 40, q_offset=36)) is not None  # by groups
-    assert find_hulls(problem_of(mf.natten(6, 6, 3, 3), 36, 36)) is None
+    assert Facts(problem_of(mf.document([30, 10]), 40, 40)).intervals is not None
+    assert Facts(problem_of(mf.document(ids=ids.repeat(10)), 40, 40)).intervals is None  # ids don't ascend
+    assert Facts(problem_of(mf.causal() & mf.document([30, 10]), 14, 40, q_offset=26)).intervals is not None
+    assert Facts(problem_of(mf.natten(6, 6, 3, 3), 36, 36)).rows is None
 
 
 CONJUNCTS = [
@@ -99,16 +117,18 @@ def joined(draw):
 @given(joined(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (3, 5), (1, 1), (64, 2)]))
 def test_ends_of_joined_comparisons_are_what_rows_see_and_make_the_map(mask, q_len, kv_len, block_size):
     problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, 0, CPU, {})
-    found = find_intervals(problem)
+    facts = Facts(problem)
+    found = facts.intervals
     assume(found is not None)
     batch, heads = problem.shape[:2]
     dense = mask.dense(q_len, kv_len, batch=2, heads=2)[:batch, :heads]
     column = torch.arange(kv_len)
-    seen = (column >= found.start[..., None]) & (column < found.stop[..., None])
+    seen = (column >= found.start[0, ..., None]) & (column < found.stop[0, ..., None])
     assert torch.equal(seen, dense)
     assert torch.equal(found.count, dense.sum(-1))
-    block_map = found.block_map(problem)
-    if block_map is not None:
+    made = by_ends(facts)
+    if made is not None:
+        block_map = made.block_map
         rows = torch.nn.functional.pad(dense.float(), (0, -kv_len % block_size[1], 0, -q_len % block_size[0]), value=-1)
         tiles = rows.unflatten(3, (-1, block_size[1])).unflatten(2, (-1, block_size[0])).transpose(3, 4)
         some, every = (tiles == 1).flatten(4).any(-1), (tiles != 0).flatten(4).all(-1)
@@ -130,7 +150,7 @@ def test_ends_of_joined_comparisons_are_what_rows_see_and_make_the_map(mask, q_l
     ],
 )
 def test_what_is_an_interval(mask, intervals):
-    assert (classify(problem_of(mask, 40, 40)).by_intervals > 0) is intervals
+    assert (classify(problem_of(mask, 40, 40)).decided["intervals"] > 0) is intervals
 
 
 @given(st.lists(st.sampled_from([-(2**63), -(2**62), -1, 0, 2**62, 2**63 - 2, 2**63 - 1]), min_size=1, max_size=9))
@@ -156,7 +176,7 @@ def test_rows_of_a_line_that_lie_apart_are_not_one_stretch(seen):
     """The rows of a tile see tiles far from each other: the map comes another way, and is the same."""
     start, stop = (x.view(1, 1, 4) for x in torch.tensor(seen).T)
     problem = mf.full().problem("test", 4, 64, 1, 1, (4, 8), 0, CPU, {})
-    assert Hulls(start, stop, (stop - start).clamp(min=0), 0.0).block_map(problem) is None
+    assert map_of_intervals(problem, Rows(start[None], stop[None], (stop - start).clamp(min=0))) is None
 
 
 FEW = torch.arange(30)
@@ -173,13 +193,13 @@ FEW = torch.arange(30)
 )
 def test_a_look_up_that_may_fail_is_left_to_those_who_look(guarded, bare):
     for predicate in (guarded, bare):
-        assert find_intervals(problem_of(mf.mask(predicate), 40, 40)) is None
+        assert Facts(problem_of(mf.mask(predicate), 40, 40)).intervals is None
     classify(problem_of(mf.mask(guarded), 40, 40))
     with pytest.raises(mf.MaskIndexError):
         classify(problem_of(mf.mask(bare), 40, 40))
 
 
-def test_an_analysis_evaluates_no_pair_that_hulls_tell(monkeypatch):
+def test_an_analysis_evaluates_no_pair_that_rows_tell(monkeypatch):
     """A long packed batch is planned without a look at its partial tiles."""
     from maskflash.analysis.problem import Problem
     from maskflash.op.analyse import analyse
@@ -195,15 +215,15 @@ def test_an_analysis_evaluates_no_pair_that_hulls_tell(monkeypatch):
     monkeypatch.setattr(Problem, "visible", counted)
     mask = mf.causal() & mf.document([1000] * 8 + [192])
     problem = mask.problem("test", 8192, 8192, 1, 1, (128, 128), 0, CPU, {})
-    partial = analyse(problem, "cpu").classified.block_map.counts["partial"]
+    partial = analyse(problem, "cpu").block_map.counts["partial"]
     assert sum(pairs) < partial * 128**2 / 8
 
 
 @settings(max_examples=60)
 @given(st.one_of(masks(max_len=200), affine_masks(max_len=200)), st.integers(1, 200), st.integers(1, 200))
-def test_attention_by_hulls_is_the_dense_one(mask, q_len, kv_len):
+def test_attention_by_rows_is_the_dense_one(mask, q_len, kv_len):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyse, "_MANY_PAIRS", -1)
+        patch.setattr(cpu_plan, "_MANY_PAIRS", -1)
         shape = Shape(batch=2, heads=2, q_len=q_len, kv_len=kv_len, head_dim=16)
         cache.invalidate({mask.traced({}).expr.text})
         assert_matches_dense(mask, shape, block_size=32)
@@ -213,15 +233,8 @@ def test_attention_by_hulls_is_the_dense_one(mask, q_len, kv_len):
 @given(masks(), st.integers(1, 8), st.integers(1, 64), st.integers(0, 40), st.sampled_from([(16, 16), (3, 5), (1, 1)]))
 def test_few_rows_evaluated_at_once_are_what_they_see_and_make_the_map(mask, q_len, kv_len, offset, block_size):
     problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, offset, CPU, {})
-    hulls, block_map = evaluated(problem)
-    tiles = Tiles(problem)
-    assert tiles.settle(lambda pairs: True)
-    assert torch.equal(block_map.kinds(), tiles.block_map().kinds())
+    facts = Facts(problem)
+    rows, block_map = facts.pairs
+    assert torch.equal(block_map.kinds(), by_tiles(facts).block_map.kinds())
     dense = mask.dense(q_len, kv_len, batch=2, heads=2, q_offset=offset)[: problem.shape[0], : problem.shape[1]]
-    column = torch.arange(kv_len)
-    assert torch.equal(hulls.count, dense.sum(-1))
-    between = (column >= hulls.start[..., None]) & (column < hulls.stop[..., None])
-    assert bool((between | ~dense).all())
-    first, last = hulls.start.clamp(max=kv_len - 1), hulls.stop.clamp(min=1) - 1
-    ends = dense.gather(-1, first[..., None]) & dense.gather(-1, last[..., None])
-    assert torch.equal(ends[..., 0], hulls.count > 0)
+    are_what_is_seen(rows, dense)

@@ -11,6 +11,7 @@ from maskflash.analysis.classify import classify
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.ways import groups as module
 from maskflash.analysis.ways.groups import find_groups
+from maskflash.backends.cpu import plan
 from maskflash.op import analyse, cache
 from maskflash.testing import Shape, assert_matches_dense
 
@@ -48,7 +49,8 @@ def check(mask, problem, **mask_args):
     assert found is not None
     block_map, dense = expected(mask, problem, **mask_args)
     assert same_maps(found.block_map(), block_map)
-    start, stop, count = found.hulls()
+    rows = found.seen()
+    start, stop, count = rows.start[0], rows.stop[0], rows.count
     sees = dense.any(-1)
     assert torch.equal(count, dense.sum(-1))
     assert torch.equal(start[sees], dense.int().argmax(-1)[sees])
@@ -202,7 +204,7 @@ def test_what_is_evaluated_follows_the_groups_and_not_the_tokens(tokens, in_orde
 
     monkeypatch.setattr(Problem, "visible", counted)
     found = classify(problem)
-    assert found.by_groups == (tokens // 128) ** 2
+    assert found.decided["groups"] == (tokens // 128) ** 2
     assert sum(evaluated) == 40 * 40
 
 
@@ -210,7 +212,7 @@ def test_what_is_evaluated_follows_the_groups_and_not_the_tokens(tokens, in_orde
 @given(looked_up(), LENGTHS, LENGTHS)
 def test_attention_by_groups_is_the_dense_one(mask, q_len, kv_len):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyse, "_MANY_PAIRS", -1)
+        patch.setattr(plan, "_MANY_PAIRS", -1)
         cache.invalidate({mask.traced({}).expr.text})
         assert_matches_dense(mask, Shape(batch=2, heads=2, q_len=q_len, kv_len=kv_len), block_size=32)
 
@@ -231,7 +233,7 @@ def test_a_plan_evaluates_one_row_of_each_group(tokens, monkeypatch):
         return bits
 
     monkeypatch.setattr(Problem, "visible", counted)
-    monkeypatch.setattr(analyse, "_MANY_PAIRS", -1)
+    monkeypatch.setattr(plan, "_MANY_PAIRS", -1)
     problem = problem_of(mask, tokens, tokens, 128)
-    partial = analyse.analyse(problem, "cpu").classified.block_map.counts["partial"]
+    partial = analyse.analyse(problem, "cpu").block_map.counts["partial"]
     assert sum(evaluated) <= 2 * (tokens // 64) ** 2 + partial * 2 * 128

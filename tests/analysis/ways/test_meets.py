@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.analysis import classify
+from maskflash.analysis.classify import by_groups, by_lines, by_tiles, classify
 from maskflash.analysis.ways import meets, tiles
 from maskflash.analysis.ways.separate import matchings
 from maskflash.analysis.ways.tiles import Tiles
@@ -66,11 +66,9 @@ def test_every_tile_is_what_all_its_pairs_say(name, data):
         patch.setattr(meets, "_AT_ONCE", data.draw(st.sampled_from([1, 7, 1 << 20])))
         patch.setattr(tiles, "_DIVISION", data.draw(st.sampled_from([2, 3, 8])))
         patch.setattr(tiles, "_SQUARES", data.draw(st.sampled_from([1, 4, 64])))
-        patch.setattr(classify, "find_intervals", lambda problem: None)
-        patch.setattr(classify, "_FEW_ROWS", 0)
-        options = {"batch": 2, "heads": 2, "q_offset": offset}
-        found = mask.block_map(q_len, kv_len, block_size=tuple(block_size), **options).kinds()
-    expected = brute_force(mask.dense(q_len, kv_len, **options), block_size)
+        problem = mask.problem("test", q_len, kv_len, 2, 2, tuple(block_size), offset, torch.device("cpu"), {})
+        found = classify(problem, (by_lines, by_groups, by_tiles)).block_map.kinds()
+    expected = brute_force(mask.dense(q_len, kv_len, batch=2, heads=2, q_offset=offset), block_size)
     assert torch.equal(found.expand_as(expected), expected)
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.analysis.block_map import BlockMap
-from maskflash.analysis.classify import _map_of, classify
+from maskflash.analysis.classify import CONDITION_WAYS, by_parts, classify
+from maskflash.analysis.facts import Facts
 from maskflash.analysis.ways import groups
-from maskflash.analysis.ways.parts import join_parts
 
 CPU = torch.device("cpu")
 SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -73,20 +73,17 @@ def test_joined_conditions_make_the_map_of_all_pairs(mask, q_len, kv_len, block_
     problem = problem_of(mask, q_len, kv_len, block_size, offset)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "_TOKENS", 0.01)
-        found = join_parts(problem, _map_of)
+        found = by_parts(Facts(problem))
     assume(found is not None)
-    assert same_maps(found, expected(mask, problem))
+    assert same_maps(found.block_map, expected(mask, problem))
 
 
 @pytest.mark.parametrize("tokens", [2048, 4096])
 def test_pairs_are_looked_at_only_where_two_conditions_are_partial(tokens, monkeypatch):
-    from maskflash.analysis import classify as module
-
     cell = torch.arange(tokens) * 30 // tokens
     near = torch.rand(30, 30, generator=torch.Generator().manual_seed(1)) < 0.3
     mask = mf.mask(lambda b, h, q, kv: near[cell[q], cell[kv]] and q >= kv)
     problem = problem_of(mask, tokens, tokens, 32)
-    monkeypatch.setattr(module, "_MANY_TILES", 0)
     evaluated = []
     visible = type(problem).visible
 
@@ -96,8 +93,8 @@ def test_pairs_are_looked_at_only_where_two_conditions_are_partial(tokens, monke
         return bits
 
     monkeypatch.setattr(type(problem), "visible", counted)
-    found = classify(problem)
-    assert found.by_parts == (tokens // 32) ** 2
+    found = classify(problem, (*CONDITION_WAYS, by_parts))
+    assert found.decided["parts"] == (tokens // 32) ** 2
     assert sum(evaluated) < 3 * tokens * 32  # of tiles on the diagonal, and a few
 
 
@@ -108,7 +105,7 @@ def test_a_guard_of_another_condition_holds():
     """One by one, the second condition fails; together, as the mask says, it doesn't."""
     guarded = mf.mask(lambda b, h, q, kv: q + kv * 0 < 50 and SHORT[q] * 7 % 5 == kv % 3 and q >= kv)
     problem = problem_of(guarded, 90, 90)
-    assert join_parts(problem, _map_of) is None
+    assert by_parts(Facts(problem)) is None
     assert same_maps(classify(problem).block_map, expected(guarded, problem))
     bare = mf.mask(lambda b, h, q, kv: (SHORT[q] * 7 % 5 == kv % 3) & (q >= kv))
     with pytest.raises(mf.MaskIndexError):
@@ -123,4 +120,4 @@ def test_conditions_that_no_way_decides_are_left_to_tiles():
         lambda b, h, q, kv: q >= kv,
         lambda b, h, q, kv: (q >= kv) ^ FLAG[q],
     ):
-        assert join_parts(problem_of(mf.mask(predicate), 90, 90), _map_of) is None
+        assert by_parts(Facts(problem_of(mf.mask(predicate), 90, 90))) is None

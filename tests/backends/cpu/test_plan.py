@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.seen import DECIDERS, Seen
 from maskflash.backends.cpu import costs as cpu_costs
 from maskflash.backends.cpu import cover as cpu_regular
 from maskflash.backends.cpu import plan as cpu_plan
@@ -41,6 +43,12 @@ def dilated(q, kv):
     return (q >= kv) & ((q - kv) % 3 == 0)
 
 
+def plan_of_pairs(block_map, visible):
+    """The plan of a mask of which only tiles and pairs are known."""
+    facts = SimpleNamespace(problem=SimpleNamespace(visible=visible), rows=None)
+    return cpu.plan(Seen(facts, block_map, dict.fromkeys(DECIDERS, 0)))
+
+
 def plan_of(predicate, length):
     """Plan of a banded predicate, its kinds from the tiles' corners so that no length² tensor is needed."""
     n = -(-length // TILE)
@@ -50,7 +58,7 @@ def plan_of(predicate, length):
         visible = predicate(q, torch.arange(length)).split(TILE, dim=1)
         kinds[0, 0, i] = torch.tensor([0 if not t.any() else 2 if t.all() else 1 for t in visible])
     block_map = BlockMap.from_kinds(kinds, length, length, (TILE, TILE))
-    return cpu.plan(block_map, lambda b, h, q, kv: predicate(q, kv))
+    return plan_of_pairs(block_map, lambda b, h, q, kv: predicate(q, kv))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -99,7 +107,7 @@ def test_a_plan_does_not_keep_the_mask_alive():
     def plan_and_watch():
         ids = torch.arange(600) // 70
         block_map = BlockMap.from_kinds(torch.ones(1, 1, 5, 5, dtype=torch.int8), 600, 600, (TILE, TILE))
-        return cpu.plan(block_map, lambda b, h, q, kv: (ids[q] == ids[kv]) & (kv % 3 > 0)), weakref.ref(ids)
+        return plan_of_pairs(block_map, lambda b, h, q, kv: (ids[q] == ids[kv]) & (kv % 3 > 0)), weakref.ref(ids)
 
     plan, watch = plan_and_watch()
     gc.collect()
@@ -112,10 +120,10 @@ def test_bits_too_many_to_keep_are_evaluated_again(monkeypatch):
     block_map = BlockMap.from_kinds(torch.ones(1, 1, 5, 5, dtype=torch.int8), 600, 600, (TILE, TILE))
     mask = torch.rand(600, 600) < 0.2
     q, k, v = (torch.randn(1, 1, 600, 8) for _ in range(3))
-    kept = cpu.plan(block_map, lambda b, h, q, kv: mask[q, kv])
+    kept = plan_of_pairs(block_map, lambda b, h, q, kv: mask[q, kv])
     assert kept.evaluate is None
     monkeypatch.setattr(cpu_plan, "_MAX_STORED_BITS", 30_000)
-    frugal = cpu.plan(block_map, lambda b, h, q, kv: mask[q, kv])
+    frugal = plan_of_pairs(block_map, lambda b, h, q, kv: mask[q, kv])
     assert frugal.evaluate is not None
     assert frugal.nbytes < kept.nbytes
     for got, want in zip(cpu.forward(frugal, q, k, v, 1.0), cpu.forward(kept, q, k, v, 1.0), strict=True):
@@ -203,7 +211,7 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
         if data.draw(st.booleans()):  # columns that all rows see are then always a call of their own
             free = [replace(costs, call=0, column=0) for costs in cpu_costs.candidates("forward", torch.float32)]
             patch.setattr(cpu_irregular, "candidates", lambda pass_, dtype: free)
-        plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
+        plan = plan_of_pairs(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
     works = (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000))
     schedules = [plan.schedule(pass_, dtype, work) for pass_, work in works for dtype in machine.dtypes[:1]]
     for schedule in schedules:
@@ -247,7 +255,7 @@ def test_chains_write_to_no_token_in_common(mask_strategy, kinds_of, data):
     q_len, kv_len = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 300))
     mask = data.draw(mask_strategy((1, 2, q_len, kv_len)))
     block_map = BlockMap.from_kinds(kinds_of(mask, (32, 16)), q_len, kv_len, (32, 16))
-    plan = cpu.plan(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
+    plan = plan_of_pairs(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
     for pass_ in ("forward", "backward"):
         assert_chains_apart(plan, pass_)
 
@@ -272,7 +280,7 @@ def test_the_limit_on_kept_bits_is_for_all_heads_together(monkeypatch):
     monkeypatch.setattr(cpu_plan, "_MAX_STORED_BITS", 50_000)
     mask = torch.rand(3, 600, 600) < 0.2  # 45,000 bytes of bits a head
     block_map = BlockMap.from_kinds(torch.ones(1, 3, 5, 5, dtype=torch.int8), 600, 600, (TILE, TILE))
-    plan = cpu.plan(block_map, lambda b, h, q, kv: mask[h, q, kv])
+    plan = plan_of_pairs(block_map, lambda b, h, q, kv: mask[h, q, kv])
     kept = [call.mask.packed for calls in plan.strips.values() for call in calls]
     assert 40_000 < sum(bits.nbytes for bits in kept if bits is not None) <= 50_000
 

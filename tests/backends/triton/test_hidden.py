@@ -18,7 +18,8 @@ from maskflash.testing import Shape, masks
 def test_seen_is_brute_force_over_visited_tiles(many, mask, q_len, kv_len, block_size):
     dense = mask.dense(q_len, kv_len, batch=2, heads=4)
     problem = mask.problem("test", q_len, kv_len, 2, 4, block_size, 0, torch.device("cpu"), {})
-    block_map = classify(problem).block_map
+    analysed = classify(problem)
+    block_map = analysed.block_map
     visited = (block_map.kinds() != 0).repeat_interleave(block_size[0], 2).repeat_interleave(block_size[1], 3)
     visited = visited[:, :, :q_len, :kv_len]
     dense = dense[: visited.shape[0], : visited.shape[1]]
@@ -26,7 +27,7 @@ def test_seen_is_brute_force_over_visited_tiles(many, mask, q_len, kv_len, block
         expected = dense.any(across) | ~visited.any(across)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(triton_work, "_MANY_PAIRS", many)
-            found = seen(problem, block_map, rows=rows)
+            found = seen(analysed, rows=rows)
         assert expected.all() if found is None else torch.equal(found, expected)
 
 

@@ -23,7 +23,7 @@ def problem():
 
 @pytest.fixture
 def made(problem):
-    return plan(problem, classify(problem), problem.device)
+    return plan(classify(problem), problem.device)
 
 
 def test_an_order_is_made_once(made):
