@@ -16,7 +16,10 @@ ORDER = {
     ],
     "ground": ["names", "modes", "arguments", "html", "identity", "transfer", "copies"],
     "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
-    "trace": ["paths", "tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"],
+    "trace": [
+        *("frames", "facts", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
+        *("hooks", "builtin_calls", "lower", "trace", "combine"),
+    ],
     "analysis": ["runs", "block_map", "problem", "ways", "rows", "closed_form", "classify", "changes"],
     "analysis/ways": [
         *("separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
