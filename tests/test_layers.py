@@ -16,7 +16,10 @@ ORDER = {
     ],
     "ground": ["names", "modes", "arguments", "identity", "transfer", "copies"],
     "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
-    "trace": ["paths", "tracer", "symbols", "branches", "torch_calls", "rewrite", "lower", "trace", "combine"],
+    "trace": [
+        *("frames", "facts", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
+        *("hooks", "builtin_calls", "lower", "trace", "combine"),
+    ],
     "analysis": [
         *("runs", "block_map", "intervals", "problem", "ways", "facts", "seen", "rows", "closed_form", "classify"),
         "changes",

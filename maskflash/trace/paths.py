@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from maskflash.expr.nodes import Builder, Node
-from maskflash.expr.ops import INDEX_VARIABLES, OPERATIONS
+from maskflash.trace.facts import Facts
 
 FEW_PATHS = 64  # beyond this many, conditions are also decided by the values of constants
 MAX_PATHS = 4096
@@ -34,7 +34,7 @@ class Unrepeatable(BaseException):
 
 
 class Apart(BaseException):
-    """Branches were merged that may not be, as came out too late: trace anew, with this code's branches apart."""
+    """Something told merged branches apart after all: trace anew, with the branches of this code apart."""
 
     def __init__(self, code: CodeType) -> None:
         super().__init__(code.co_name)
@@ -46,12 +46,7 @@ class RaisesInBranch(BaseException):
 
 
 NEVER = object()  # the value of a path that no pair takes
-Range = tuple[float, float]
 Answer = tuple[int, bool]  # a condition's node, and what it was taken to be
-
-_ANYTHING = (float("-inf"), float("inf"))
-_FROM_ZERO = (0.0, float("inf"))
-_START: dict[str, Range] = {"b": _FROM_ZERO, "h": _FROM_ZERO, "q": _ANYTHING, "kv": _FROM_ZERO}  # q has an offset
 
 
 @dataclass(slots=True)
@@ -59,9 +54,8 @@ class _Path:
     """One run: the answers it must repeat, those it gave, and what follows from them."""
 
     prefix: list[Answer]
+    facts: Facts
     taken: list[Answer] = field(default_factory=list)
-    known: dict[int, bool] = field(default_factory=dict)
-    ranges: dict[str, Range] = field(default_factory=dict)
 
 
 class Paths:
@@ -94,8 +88,8 @@ class Paths:
         prefix: list[Answer] = []
         start = mark()
         while True:
-            outer = self._stack[-1].ranges if self._stack else {}
-            path = _Path(prefix, ranges=dict(outer))
+            outer = self._stack[-1].facts.ranges if self._stack else None
+            path = _Path(prefix, Facts(self._builder.nodes, self._number, outer))
             self._stack.append(path)
             try:
                 value = run()
@@ -128,13 +122,7 @@ class Paths:
     def impossible(self) -> bool:
         """Whether no pair with q >= 0 takes the current path, as far as the ranges of the index variables say."""
         path = self._stack[-1]
-        low, high = path.ranges.get("q", _ANYTHING)
-        ranges = {**path.ranges, "q": (max(low, 0.0), high)}
-        if not self._use_values or not path.taken:
-            return False
-        if any(low > high for low, high in ranges.values()):
-            return True
-        return not all(self._implied(condition, ranges) in (None, answer) for condition, answer in path.taken)
+        return self._use_values and bool(path.taken) and path.facts.contradict()
 
     def decide(self, condition: int) -> bool:
         """The answer to a condition on the current path; True first when both are possible."""
@@ -144,11 +132,11 @@ class Paths:
         if node.op == "const":
             return bool(node.value)
         for path in self._stack:
-            if condition in path.known:
-                return path.known[condition]
+            if condition in path.facts.answers:
+                return path.facts.answers[condition]
         path = self._stack[-1]
         if self._use_values:
-            implied = self._implied(condition, path.ranges)
+            implied = path.facts.implied(condition)
             if implied is not None:
                 return implied
         place = len(path.taken)
@@ -160,67 +148,8 @@ class Paths:
             if expected != condition:
                 raise Unrepeatable
         path.taken.append((condition, answer))
-        self._learn(path, condition, answer)
+        path.facts.learn(condition, answer)
         return answer
-
-    def _learn(self, path: _Path, condition: int, answer: bool) -> None:
-        """Note an answer and all that follows: both sides of a true `and`, or of a false `or`."""
-        todo = [(condition, answer)]
-        while todo:
-            position, truth = todo.pop()
-            path.known[position] = truth
-            node = self._builder.nodes[position]
-            if (node.op == "and" and truth) or (node.op == "or" and not truth):
-                todo += [(arg, truth) for arg in node.args]
-            elif node.op == "not":
-                todo.append((node.args[0], not truth))
-            elif comparison := self._against_constant(node):
-                name, op, number = comparison
-                low, high = path.ranges.get(name, _START[name])
-                op = op if truth else OPERATIONS[op].opposite
-                if op in ("gt", "ge", "eq"):
-                    low = max(low, number + (op == "gt"))
-                if op in ("lt", "le", "eq"):
-                    high = min(high, number - (op == "lt"))
-                path.ranges[name] = (low, high)
-
-    def _implied(self, position: int, ranges: dict[str, Range]) -> bool | None:
-        """What the ranges of the index variables on this path say of a condition."""
-        node = self._builder.nodes[position]
-        if node.op in ("and", "or"):
-            sides = [self._implied(arg, ranges) for arg in node.args]
-            decisive = node.op == "or"
-            if decisive in sides:
-                return decisive
-            return None if None in sides else not decisive
-        if node.op == "not":
-            inner = self._implied(node.args[0], ranges)
-            return None if inner is None else not inner
-        if comparison := self._against_constant(node):
-            name, op, number = comparison
-            low, high = ranges.get(name, _START[name])
-            if op in ("ge", "lt"):
-                verdict = True if low >= number else False if high < number else None
-                return verdict if op == "ge" or verdict is None else not verdict
-            if op in ("le", "gt"):
-                verdict = True if high <= number else False if low > number else None
-                return verdict if op == "le" or verdict is None else not verdict
-            if number < low or number > high:
-                return op == "ne"
-        return None
-
-    def _against_constant(self, node: Node) -> tuple[str, str, float] | None:
-        """(variable, comparison, number) if the node compares an index variable with a fixed integer."""
-        if not OPERATIONS[node.op].opposite:
-            return None
-        left, right = (self._builder.nodes[arg] for arg in node.args)
-        op = node.op
-        if right.op in INDEX_VARIABLES:
-            left, right, op = right, left, OPERATIONS[op].mirrored
-        number = self._number(right)
-        if left.op not in INDEX_VARIABLES or number is None or right.dtype.is_floating_point:
-            return None
-        return left.op, op, number
 
 
 def _siblings(x: list[Answer], y: list[Answer]) -> bool:

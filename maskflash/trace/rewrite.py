@@ -77,20 +77,26 @@ def _rewrite(code: CodeType) -> Rewritten | None:
     linecache.checkcache(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename))
     try:
-        functions = _functions(source) if source else {}
-        for node in functions.get((code.co_name, code.co_firstlineno), ()):
-            if _same_code(_compile(node, code, _imported(source)), code):
+        module = _module(source)
+        for node in module.functions.get((code.co_name, code.co_firstlineno), ()):
+            if _same_code(_compile(node, code, module.imported), code):
                 rewriter = _Rewriter(_bound(node))
-                new = _compile(cast("_Function", rewriter.generic_visit(copy.deepcopy(node))), code, _imported(source))
+                new = _compile(cast("_Function", rewriter.generic_visit(copy.deepcopy(node))), code, module.imported)
                 return new and Rewritten(new, frozenset(rewriter.elsewhere))
     except (SyntaxError, ValueError, RecursionError):  # the last: operators nested deeper than Python's own stack
         return None
     return None
 
 
+class _Module(NamedTuple):
+    """A source: functions and lambdas by name and first line, and what its own scope imports."""
+
+    functions: dict[tuple[str, int], list[_Function]]
+    imported: tuple[str, ...]  # Python compiles calls of their attributes in another way
+
+
 @functools.lru_cache(maxsize=64)
-def _functions(source: str) -> dict[tuple[str, int], list[_Function]]:
-    """Functions and lambdas of a file by name and first line."""
+def _module(source: str) -> _Module:
     found: dict[tuple[str, int], list[_Function]] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Lambda):
@@ -98,14 +104,8 @@ def _functions(source: str) -> dict[tuple[str, int], list[_Function]]:
         elif isinstance(node, ast.FunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             found.setdefault((node.name, first), []).append(node)
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def _imported(source: str) -> tuple[str, ...]:
-    """The names that a file's own scope imports: Python compiles calls of their attributes in another way."""
     names = symtable.symtable(source, "<source>", "exec").get_symbols()
-    return tuple(name.get_name() for name in names if name.is_imported())
+    return _Module(found, tuple(name.get_name() for name in names if name.is_imported()))
 
 
 def _compile(node: _Function, like: CodeType, imported: tuple[str, ...]) -> CodeType | None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable, Collection, Mapping
-from dis import opname
-from types import FrameType
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +12,8 @@ from torch import Tensor
 
 from maskflash.expr.nodes import Node
 from maskflash.expr.ops import OPERATIONS
-from maskflash.trace.tracer import OWN, Argument, Tracer
+from maskflash.trace.frames import asks_for_class
+from maskflash.trace.tracer import Tracer
 
 _INT64 = torch.iinfo(torch.int64)
 _INDEX_FIX = "Index the tensor with b, h, q or kv, one index per dimension."
@@ -100,22 +99,6 @@ def is_bool(value: object) -> bool:
 def element(tracer: Tracer, slot: int, dtype: torch.dtype, indices: tuple[int, ...]) -> Symbol:
     """A fully indexed table."""
     return Symbol(tracer, tracer.record("lookup", *indices, dtype=dtype, weak=False, value=slot))
-
-
-def argument(tracer: Tracer, name: str, value: object, fixed: Collection[type] = ()) -> object:
-    """The stand-in for a keyword argument; values other than tensors and numbers are used as they are.
-
-    Numbers of `fixed` types are too: the trace then serves these only.
-    """
-    if isinstance(value, Tensor):
-        slot = tracer.table(value, Argument(name))
-        return Table(tracer, slot, value, ()) if value.ndim else element(tracer, slot, value.dtype, ())
-    if isinstance(value, numbers.Integral) and not is_bool(value) and int not in fixed:
-        return Symbol(tracer, tracer.argument(Argument(name), int(value)))
-    if type(value) is float and float not in fixed:
-        return Symbol(tracer, tracer.argument(Argument(name), value))
-    tracer.specialised.add(name)
-    return value
 
 
 # Values
@@ -348,7 +331,7 @@ class Table:
         self.tracer.fail("writes to a tensor", "A predicate may only read; prepare tensors before the call.")
 
     def __contains__(self, value: object) -> NoReturn:
-        fail_member(self.tracer)
+        self.tracer.fail_member()
 
     def __copy__(self) -> Table:
         return self
@@ -389,35 +372,12 @@ def fail_type(value: Symbol | Table) -> NoReturn:
     )
 
 
-def fail_member(tracer: Tracer) -> NoReturn:
-    """Refuse to search a tensor."""
-    tracer.fail(
-        "looks for a value in the contents of a tensor or array",
-        "Look it up instead, in a table of bools: `seen = torch.zeros(n, dtype=torch.bool)`, `seen[ids] = True` "
-        "beforehand, then `seen[kv]`.",
-    )
-
-
 def _class(value: Symbol | Table) -> type:
     """`value.__class__`, which `isinstance` and class patterns read: for our code the true one."""
-    if not _is_asked(sys._getframe(2)):
+    if not asks_for_class(sys._getframe(2)):
         return type(value)
     kinds = stands_for(value)
     return fail_type(value) if len(kinds) > 1 else kinds[0]
-
-
-def _is_asked(frame: FrameType | None) -> bool:
-    """Whether user code asks for a class; functions in C that it calls do so too, such as torch's."""
-    while frame is not None and frame.f_globals.get("__name__") in ("abc", "typing"):
-        frame = frame.f_back
-    if frame is None or f"{frame.f_globals.get('__name__')}.".startswith((*OWN, "torch.", "numpy.")):
-        return False
-    code = frame.f_code
-    instruction = opname[code.co_code[frame.f_lasti]]
-    if "CALL" not in instruction:
-        return instruction in ("LOAD_ATTR", "MATCH_CLASS")
-    rewritten = any(name.startswith("__mf_") for name in code.co_freevars)  # there `isinstance` is ours
-    return "isinstance" in code.co_names and not rewritten
 
 
 def _takes_several(index: object) -> bool:

@@ -19,7 +19,6 @@ from maskflash.trace.symbols import (
     Table,
     apply,
     element,
-    fail_member,
     is_bool,
     position,
     symbol,
@@ -92,7 +91,7 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
     if name in _CONCRETE:
         tracer.fail(f"needs a concrete value (`.{name}`)", "Index the tensor with q or kv instead.")
     if name in ("isin", "__contains__"):
-        fail_member(tracer)
+        tracer.fail_member()
     if "out" in kwargs:
         tracer.fail("writes to a tensor", "Use the function's result instead of `out=`.")
     args, kwargs = _positional(args, kwargs)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import numbers
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, FunctionType
 from typing import Any, Final
@@ -26,10 +27,10 @@ from maskflash.expr.simplify import simplify
 from maskflash.ground.names import instead_of
 from maskflash.trace import torch_calls
 from maskflash.trace.branches import explore_all
-from maskflash.trace.lower import ACTIVE, lower, python_code
+from maskflash.trace.lower import lower, python_code
 from maskflash.trace.paths import FEW_PATHS, MAX_PATHS, Apart, RaisesInBranch, TooManyPaths, Unrepeatable
-from maskflash.trace.symbols import Symbol, argument, is_bool, symbol, truth
-from maskflash.trace.tracer import Argument, Captured, Sources, TorchCalls, Tracer, View
+from maskflash.trace.symbols import Symbol, Table, element, is_bool, symbol, truth
+from maskflash.trace.tracer import ACTIVE, Argument, Captured, Sources, TorchCalls, Tracer, View, active
 
 MaskArg = Tensor | int | float | bool
 
@@ -195,9 +196,9 @@ def _trace_once(
     calls = TorchCalls(torch_calls.call, torch_calls.method)
     tracer = Tracer(home, _trace_once.__code__, limit, use_values, calls, sources, apart)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
-    keywords = {name: argument(tracer, name, value, fixed) for name, value in mask_args.items()}
+    keywords = {name: _argument(tracer, name, value, fixed) for name, value in mask_args.items()}
     lowered = lower(predicate)
-    outer = getattr(ACTIVE, "tracer", None)
+    outer = active()
     ACTIVE.tracer = tracer
     try:
         with torch_calls.CapturedTensors(tracer):
@@ -226,13 +227,29 @@ def _trace_once(
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
 
 
+def _argument(tracer: Tracer, name: str, value: object, fixed: Collection[type] = ()) -> object:
+    """The stand-in for a keyword argument; values other than tensors and numbers are used as they are.
+
+    Numbers of `fixed` types are too: the trace then serves these only.
+    """
+    if isinstance(value, Tensor):
+        slot = tracer.table(value, Argument(name))
+        return Table(tracer, slot, value, ()) if value.ndim else element(tracer, slot, value.dtype, ())
+    if isinstance(value, numbers.Integral) and not is_bool(value) and int not in fixed:
+        return Symbol(tracer, tracer.argument(Argument(name), int(value)))
+    if type(value) is float and float not in fixed:
+        return Symbol(tracer, tracer.argument(Argument(name), value))
+    tracer.specialised.add(name)
+    return value
+
+
 class _Raises(Exception):
     """The predicate raises an error of its own in a branch."""
 
     def __init__(self, tracer: Tracer, error: BaseException) -> None:
         super().__init__()
         tracer.tells = True  # what is raised may show symbols
-        source = tracer.source_of(error)
+        source = tracer.code.source_of(error)
         code = f'"{source.text}" ' if source.text else ""
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         self.refusal = MaskTraceError(

@@ -5,12 +5,11 @@ Everything here works on positions of nodes; `symbols` wraps them in objects tha
 
 from __future__ import annotations
 
-import linecache
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import lru_cache
 from itertools import product
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
@@ -19,11 +18,11 @@ from torch import Tensor
 from maskflash.errors import MaskTraceError
 from maskflash.expr.nodes import Builder, Node, Source, operand_dtype, result_type
 from maskflash.expr.ops import COMPARISONS
+from maskflash.trace.frames import UserCode
 from maskflash.trace.paths import Apart, Paths, TooManyPaths, Unrepeatable
 
 MAX_OPERATIONS: Final = 1 << 18  # recorded by one trace, over all its branches: some ten seconds
 
-OWN: Final = ("maskflash.expr.", "maskflash.trace.")  # modules whose lines are no user's
 _OUR_REFERENCES = 2  # that of a Write, and sys.getrefcount's own
 _AS_IT_IS = frozenset((*COMPARISONS, "min", "max"))  # the same in every integer dtype that holds the operands
 _DTYPES = frozenset(
@@ -36,7 +35,6 @@ _DTYPES = frozenset(
 
 Kind = tuple[torch.dtype, bool]
 """Dtype and weakness of a value."""
-_Place = tuple[int | None, int | None, int | None, int | None]  # of an instruction: lines, and columns in UTF-8
 
 
 class Argument(str):
@@ -104,7 +102,8 @@ class Tracer:
     """The state of one trace.
 
     Attributes:
-        home: where the predicate is defined; errors that no line of its code causes point there.
+        home: where the predicate is defined.
+        code: where it stands.
         builder: the expression so far.
         paths: its undecided branches.
         params: for each number's slot its value, or what fills it.
@@ -129,6 +128,7 @@ class Tracer:
         apart: Collection[CodeType],
     ) -> None:
         self.home = home
+        self.code = UserCode(home, entry)
         self.sources = sources
         self.builder = Builder()
         self.paths = Paths(self.builder, self._fixed_number, limit, use_values)
@@ -140,14 +140,11 @@ class Tracer:
         self.written: dict[int, Write] = {}
         self.failure: BaseException | None = None
         self.tells = False
-        self._entry = entry  # frames from here outward are not the predicate's
         self._argument_values: dict[str, int | float] = {}
         self._slots: dict[object, int] = {}
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._occurrences: dict[object, int] = {}
         self._journal: list[object] = []
-        self._sources: dict[tuple[int, int], Source] = {}
-        self._places: dict[int, tuple[CodeType, list[_Place]]] = {}
         self._recorded = 0
         self._either: dict[int, tuple[frozenset[Kind], CodeType]] = {}
 
@@ -161,7 +158,7 @@ class Tracer:
                 "q or kv, or look the outcome up in a tensor.",
             )
         mixed = self.settle(op, *args) if "dtype" not in kwargs else None
-        position = self.builder.add(op, *args, source=self.source(), **kwargs)
+        position = self.builder.add(op, *args, source=self.code.source(), **kwargs)
         if mixed is not None:
             self._either[position] = mixed
         return position
@@ -199,7 +196,7 @@ class Tracer:
 
     def wrote(self, target: object, some_time: bool = False) -> None:
         """Note a change that is about to be made, or will be, perhaps, on one of the branches to come."""
-        self.note_write(Write(target, self.source(), some_time or self.paths.branching(everywhere=True)))
+        self.note_write(Write(target, self.code.source(), some_time or self.paths.branching(everywhere=True)))
 
     def note_write(self, write: Write) -> None:
         """Note a change; of two of the same the one that is made for some pairs only."""
@@ -221,8 +218,7 @@ class Tracer:
 
     def param(self, number: int, place: int) -> int:
         """A slot for an integer that is operand `place` here: not shared with equal integers elsewhere."""
-        frame = self._frame()
-        site = (self._code(frame.f_code), frame.f_lasti, place) if frame else place
+        site = (self.code.site(), place)
         turn = self._occurrences.get(site, 0)
         self._occurrences[site] = turn + 1
         self._journal.append(site)
@@ -328,36 +324,7 @@ class Tracer:
             number = value if isinstance(value, int) else None
         return float(number) if number is not None and abs(number) < 2**53 else None
 
-    # Where the user's code stands
-
-    def source(self) -> Source:
-        """The line of the predicate that is running."""
-        frame = self._frame()
-        return self.home if frame is None else self._source_at(frame.f_code, frame.f_lasti, frame.f_lineno)
-
-    def source_of(self, error: BaseException) -> Source:
-        """The line of the predicate that raised."""
-        source, step = self.home, error.__traceback__
-        while step is not None:
-            if not _is_ours(step.tb_frame):
-                source = self._source_at(step.tb_frame.f_code, step.tb_lasti, step.tb_lineno)
-            step = step.tb_next
-        return source
-
-    def _source_at(self, code: CodeType, instruction: int, line: int) -> Source:
-        key = (self._code(code), instruction)
-        if key not in self._sources:
-            place = self._places[key[0]][1][instruction // 2]
-            number = place[0] or line
-            text = _code_text(code.co_filename, number, place)
-            self._sources[key] = Source(self.home.function, code.co_filename, number, text)
-        return self._sources[key]
-
-    def _code(self, code: CodeType) -> int:
-        """What stands for code in keys: its hash costs as much as it is long, and so does finding a line in it."""
-        if id(code) not in self._places:
-            self._places[id(code)] = code, list(code.co_positions())
-        return id(code)
+    # How it ends
 
     def decide(self, condition: int) -> bool:
         """The answer to a condition that the user's code branches on."""
@@ -368,7 +335,7 @@ class Tracer:
 
     def fail(self, what: str, fix: str, source: Source | None = None) -> NoReturn:
         """Raise MaskTraceError: where, the offending code, what it does, and how to put it right."""
-        source = source or self.source()
+        source = source or self.code.source()
         code = f'"{source.text}" ' if source.text else ""
         self.stop(MaskTraceError(f"{source}: {code}{what}. {fix}"))
 
@@ -377,6 +344,14 @@ class Tracer:
         self.failure = self.failure or problem
         raise problem
 
+    def fail_member(self) -> NoReturn:
+        """Raise MaskTraceError for a search in a tensor."""
+        self.fail(
+            "looks for a value in the contents of a tensor or array",
+            "Look it up instead, in a table of bools: `seen = torch.zeros(n, dtype=torch.bool)`, `seen[ids] = True` "
+            "beforehand, then `seen[kv]`.",
+        )
+
     def fail_draw(self, function: str) -> NoReturn:
         """Raise MaskTraceError for a function that draws random numbers."""
         self.fail(
@@ -384,22 +359,17 @@ class Tracer:
             "Draw a tensor once, outside the predicate, and look it up: `keep = torch.rand(n) < 0.9`, then `keep[kv]`.",
         )
 
-    def _frame(self) -> FrameType | None:
-        """The innermost frame that is neither this folder's nor torch's; None outside the predicate."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not self._entry:
-            if not _is_ours(frame):
-                return frame
-            frame = frame.f_back
-        return None
+
+ACTIVE = threading.local()  # .tracer: the trace that runs in this thread
+
+
+def active() -> Tracer | None:
+    """The trace that runs in this thread."""
+    return getattr(ACTIVE, "tracer", None)
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
     return x.device == y.device and x.untyped_storage()._cdata == y.untyped_storage()._cdata
-
-
-def _is_ours(frame: FrameType) -> bool:
-    return f"{frame.f_globals.get('__name__', '')}.".startswith((*OWN, "torch."))
 
 
 def drop_private(written: dict[int, Write]) -> None:
@@ -407,17 +377,3 @@ def drop_private(written: dict[int, Write]) -> None:
     while private := [key for key, write in written.items() if sys.getrefcount(write.target) <= _OUR_REFERENCES]:
         for key in private:
             del written[key]
-
-
-def _code_text(filename: str, number: int, place: _Place) -> str:
-    """The source of the expression at a place, or its first line where it has several."""
-    first, last, start, stop = place
-    line = linecache.getline(filename, number)
-    if first is not None and first == last and start is not None and stop is not None:
-        return _encoded(line)[start:stop].decode(errors="replace").strip()
-    return line.strip()
-
-
-@lru_cache(maxsize=16)
-def _encoded(line: str) -> bytes:
-    return line.encode()
