@@ -14,7 +14,8 @@ from maskflash.analysis.ways import ends as module
 from maskflash.analysis.ways.ends import Hulls, evaluated, find_hulls, find_intervals
 from maskflash.analysis.ways.tiles import Tiles
 from maskflash.op import analyse, cache
-from maskflash.testing import Shape, affine_masks, assert_matches_dense, masks
+from maskflash.testing import Shape, assert_matches_dense, masks
+from tests.predicates import affine_masks
 
 CPU = torch.device("cpu")
 
