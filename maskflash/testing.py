@@ -176,48 +176,6 @@ def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[M
     return st.one_of(leaves, joined, joined.map(operator.invert))
 
 
-def affine_masks(max_len: int = 64) -> SearchStrategy[Mask]:
-    """Random masks that compare only q, kv and q - kv with numbers; they have formulas.
-
-    Args:
-        max_len: about as large as the numbers get.
-    """
-    from hypothesis import strategies as st
-
-    number = st.integers(-max_len // 2, max_len)
-    leaves = st.one_of(
-        st.builds(presets.full),
-        st.builds(_compared, st.sampled_from(_AFFINE), number, number),
-        st.builds(presets.sliding_window, *[st.integers(0, max_len)] * 2),
-        st.builds(presets.prefix_lm, st.integers(0, max_len)),
-    )
-    joins = st.sampled_from([operator.and_, operator.or_, operator.xor])
-    return st.recursive(
-        leaves,
-        lambda inner: st.one_of(
-            st.builds(lambda join, x, y: join(x, y), joins, inner, inner), inner.map(operator.invert)
-        ),
-        max_leaves=4,
-    )
-
-
-_AFFINE = [
-    lambda q, kv, n, m: q - kv >= n,
-    lambda q, kv, n, m: abs(q - kv - n) <= m,
-    lambda q, kv, n, m: 2 * (q - kv) != n,
-    lambda q, kv, n, m: q < n,
-    lambda q, kv, n, m: kv >= n,
-    lambda q, kv, n, m: 3 * kv - 1 > n or q == m,
-    lambda q, kv, n, m: q - kv == n if kv > m else q > 5,
-    lambda q, kv, n, m: max(min(q - n, kv), 0) <= kv - m,
-    lambda q, kv, n, m: -q < n - kv,
-]
-
-
-def _compared(compare: Callable[..., Any], n: int, m: int) -> Mask:
-    return as_mask(lambda b, h, q, kv: compare(q, kv, n, m))
-
-
 def columns(q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> SearchStrategy[ColumnIntervals]:
     """Random column intervals, of every layout, for calls of these sizes; also empty, overlapping and clipped ones.
 
@@ -381,23 +339,7 @@ def _written(make: Callable[..., Any], seed: int, max_len: int, batch: int, head
     return as_mask(make(ids, marks, spans, n))
 
 
-def _packed(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
-    return lambda b, h, q, kv: q >= kv and ids[b, q] == ids[b, kv]
-
-
-def _per_head_window(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
-    return lambda b, h, q, kv: abs(q - kv) < spans[h]
-
-
-def _packed_per_head(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
-    return lambda b, h, q, kv: 0 <= q - kv < spans[h] and ids[b, q] == ids[b, kv]
-
-
-def _marked(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
-    return lambda b, h, q, kv: marks[kv] or q - n <= kv <= q
-
-
-def _branching(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
+def _branching(marks: Tensor, n: int) -> Any:
     def predicate(b: Any, h: Any, q: Any, kv: Any) -> Any:
         if q < n:
             return kv < n
@@ -408,4 +350,10 @@ def _branching(ids: Tensor, marks: Tensor, spans: Tensor, n: int) -> Any:
     return predicate
 
 
-_WRITTEN = (_packed, _per_head_window, _packed_per_head, _marked, _branching)
+_WRITTEN: Final[tuple[Callable[..., Any], ...]] = (
+    lambda ids, marks, spans, n: lambda b, h, q, kv: q >= kv and ids[b, q] == ids[b, kv],
+    lambda ids, marks, spans, n: lambda b, h, q, kv: abs(q - kv) < spans[h],
+    lambda ids, marks, spans, n: lambda b, h, q, kv: 0 <= q - kv < spans[h] and ids[b, q] == ids[b, kv],
+    lambda ids, marks, spans, n: lambda b, h, q, kv: marks[kv] or q - n <= kv <= q,
+    lambda ids, marks, spans, n: _branching(marks, n),
+)

@@ -3,12 +3,14 @@
 import functools
 import itertools
 import linecache
+import operator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import strategies as st
 
+import maskflash as mf
 from maskflash.expr.evaluate import evaluate
 from maskflash.trace.trace import trace
 
@@ -176,3 +178,37 @@ def agree_fixture():
 def texts():
     """The strategy of random predicates' texts."""
     return predicates(2)
+
+
+AFFINE = [
+    lambda q, kv, n, m: q - kv >= n,
+    lambda q, kv, n, m: abs(q - kv - n) <= m,
+    lambda q, kv, n, m: 2 * (q - kv) != n,
+    lambda q, kv, n, m: q < n,
+    lambda q, kv, n, m: kv >= n,
+    lambda q, kv, n, m: 3 * kv - 1 > n or q == m,
+    lambda q, kv, n, m: q - kv == n if kv > m else q > 5,
+    lambda q, kv, n, m: max(min(q - n, kv), 0) <= kv - m,
+    lambda q, kv, n, m: -q < n - kv,
+]
+JOINS = st.sampled_from([operator.and_, operator.or_, operator.xor])
+
+
+def compared(compare, n, m):
+    return mf.mask(lambda b, h, q, kv: compare(q, kv, n, m))
+
+
+def affine_masks(max_len=64):
+    """Random masks that compare only q, kv and q - kv with numbers of about `max_len` at most; they have formulas."""
+    number = st.integers(-max_len // 2, max_len)
+    leaves = st.one_of(
+        st.builds(mf.full),
+        st.builds(compared, st.sampled_from(AFFINE), number, number),
+        st.builds(mf.sliding_window, *[st.integers(0, max_len)] * 2),
+        st.builds(mf.prefix_lm, st.integers(0, max_len)),
+    )
+
+    def joined(inner):
+        return st.one_of(st.builds(lambda join, x, y: join(x, y), JOINS, inner, inner), inner.map(operator.invert))
+
+    return st.recursive(leaves, joined, max_leaves=4)

@@ -7,7 +7,7 @@ import operator
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _UNSIGNED: Final = (torch.uint16, torch.uint32, torch.uint64)  # of which torch computes next to nothing
 _LEAST, _MOST = -(2**63), 2**63 - 1
+_STRIDED: Final = torch.strided
 _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 
@@ -319,35 +320,6 @@ def _mask_arg(operation: str, name: str, value: Any) -> Any:
 
 def tensors(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None:
     """Check what attention is computed of: shapes, dtypes, devices and layouts that fit."""
-    if not _fit(q, k, v):
-        _refuse(operation, q, k, v)
-
-
-def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return False
-    if q.is_nested or k.is_nested or v.is_nested:
-        return False
-    if not (q.ndim == k.ndim == v.ndim == 4 and q.layout == k.layout == v.layout == torch.strided):
-        return False
-    batch, heads, _, dim = q.shape
-    k_batch, k_heads, k_len, k_dim = k.shape
-    v_batch, v_heads, v_len, v_dim = v.shape
-    return (
-        q.dtype == k.dtype == v.dtype
-        and q.dtype in _DTYPES
-        and q.device == k.device == v.device
-        and batch == k_batch == v_batch
-        and (k_heads, k_len, k_dim) == (v_heads, v_len, dim)
-        and dim > 0
-        and v_dim > 0
-        and heads > 0
-        and k_heads > 0
-        and heads % k_heads == 0
-    )
-
-
-def _refuse(operation: str, q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             fix = f"; torch.from_numpy({name}) makes one" if isinstance(x, np.ndarray) else ""
@@ -363,30 +335,34 @@ def _refuse(operation: str, q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
                 f"(batch, heads, tokens, head_dim){_reshaped(name, x.ndim)}"
             )
         if x.dtype not in _DTYPES:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            expected = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
             raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected one of {expected}")
-        if x.layout != torch.strided:
+        if x.layout != _STRIDED:
             raise ArgumentTypeError(f"{operation}: {name} has layout {x.layout}, expected a dense tensor")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected q's {q.dtype}")
-        if x.device != q.device:
-            raise ArgumentError(f"{operation}: {name} is on {x.device}, expected q's {q.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ArgumentError(f"{operation}: {name} has batch {x.shape[0]}, expected q's {q.shape[0]}")
-    if q.shape[3] != k.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
+    dtype, device = q.dtype, q.device
+    batch, heads, _, dim = q.shape
+    k_batch, k_heads, k_len, k_dim = k.shape
+    v_batch, v_heads, v_len, v_dim = v.shape
+    for name, x, rows in (("k", k, k_batch), ("v", v, v_batch)):
+        if x.dtype != dtype:
+            raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected q's {dtype}")
+        if x.device != device:
+            raise ArgumentError(f"{operation}: {name} is on {x.device}, expected q's {device}")
+        if rows != batch:
+            raise ArgumentError(f"{operation}: {name} has batch {rows}, expected q's {batch}")
+    if dim != k_dim or dim == 0 or v_dim == 0:
         raise ArgumentError(
-            f"{operation}: head_dim is {q.shape[3]} for q, {k.shape[3]} for k and {v.shape[3]} for v; expected at "
+            f"{operation}: head_dim is {dim} for q, {k_dim} for k and {v_dim} for v; expected at "
             "least 1, and the same for q and k"
         )
-    if k.shape[1:3] != v.shape[1:3]:
+    if k_heads != v_heads or k_len != v_len:
         raise ArgumentError(
-            f"{operation}: k has {k.shape[1]} heads of {k.shape[2]} tokens and v {v.shape[1]} of {v.shape[2]}; "
-            "expected the same"
+            f"{operation}: k has {k_heads} heads of {k_len} tokens and v {v_heads} of {v_len}; expected the same"
         )
-    raise ArgumentError(
-        f"{operation}: q has {q.shape[1]} heads and k {k.shape[1]}; expected q's to be a multiple of k's"
-    )
+    if heads == 0 or k_heads == 0:
+        raise ArgumentError(f"{operation}: q has {heads} heads and k {k_heads}; expected at least 1 each")
+    if heads % k_heads:
+        raise ArgumentError(f"{operation}: q has {heads} heads and k {k_heads}; expected q's to be a multiple of k's")
 
 
 def _reshaped(name: str, ndim: int) -> str:

@@ -25,7 +25,7 @@ def shown(notebook):
 @pytest.fixture(scope="module")
 def executed():
     notebook = nbformat.read(PATH, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, record_timing=False).execute()
+    nbclient.NotebookClient(notebook, timeout=600, record_timing=False).execute()
     for cell in notebook.cells:  # a cell's file lies in another place each time
         for output in cell.get("outputs", ()):
             for kind, text in output.get("data", {}).items():

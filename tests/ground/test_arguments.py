@@ -229,6 +229,13 @@ def test_other_tensors_are_told():
             mf.attention(wrong, K, V)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(0, 0), (0, 4), (4, 0)])
+def test_no_heads_are_told(heads, kv_heads):
+    q, (k, v) = Q[:, :1].expand(-1, heads, -1, -1), (x[:, :1].expand(-1, kv_heads, -1, -1) for x in (K, V))
+    with pytest.raises(mf.ArgumentError, match=f"q has {heads} heads and k {kv_heads}; expected at least 1 each"):
+        mf.attention(q, k, v)
+
+
 # Offsets
 
 

@@ -288,7 +288,7 @@ def test_two_processes_train_as_one():
     processes = [context.Process(target=train, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = queue.get(timeout=120)
+    found = queue.get(timeout=600)
     for process in processes:
         process.join()
         assert process.exitcode == 0

@@ -205,7 +205,7 @@ def test_two_processes_compute_what_one_does():
     processes = [context.Process(target=rank_of_two, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = queue.get(timeout=240)
+    found = queue.get(timeout=600)
     for process in processes:
         process.join()
         assert process.exitcode == 0

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.analysis.ways.cuts import Cuts, find_cuts
-from maskflash.testing import affine_masks
+from tests.predicates import affine_masks
 
 TABLE = torch.arange(9)
 

@@ -16,7 +16,8 @@ from maskflash.analysis.ways import ends as module
 from maskflash.analysis.ways.ends import map_of_intervals
 from maskflash.backends.cpu import plan as cpu_plan
 from maskflash.op import cache
-from maskflash.testing import Shape, affine_masks, assert_matches_dense, masks
+from maskflash.testing import Shape, assert_matches_dense, masks
+from tests.predicates import affine_masks
 
 CPU = torch.device("cpu")
 

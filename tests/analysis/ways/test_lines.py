@@ -9,7 +9,7 @@ import maskflash as mf
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.ways import lines as module
 from maskflash.analysis.ways.lines import find_formula
-from maskflash.testing import affine_masks
+from tests.predicates import affine_masks
 
 SIDES = st.integers(1, 40)
 CPU = torch.device("cpu")

@@ -1,5 +1,6 @@
 """How work is spread over a device, with the numbers of devices that are not here; and what torch's settings mean."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -75,25 +76,31 @@ def test_without_triton_there_is_a_reason(monkeypatch):
     assert "pip install triton" in triton_device.unavailable(torch.device("cuda"))
 
 
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("", "ieee"),
-        ('torch.set_float32_matmul_precision("high")', "tf32"),
-        ('torch.set_float32_matmul_precision("highest")', "ieee"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-        ('torch.backends.cuda.matmul.fp32_precision = "tf32"', "tf32"),
-        ('torch.backends.cuda.matmul.fp32_precision = "ieee"', "ieee"),
-        ('torch.backends.fp32_precision = "tf32"', "tf32"),
-    ],
-)
-def test_float32_products_follow_torchs_setting(setting, expected):
-    """In a process of its own: torch refuses to go back from its new names to the old ones."""
+SETTINGS = {
+    "": "ieee",
+    'torch.set_float32_matmul_precision("high")': "tf32",
+    'torch.set_float32_matmul_precision("highest")': "ieee",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    'torch.backends.cuda.matmul.fp32_precision = "tf32"': "tf32",
+    'torch.backends.cuda.matmul.fp32_precision = "ieee"': "ieee",
+    'torch.backends.fp32_precision = "tf32"': "tf32",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_float32_products_follow_torchs_setting():
+    """Each in a process of its own, forked from one: torch refuses to go back from its new names to the old ones."""
     script = f"""
-        import torch
-        {setting}
+        import os, torch
         from maskflash.backends.triton.device import precision
-        print(precision(torch.float32), precision(torch.float16))
+
+        for setting in {list(SETTINGS)}:
+            child = os.fork()
+            if child == 0:
+                exec(setting)
+                print(precision(torch.float32), precision(torch.float16), flush=True)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0, setting
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [expected, "ieee"], done.stderr
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=600)
+    assert done.stdout.splitlines() == [f"{expected} ieee" for expected in SETTINGS.values()], done.stderr

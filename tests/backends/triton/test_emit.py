@@ -533,7 +533,7 @@ def compile_in_a_process(script, folder):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
