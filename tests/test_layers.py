@@ -25,7 +25,9 @@ ORDER = {
     "masks": ["lines", "mask", "combination", "predicate", "dense", "columns", "convert", "compare", "why", "flex"],
     "presets": ["documents", "basic", "packed", "sparse", "vectors"],
     "backends": ["merge", "reference", "cpu", "triton"],
-    "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
+    "backends/cpu": [
+        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
+    ],
     "backends/triton": [
         *("emit", "render", "tiles", "modules", "tiles_measured", "walks", "device", "plan", "layout", "launch", "run"),
     ],

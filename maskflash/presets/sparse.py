@@ -9,12 +9,12 @@ from torch import Tensor
 
 from maskflash.masks.predicate import Fits, Mask, Predicate
 from maskflash.presets import documents as packing
-from maskflash.presets.documents import Ints, Segments
+from maskflash.presets.documents import Ints, Stretches
 
 __all__ = ["qk_sparse", "random_eviction"]
 
 
-def qk_sparse(segments: Segments) -> Mask:
+def qk_sparse(segments: Stretches) -> Mask:
     """Causal, but tokens of a dropped segment don't see that segment, themselves included.
 
         visible = q >= kv and not (q and kv in the same segment)

@@ -16,7 +16,7 @@ from maskflash.errors import ArgumentError
 from maskflash.ground import arguments, modes
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.presets import documents as packing
-from maskflash.presets.documents import Ints, Questions, Segments
+from maskflash.presets.documents import Ints, Questions, Stretches
 
 __all__ = [
     "causal",
@@ -151,7 +151,7 @@ def prefix_lm_causal(n: int, seq_len: int) -> ColumnIntervals:
 
 
 @modes.off()
-def qk_sparse(segments: Segments, seq_len: int) -> ColumnIntervals:
+def qk_sparse(segments: Stretches, seq_len: int) -> ColumnIntervals:
     """`presets.qk_sparse(segments)`: lts = j, lte = e inside a dropped segment, empty outside, causal."""
     dropped = packing.segments("qk_sparse", segments)
     columns = _columns("qk_sparse", seq_len)
