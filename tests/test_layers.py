@@ -45,7 +45,9 @@ ORDER = {
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
     "backends": ["merge", "reference", "cpu", "triton"],
-    "backends/cpu": ["costs", "calls", "cover", "strips", "layers", "plan", "threads", "run"],
+    "backends/cpu": [
+        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
+    ],
     "backends/triton": [
         *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "plan", "layout"),
         *("launch", "run"),

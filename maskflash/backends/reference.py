@@ -1,4 +1,4 @@
-"""Turns q, k, v and a dense bool mask into attention's output and log-sum-exp with plain, differentiable torch ops.
+"""q, k, v and a dense bool mask -> attention's output and log-sum-exp, by plain, differentiable operations of torch.
 
 Everything else is tested against this. It computes in the dtype it is given, so the same function in float64 is
 the truth and in bfloat16 the "plain same-dtype implementation" that the error budget is made of.

@@ -19,7 +19,7 @@ Ints = Tensor | Sequence[int]
 Lengths = Tensor | Sequence[int] | Sequence[Sequence[int]]
 Align = Literal["bottom_right", "top_left"]
 Questions = Sequence[tuple[int, Ints]]
-Segments = Tensor | Sequence[tuple[int, int]]
+Stretches = Tensor | Sequence[tuple[int, int]]
 
 
 class Part(NamedTuple):
@@ -195,7 +195,7 @@ def parts(operation: str, documents: Questions) -> list[Part]:
     return found
 
 
-def segments(operation: str, given: Segments) -> list[tuple[int, int]]:
+def segments(operation: str, given: Stretches) -> list[tuple[int, int]]:
     """Segments as (start, stop) in ascending order, the empty ones left out; no two overlap."""
     table = arguments.int_table(operation, "segments", given, (1, 2))
     if table.numel() == 0:

@@ -11,12 +11,12 @@ from maskflash.functions.sizes import Fits
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import Predicate
 from maskflash.presets import documents as packing
-from maskflash.presets.documents import Ints, Segments
+from maskflash.presets.documents import Ints, Stretches
 
 __all__ = ["qk_sparse", "random_eviction"]
 
 
-def qk_sparse(segments: Segments) -> Mask:
+def qk_sparse(segments: Stretches) -> Mask:
     """Causal, but tokens of a dropped segment don't see that segment, themselves included.
 
         visible = q >= kv and not (q and kv in the same segment)

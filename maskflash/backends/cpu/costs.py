@@ -1,4 +1,4 @@
-"""Turns the shape of a dense-kernel call into its predicted cost: the one table that all CPU planning decides by.
+"""The shape of a dense-kernel call -> its predicted cost: the one table that all CPU planning decides by.
 
 The unit is one (query, key) pair of a long unmasked float32 call: 4 (forward) or 10 (backward) x heads x head dim
 operations. A call over R rows and S columns costs

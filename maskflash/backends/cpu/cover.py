@@ -1,13 +1,21 @@
-"""Turns regular rows (each sees one interval) into dense-kernel calls that cover them, at the least predicted cost.
+"""Regular rows (each sees one interval) -> dense-kernel calls that cover them, at the least predicted cost.
 
-Where the mask is a rectangle there is no mask; where each row's interval moves by one token per row, a slice of one
-shared matrix masks any number of calls. Columns that no row of a call sees are not in it, so what they hold can't
-matter.
+Rows whose intervals' ends stay or move by one token a row are a segment:
+
+    # # # . . . .    segment 0: rows 0 to 3, the stop moves           covered by   a band, or cut into
+    # # # # . . .                                                                  two, since the corner
+    # # # # # . .                                                                  is computed for nothing
+    . . . . # # .    segment 1: rows 3 to 5, a rectangle              covered by   a call without a mask
+    . . . . # # .
+    . . . . . . #    segment 2: row 5                                 joins segment 1 in a call of Intervals
+                                                                                   if that is cheaper than two
+
+Columns that no row of a call sees are not in it, so what they hold can't matter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -17,41 +25,30 @@ import torch
 
 from maskflash.analysis.rows import RowSpans
 from maskflash.analysis.runs import IntArray
-from maskflash.backends.cpu.calls import Band, Call, Causal, Intervals, Pick
+from maskflash.backends.cpu.calls import Band, Blocks, Call, Causal, Intervals, Pick
 from maskflash.backends.cpu.costs import Costs
 
-_HEIGHTS: Final = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # of the pieces of a long segment, about
+_HEIGHTS: Final = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # of the parts of a long segment, about
 _ALIGNED: Final = 64  # columns; calls of odd numbers of columns are a tenth to a fifth slower
 _MAX_BAND_BYTES: Final = 64 << 20  # of one shared mask matrix
-_MAX_MERGED_ROWS: Final = 256
-_MAX_REPEATED: Final = 1 << 14  # columns of all blocks of a repeated call: backward holds their gradients at once
+_MAX_JOINED_ROWS: Final = 256
+_MAX_SLID: Final = 1 << 14  # columns of all blocks of one call: backward holds their gradients at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Runs of rows whose interval starts and ends each stay or each move one token per row.
+    """All segments of one layer of the rows: (n, 6) int64, in the order of Segment's fields."""
 
-    All (n,) int64: rows row to row + rows; the first sees start to stop; start_step and stop_step are 0 or 1.
-    """
-
-    row: IntArray
-    rows: IntArray
-    start: IntArray
-    stop: IntArray
-    start_step: IntArray
-    stop_step: IntArray
+    table: IntArray
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the six arrays."""
-        return sum(x.nbytes for x in self._arrays())
+        """Bytes held."""
+        return self.table.nbytes
 
-    def pieces(self) -> list[_Piece]:
+    def each(self) -> list[Segment]:
         """The segments one by one."""
-        return [_Piece(*fields) for fields in zip(*(x.tolist() for x in self._arrays()), strict=True)]
-
-    def _arrays(self) -> tuple[IntArray, ...]:
-        return self.row, self.rows, self.start, self.stop, self.start_step, self.stop_step
+        return [Segment(*fields) for fields in self.table.tolist()]
 
 
 def find_segments(spans: RowSpans) -> Segments:
@@ -69,7 +66,7 @@ def find_segments(spans: RowSpans) -> Segments:
     ends = np.flatnonzero(np.concatenate((first | ~sees, [True])))
     rows = ends[np.searchsorted(ends, row, side="right")] - row
     step = np.where(rows > 1, kind[np.where(rows > 1, row + 1, row)], 0)
-    return Segments(row, rows, start[row], stop[row], step // 2, step % 2)
+    return Segments(np.stack((row, rows, start[row], stop[row], step // 2, step % 2), axis=1))
 
 
 def _steps(places: IntArray) -> IntArray:
@@ -79,12 +76,12 @@ def _steps(places: IntArray) -> IntArray:
     return steps
 
 
-def cover(segments: Segments, costs: Costs) -> list[Call]:
+def cover_segments(segments: Segments, costs: Costs) -> list[Call]:
     """Calls that cover the segments: long segments are cut, short neighbours share a masked call."""
-    pieces = segments.pieces()
-    calls = _cut_or_merged(pieces, costs)
-    if len(calls) > 1 and sum(piece.rows for piece in pieces) <= _MAX_MERGED_ROWS:
-        whole = _call(pieces, reduce(_union, [piece.columns for piece in pieces], []))
+    each = segments.each()
+    calls = _cut_or_joined(each, costs)
+    if len(calls) > 1 and sum(segment.rows for segment in each) <= _MAX_JOINED_ROWS:
+        whole = _call(each, reduce(_union, [segment.columns for segment in each], []))
         if cost_of(whole, costs) < sum(cost_of(call, costs) for call in calls):
             return [whole]
     return calls
@@ -94,31 +91,35 @@ def cost_of(call: Call, costs: Costs) -> float:
     """Predicted cost of one call, in pairs."""
     if isinstance(call.mask, Causal):
         return costs.of_causal(len(call.rows))
-    return call.repeat * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
+    blocks = call.count if isinstance(call, Blocks) else 1
+    return blocks * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
 
 
-def _cut_or_merged(segments: list[_Piece], costs: Costs) -> list[Call]:
+def _cut_or_joined(segments: list[Segment], costs: Costs) -> list[Call]:
     calls: list[Call] = []
     group: _Group | None = None
     for segment in segments:
-        pieces = _cut(segment, costs)
-        repeated, rest = _repeated(pieces)
-        if repeated and group is not None:
-            calls.append(_call(group.pieces, group.runs))
+        parts = _cut(segment, costs)
+        blocks, rest = _as_blocks(parts)
+        if blocks and group is not None:
+            calls.append(_call(group.parts, group.runs))
             group = None
-        calls += repeated
-        for piece in rest:
-            single = _Group([piece], piece.rows, [piece.columns], piece.width, piece.cost(costs))
-            mergeable = group is not None and len(pieces) == 1 and piece.rows < _MAX_MERGED_ROWS
-            merged = _merged(group, single, costs) if group is not None and mergeable else None
-            if merged is None and group is not None:
-                calls.append(_call(group.pieces, group.runs))
-            group = merged or single
-    return calls if group is None else [*calls, _call(group.pieces, group.runs)]
+        calls += blocks
+        for part in rest:
+            single = _Group([part], part.rows, [part.columns], part.cost(costs))
+            joinable = group is not None and len(parts) == 1 and part.rows < _MAX_JOINED_ROWS
+            joined = _joined(group, single, costs) if group is not None and joinable else None
+            if joined is None and group is not None:
+                calls.append(_call(group.parts, group.runs))
+            group = joined or single
+    return calls if group is None else [*calls, _call(group.parts, group.runs)]
 
 
-class _Piece(NamedTuple):
-    """Part of a segment, in the terms of Segments."""
+class Segment(NamedTuple):
+    """Rows whose intervals' ends each stay or each move by one token a row: rows `row` to `row + rows`.
+
+    The first sees start to stop; start_step and stop_step are 0 or 1.
+    """
 
     row: int
     rows: int
@@ -148,19 +149,19 @@ class _Piece(NamedTuple):
         return self.start_step == self.stop_step == 0
 
     def cost(self, costs: Costs) -> float:
-        """Predicted cost of the piece as one call."""
+        """Predicted cost of the segment as one call."""
         if self.is_causal:
             return costs.of_causal(self.rows)
         return costs.of(self.rows, self.width, masked=not self.is_rectangle)
 
-    def between(self, low: int, high: int) -> _Piece:
+    def between(self, low: int, high: int) -> Segment:
         """Its rows low to high."""
         start, stop = self.start + self.start_step * low, self.stop + self.stop_step * low
-        return _Piece(self.row + low, high - low, start, stop, self.start_step, self.stop_step)
+        return Segment(self.row + low, high - low, start, stop, self.start_step, self.stop_step)
 
 
-def _cut(segment: _Piece, costs: Costs) -> list[_Piece]:
-    """The segment in about equal pieces: few calls and long rows against the corners masked away."""
+def _cut(segment: Segment, costs: Costs) -> list[Segment]:
+    """The segment in about equal parts: few calls and long rows against the corners masked away."""
     rows = segment.rows
     if segment.is_rectangle or rows <= min(_HEIGHTS):
         return [segment]
@@ -171,84 +172,90 @@ def _cut(segment: _Piece, costs: Costs) -> list[_Piece]:
         if height > 2 * min(_HEIGHTS) and _band_bytes(segment, height) > _MAX_BAND_BYTES:
             continue
         cuts = _cuts(segment, height)
-        cost = _cost_of_pieces(segment, len(cuts), rows / len(cuts), costs)
+        cost = _cost_of_parts(segment, len(cuts), rows / len(cuts), costs)
         if cost < best_cost:
             best, best_cost = cuts, cost
     return [segment.between(low, high) for low, high in pairwise([*best, rows])]
 
 
-def _aligned_height(segment: _Piece, height: int) -> int:
-    """The height nearest to `height` that gives pieces aligned numbers of columns, where all pieces have the same."""
+def _aligned_height(segment: Segment, height: int) -> int:
+    """The height nearest to `height` that gives parts aligned numbers of columns, where all parts have the same."""
     if segment.start_step != segment.stop_step or height < _ALIGNED:
         return height
     width = segment.stop - segment.start
     return height + (1 - width - height + _ALIGNED // 2) % _ALIGNED - _ALIGNED // 2
 
 
-def _cuts(segment: _Piece, height: int) -> list[int]:
-    """Where pieces of about `height` rows begin, from 0 on."""
+def _cuts(segment: Segment, height: int) -> list[int]:
+    """Where parts of about `height` rows begin, from 0 on.
+
+    Where one end moves, parts differ in width. Cuts move a little, so that widths are multiples of _ALIGNED:
+
+        # # # . . . .    part 0: rows 0 to 2, width + 2 - 1 columns, width being that of row 0
+        # # # # . . .
+        -------------    a cut at row n: above it n + width - 1 columns where the stop moves;
+        # # # # # . .    below it width - n columns where the start moves
+        # # # # # # .
+    """
     rows, width = segment.rows, segment.stop - segment.start
     if segment.start_step == segment.stop_step:
         return list(range(0, rows, height))
     count = -(-rows // height)
     if rows < 3 * _ALIGNED * count:
         return [rows * n // count for n in range(count)]
-    # A piece from row low to row high has width + high - 1 columns, or width - low.
     phase = (1 - width if segment.stop_step else width) % _ALIGNED
     return [0, *(round((rows * n / count - phase) / _ALIGNED) * _ALIGNED + phase for n in range(1, count))]
 
 
-def _cost_of_pieces(segment: _Piece, count: int, height: float, costs: Costs) -> float:
-    """Cost of `count` pieces of `height` rows, from their mean number of columns. Sliding ones share calls."""
+def _cost_of_parts(segment: Segment, count: int, height: float, costs: Costs) -> float:
+    """Cost of `count` parts of `height` rows, from their mean number of columns. Sliding ones share calls."""
     corner = (height - 1) * (0.5 if segment.start_step != segment.stop_step else 1.0)
     seen = segment.stop - segment.start + (segment.stop_step - segment.start_step) * (segment.rows - 1) / 2
     columns = seen + corner
-    calls = count if segment.start_step != segment.stop_step else -(-count * columns // _MAX_REPEATED)
+    calls = count if segment.start_step != segment.stop_step else -(-count * columns // _MAX_SLID)
     return count * costs.of(height, columns, masked=True) - (count - calls) * costs.call
 
 
-def _repeated(pieces: list[_Piece]) -> tuple[list[Call], list[_Piece]]:
-    """Blocks that only slide as few calls, and the pieces that are left."""
-    first = pieces[0]
-    if len(pieces) < 3 or first.start_step != first.stop_step:
-        return [], pieces
-    equal = len(pieces) - (pieces[-1].rows != first.rows)
-    most = max(_MAX_REPEATED // first.width, 1)
-    calls = []
+def _as_blocks(parts: list[Segment]) -> tuple[list[Call], list[Segment]]:
+    """Parts that only slide as few calls, and the parts that are left."""
+    first = parts[0]
+    if len(parts) < 3 or first.start_step != first.stop_step:
+        return [], parts
+    equal = len(parts) - (parts[-1].rows != first.rows)
+    most = max(_MAX_SLID // first.width, 1)
+    calls: list[Call] = []
     for low in range(0, equal, most):
-        call = _single_call(pieces[low])
-        calls.append(replace(call, repeat=min(most, equal - low)))
-    return calls, pieces[equal:]
+        block = _single_call(parts[low])
+        calls.append(Blocks(block.rows, block.columns, block.mask, count=min(most, equal - low)))
+    return calls, parts[equal:]
 
 
-def _band_bytes(segment: _Piece, height: int) -> int:
-    """Size of the shared float32 matrix that masks pieces of `height` rows of the segment."""
+def _band_bytes(segment: Segment, height: int) -> int:
+    """Size of the shared float32 matrix that masks parts of `height` rows of the segment."""
     widest = segment.width if segment.start_step < segment.stop_step else segment.stop - segment.start
     return 4 * height * (widest + height)
 
 
 @dataclass(slots=True)
 class _Group:
-    """Neighbouring pieces on their way into one call, over column runs that are ascending and disjoint."""
+    """Neighbours on their way into one call, over column runs that are ascending and disjoint."""
 
-    pieces: list[_Piece]
+    parts: list[Segment]
     rows: int
     runs: list[tuple[int, int]]
-    columns: int
     cost: float
 
 
-def _merged(group: _Group, single: _Group, costs: Costs) -> _Group | None:
+def _joined(group: _Group, single: _Group, costs: Costs) -> _Group | None:
     """Both groups as one call, or None if two are cheaper."""
     rows = group.rows + single.rows
-    if rows > _MAX_MERGED_ROWS:
+    if rows > _MAX_JOINED_ROWS:
         return None
     runs = _union(group.runs, single.runs[0])
-    columns = sum(stop - start for start, stop in runs)
-    cost = costs.of(rows, columns, masked=True)
+    cost = costs.of(rows, sum(stop - start for start, stop in runs), masked=True)
     if cost >= group.cost + single.cost:
         return None
-    return _Group([*group.pieces, *single.pieces], rows, runs, columns, cost)
+    return _Group([*group.parts, *single.parts], rows, runs, cost)
 
 
 def _union(runs: list[tuple[int, int]], new: tuple[int, int]) -> list[tuple[int, int]]:
@@ -261,14 +268,14 @@ def _union(runs: list[tuple[int, int]], new: tuple[int, int]) -> list[tuple[int,
     return [*before, (start, stop), *after]
 
 
-def _call(pieces: list[_Piece], runs: list[tuple[int, int]]) -> Call:
-    """One call over column runs: a band, a triangle or a rectangle if it is one piece, else each row's interval."""
-    if len(pieces) == 1:
-        return _single_call(pieces[0])
+def _call(parts: list[Segment], runs: list[tuple[int, int]]) -> Call:
+    """One call over column runs: a band, a triangle or a rectangle if it is one segment, else each row's interval."""
+    if len(parts) == 1:
+        return _single_call(parts[0])
     columns = np.concatenate([np.arange(*run) for run in runs])
-    row = np.concatenate([p.row + np.arange(p.rows) for p in pieces])
-    start = np.concatenate([p.start + p.start_step * np.arange(p.rows) for p in pieces])
-    stop = np.concatenate([p.stop + p.stop_step * np.arange(p.rows) for p in pieces])
+    row = np.concatenate([p.row + np.arange(p.rows) for p in parts])
+    start = np.concatenate([p.start + p.start_step * np.arange(p.rows) for p in parts])
+    stop = np.concatenate([p.stop + p.stop_step * np.arange(p.rows) for p in parts])
     # Tokens become positions among the picked columns; an interval lies inside one run, so its length stays.
     position = np.searchsorted(columns, start)
     stop += position - start
@@ -278,10 +285,10 @@ def _call(pieces: list[_Piece], runs: list[tuple[int, int]]) -> Call:
     return Call(Pick.of(row), Pick.of(columns), mask)
 
 
-def _single_call(piece: _Piece) -> Call:
-    rows, columns = Pick(piece.row, piece.row + piece.rows), Pick(*piece.columns)
-    if piece.is_causal:
+def _single_call(segment: Segment) -> Call:
+    rows, columns = Pick(segment.row, segment.row + segment.rows), Pick(*segment.columns)
+    if segment.is_causal:
         return Call(rows, columns, Causal())
-    if piece.is_rectangle:
+    if segment.is_rectangle:
         return Call(rows, columns, None)
-    return Call(rows, columns, Band(piece.start_step, piece.stop_step, piece.stop - piece.start))
+    return Call(rows, columns, Band(segment.start_step, segment.stop_step, segment.stop - segment.start))

@@ -1,7 +1,9 @@
-"""Lines of tiles whose rows see a few intervals each -> layers: the n-th interval of each row is in layer n.
+"""Strips whose rows see a few intervals each -> layers: the n-th intervals of all rows are in layer n.
 
-    # # . . # # .        layer 1   # # . . . . .        layer 2   . . . . # # .
-    # # . . . # #                  # # . . . . .                  . . . . . # #
+    a strip              layer 0              layer 1
+    # # . . # # . .      # # . . . . . .      . . . . # # . .
+    # # . . . # # .      # # . . . . . .      . . . . . # # .
+    # # # # # # # .      # # # # # # # .      . . . . . . . .
 
 Each layer is planned like a mask of one interval per row, in long calls without gathered columns. A row's results
 from its layers are merged by their lse.

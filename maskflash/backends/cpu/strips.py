@@ -1,7 +1,12 @@
-"""Turns strips (rows with holes in what they see, as exact bits) into dense-kernel calls over the columns they see.
+"""Strips (lines of tiles whose rows see holes, as exact bits) -> dense-kernel calls over just the columns they see.
 
-Columns that all rows of a call see need no mask. Where they are many they are a call of their own, and a second one
-merges the rest: bits are kept and unpacked only for columns that some rows of the call see and some don't.
+    columns     0 1 2 3 4 5 6 7
+                # . # # . . # .      every row sees 0, 2, 3: a call without a mask, gathered
+                # . # # . . . #      some rows see 6, 7: a call with bits, which merges
+                # . # # . . # #      nobody sees 1, 4, 5: in no call
+
+Where the columns that all rows see are few, one call with bits computes everything. So bits are kept and unpacked only
+for columns that some rows of the call see and some don't, or where that is cheaper than a second call.
 """
 
 from __future__ import annotations
@@ -25,21 +30,21 @@ _UNPACKED: Final = 0.1  # cost of one pair's bit on its way to the kernel, in pa
 
 
 @dataclass(slots=True)
-class _Piece:
+class _Batch:
     """Rows on their way into a call, each of which sees something, and the columns that some or all of them see."""
 
     rows: int
     some: BoolArray  # (kv_len,)
     every: BoolArray  # (kv_len,)
 
-    def with_piece(self, other: _Piece) -> _Piece:
+    def with_batch(self, other: _Batch) -> _Batch:
         """Both as one."""
-        return _Piece(self.rows + other.rows, self.some | other.some, self.every & other.every)
+        return _Batch(self.rows + other.rows, self.some | other.some, self.every & other.every)
 
 
 @dataclass(slots=True)
 class StripMerger:
-    """Turns strips into calls over just the columns that some row sees; joins pieces where that is cheaper.
+    """Turns strips into calls over just the columns that some row sees; joins batches where that is cheaper.
 
     Attributes:
         b: batch row of the mask.
@@ -57,7 +62,7 @@ class StripMerger:
     calls: list[Call] = field(default_factory=list)
     rows: list[IntArray] = field(default_factory=list)
     bits: list[tuple[IntArray, BoolArray]] = field(default_factory=list)  # columns, bits
-    pending: _Piece | None = None
+    pending: _Batch | None = None
     _costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,24 +77,24 @@ class StripMerger:
                 self._add(strip.top + rows, strip.columns, strip.bits[rows])
 
     def _add(self, rows: IntArray, columns: IntArray, bits: BoolArray) -> None:
-        piece = _Piece(len(rows), *(np.zeros(self.kv_len, dtype=np.bool_) for _ in range(2)))
+        batch = _Batch(len(rows), *(np.zeros(self.kv_len, dtype=np.bool_) for _ in range(2)))
         # Reducing over rows is an eighth of the work on packed bits.
         packed = np.packbits(bits, axis=1)
-        for seen, of_rows in ((piece.some, np.bitwise_or), (piece.every, np.bitwise_and)):
+        for seen, of_rows in ((batch.some, np.bitwise_or), (batch.every, np.bitwise_and)):
             seen[columns] = np.unpackbits(of_rows.reduce(packed, axis=0), count=len(columns))
         if self.pending is not None:
-            both = self.pending.with_piece(piece)
-            if both.rows <= _MAX_ROWS and self._cost(both) < self._cost(self.pending) + self._cost(piece):
-                piece = both
+            both = self.pending.with_batch(batch)
+            if both.rows <= _MAX_ROWS and self._cost(both) < self._cost(self.pending) + self._cost(batch):
+                batch = both
             else:
                 self._flush()
         self.rows.append(rows)
         self.bits.append((columns, bits))
-        self.pending = piece
+        self.pending = batch
 
-    def _cost(self, piece: _Piece) -> float:
-        some, every = int(np.count_nonzero(piece.some)), int(np.count_nonzero(piece.every))
-        return min(self._masked_cost(piece.rows, some), self._split_cost(piece.rows, some, every))
+    def _cost(self, batch: _Batch) -> float:
+        some, every = int(np.count_nonzero(batch.some)), int(np.count_nonzero(batch.every))
+        return min(self._masked_cost(batch.rows, some), self._split_cost(batch.rows, some, every))
 
     def _masked_cost(self, rows: int, columns: int) -> float:
         unpacked = _UNPACKED * TABLE_WORK / self.work
@@ -106,13 +111,13 @@ class StripMerger:
     def _flush(self) -> None:
         if self.pending is None:
             return
-        piece, rows = self.pending, np.concatenate(self.rows)
-        some, every = int(np.count_nonzero(piece.some)), int(np.count_nonzero(piece.every))
-        if self._split_cost(piece.rows, some, every) < self._masked_cost(piece.rows, some):
-            self.calls.append(Call(Pick.of(rows), Pick.of(np.flatnonzero(piece.every)), None))
-            self._mask(rows, np.flatnonzero(piece.some & ~piece.every), merges=True)
+        batch, rows = self.pending, np.concatenate(self.rows)
+        some, every = int(np.count_nonzero(batch.some)), int(np.count_nonzero(batch.every))
+        if self._split_cost(batch.rows, some, every) < self._masked_cost(batch.rows, some):
+            self.calls.append(Call(Pick.of(rows), Pick.of(np.flatnonzero(batch.every)), None))
+            self._mask(rows, np.flatnonzero(batch.some & ~batch.every), merges=True)
         else:
-            self._mask(rows, np.flatnonzero(piece.some), merges=False)
+            self._mask(rows, np.flatnonzero(batch.some), merges=False)
         self.rows, self.bits, self.pending = [], [], None
 
     def _mask(self, rows: IntArray, columns: IntArray, *, merges: bool) -> None:

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.seen import DECIDERS, Seen
 from maskflash.backends.cpu import costs as cpu_costs
-from maskflash.backends.cpu import cover as cpu_regular
+from maskflash.backends.cpu import cover as cpu_cover
 from maskflash.backends.cpu import plan as cpu_plan
 from maskflash.backends.cpu import run as cpu
-from maskflash.backends.cpu import strips as cpu_irregular
-from maskflash.backends.cpu.calls import Band, Bits, Causal, Intervals
+from maskflash.backends.cpu import strips as cpu_strips
+from maskflash.backends.cpu.calls import Band, Bits, Blocks, Causal, Intervals
 
 TILE = 128
 
@@ -133,6 +133,10 @@ def test_bits_too_many_to_keep_are_evaluated_again(monkeypatch):
 HALF = (torch.bfloat16, torch.float16)
 
 
+def blocks_of(call):
+    return call.count if isinstance(call, Blocks) else 1
+
+
 def masks_of(plan, pass_="forward"):
     return [type(call.mask) for call in plan.schedule(pass_, torch.float32, 512).all_calls()]
 
@@ -170,7 +174,7 @@ def test_describe_counts_what_a_pass_does():
 def test_low_blocks_are_for_cpus_that_are_fast_at_few_rows(machine):
     for pass_ in ("forward", "backward"):
         calls = plan_of(window, 4096).schedule(pass_, torch.float32, 512).all_calls()
-        heights = {len(call.rows) for call in calls if call.repeat > 1}
+        heights = {len(call.rows) for call in calls if isinstance(call, Blocks)}
         assert (max(heights) < 192) is (machine.capability == "AVX2" and pass_ == "forward")
 
 
@@ -186,7 +190,7 @@ def test_half_types_are_native_where_a_cpu_has_16_bit_products_and_nothing_is_su
     native = {dtype: plan.describe("forward", dtype)["compute"] != "float32" for dtype in HALF}
     assert native == {torch.bfloat16: bool(machine.products) and predicate is not sinks, torch.float16: False}
     assert {plan.describe("backward", dtype)["compute"] for dtype in HALF} == {"float32"}
-    assert all(plan.sole(dtype, 1, 1, 64) is None for dtype in HALF)
+    assert all(plan.sole(dtype, 64) is None for dtype in HALF)
 
 
 def test_a_cpu_without_16_bit_products_computes_no_half_type_natively(monkeypatch):
@@ -210,7 +214,7 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
     with pytest.MonkeyPatch.context() as patch:
         if data.draw(st.booleans()):  # columns that all rows see are then always a call of their own
             free = [replace(costs, call=0, column=0) for costs in cpu_costs.candidates("forward", torch.float32)]
-            patch.setattr(cpu_irregular, "candidates", lambda pass_, dtype: free)
+            patch.setattr(cpu_strips, "candidates", lambda pass_, dtype: free)
         plan = plan_of_pairs(block_map, lambda b, h, q, kv: mask[b, h, q, kv])
     works = (("forward", 512), ("backward", 512), ("forward", 4), ("forward", 100_000))
     schedules = [plan.schedule(pass_, dtype, work) for pass_, work in works for dtype in machine.dtypes[:1]]
@@ -227,13 +231,13 @@ def test_calls_cover_every_visible_pair_once_and_no_other(mask_strategy, kinds_o
                 visible = plan.additive(call, torch.float32) == 0
             assert visible.any(1).all(), "a row that sees nothing is in a call"
             assert visible.any(0).all(), "a column that nobody sees is in a call"
-            for block in range(call.repeat):
+            for block in range(blocks_of(call)):
                 rows, columns = (pick.tokens() + block * len(call.rows) for pick in (call.rows, call.columns))
                 merges = covered[b, h, rows].any(1)
                 assert (merges == call.merges).all(), "results are written over, or merged with none"
                 covered[b, h, rows[:, None], columns] += visible.int()
         assert torch.equal(covered, mask.int())
-        assert schedule.complete(q_len) is bool(mask.any(-1).all())
+        assert schedule.complete is bool(mask.any(-1).all())
 
 
 def assert_chains_apart(plan, pass_):
@@ -243,7 +247,7 @@ def assert_chains_apart(plan, pass_):
         for name in ("rows",) if pass_ == "forward" else ("rows", "columns"):
             writer = torch.full((lengths[name],), -1)
             for n, call in ((n, call) for n, chain in enumerate(chains) for call in chain.calls):
-                for block in range(call.repeat):
+                for block in range(blocks_of(call)):
                     tokens = getattr(call, name).tokens() + block * len(call.rows)
                     assert ((writer[tokens] == -1) | (writer[tokens] == n)).all(), f"{name} of two chains"
                     writer[tokens] = n
@@ -265,7 +269,7 @@ def test_chains_of_long_masks_write_to_no_token_in_common_and_to_all(predicate):
     plan = plan_of(predicate, 4096)
     for pass_ in ("forward", "backward"):
         assert_chains_apart(plan, pass_)
-        assert plan.schedule(pass_, torch.float32, 512).complete(4096)
+        assert plan.schedule(pass_, torch.float32, 512).complete
 
 
 def test_documents_are_chains_of_their_own():
@@ -294,5 +298,5 @@ def test_shared_masks_stay_within_their_limit(monkeypatch):
         return (q >= kv) | (kv < 600)
 
     assert max(heights(plan_of(prefix, 3000))) > 64
-    monkeypatch.setattr(cpu_regular, "_MAX_BAND_BYTES", 100_000)
+    monkeypatch.setattr(cpu_cover, "_MAX_BAND_BYTES", 100_000)
     assert max(heights(plan_of(prefix, 3000))) <= 64

@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 
-from maskflash.backends.cpu import threads as cpu_threads
-from maskflash.backends.cpu.threads import side_by_side
+from maskflash.backends.cpu.threads import WORKERS
+
+side_by_side = WORKERS.side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_autograd_is_off_and_inference_mode_is_the_callers():
 
 @pytest.mark.parametrize("started", [0, 1])
 def test_jobs_run_where_no_thread_can_be_started(monkeypatch, started):
-    monkeypatch.setattr(cpu_threads, "_pools", {})
+    monkeypatch.setattr(WORKERS, "_pools", {})
     start, starts = threading.Thread.start, []
 
     def refused(thread):
@@ -96,7 +97,7 @@ def test_jobs_run_where_no_thread_can_be_started(monkeypatch, started):
 
 def test_an_error_of_the_caller_s_own_job_arrives_once_all_have_stopped(monkeypatch):
     side_by_side([lambda: None])
-    pool, submitted, running = cpu_threads._pools[3], [], []
+    pool, submitted, running = WORKERS._pools[3], [], []
 
     def submit(work):
         if submitted:
@@ -125,7 +126,7 @@ def test_an_error_of_the_caller_s_own_job_arrives_once_all_have_stopped(monkeypa
 def test_an_interrupt_while_threads_start_lets_the_process_end(wait):
     program = f"""
 import threading, torch
-from maskflash.backends.cpu.threads import side_by_side
+from maskflash.backends.cpu.threads import WORKERS
 torch.set_num_threads(3)
 waits, original = [], threading.Barrier.wait
 def wait(barrier, timeout=None):
@@ -136,7 +137,7 @@ def wait(barrier, timeout=None):
     return original(barrier, timeout)
 threading.Barrier.wait = wait
 try:
-    side_by_side([print] * 2)
+    WORKERS.side_by_side([print] * 2)
 except KeyboardInterrupt:
     another = threading.Thread(target=lambda: print(torch.get_num_threads()))
     another.start()
@@ -147,7 +148,7 @@ except KeyboardInterrupt:
 
 
 def test_a_thread_with_a_number_of_its_own_leaves_that_of_others(monkeypatch):
-    monkeypatch.setattr(cpu_threads, "_pools", {})
+    monkeypatch.setattr(WORKERS, "_pools", {})
     torch.set_num_threads(2)
     seen = []
 
@@ -169,10 +170,10 @@ def test_a_thread_with_a_number_of_its_own_leaves_that_of_others(monkeypatch):
 def test_jobs_run_while_the_interpreter_ends():
     program = """
 import atexit, torch
-from maskflash.backends.cpu.threads import side_by_side
+from maskflash.backends.cpu.threads import WORKERS
 torch.set_num_threads(2)
-side_by_side([lambda: None])
-atexit.register(lambda: side_by_side([lambda: print("ran")] * 2))
+WORKERS.side_by_side([lambda: None])
+atexit.register(lambda: WORKERS.side_by_side([lambda: print("ran")] * 2))
 """
     ended = subprocess.run([sys.executable, "-c", program], check=True, timeout=600, capture_output=True, text=True)
     assert ended.stdout.split() == ["ran", "ran"]
@@ -181,13 +182,13 @@ atexit.register(lambda: side_by_side([lambda: print("ran")] * 2))
 def test_a_forked_process_makes_threads_of_its_own():
     program = """
 import os, torch
-from maskflash.backends.cpu.threads import side_by_side
+from maskflash.backends.cpu.threads import WORKERS
 torch.set_num_threads(2)
-side_by_side([lambda: None])
+WORKERS.side_by_side([lambda: None])
 child = os.fork()
 if child == 0:
     found = []
-    side_by_side([lambda: found.append(1)] * 5)
+    WORKERS.side_by_side([lambda: found.append(1)] * 5)
     os._exit(len(found))
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 """
