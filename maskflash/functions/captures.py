@@ -45,15 +45,14 @@ class _Found:
     """What a predicate reads, at one moment.
 
     Attributes:
-        steps: from it to every value that counts; values are numbered from 1, the function is 0.
-        seen: the values.
-        names: what traces call those that fill slots; None for others, "" for what isn't there.
+        reads: each step from it to a value that counts, the value, and what traces call it if it fills a slot (None for
+            others, "" for what isn't there); values are numbered from 1, the function is 0.
         reading: the values that fill slots, and what else traces depend on.
         layouts: of the tensors that fill slots.
         aliases: for places whose value was found before, the place of that; or a view of the same memory.
         shared: views of one memory, by two.
-        open: places, the names that code would read there, and whether it is an object that has none of them.
-        members: for each of those, the names that are there: they change with what has them.
+        open: places, the names that code would read there, whether it is an object that has none of them, and the
+            names that are there: they change with what has them.
         codes: places of functions, and their code.
         contents: of lists and the like.
         complete: whether steps lead to all there is.
@@ -61,15 +60,12 @@ class _Found:
         nothing: whether nothing is read.
     """
 
-    steps: tuple[Step, ...]
-    seen: tuple[Any, ...]
-    names: tuple[str | None, ...]
+    reads: tuple[tuple[Step, Any, str | None], ...]
     reading: Reading
     layouts: dict[str, object]
     aliases: dict[int, int]
     shared: tuple[tuple[Tensor, Tensor], ...]
-    open: tuple[tuple[int, frozenset[str], bool], ...]
-    members: tuple[tuple[KeysView[str], ...], ...]
+    open: tuple[tuple[int, frozenset[str], bool, tuple[KeysView[str], ...]], ...]
     codes: tuple[tuple[int, CodeType], ...]
     contents: tuple[tuple[Any, Any], ...]
     complete: bool
@@ -127,14 +123,14 @@ class Captures:
         values: list[Any] = [self.function]
         found: dict[str, Any] = {}
         numbers: list[int | str] = []
-        for step, name in zip(now.steps, now.names, strict=True):
+        for step, _, name in now.reads:
             value = None if name == "" else follow(values[step.parent], step)
             if name is None:
                 _touch(value, numbers)
             elif name:
                 found[name] = value
             values.append(value)
-        for place, names, has_none in now.open:
+        for place, names, has_none, _ in now.open:
             if has_none:
                 for name in names:
                     hasattr(values[place], name)
@@ -151,7 +147,7 @@ class Captures:
         numbers: dict[object, Captured] = {}
         tensors: dict[int, Captured] = {}
         labels: dict[Captured, str] = {}
-        for place, (step, value, name) in enumerate(zip(now.steps, now.seen, now.names, strict=True), 1):
+        for place, (step, value, name) in enumerate(now.reads, 1):
             if not name:
                 continue
             slot = Captured(name)
@@ -159,7 +155,7 @@ class Captures:
             if isinstance(value, Tensor):
                 tensors.setdefault(id(value), Captured(f"@{now.aliases.get(place, place)}"))
             else:
-                numbers[owner(now.seen[step.parent - 1] if step.parent else self.function, step)] = slot
+                numbers[owner(now.reads[step.parent - 1][1] if step.parent else self.function, step)] = slot
         values = {Captured(name): value for name, value in now.reading.slots.items()}
         return Sources(numbers, tensors, values, labels)
 
@@ -173,9 +169,10 @@ class Captures:
 
     def _unchanged(self, now: _Found) -> bool:
         values: list[Any] = [self.function]
-        for step, seen in zip(now.steps, now.seen, strict=True):
+        for step, seen, _ in now.reads:
+            parent, kind, key, _ = step
             try:
-                value = getattr(values[step[0]], step[2]) if step[1] == "attr" else follow(values[step[0]], step)
+                value = getattr(values[parent], key) if kind == "attr" else follow(values[parent], step)
             except Exception:  # see `find`
                 value = ABSENT
             if value is not seen and (len(values) in now.aliases or not _alike(value, seen)):
@@ -184,8 +181,8 @@ class Captures:
         for place, code in now.codes:
             if values[place].__code__ is not code:
                 return False
-        for (place, names, _), known in zip(now.open, now.members, strict=True):
-            same = not place or values[place] is now.seen[place - 1]
+        for place, names, _, known in now.open:
+            same = not place or values[place] is now.reads[place - 1][1]
             for there in known if same else members(values[place]):
                 if not there.isdisjoint(names):
                     return False
@@ -209,15 +206,16 @@ def _found(function: Callable[..., Any]) -> _Found:
     structure = (_frozen(function), *zip(found.steps, aliases, kinds, strict=True))
     pairs = ((found.values[place], found.values[first]) for place, first in found.alias.items())
     return _Found(
-        tuple(found.steps),
-        seen,
-        names,
+        tuple(zip(found.steps, seen, names, strict=True)),
         Reading(0, slots, structure, tuple(x for x in slots.values() if isinstance(x, Tensor))),
         {name: _layout(x) for name, x in slots.items() if isinstance(x, Tensor)},
         found.alias,
         tuple((x, y) for x, y in pairs if x is not y),
-        tuple((place, names, _may_have(found.values[place])) for place, names in found.open.items()),
-        tuple(tuple(members(found.values[place])) for place in found.open),
+        tuple(
+            (place, names, _may_have(value), tuple(members(value)))
+            for place, names in found.open.items()
+            for value in [found.values[place]]
+        ),
         tuple((place, x.__code__) for place, x in enumerate(found.values) if isinstance(x, FunctionType)),
         tuple((value, _contents(value)) for value in seen if isinstance(value, _MUTABLE)),
         found.complete,
@@ -229,7 +227,7 @@ def _found(function: Callable[..., Any]) -> _Found:
 def _label(now: _Found, step: Step) -> str:
     """What the user calls a value."""
     if step.kind == "item" and step.parent:
-        return f"{_label(now, now.steps[step.parent - 1])}[{step.key!r}]"
+        return f"{_label(now, now.reads[step.parent - 1][0])}[{step.key!r}]"
     return step.name
 
 

@@ -208,7 +208,7 @@ class Function:
                     raise
                 self.traces.depend(case, open_)
             names = self.traces.depends(self._case(kinds))
-        return tuple(sorted(names or ()))
+        return names or ()
 
     @aside
     def slots_name(self, kinds: Kinds, exact: Exact) -> str | None:
@@ -237,7 +237,7 @@ class Function:
         case = now.structure, kinds
         names = self.traces.depend(case, open_names(kinds) & traced.specialised)
         values = {**given, **now.slots}
-        self.traces.keep(case, tuple((x, exact_of(x, values[x])) for x in sorted(names)), Slots.of(traced))
+        self.traces.keep(case, tuple((x, exact_of(x, values[x])) for x in names), Slots.of(traced))
 
     def _unfollowed(self, given: dict[str, Any]) -> Slots:
         traced = self.trace(given)

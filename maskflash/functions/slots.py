@@ -58,6 +58,8 @@ class Slots:
 
     def filled(self, values: Mapping[str, Any], device: torch.device) -> tuple[list[int], list[Tensor]]:
         """Numbers (of floats their bits) and tables of a call with these values; captured tables on its device."""
+        if not (self.params or self.tables):
+            return [], []
         params = [values[param] if isinstance(param, str) else param for param in self.params]
         return (
             [bits_of(param) if isinstance(param, float) else param for param in params],

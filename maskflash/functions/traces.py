@@ -79,24 +79,26 @@ class Traces:
         self.plain: tuple[int, Slots, Mapping[str, Any]] | None = None
         self.unfollowed: Record | None = None
         self._names: OrderedDict[tuple[Case, Exact], str] = OrderedDict()
-        self._depends: OrderedDict[Case, frozenset[str]] = OrderedDict()
+        self._depends: OrderedDict[Case, tuple[str, ...]] = OrderedDict()
+        self._last = ""  # name used
 
-    def depends(self, case: Case) -> frozenset[str] | None:
-        """The values that traces of a case are known to depend on; None of a case that is new."""
+    def depends(self, case: Case) -> tuple[str, ...] | None:
+        """The values that traces of a case are known to depend on, in order; None of a case that is new."""
         return self._depends.get(case)
 
-    def depend(self, case: Case, names: frozenset[str]) -> frozenset[str]:
+    def depend(self, case: Case, names: frozenset[str]) -> tuple[str, ...]:
         """Note more of those; all of them."""
         with _lock:
-            names |= self._depends.get(case, frozenset())
-            _put(self._depends, case, names, _MOST)
-        return names
+            known = tuple(sorted(names.union(self._depends.get(case, ()))))
+            _put(self._depends, case, known, _MOST)
+        return known
 
     def name(self, case: Case, exact: Exact) -> str | None:
         """The attribute that has the slots for a case and such values, if one has."""
         name = self._names.get((case, exact))
-        if name is not None and name != next(reversed(self._names.values()), None):
+        if name is not None and name != self._last:
             with _lock:
+                self._last = name
                 _put(self._names, (case, exact), name, _MOST)
                 if not hasattr(self, name):  # another thread has just dropped it
                     del self._names[case, exact]
@@ -113,6 +115,7 @@ class Traces:
                 name = f"slots{_made}"
                 _put(_names, (case, exact), name, _MOST_NAMES)
             setattr(self, name, slots)
+            self._last = name
             for gone in _put(self._names, (case, exact), name, _MOST):
                 delattr(self, gone)
 

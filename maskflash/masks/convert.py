@@ -31,11 +31,7 @@ def to_columns(problem: Problem, causal: bool | None) -> ColumnIntervals:
     """
     device, problem = problem.device, problem.on_host()
     start, stop, more = _hidden(problem)
-    batch, heads = problem.shape[:2]
-    q_len, kv_len = problem.q_len, problem.kv_len
-    # Rows that causal hides anyway, from the first.
-    future = (torch.arange(kv_len) - (kv_len - q_len)).clamp(0, max(q_len, 0))
-    future = future.expand(batch * heads, kv_len).reshape(-1)
+    future = _future(problem)
     early = stop[0] < future
     if causal is None:
         causal = not bool(early.any())
@@ -47,29 +43,42 @@ def to_columns(problem: Problem, causal: bool | None) -> ColumnIntervals:
         )
     if causal:
         start = torch.cat((torch.minimum(future, stop[0])[None], start[1:]))
-    held = start < stop
-    wrong = (held.sum(0) > 2) | more
+    wrong = ((start < stop).sum(0) > 2) | more
     if bool(wrong.any()):
         raise UnsupportedMask(_too_many(problem, int(wrong.nonzero()[0]), causal))
-    # The last run of a column is its lower interval, but one that hides its first rows alone is the upper.
-    last = held.long().cumsum(0).argmax(0)
-    lower = torch.stack([x.gather(0, last[None])[0] for x in (start, stop)])
-    upper = torch.stack([x.gather(0, held.long().argmax(0)[None])[0] for x in (start, stop)])
+    return ColumnIntervals(**_vectors(problem, start, stop, causal), causal=causal).to(device)
+
+
+def _future(problem: Problem) -> Tensor:
+    """For each column, how many rows causal hides anyway: its first ones."""
+    batch, heads = problem.shape[:2]
+    first = (torch.arange(problem.kv_len) - (problem.kv_len - problem.q_len)).clamp(0, max(problem.q_len, 0))
+    return first.expand(batch * heads, problem.kv_len).reshape(-1)
+
+
+def _vectors(problem: Problem, start: Tensor, stop: Tensor, causal: bool) -> dict[str, Tensor]:
+    """The vectors of columns that hide at most two runs of rows (beside causal's), as few of them as say it.
+
+    no run       lower and upper are empty
+    one run      it is the lower; without causal the upper, if it ends before the last row and starts at the first
+    two runs     the first is the upper, the last the lower
+    """
+    q_len, held = problem.q_len, start < stop
     count = held.sum(0)
-    alone = (count == 1) & (lower[0] == 0) & (lower[1] < q_len) if not causal else torch.zeros_like(held[0])
+    first, last = held.long().argmax(0)[None], held.long().cumsum(0).argmax(0)[None]
+    lower, upper = ([x.gather(0, place)[0] for x in (start, stop)] for place in (last, first))
+    alone = torch.zeros_like(held[0]) if causal else (count == 1) & (lower[0] == 0) & (lower[1] < q_len)
     has_lower, has_upper = (count > 0) & ~alone, (count == 2) | alone
     lts, lte = (torch.where(has_lower, x, q_len) for x in lower)
     uts, ute = (torch.where(has_upper, x, 0) for x in upper)
-    vectors = {
-        name: x.int().view(batch, heads, kv_len) for name, x in (("lts", lts), ("lte", lte), ("uts", uts), ("ute", ute))
-    }
+    vectors = {"lts": lts, "lte": lte, "uts": uts, "ute": ute}
     if not bool((uts > 0).any()):
         del vectors["uts"]
     if causal and not bool(has_upper.any()):
         del vectors["ute"]
     if bool((lte == q_len).all()) and "uts" not in vectors and not (causal and "ute" in vectors):
         del vectors["lte"]
-    return ColumnIntervals(**vectors, causal=causal).to(device)
+    return {name: x.int().view(*problem.shape[:2], problem.kv_len) for name, x in vectors.items()}
 
 
 def _hidden(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

@@ -548,7 +548,7 @@ def test_arrays_of_numpy_are_read_as_they_are():
 
 
 def test_predicates_that_capture_nothing_have_nothing_to_look_at():
-    assert mf.causal()._captures.now.steps == ()
+    assert mf.causal()._captures.now.reads == ()
 
 
 def compiled(model):
