@@ -152,8 +152,11 @@ def _holes(start: IntArray, stop: IntArray, count: IntArray) -> BoolArray:
 def _by_lines(block_map: BlockMap, values: Tensor) -> npt.NDArray[Any]:
     """Something of each row (..., q_len), by lines of tiles: a copy (..., nQ, bq) that goes on with the last row's."""
     n_q, bq = block_map.shape[2], block_map.block_size[0]
-    ragged = [(0, 0)] * (values.ndim - 1) + [(0, n_q * bq - block_map.q_len)]
-    return np.pad(values.numpy(), ragged, mode="edge").reshape(*values.shape[:-1], n_q, bq)
+    known = values.numpy()
+    found = np.empty((*known.shape[:-1], n_q * bq), dtype=known.dtype)  # np.pad takes several times as long
+    found[..., : block_map.q_len] = known
+    found[..., block_map.q_len :] = known[..., -1:]
+    return found.reshape(*known.shape[:-1], n_q, bq)
 
 
 def _lines(block_map: BlockMap, b: int, h: int) -> _Lines:

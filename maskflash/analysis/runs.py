@@ -150,7 +150,13 @@ class Runs:
         return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
 
     def transposed(self, lines: int, across: int) -> Runs:
-        """Runs along columns of tiles as runs along rows, or the other way.
+        """Runs along columns of tiles as runs along rows, or the other way, at a cost that follows the runs.
+
+        A run down a column of tiles begins, or ends, where a line differs from the line above:
+
+            line 0    ▒ ▒ █ █      begin  ▒ ▒ █ █     end  . . . .
+            line 1    · ▒ ▒ █             . . ▒ .          ▒ . █ .
+            after     · · · ·             . . . .          . ▒ ▒ █
 
         Args:
             lines: lines of one unit (a batch row and head); each is over tiles 0 to `across`.
@@ -160,36 +166,21 @@ class Runs:
             Runs of the same tiles, of lines (unit, t), t < across, each over tiles 0 to `lines`.
         """
         units, device = (len(self.offsets) - 1) // lines, self.offsets.device
-        # Every line as (where a kind begins, the kind), with a line of nothing after each unit's last.
         offsets = self.offsets.cpu().numpy()
         line = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        keys, kinds = _steps(line + line // lines, self, units * (lines + 1), across)
-        before, old = keys + across, kinds  # what stood in the line before
-        first = np.arange(units) * ((lines + 1) * across)
-        inside = before % ((lines + 1) * across) >= across
-        before, old = before[inside], old[inside]
-        before = np.concatenate((first, before))
-        order = before.argsort(kind="stable")
-        before, old = before[order], np.concatenate((np.full(units, SKIP), old))[order]
-        merged = np.sort(np.concatenate((keys, before)))  # np.unique would import numpy.ma: 30 ms of a first call
-        merged = merged[np.append(True, merged[1:] != merged[:-1])]
-        new_kind = kinds[np.searchsorted(keys, merged, side="right") - 1]
-        old_kind = old[np.searchsorted(before, merged, side="right") - 1]
-        ends = np.append(merged[1:], units * (lines + 1) * across)
-        differ = new_kind != old_kind
-        begin, length = merged[differ], (ends - merged)[differ]
-        place = np.repeat(begin - (length.cumsum() - length), length) + np.arange(length.sum())
-        new_kind, old_kind = (np.repeat(kind[differ], length) for kind in (new_kind, old_kind))
+        # With a line of nothing after each unit's last, in which all of its runs have ended.
+        steps = _steps(line + line // lines, self, units * (lines + 1), across)
+        place, kind, above = _differences(*steps, units, lines, across)
         unit_line, t = place // across, place % across
         unit, i = unit_line // (lines + 1), unit_line % (lines + 1)
-        keys = (unit * across + t) * (lines + 1) + i
+        keys = (unit * across + t) * (lines + 1) + i  # down the columns
         order = keys.argsort(kind="stable")
-        keys, new_kind, old_kind = keys[order], new_kind[order], old_kind[order]
-        starts, stops = keys[new_kind != SKIP], keys[old_kind != SKIP]
+        keys, kind, above = keys[order], kind[order], above[order]
+        starts, stops = keys[kind != SKIP], keys[above != SKIP]  # each run has one of both: they pair up
         offsets = np.zeros(units * across + 1, dtype=np.int32)
         offsets[1:] = np.bincount(starts // (lines + 1), minlength=units * across).cumsum()
         start, stop = ((x % (lines + 1)).astype(np.int32) for x in (starts, stops))
-        arrays = offsets, start, stop, new_kind[new_kind != SKIP] == FULL
+        arrays = offsets, start, stop, kind[kind != SKIP] == FULL
         return Runs(*(torch.from_numpy(x).to(device) for x in arrays))
 
 
@@ -207,3 +198,27 @@ def _steps(line: IntArray, runs: Runs, lines: int, across: int) -> tuple[IntArra
     keys = np.concatenate((begins, gaps, head))
     order = keys.argsort(kind="stable")
     return keys[order], np.concatenate((kind, np.full(len(gaps) + len(head), SKIP)))[order]
+
+
+def _differences(
+    keys: IntArray, kinds: IntArray, units: int, lines: int, across: int
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Tiles that differ from the tile above, given the steps of all lines: their places, kinds, and the kinds above.
+
+    A place is line * across + tile; above a unit's first line there is nothing.
+    """
+    size = (lines + 1) * across  # of a unit
+    above = keys + across  # the steps of the line before, moved down
+    inside = above % size >= across
+    above, old = np.append(np.arange(units) * size, above[inside]), np.append(np.full(units, SKIP), kinds[inside])
+    order = above.argsort(kind="stable")
+    above, old = above[order], old[order]
+    merged = np.sort(np.append(keys, above))  # np.unique would import numpy.ma: 30 ms of a first call
+    merged = merged[np.append(True, merged[1:] != merged[:-1])]
+    # Between neighbouring steps of either line both kinds stay.
+    kind = kinds[np.searchsorted(keys, merged, side="right") - 1]
+    kind_above = old[np.searchsorted(above, merged, side="right") - 1]
+    differ = kind != kind_above
+    begin, length = merged[differ], np.diff(merged, append=units * size)[differ]
+    place = np.repeat(begin - (length.cumsum() - length), length) + np.arange(length.sum())
+    return place, np.repeat(kind[differ], length), np.repeat(kind_above[differ], length)

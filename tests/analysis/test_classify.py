@@ -1,14 +1,28 @@
 """Classification equals brute force, however the lattice is cut and whatever settles a tile."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.analysis.classify import WAYS, by_columns, by_groups, by_lines, by_parts, classify
+from maskflash.analysis.classify import (
+    WAYS,
+    by_columns,
+    by_ends,
+    by_groups,
+    by_lines,
+    by_pairs,
+    by_parts,
+    by_tiles,
+    classify,
+)
+from maskflash.analysis.facts import Facts
 from maskflash.analysis.ways import tiles
-from maskflash.testing import masks
+from maskflash.testing import affine_masks, masks
 
 SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))
 
@@ -61,6 +75,36 @@ def test_offsets_shift_the_rows(mask, offset, offsets, block_size):
             rows = int(offsets[b]) if isinstance(value, torch.Tensor) else offset
             shifted = mask.dense(rows + 40, 64, batch=2, heads=2)[b, :, rows:]
             assert torch.equal(dense[b], shifted)
+
+
+OFFSETS = st.one_of(st.integers(0, 24), st.lists(st.integers(0, 24), min_size=2, max_size=2).map(torch.tensor))
+ALONE = [by_pairs, by_lines, by_ends, by_groups, by_columns, by_parts, partial(by_tiles, otherwise=())]
+
+
+@settings(max_examples=200)
+@given(st.one_of(masks(), affine_masks()), st.integers(1, 32), st.integers(1, 32), OFFSETS, OFFSETS, SIZES)
+def test_every_way_honours_both_offsets(mask, q_len, kv_len, q_offset, kv_offset, block_size):
+    problem = replace(problem_of(mask, q_len, kv_len, block_size), q_offset=q_offset, kv_offset=kv_offset)
+    b, h = torch.arange(2).view(2, 1, 1, 1), torch.arange(2).view(2, 1, 1)
+    q, kv = (
+        tokens + (offset.view(2, 1, 1, 1) if isinstance(offset, torch.Tensor) else offset)
+        for tokens, offset in ((torch.arange(q_len)[:, None], q_offset), (torch.arange(kv_len), kv_offset))
+    )
+    bits = replace(problem, q_offset=0, kv_offset=0).visible(b, h, q, kv).expand(2, 2, q_len, kv_len)
+    expected = brute_force(bits, block_size)
+    facts = Facts(problem)
+    for way in ALONE:
+        found = way(facts)
+        if found is not None:
+            assert torch.equal(found.block_map.kinds().expand_as(expected), expected), way
+    own = bits[: problem.shape[0], : problem.shape[1]]
+    for rows, seen in ((facts.rows, own), (facts.columns, own.transpose(2, 3))):
+        if rows is not None:
+            place = torch.arange(seen.shape[3])
+            told = ((place >= rows.start[..., None]) & (place < rows.stop[..., None])).any(0)
+            assert torch.equal(rows.count, seen.sum(-1))
+            assert torch.equal(told[rows.told], seen[rows.told])
+            assert bool((told | ~seen).all())
 
 
 @pytest.mark.parametrize(
