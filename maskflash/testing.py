@@ -22,6 +22,7 @@ from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask as as_mask
+from maskflash.masks.sight import Sight
 from maskflash.op.attention import BackendChoice
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def assert_matches_dense(
     backend: BackendChoice = "auto",
     device: str = "cpu",
     q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
     return_lse: bool = True,
     seed: int = 0,
     **mask_args: Any,
@@ -101,6 +103,7 @@ def assert_matches_dense(
         backend: as in `compile`.
         device: of the tensors.
         q_offset: as in a call.
+        kv_offset: as in a call.
         return_lse: as in a call; without it there is no lse to check, and no gradient that arrives there.
         seed: of the random tensors.
         **mask_args: the mask's own arguments.
@@ -116,12 +119,15 @@ def assert_matches_dense(
     arguments.instance(operation, "shape", shape, Shape, "such as mf.testing.Shape(q_len=100)")
     dtype, seed = arguments.dtype(operation, dtype), _seed(operation, seed)
     checked = as_mask(mask)
-    sizes: dict[str, Any] = {"batch": shape.batch, "heads": shape.heads, "q_offset": q_offset, "device": device}
-    dense = checked.dense(shape.q_len, shape.kv_len, **sizes, **mask_args)
-    _assert_map(checked, dense, arguments.block_size(operation, block_size), sizes, mask_args)
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    seen = checked.at(
+        shape.q_len, shape.kv_len, batch=shape.batch, heads=shape.heads, device=device, **offsets, **mask_args
+    )
+    dense = seen.dense()
+    _assert_map(seen, dense, arguments.block_size(operation, block_size))
     inputs = shape.tensors(dtype, seed=seed, device=device)
     draw = torch.Generator().manual_seed(seed + 1)
-    given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, "q_offset": q_offset}
+    given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, **offsets}
     q, k, v = inputs
     returned = attention(q, k, v, checked, **given, return_lse=return_lse, **mask_args)
     ours = dict(zip(RESULTS, returned, strict=False)) if return_lse else {"out": returned}
@@ -256,12 +262,9 @@ def _sizes(operation: str, low: int, **sizes: int) -> None:
         arguments.integer(operation, name, size, low=low)
 
 
-def _assert_map(
-    mask: Mask, dense: Tensor, block_size: tuple[int, int], sizes: dict[str, Any], mask_args: dict[str, Any]
-) -> None:
+def _assert_map(seen: Sight, dense: Tensor, block_size: tuple[int, int]) -> None:
     rows, columns = block_size
-    q_len, kv_len = dense.shape[2:]
-    found = mask.block_map(q_len, kv_len, block_size=block_size, **sizes, **mask_args).kinds()
+    found = seen.block_map(block_size).kinds()
     for i, band in enumerate(dense.split(rows, 2) if dense.numel() else ()):
         for j, tile in enumerate(band.split(columns, 3)):
             expected = tile.flatten(2).any(2).to(torch.int8) + tile.flatten(2).all(2).to(torch.int8)
@@ -270,7 +273,9 @@ def _assert_map(
                 b, h = wrong[0].tolist()
                 kinds = ("skip", "partial", "full")
                 got, wanted = (kinds[int(x.expand_as(expected)[b, h])] for x in (found[:, :, i, j], expected))
-                raise AssertionError(f"{mask}: tile ({i}, {j}) of batch row {b}, head {h} is {got}, expected {wanted}")
+                raise AssertionError(
+                    f"{seen.mask}: tile ({i}, {j}) of batch row {b}, head {h} is {got}, expected {wanted}"
+                )
 
 
 def _dense_results(

@@ -17,7 +17,7 @@ ORDER = {
     "ground": ["names", "modes", "arguments", "identity", "transfer", "copies"],
     "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
     "trace": [
-        *("frames", "facts", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
+        *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
         *("hooks", "builtin_calls", "lower", "trace", "combine"),
     ],
     "analysis": [

@@ -123,8 +123,9 @@ def classify(problem: Problem, ways: Sequence[Way] = WAYS) -> Seen:
 
 def see(facts: Facts, ways: Sequence[Way] = WAYS) -> Seen:
     """The same of a problem of which some facts may be known."""
-    if isinstance(facts.problem.q_offset, Tensor):
-        arguments.offsets_in_range("attention", facts.problem.q_offset)
+    for name in ("q_offset", "kv_offset"):
+        if isinstance(offset := getattr(facts.problem, name), Tensor):
+            arguments.offsets_in_range("attention", offset, name)
     found = _first(facts, ways)
     assert found is not None, "the last way always applies"
     return found

@@ -27,7 +27,7 @@ def lifted(function: Callable[..., Any], home: ModuleType) -> tuple[Mask, dict[s
         home: that module.
 
     Returns:
-        The mask, which also takes `first_key`, an int added to column numbers; and its other arguments.
+        The mask, and its arguments.
 
     Raises:
         Unknown: the function, or one that it holds, is of another module or holds other things than numbers, tensors
@@ -80,12 +80,12 @@ class _Lifted(Mask):
 
     def __init__(self, structure: Hashable, tensors: int) -> None:
         name = structure.code.co_qualname if isinstance(structure, _Function) else "mask"
-        super().__init__(name, (*map(_name, range(tensors)), "first_key"), {})
+        super().__init__(name, tuple(map(_name, range(tensors))), {})
         self.filling = structure
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
-        """The function, holding these tables, of shifted columns."""
-        return _filled(self.filling, mask_args)(b, h, q, kv + mask_args["first_key"])
+        """The function, holding these tables."""
+        return _filled(self.filling, mask_args)(b, h, q, kv)
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""

@@ -26,7 +26,7 @@ from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.integrations.closures import Unknown, lifted
 from maskflash.masks.mask import Mask
-from maskflash.masks.predicate import Predicate
+from maskflash.masks.predicate import mask as as_mask
 from maskflash.presets.basic import causal
 
 NAME: Final = "mf"  # Transformers takes every name with "flash" in it for a FlashAttention of its own
@@ -55,7 +55,7 @@ class LayerMask(Tensor):
 
     Attributes:
         mask: which pairs may attend.
-        q_offset: of the first row.
+        offsets: numbers of the first row and of the first column.
         mask_args: the mask's own arguments.
         of: the kind of model, for messages.
         documents: (B, Sq), the document of each token, where the mask keeps documents apart; else None.
@@ -63,7 +63,7 @@ class LayerMask(Tensor):
     """
 
     mask: Mask
-    q_offset: int
+    offsets: tuple[int, int]
     mask_args: dict[str, Any]
     of: str
     documents: Tensor | None
@@ -73,7 +73,7 @@ class LayerMask(Tensor):
     def __new__(
         cls,
         mask: Mask,
-        q_offset: int,
+        offsets: tuple[int, int],
         mask_args: dict[str, Any],
         shape: Sequence[int],
         device: torch.device | str = "cpu",
@@ -83,7 +83,7 @@ class LayerMask(Tensor):
         """A mask at the lengths of a forward pass."""
         at = torch.device(device)
         made: LayerMask = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.bool, device=at)
-        made.mask, made.q_offset, made.mask_args = mask, q_offset, mask_args
+        made.mask, made.offsets, made.mask_args = mask, offsets, mask_args
         made.of, made.documents, made.agreed = of, documents, None
         return made
 
@@ -100,7 +100,7 @@ class LayerMask(Tensor):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"LayerMask({self.mask}, shape={tuple(self.shape)}, q_offset={self.q_offset})"
+        return f"LayerMask({self.mask}, shape={tuple(self.shape)}, offsets={self.offsets})"
 
 
 def register(name: str = NAME) -> str:
@@ -227,10 +227,10 @@ def layer_mask(
     try:
         mask, tables = lifted(mask_function, masking_utils)
     except Unknown:  # the user's own function may read anything: it is traced at each forward pass
-        mask, tables = _shifted(mask_function), {}
+        mask, tables = as_mask(mask_function), {}
     shape = batch_size, 1, q_length, kv_length
     kind = getattr(config, "model_type", "")
-    return LayerMask(mask, int(q_offset), {**tables, "first_key": int(kv_offset)}, shape, device, kind, documents)
+    return LayerMask(mask, (int(q_offset), int(kv_offset)), tables, shape, device, kind, documents)
 
 
 def attention_forward(
@@ -271,17 +271,17 @@ def attention_forward(
                 f"{_FIXES.get(name, 'use another attn_implementation for this model')}"
             )
     lengths = query.shape[0], query.shape[2], key.shape[2]
-    mask, q_offset, mask_args = _mask_of(module, attention_mask, is_causal, lengths)
+    mask, (q_offset, kv_offset), mask_args = _mask_of(module, attention_mask, is_causal, lengths)
     if asked.get("cu_seq_lens_q") is not None or asked.get("cu_seq_lens_k") is not None:
         _check_documents(module, attention_mask, asked.get("cu_seq_lens_q"), asked.get("cu_seq_lens_k"))
-    out = attention(query, key, value, mask, scale=scaling, q_offset=q_offset, **mask_args)
+    out = attention(query, key, value, mask, scale=scaling, q_offset=q_offset, kv_offset=kv_offset, **mask_args)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _mask_of(
     module: nn.Module, given: Tensor | None, is_causal: bool | None, lengths: tuple[int, int, int]
-) -> tuple[Mask | Tensor | None, int, dict[str, Any]]:
-    """The mask of a layer's call, its offset and arguments."""
+) -> tuple[Mask | Tensor | None, tuple[int, int], dict[str, Any]]:
+    """The mask of a layer's call, its offsets and arguments."""
     batch, q_len, kv_len = lengths
     if isinstance(given, LayerMask):
         if (given.shape[0], *given.shape[2:]) != lengths:
@@ -289,19 +289,19 @@ def _mask_of(
                 f"{_HERE}: {type(module).__name__} has {q_len} queries, {kv_len} keys and batch {batch}, but its mask "
                 f"was made for {given.shape[2]}, {given.shape[3]} and {given.shape[0]}"
             )
-        return given.mask, given.q_offset, given.mask_args
+        return given.mask, given.offsets, given.mask_args
     if given is not None:
         _check_dense(module, given)
-        return given, 0, {}
+        return given, _AT_ZERO, {}
     follows = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not follows or q_len == 1:
-        return None, 0, {}
+        return None, _AT_ZERO, {}
     if q_len != kv_len:
         raise ArgumentError(
             f"{_HERE}: {type(module).__name__} has no mask, and {q_len} queries with {kv_len} keys don't say which are "
             "causal to which; use another attn_implementation for this model"
         )
-    return _CAUSAL, 0, {}
+    return _CAUSAL, _AT_ZERO, {}
 
 
 def _check_dense(module: nn.Module, given: Any) -> None:
@@ -361,11 +361,5 @@ def _documents(function: Any) -> Tensor | None:
     return next((found for each in both if (found := _documents(each)) is not None), None)
 
 
-def _shifted(function: Callable[..., Any]) -> Mask:
-    """A function of column numbers as a mask of columns."""
-    return Predicate(
-        lambda b, h, q, kv, *, first_key: function(b, h, q, kv + first_key), getattr(function, "__name__", "mask")
-    )
-
-
+_AT_ZERO: Final = (0, 0)
 _CAUSAL: Final = causal()

@@ -21,7 +21,7 @@ from maskflash.op.spec import Backend, Extent, Spec
 if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.analysis.problem import Problem
-    from maskflash.backends.cpu.plan import Plan as CpuPlan
+    from maskflash.backends.cpu.plan import Plan
     from maskflash.backends.triton.plan import DevicePlan
 
 
@@ -39,7 +39,7 @@ class Analysis:
 
     block_map: BlockMap
     decided: dict[str, int]
-    plan: CpuPlan | DevicePlan
+    plan: Plan | DevicePlan
     backend: Backend
     run: Any
 

@@ -32,7 +32,7 @@ class Part(NamedTuple):
     is_question: bool
 
 
-class Sizes(NamedTuple):
+class Packing(NamedTuple):
     """Lengths of the documents of queries and of keys, a list for each batch row, or one that serves all."""
 
     rows: list[list[int]]
@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
         return Fits(unless_1(len(self.rows)), None, q_total, kv_total if self.unlike else None)
 
 
-def sizes(operation: str, by_position: Any, given: dict[str, Any], kv_given: dict[str, Any]) -> Sizes:
+def sizes(operation: str, by_position: Any, given: dict[str, Any], kv_given: dict[str, Any]) -> Packing:
     """Documents of queries and of keys, from a single argument for each.
 
     Args:
@@ -67,7 +67,7 @@ def sizes(operation: str, by_position: Any, given: dict[str, Any], kv_given: dic
         name, rows = _only(operation, given)
     _check(operation, name, rows)
     if all(value is None for value in kv_given.values()):
-        return Sizes(rows, rows, unlike=False)
+        return Packing(rows, rows, unlike=False)
     kv_name, kv_rows = _only(operation, kv_given)
     _check(operation, kv_name, kv_rows)
     counts, kv_counts = [len(row) for row in rows], [len(row) for row in kv_rows]
@@ -75,7 +75,7 @@ def sizes(operation: str, by_position: Any, given: dict[str, Any], kv_given: dic
         raise ArgumentError(
             f"{operation}: {name} has {counts} documents per row and {kv_name} {kv_counts}; they must pair up"
         )
-    return Sizes(rows, kv_rows, unlike=True)
+    return Packing(rows, kv_rows, unlike=True)
 
 
 def unless_1(size: int) -> int | None:
@@ -249,7 +249,7 @@ def numbers(lists: list[list[int]]) -> tuple[Tensor, Tensor]:
         return torch.stack([by_token(range(len(row)), row, longest, -1) for row in lists]), totals
 
 
-def diagonals(sizes: Sizes, align: Align, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
+def diagonals(sizes: Packing, align: Align, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
     """The first key that each query sees of its document, and one past the last: (B, longest total) int32, ascending.
 
     A query sees from `left` keys before the one that it is aligned with to `right` after it; None is without end.

@@ -12,7 +12,7 @@ from types import CodeType
 from typing import Any
 
 from maskflash.expr.nodes import Builder, Node
-from maskflash.trace.facts import Facts
+from maskflash.trace.premises import Premises
 
 FEW_PATHS = 64  # beyond this many, conditions are also decided by the values of constants
 MAX_PATHS = 4096
@@ -54,7 +54,7 @@ class _Path:
     """One run: the answers it must repeat, those it gave, and what follows from them."""
 
     prefix: list[Answer]
-    facts: Facts
+    facts: Premises
     taken: list[Answer] = field(default_factory=list)
 
 
@@ -89,7 +89,7 @@ class Paths:
         start = mark()
         while True:
             outer = self._stack[-1].facts.ranges if self._stack else None
-            path = _Path(prefix, Facts(self._builder.nodes, self._number, outer))
+            path = _Path(prefix, Premises(self._builder.nodes, self._number, outer))
             self._stack.append(path)
             try:
                 value = run()

@@ -133,7 +133,7 @@ def test_logits_with_a_cache_equal_eager(name, kind, padded, monkeypatch):
     offsets = []
     original = integration.attention
     monkeypatch.setattr(
-        integration, "attention", lambda *args, **kw: offsets.append(kw["first_key"]) or original(*args, **kw)
+        integration, "attention", lambda *args, **kw: offsets.append(kw["kv_offset"]) or original(*args, **kw)
     )
     model = make(name)
     found, eager, sdpa = (read_in_pieces(model, way, kind, padded) for way in (NAME, "eager", "sdpa"))
@@ -238,7 +238,9 @@ def test_every_mask_of_the_library_is_the_same_pair_by_pair(function, padded, of
     found = integration.layer_mask(*given)
     dense = masking_utils.sdpa_mask(*given, allow_is_causal_skip=False)
     assert tuple(found.shape) == (2, 1, *lengths)
-    ours = found.mask.dense(*lengths, batch=2, q_offset=found.q_offset, **found.mask_args)
+    ours = found.mask.at(
+        *lengths, batch=2, q_offset=found.offsets[0], kv_offset=found.offsets[1], **found.mask_args
+    ).dense()
     assert torch.equal(ours, dense)
 
 
@@ -246,7 +248,7 @@ def test_an_offset_in_a_tensor_is_read_at_once():
     offset = torch.tensor(3)  # as static caches count, in place
     mask = integration.layer_mask(1, 2, 8, offset)
     offset += 2
-    assert mask.q_offset == 3
+    assert mask.offsets == (3, 0)
 
 
 def test_a_mask_of_transformers_keeps_the_bits_of_numbers_apart():

@@ -65,7 +65,7 @@ class Specialisation:
 
 
 @dataclass(frozen=True, slots=True)
-class Argument:
+class Parameter:
     """An argument of a kernel."""
 
     name: str
@@ -93,7 +93,7 @@ _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
 }
 
 
-def signature(special: Specialisation, pass_name: PassName) -> list[list[Argument]]:
+def signature(special: Specialisation, pass_name: PassName) -> list[list[Parameter]]:
     """The arguments of a pass's kernel, line by line as its text has them."""
     strided, contiguous, reals, integers = (names.split() for names in _OWN[pass_name])
     lines = [
@@ -112,8 +112,8 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Argumen
                 for kind in ("full", "partial")
             ),
             [
-                Argument("q_offset", "view" if special.q_offsets else "i64"),
-                Argument("kv_offset", "view" if special.kv_offsets else "i64"),
+                Parameter("q_offset", "view" if special.q_offsets else "i64"),
+                Parameter("kv_offset", "view" if special.kv_offsets else "i64"),
             ],
             *mask_arguments(special.expr, special.tables),
             _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", "ROWS", "SUB")),
@@ -122,7 +122,7 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Argumen
     return [line for line in lines if line]
 
 
-def mask_arguments(expr: Expr, tables: Sequence[TableKind]) -> list[list[Argument]]:
+def mask_arguments(expr: Expr, tables: Sequence[TableKind]) -> list[list[Parameter]]:
     """What a mask adds: its params on one line, then each table with its sizes and strides.
 
     All params are integers: a float comes as its 64 bits (`Expr.coded`).
@@ -130,9 +130,9 @@ def mask_arguments(expr: Expr, tables: Sequence[TableKind]) -> list[list[Argumen
     lines = [_line("i64", (f"p{slot}" for slot in range(expr.slots("param"))))]
     for slot, kind in enumerate(tables):
         numbers = (f"t{slot}_{what}{axis}" for axis in range(kind.ndim) for what in ("size", "stride"))
-        lines.append([Argument(f"t{slot}", "view"), *_line("i64", numbers)])
+        lines.append([Parameter(f"t{slot}", "view"), *_line("i64", numbers)])
     return lines
 
 
-def _line(kind: Literal["pointer", "i64", "i32", "fp32", "constant"], names: Iterable[str]) -> list[Argument]:
-    return [Argument(name, kind) for name in names]
+def _line(kind: Literal["pointer", "i64", "i32", "fp32", "constant"], names: Iterable[str]) -> list[Parameter]:
+    return [Parameter(name, kind) for name in names]

@@ -12,10 +12,10 @@ Range = tuple[float, float]
 
 _ANYTHING: Final = (float("-inf"), float("inf"))
 _FROM_ZERO: Final = (0.0, float("inf"))
-_START: Final = {"b": _FROM_ZERO, "h": _FROM_ZERO, "q": _ANYTHING, "kv": _FROM_ZERO}  # q has an offset
+_START: Final = {"b": _FROM_ZERO, "h": _FROM_ZERO, "q": _ANYTHING, "kv": _ANYTHING}  # q and kv have offsets
 
 
-class Facts:
+class Premises:
     """What is known on one path: conditions with their answers, and ranges of the index variables.
 
     Args:
@@ -72,7 +72,7 @@ class Facts:
 
     def contradict(self) -> bool:
         """Whether no pair with q >= 0 has these answers, as far as the ranges say."""
-        pairs = Facts(self._nodes, self._number, self.ranges)
+        pairs = Premises(self._nodes, self._number, self.ranges)
         low, high = self.ranges["q"]
         pairs.ranges["q"] = (max(low, 0.0), high)
         if any(low > high for low, high in pairs.ranges.values()):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from maskflash.expr.nodes import Builder
 from maskflash.expr.ops import COMPARISONS, OPERATIONS
-from maskflash.trace.facts import Facts
+from maskflash.trace.premises import Premises
 
 CONDITIONS = st.tuples(
     st.sampled_from(sorted(COMPARISONS)), st.sampled_from(["q", "kv"]), st.integers(-3, 4), st.booleans()
@@ -29,7 +29,7 @@ def test_what_is_implied_is_so(asked, q, kv, other):
         sides = [builder.add(name, dtype=torch.int64), builder.const(number)]
         return builder.add(op, *(reversed(sides) if mirrored else sides))
 
-    facts = Facts(builder.nodes, lambda node: float(node.value) if node.op == "const" else None)
+    facts = Premises(builder.nodes, lambda node: float(node.value) if node.op == "const" else None)
     indices = {"q": torch.tensor(q), "kv": torch.tensor(kv)}
     for condition in asked:
         facts.learn(node(condition), holds(condition, indices))
@@ -40,7 +40,7 @@ def test_what_is_implied_is_so(asked, q, kv, other):
 def test_ranges_close_to_the_last_number():
     builder = Builder()
     kv = builder.add("kv", dtype=torch.int64)
-    facts = Facts(builder.nodes, lambda node: float(node.value) if node.op == "const" else None)
+    facts = Premises(builder.nodes, lambda node: float(node.value) if node.op == "const" else None)
     facts.learn(builder.add("gt", kv, builder.const(2)), True)
     facts.learn(builder.add("lt", kv, builder.const(4)), True)
     assert facts.ranges["kv"] == (3, 3)
