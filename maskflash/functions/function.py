@@ -227,9 +227,7 @@ class Function:
         given = stand_ins(kinds, exact)
         now = self.reading()
         traced = self.trace(given)
-        if (
-            self.followed and self.look() != now.stamp
-        ):  # another thread has changed what is captured, or the function itself
+        if self.followed and self.look() != now.stamp:  # another thread, or the function itself, has changed captures
             now = self.reading()
             traced = self.trace(given)
         if not self.followed:  # as the trace has shown
