@@ -259,7 +259,7 @@ def test_wrong_arguments_are_told(call, error, message):
 def test_an_argument_on_another_device_is_told():
     elsewhere = torch.zeros(8, device="meta")
     with pytest.raises(mf.ArgumentError, match=r"the mask's doc is on meta, expected q's cpu; move it once"):
-        same_device(Q.device, ("doc",), [elsewhere], 0)
+        same_device(Q.device, [("doc", elsewhere)])
     mask = mf.mask(lambda b, h, q, kv, *, doc: doc[q] == doc[kv])
     with pytest.raises(mf.ArgumentError, match=r"doc is on meta, which holds no data; make it on the call's device"):
         mf.attention(Q, K, V, mask, doc=elsewhere)

@@ -241,7 +241,7 @@ CAUSAL, ATTN = mf.causal(), mf.compile(mf.causal())
 MAP = CAUSAL.block_map(4, 4, block_size=2)
 VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
-CALL = {"q_offset": (0, OFFSETS), "return_lse": (False, FLAG)}
+CALL = {"q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "return_lse": (False, FLAG)}
 HOW = {
     "scale": (0.5, NUMBERS | NONE),
     "block_size": (2, BLOCKS),
@@ -266,7 +266,7 @@ CALLS = {
     mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
     mf.compile: {"mask": (CAUSAL, set()), **HOW, "tune": (False, FLAG)},
     ATTN: {**QKV, **CALL},
-    ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "pass_name": ("dq", set())},
+    ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "pass_name": ("dq", set())},
     ATTN.explain: SIZED,
     ATTN.prepare: SIZED,
     CAUSAL.dense: SIZED,
@@ -341,6 +341,7 @@ CALLS = {
         "block_size": (2, BLOCKS),
         **SIZED,
     },
+    mf.merge: {"outs": ((X, X), set()), "lses": ((X[..., 0], X[..., 0]), set())},
     traffic.predict: {
         "block_map": (MAP, set()),
         **dict.fromkeys(("head_dim", "itemsize", "fast_bytes"), (64, INTS)),

@@ -86,7 +86,7 @@ class Sizes(NamedTuple):
         for name, size in _BOUND.items():
             if sizes[size] is None:
                 sizes[size] = arguments.integer(operation, name, index.get(name, 0)) + 1
-        partial = None in given.values()
+        partial = any(size is None for size in given.values())
         return Sizes.checked(operation, **sizes, q_offset=q_offset, device=device, partial=partial)  # type: ignore[arg-type]
 
     def check_index(self, **index: int) -> None:

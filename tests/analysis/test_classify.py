@@ -22,7 +22,8 @@ from maskflash.analysis.classify import (
 )
 from maskflash.analysis.facts import Facts
 from maskflash.analysis.ways import tiles
-from maskflash.testing import affine_masks, masks
+from maskflash.testing import masks
+from tests.predicates import affine_masks
 
 SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(1, 40)))
 

@@ -83,4 +83,6 @@ def test_triton_has_every_operation_or_refuses_it_by_name(row, dtype):
         assert f"no exact `{row.name}` for {str(dtype).removeprefix('torch.')}" in str(refused)
         assert dtype.is_floating_point or row.name == "fmod"
     else:
-        assert any(line.startswith(f"x{len(expr.nodes) - 2} = ") for line in (*written.rows, *written.pairs))
+        assert any(
+            line.startswith(f"x{len(expr.nodes) - 2} = ") for line in (*written.lines["rows"], *written.lines["pairs"])
+        )

@@ -78,8 +78,9 @@ def test_what_is_no_mask_is_told(mask, error, message):
 
 
 def test_an_offset_is_told():
-    with pytest.raises(mf.ArgumentError, match="got a q_offset with a dense mask"):
-        mf.attention(Q, Q, Q, torch.ones(30, 30, dtype=torch.bool), q_offset=3)
+    for name in ("q_offset", "kv_offset"):
+        with pytest.raises(mf.ArgumentError, match=f"{name} is 3, expected 0: a dense mask's rows and columns"):
+            mf.attention(Q, Q, Q, torch.ones(30, 30, dtype=torch.bool), **{name: 3})
 
 
 def test_too_many_pairs_are_told_before_any_is_read(monkeypatch):

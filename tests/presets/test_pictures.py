@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.presets import basic, packed, sparse, vectors
+from maskflash.presets import basic, packed, sparse
 
 PICTURED = {
     "full": mf.full(),
@@ -42,8 +42,3 @@ def test_presets_are_public():
     assert set(PRESETS) <= set(mf.presets.__all__)
     assert all(getattr(mf, name) is getattr(mf.presets, name) for name in basic.__all__)
     assert [name for name in mf.presets.__all__ if not hasattr(mf.presets, name)] == []
-
-
-def test_the_papers_masks_are_written_twice():
-    assert set(vectors.__all__) == set(mf.presets.PAPER)
-    assert len(mf.presets.PAPER) == 12

@@ -14,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.analysis.classify import classify
-from maskflash.backends.reference import reference
 from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import launch as triton_launch
 from maskflash.backends.triton import modules, tile_choice
@@ -393,40 +391,19 @@ def by_number(device):
     }
 
 
-@settings(max_examples=16)
+@settings(max_examples=8)
 @given(st.sampled_from(["causal", "documents", "a window for each head", "divisions"]), SMALL, st.data())
 def test_offsets_of_rows_and_columns_match_dense_float64(device, name, shape, data):
-    """The map is that of a mask which adds the offsets itself; the kernel is given the mask and the offsets."""
-    predicate = by_number(device)[name]
     heads = 2 if name == "a window for each head" else shape.heads
     shape = replace(shape, heads=heads, kv_heads=1 if heads != shape.heads else shape.kv_heads)
-    offsets, added = {}, {}
-    for index in ("q", "kv"):
+    offsets = {}
+    for index in ("q_offset", "kv_offset"):
         numbers = data.draw(st.lists(st.integers(-20, 60), min_size=shape.batch, max_size=shape.batch), label=index)
-        table = torch.tensor(numbers, device=device)
         per_row = data.draw(st.booleans(), label=f"{index} per row")
-        offsets[f"{index}_offset"] = table if per_row else numbers[0]
-        added[index] = (lambda b, table=table: table[b]) if per_row else (lambda b, number=numbers[0]: number)
-    place = torch.device(device)
-    sizes = shape.q_len, shape.kv_len, shape.batch, shape.heads, (16, 32), 0, place, {}
-    adding = mf.mask(lambda b, h, q, kv: predicate(b, h, q + added["q"](b), kv + added["kv"](b)))
-    asked, problem = (mask.problem("test", *sizes) for mask in (adding, mf.mask(predicate)))
-    problem, asked = replace(problem, **offsets), asked.on_host()
-    plan = triton.plan(asked, classify(asked), place)
-
-    q, k, v = shape.tensors(torch.float32, device=device)
-    out, lse = triton.forward(plan, problem, q.detach(), k.detach(), v.detach(), 0.3)
-    dout, dlse = torch.randn(out.shape).to(out), torch.randn(lse.shape).to(lse)
-    found = out, lse, *triton.backward(plan, problem, dout, dlse, *(x.detach() for x in (q, k, v)), out, lse, 0.3)
-
-    dense = adding.dense(shape.q_len, shape.kv_len, batch=shape.batch, heads=shape.heads, device=device)
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = reference(*exact, dense, 0.3)
-    seen = expected[1].isfinite()
-    arriving = dout.double(), torch.where(seen, dlse, 0.0).double()
-    gradients = torch.autograd.grad([expected[0], torch.where(seen, expected[1], 0.0)], exact, arriving)
-    for x, y in zip(found, (*expected, *gradients), strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+        offsets[index] = torch.tensor(numbers, device=device) if per_row else numbers[0]
+    assert_matches_dense(
+        by_number(device)[name], shape, block_size=(16, 32), backend="triton", device=device, **offsets
+    )
 
 
 # Nothing is compiled again for another length, window, offset or table
