@@ -54,9 +54,7 @@ class Plan:
 
     def sole(self, dtype: torch.dtype, work: int) -> Call | None:
         """The call that computes all rows of everything, if it is the cheapest way of both passes in this dtype."""
-        forward, backward = (self.schedule(pass_, dtype, work) for pass_ in ("forward", "backward"))
-        native = forward.native and backward.native
-        return forward.only if native and backward.only is not None else None
+        return self._schedules.sole(dtype, work)
 
     def work(self, batch: int, heads: int, head_dim: int) -> int:
         """Heads x head dim of one call."""

@@ -101,6 +101,16 @@ class Schedules:
     strips: dict[tuple[int, int], list[Call]]
     expect: Callable[[Iterator[Call]], None]
     _found: dict[tuple[Pass, torch.dtype, int], Schedule] = field(default_factory=dict)
+    _sole: dict[tuple[torch.dtype, int], Call | None] = field(default_factory=dict)
+
+    def sole(self, dtype: torch.dtype, work: int) -> Call | None:
+        """See `Plan.sole`; every small call asks for it, and one look-up is half the time of two schedules."""
+        key = (dtype, _power(work))
+        if key not in self._sole:
+            forward, backward = self.cheapest("forward", dtype, work), self.cheapest("backward", dtype, work)
+            whole = forward.native and backward.native and backward.only is not None
+            self._sole[key] = forward.only if whole else None
+        return self._sole[key]
 
     def cheapest(self, pass_: Pass, dtype: torch.dtype, work: int) -> Schedule:
         """The cheapest calls for one pass, all in one dtype; half types are merged from float32 only.
@@ -110,8 +120,7 @@ class Schedules:
             dtype: of q, k and v.
             work: heads x head dim that one call computes.
         """
-        # Overheads matter to a factor of a few: works of about the same power of four share a schedule.
-        power = round(math.log2(max(work, 1)) / 2)
+        power = _power(work)
         key = (pass_, dtype, power)
         found = self._found.get(key)
         if found is None:
@@ -136,6 +145,11 @@ class Schedules:
             for unit, layers in self.segments.items()
         }
         return Schedule.of(costs.native, chains, self.q_len)
+
+
+def _power(work: int) -> int:
+    """Of four; works of about the same one share a schedule, since overheads matter to a factor of a few."""
+    return round(math.log2(work) / 2) if work > 1 else 0
 
 
 def _covered(layers: list[Segments], costs: Costs) -> list[Call]:
