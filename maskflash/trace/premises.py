@@ -71,10 +71,11 @@ class Premises:
         return None
 
     def contradict(self) -> bool:
-        """Whether no pair with q >= 0 has these answers, as far as the ranges say."""
+        """Whether no pair with q >= 0 and kv >= 0 has these answers, as far as the ranges say."""
         pairs = Premises(self._nodes, self._number, self.ranges)
-        low, high = self.ranges["q"]
-        pairs.ranges["q"] = (max(low, 0.0), high)
+        for name in ("q", "kv"):
+            low, high = self.ranges[name]
+            pairs.ranges[name] = (max(low, 0.0), high)
         if any(low > high for low, high in pairs.ranges.values()):
             return True
         return not all(pairs.implied(condition) in (None, answer) for condition, answer in self.answers.items())

@@ -334,7 +334,7 @@ def test_a_layer_mask_holds_no_pairs():
         mask[:, :, :, :8]
     with pytest.raises(mf.ArgumentError, match=r"aten.add.* holds no pairs"):  # not an operand of another type
         torch.zeros(()) + mask
-    assert "q_offset=0" in repr(mask)
+    assert "offsets=(0, 0)" in repr(mask)
 
 
 def test_names_that_transformers_takes_for_flash_attention_are_refused():
