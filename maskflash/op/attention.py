@@ -240,12 +240,15 @@ class Attention:
                 return None
             given += state(tensor)
         for value in (q_offset, kv_offset, *mask_args.values()):
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind is int:
+                given += kind, value
+            elif isinstance(value, Tensor):
                 if value.is_inference() or value.is_nested or value.layout is not torch.strided:
                     return None
                 given += state(value)
-            elif type(value) in _TOLD:
-                given += type(value), value.hex() if isinstance(value, float) else value  # 0.0 == -0.0
+            elif kind in _TOLD:
+                given += kind, value.hex() if kind is float else value  # 0.0 == -0.0
             else:
                 return None
         return (
