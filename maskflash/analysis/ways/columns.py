@@ -1,5 +1,10 @@
 """A problem whose mask separates -> every column cut into a few pieces of rows that are all visible or all hidden.
 
+    row      column j of causal documents, whose document ends with row 8
+    0 .. j   ·   hidden: q < j             one pair of each piece is evaluated:
+    j .. 9   ■   visible                   (0, j) ·   (j, j) ■   (9, j) ·
+    9 ..     ·   another document          a comparison that turns is a cut
+
 The cost follows the number of columns, not of pairs or of tiles.
 """
 

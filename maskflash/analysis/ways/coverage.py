@@ -1,5 +1,12 @@
 """Pieces of columns -> the runs of their tiles, without a lattice: cost and memory follow columns and boundary.
 
+    one column, visible from row 2 up to row 9, in tiles of 4 rows
+
+    tile                    0    1    2    3
+    ray from row 2          2    4    4    4      its own tile from there on, all of every later tile
+    ray from row 9          0    0   -3   -4      hidden again
+    visible                 2    4    1    0      partial, full, partial, skip
+
 A tile's kind is how many of its pairs are visible: none, all, or some. Along a column of tiles that number is a sum of
 rays, one from every row at which one of its columns turns visible or hidden.
 """

@@ -1,8 +1,13 @@
 """A mask that compares only q, kv and q - kv with numbers -> its runs of tiles and its rows' intervals by formulas.
 
-A few rows, columns and diagonals cut the plane into bands and strips on which the mask is constant, and one pair of
-each tells what it is. What a row sees in a band of columns is then an interval per strip, with ends that move with the
-row: no pair, tile or look-up costs anything, and a row of tiles costs a few additions.
+    columns 0  1 | 2  3  4  5  6     causal() & (global_tokens(2) | sliding_window(2)): the line | cuts columns at 2,
+    row 4   ■  ■ | ■  ■  ■           the diagonals q - kv = 0 and q - kv = 2 cut the rest. On each area between cuts
+    row 5   ■  ■ | ·  ■  ■  ■        all pairs are alike, so one pair of it is evaluated. Row q sees [0, 2) of the
+    row 6   ■  ■ | ·  ·  ■  ■  ■     first band of columns and [q - 2, q + 1) of the second.
+
+A few rows, columns and diagonals cut the plane into areas on which the mask is constant. What a row sees in a band of
+columns is then an interval for each pair of diagonals, with ends that move with the row. No pair, tile or look-up costs
+anything beyond, and a row of tiles costs a few additions.
 """
 
 from __future__ import annotations

@@ -1,5 +1,9 @@
 """A problem -> the kinds of its tiles, coarse to fine, at a cost that follows the mask's boundary.
 
+    bounds of 8 x 8 tiles        of single tiles            samples, then pairs
+    full  full  maybe skip       full  maybe                a visible and a hidden pair among a few: partial
+    full  full  full  maybe      full  full                 else every pair of the tile is evaluated
+
 Bounds settle large squares of tiles; what they leave open is divided, down to single tiles. There a visible and a
 hidden pair among a few samples settle most, and only what remains is evaluated pair by pair. Where rows match columns,
 it is known which squares hold any pair that does, and how many a tile has.
