@@ -1,4 +1,4 @@
-"""The calls that the CPU backend makes of torch's dense kernel: some rows x some columns x the mask between them.
+"""Some rows, some columns and the mask between them -> one call of torch's dense kernel, of a kind for each shape.
 
 One drawing for each kind of mask; rows go down, columns to the right, # is visible:
 
