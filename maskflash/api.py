@@ -89,6 +89,7 @@ def attention(
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     **mask_args: Any,
 ) -> Tensor: ...
@@ -107,6 +108,7 @@ def attention(
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     **mask_args: Any,
 ) -> tuple[Tensor, Tensor]: ...
@@ -125,6 +127,7 @@ def attention(
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    sinks: Tensor | None = None,
     return_lse: bool,
     **mask_args: Any,
 ) -> Any: ...
@@ -142,6 +145,7 @@ def attention(
     deterministic: bool = True,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     **mask_args: Any,
 ) -> Any:
@@ -166,7 +170,7 @@ def attention(
         backend=backend,
         deterministic=deterministic,
     )
-    return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, return_lse=return_lse, **mask_args)
+    return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, sinks=sinks, return_lse=return_lse, **mask_args)
 
 
 def invalidate() -> None:

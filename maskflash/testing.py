@@ -36,7 +36,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-RESULTS: Final = ("out", "lse", "dq", "dk", "dv")
+RESULTS: Final = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +83,17 @@ def assert_matches_dense(
     device: str = "cpu",
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    sinks: Tensor | None = None,
     return_lse: bool = True,
     seed: int = 0,
     **mask_args: Any,
 ) -> None:
     """Assert that a mask's block map and its attention agree with evaluating every pair densely.
 
-    The map must equal brute force tile by tile. out, lse and the gradients of q, k and v, with gradients arriving at
-    both out and lse, must be as near to float64 as twice a plain computation in `dtype`, plus one rounding unit of
-    the result and of the terms it is summed from (a gradient of zero may be the difference of large terms), and one
-    of float64 for the truth's own rounding.
+    The map must equal brute force tile by tile. out, lse and the gradients of q, k, v and sinks, with gradients that
+    arrive at both out and lse, must be as near to float64 as twice a plain computation in `dtype`, plus one rounding
+    unit of the result and of the terms it is summed from (a gradient of zero may be the difference of large terms),
+    and one of float64 for the truth's own rounding.
 
     Args:
         mask: a mask or predicate.
@@ -104,6 +105,7 @@ def assert_matches_dense(
         device: of the tensors.
         q_offset: as in a call.
         kv_offset: as in a call.
+        sinks: as in a call.
         return_lse: as in a call; without it there is no lse to check, and no gradient that arrives there.
         seed: of the random tensors.
         **mask_args: the mask's own arguments.
@@ -126,9 +128,12 @@ def assert_matches_dense(
     dense = seen.dense()
     _assert_map(seen, dense, arguments.block_size(operation, block_size))
     inputs = shape.tensors(dtype, seed=seed, device=device)
+    if sinks is not None:
+        inputs = *inputs, sinks.detach().to(torch.promote_types(sinks.dtype, dtype)).requires_grad_()
     draw = torch.Generator().manual_seed(seed + 1)
     given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, **offsets}
-    q, k, v = inputs
+    q, k, v, *sink = inputs
+    given["sinks"] = sink[0] if sink else None
     returned = attention(q, k, v, checked, **given, return_lse=return_lse, **mask_args)
     ours = dict(zip(RESULTS, returned, strict=False)) if return_lse else {"out": returned}
     dout = torch.randn(ours["out"].shape, generator=draw).to(device, dtype)
@@ -138,9 +143,9 @@ def assert_matches_dense(
     plain = _dense_results(inputs, dout, dlse, dense, factor, dtype, backwards=True)
     terms = _largest_terms(inputs, dout, dlse, dense, factor, exact)
     arriving = [x.to(result.dtype) for x, result in zip((dout, dlse), ours.values(), strict=False)]
-    ours.update(zip(RESULTS[2:], torch.autograd.grad(tuple(ours.values()), inputs, arriving), strict=True))
+    ours.update(zip(RESULTS[2:], torch.autograd.grad(tuple(ours.values()), inputs, arriving), strict=False))
     unit = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps
-    for name, truth, simple, term in zip(RESULTS, exact, plain, terms, strict=True):
+    for name, truth, simple, term in zip(RESULTS, exact, plain, terms, strict=False):
         if name in ours:
             _assert_near(name, ours[name].detach(), truth, error_budget(simple, truth, dtype) + unit * term)
 
@@ -288,36 +293,47 @@ def _dense_results(
     *,
     backwards: bool = False,
 ) -> tuple[Tensor, ...]:
-    """out, lse, dq, dk and dv; `backwards` sums over keys in reverse, so that float64, too, has an error of its own."""
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    """out, lse and the gradients of inputs.
+
+    `backwards` sums over keys in reverse, so that float64, too, has an error of its own.
+    """
+    inputs = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
+    q, k, v, *sinks = inputs
     order = [2] if backwards else []
-    out, lse = reference(q, k.flip(order), v.flip(order), dense.flip([3] if backwards else []), scale)
-    gradients = torch.autograd.grad((out, lse), (q, k, v), (dout.to(dtype), dlse.to(lse.dtype)))
+    out, lse = reference(q, k.flip(order), v.flip(order), dense.flip([3] if backwards else []), scale, *sinks)
+    gradients = torch.autograd.grad((out, lse), inputs, (dout.to(dtype), dlse.to(lse.dtype)))
     return out.detach(), lse.detach(), *gradients
 
 
 def _largest_terms(
     inputs: tuple[Tensor, ...], dout: Tensor, dlse: Tensor, dense: Tensor, scale: float, exact: tuple[Tensor, ...]
 ) -> tuple[float, ...]:
-    """For out, lse, dq, dk and dv the largest root of summed squares of the terms that an element is computed from.
+    """For each result the largest root of summed squares of the terms that an element is computed from.
 
     Errors in a score and in the lse are errors in the exponent, so a probability weighs one more by their terms.
 
     Source: the probabilistic error bound of sums, Higham and Mary, A New Approach to Probabilistic Rounding Error
     Analysis, 2019.
     """
-    if dense.numel() == 0 or inputs[0].shape[0] == 0:
-        return (0.0,) * len(RESULTS)
     group = inputs[0].shape[1] // inputs[1].shape[1]
-    q, k, v = (x.detach().double() for x in inputs)
+    q, k, v, *sinks = (x.detach().double() for x in inputs)
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     out, lse = exact[:2]
     p = (q @ k.mT * scale - lse[..., None]).masked_fill(~dense, -torch.inf).exp().nan_to_num(0.0)
-    q, k, v, p, dout, dlse, out = (x.double().square() for x in (q, k, v, p, dout, dlse, out))
+    finite_lse = lse.masked_fill(lse.isinf(), 0.0)
+    shares = [(sink[:, None] - finite_lse).exp() for sink in sinks]
+    sinks = [sink.masked_fill(sink.isinf(), 0.0)[:, None] for sink in sinks]
+    q, k, v, p, dout, dlse, out, lse, *sinks = (
+        x.double().square() for x in (q, k, v, p, dout, dlse, out, finite_lse, *sinks)
+    )
     scores = q @ k.mT * scale**2
-    p = p * (1 + scores + lse.masked_fill(lse.isinf(), 0.0).square()[..., None])
-    ds = p * (dout @ v.mT + (dout * out).sum(-1, keepdim=True) + dlse[..., None]) * scale**2
-    return tuple(float(x.max()) ** 0.5 for x in (p @ v, scores, ds @ k, ds.mT @ q, p.mT @ dout))
+    p = p * (1 + scores + lse[..., None])
+    delta = (dout * out).sum(-1) + dlse
+    ds = p * (dout @ v.mT + delta[..., None]) * scale**2
+    terms = [p @ v, scores, ds @ k, ds.mT @ q, p.mT @ dout]
+    for sink, share in zip(sinks, shares, strict=True):
+        terms.append((share.square() * (1 + sink + lse) * delta).sum((0, 2)))
+    return tuple(float(x.max()) ** 0.5 if x.numel() else 0.0 for x in terms)
 
 
 def _assert_near(name: str, found: Tensor, exact: Tensor, budget: float) -> None:

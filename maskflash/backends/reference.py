@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from maskflash.errors import ArgumentError
 from maskflash.ground import arguments
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Dense masked attention: out = softmax(scale · q kᵀ over the visible columns) v.
 
     Args:
@@ -22,13 +25,17 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tu
         v: (B, Hkv, Skv, Dv).
         mask: bool, broadcastable to (B, Hq, Sq, Skv); True where the pair may attend.
         scale: factor of the scores.
+        sinks: (Hq,), scores of one more column whose v is 0, for each head; None for none.
 
     Returns:
         out: (B, Hq, Sq, Dv) and lse: (B, Hq, Sq), natural logarithm, both in q's dtype. A row that sees nothing
-        has out 0, lse -inf and zero gradients; what hidden rows and columns hold, even NaN, has no effect.
+        has out 0, lse -inf (or the sink) and zero gradients in q, k and v; what hidden rows and columns hold, even
+        NaN, has no effect.
     """
     arguments.tensors(q, k, v, "reference")
     scale = arguments.scale("reference", scale)
+    if sinks is not None:
+        arguments.sinks("reference", sinks, q)
     arguments.instance("reference", "mask", mask, Tensor, "Mask.dense makes one")
     arguments.held("reference", "mask", mask)
     batch, heads, q_len, _ = q.shape
@@ -50,9 +57,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tu
     scores = (q @ k.mT * scale).masked_fill(~visible, -torch.inf)
     # A row without a visible column gets finite scores first, and its results are replaced afterwards.
     scores = scores.masked_fill(~seen[..., None], 0.0)
-    lse = scores.logsumexp(-1)
+    empty = q.new_full((heads,), -torch.inf) if sinks is None else sinks.to(q.dtype)
+    empty = empty.masked_fill(empty == -torch.inf, -torch.inf)  # which is none, and has no gradient
+    empty = empty[:, None].expand(batch, heads, q_len)  # lse of a row that sees nothing
+    if sinks is not None:
+        scores, v = torch.cat((scores, empty[..., None]), dim=-1), pad(v, (0, 0, 0, 1))
     out = scores.softmax(-1) @ v
-    return out.masked_fill(~seen[..., None], 0.0), lse.masked_fill(~seen, -torch.inf)
+    return out.masked_fill(~seen[..., None], 0.0), torch.where(seen, scores.logsumexp(-1), empty)
 
 
 def error_budget(plain: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> float:

@@ -387,6 +387,20 @@ def same_device(device: torch.device, tensors: Sequence[tuple[str, Tensor]]) -> 
             )
 
 
+def sinks(operation: str, value: Any, q: Tensor) -> None:
+    """Check attention sinks against q (B, Hq, Sq, D): a number for each query head, where q is."""
+    instance(operation, "sinks", value, Tensor, "one number for each query head, such as an nn.Parameter")
+    if value.shape != q.shape[1:2] or value.layout != _STRIDED:
+        raise ArgumentError(
+            f"{operation}: sinks have shape {tuple(value.shape)}, expected a dense ({q.shape[1]},), "
+            "one for each head of q"
+        )
+    if not value.is_floating_point():
+        raise ArgumentTypeError(f"{operation}: sinks have dtype {value.dtype}, expected a floating dtype")
+    if value.device != q.device:
+        raise ArgumentError(f"{operation}: sinks are on {value.device}, expected q's {q.device}")
+
+
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as autocast has torch's own attention take them: in its dtype, but for float64."""
     if not torch._C._is_any_autocast_enabled():

@@ -11,7 +11,7 @@ _LATER: Final = "attention itself, which is to have it some day"
 
 OWN: Final = {
     **dict.fromkeys(
-        ("q", "k", "v", "q_offset", "kv_offset", "return_lse"), "mf.attention and of the compiled op's calls"
+        ("q", "k", "v", "q_offset", "kv_offset", "sinks", "return_lse"), "mf.attention and of the compiled op's calls"
     ),
     **dict.fromkeys(("mask", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"),
     **dict.fromkeys(("check", "tune"), "mf.compile"),
@@ -20,7 +20,7 @@ OWN: Final = {
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
     "causal": "Mask.to_flashmask",
     "self": "Python's methods",
-    **dict.fromkeys(("dropout_p", "generator", "score", "seed", "sinks"), _LATER),
+    **dict.fromkeys(("dropout_p", "generator", "score", "seed"), _LATER),
 }
 """Arguments of ours, present and to come, by what takes them: a mask's own arguments have other names."""
 
@@ -34,7 +34,7 @@ _NATTEN: Final = f"{_MASK}: mf.natten(height, width, kernel_h, kernel_w)"
 _NEEDLESS: Final = "leave it out"
 _NO_DROPOUT: Final = "not yet: there is no dropout; leave it out where it is 0"
 _NO_SCORES: Final = "not yet: there are no score functions, soft caps or biases"
-_NO_SINKS: Final = "not yet: there are no learned sinks; for sinks that are tokens join a mask of kv < n"
+_SINKS: Final = "sinks=, a number for each query head; for sinks that are tokens join a mask of kv < n"
 _NO_PAGES: Final = "not yet: there are no paged caches; pass contiguous k and v"
 _LSE: Final = "return_lse=True gives the lse; probabilities are never stored"
 _OFFSET: Final = "q_offset=cache_seqlens, after writing into the cache yourself"
@@ -75,7 +75,7 @@ PEERS: Final = {
     **dict.fromkeys(("block_table", "block_tables", "page_table", "cache_batch_idx", "cache_leftpad"), _NO_PAGES),
     **dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_interleaved"), _BEFORE),
     **dict.fromkeys(("num_splits", "pack_gqa", "sm_margin"), _NEEDLESS),
-    **dict.fromkeys(("sinks", "s_aux", "learnable_sink", "attention_sinks"), _NO_SINKS),
+    **dict.fromkeys(("s_aux", "learnable_sink", "attention_sinks"), _SINKS),
     # xFormers
     "attn_bias": f"{_MASK}: mf.causal(), mf.document(lengths=...); not yet: biases added to scores",
     "p": _NO_DROPOUT,

@@ -43,7 +43,6 @@ _WITHOUT_EFFECT: Final = frozenset(  # what layers are handed, and what the mask
 _FIXES: Final = {
     "dropout": "set the config's attention dropout to 0",
     "softcap": "use eager or flex_attention",
-    "s_aux": "use eager or flex_attention",
     "output_attentions": "use eager to look at attention weights",
 }
 
@@ -242,6 +241,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention, as Transformers' attention interface asks for it.
@@ -256,6 +256,7 @@ def attention_forward(
         scaling: factor of the scores; None for 1/sqrt(D).
         dropout: 0.
         is_causal: what None means for the mask; the module's own where left out.
+        s_aux: (Hq,), attention sinks.
         **asked: what else the model wants.
 
     Returns:
@@ -274,7 +275,8 @@ def attention_forward(
     mask, (q_offset, kv_offset), mask_args = _mask_of(module, attention_mask, is_causal, lengths)
     if asked.get("cu_seq_lens_q") is not None or asked.get("cu_seq_lens_k") is not None:
         _check_documents(module, attention_mask, asked.get("cu_seq_lens_q"), asked.get("cu_seq_lens_k"))
-    out = attention(query, key, value, mask, scale=scaling, q_offset=q_offset, kv_offset=kv_offset, **mask_args)
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    out = attention(query, key, value, mask, scale=scaling, sinks=s_aux, **offsets, **mask_args)
     return out.transpose(1, 2).contiguous(), None
 
 

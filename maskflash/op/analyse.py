@@ -45,7 +45,9 @@ class Analysis:
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out and lse of a call that the spec asks for."""
-        found: tuple[Tensor, Tensor] = self.run.forward(self.plan, *self._of_mask(spec, q, k), q, k, v, spec.scale)
+        found: tuple[Tensor, Tensor] = self.run.forward(
+            self.plan, *self._of_mask(spec, q, k), q, k, v, spec.scale, spec.sinks
+        )
         return found
 
     def backward(
@@ -58,12 +60,12 @@ class Analysis:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v, from those of out and lse; None stands for zeros."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The gradients of q, k, v and sinks, from those of out and lse; None stands for zeros, and for no sinks."""
         dout = torch.zeros_like(out) if dout is None else dout
         of_mask = self._of_mask(spec, q, k)
-        found: tuple[Tensor, Tensor, Tensor] = self.run.backward(
-            self.plan, *of_mask, dout, dlse, q, k, v, out, lse, spec.scale
+        found: tuple[Tensor, Tensor, Tensor, Tensor | None] = self.run.backward(
+            self.plan, *of_mask, dout, dlse, q, k, v, out, lse, spec.scale, spec.sinks
         )
         return found
 

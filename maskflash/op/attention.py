@@ -73,6 +73,7 @@ class Attention:
         *,
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
+        sinks: Tensor | None = None,
         return_lse: Literal[False] = False,
         **mask_args: Any,
     ) -> Tensor: ...
@@ -86,6 +87,7 @@ class Attention:
         *,
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
+        sinks: Tensor | None = None,
         return_lse: Literal[True],
         **mask_args: Any,
     ) -> tuple[Tensor, Tensor]: ...
@@ -99,6 +101,7 @@ class Attention:
         *,
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
+        sinks: Tensor | None = None,
         return_lse: bool,
         **mask_args: Any,
     ) -> Any: ...
@@ -111,6 +114,7 @@ class Attention:
         *,
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
+        sinks: Tensor | None = None,
         return_lse: bool = False,
         **mask_args: Any,
     ) -> Any:
@@ -126,13 +130,16 @@ class Attention:
                 all rows.
             kv_offset: added to column numbers before the mask sees them, likewise: k and v may be a part of something
                 longer, whose start is out of reach.
-            return_lse: also return the log-sum-exp of the scores.
+            sinks: floating tensor (Hq,), for each head the score of one more key whose value is 0, which every row
+                sees: it takes a share of the softmax and adds nothing. -inf is none.
+            return_lse: also return the log-sum-exp of the scores, the sink's among them.
             **mask_args: the mask's own arguments.
 
         Returns:
             out: (B, Hq, Sq, Dv) in q's dtype; 0 in rows that see nothing.
             lse: if asked for, (B, Hq, Sq), natural logarithm of summed exponentials of scaled scores, float32
-            (float64 for float64), -inf in rows that see nothing. Both are differentiable in q, k and v.
+            (float64 for float64), -inf (or the sink) in rows that see nothing. Both are differentiable in q, k, v and
+            sinks.
 
         Raises:
             ArgumentError: shapes, devices or ranges that don't fit.
@@ -146,14 +153,16 @@ class Attention:
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
-        is_seen = torch.compiler.is_compiling() or autograd.watched(q, k, v)
+        is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
         if not (is_seen or self.check):
             stamp = self.mask.look()
-            name = self._name(q, k, v, q_offset, kv_offset, mask_args, stamp)
+            name = self._name(q, k, v, q_offset, kv_offset, sinks, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
         if analysis is None:  # else every check has passed for a call like this
             arguments.tensors(q, k, v)
-            spec = self._spec(q, k, q_offset, kv_offset, mask_args, stamp, check=self.check)
+            if sinks is not None:
+                arguments.sinks("attention", sinks, q)
+            spec = self._spec(q, k, q_offset, kv_offset, sinks, mask_args, stamp, check=self.check)
             try:
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
@@ -167,13 +176,13 @@ class Attention:
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
                 cache.note(name, [*self.mask.held(), *tensors], spec, Extent.of(q, k))
-        if not return_lse:
+        if not return_lse and sinks is None:
             scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
             at_once: Tensor | None = autograd.at_once(analysis, scale, q, k, v)
             if at_once is not None:
                 return at_once
         if spec is None:
-            spec = self._spec(q, k, q_offset, kv_offset, mask_args, stamp)
+            spec = self._spec(q, k, q_offset, kv_offset, sinks, mask_args, stamp)
         out, lse = autograd.attend(analysis, spec, q, k, v)
         return (out, lse) if return_lse else out
 
@@ -227,6 +236,7 @@ class Attention:
         v: Tensor,
         q_offset: int | Tensor,
         kv_offset: int | Tensor,
+        sinks: Tensor | None,
         mask_args: dict[str, Any],
         stamp: int,
     ) -> Hashable | None:
@@ -235,6 +245,10 @@ class Attention:
             return None
         mask = self.mask
         given: list[Any] = [mask.number, stamp]
+        if sinks is not None:  # its values are no part of what is kept
+            if not isinstance(sinks, Tensor) or sinks.is_nested:
+                return None
+            given += sinks.shape, sinks.dtype, sinks.device, sinks.layout
         for tensor in mask.held():
             if tensor.is_inference():
                 return None
@@ -262,6 +276,7 @@ class Attention:
         k: Tensor,
         q_offset: int | Tensor,
         kv_offset: int | Tensor,
+        sinks: Tensor | None,
         mask_args: dict[str, Any],
         stamp: int | None = None,
         *,
@@ -274,7 +289,7 @@ class Attention:
         if check:
             self._check(slots, tables, offsets)
         scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
-        return Spec.make(slots.text, params, tables, *offsets, scale, self.block_size, backend)
+        return Spec.make(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend)
 
     @staticmethod
     def _offset(name: str, value: int | Tensor, batch: int) -> int | Tensor:
@@ -314,7 +329,7 @@ class Attention:
         """The mask at the sizes of a call, with the user's own lines."""
         offsets = self._offset("q_offset", q_offset, q.shape[0]), self._offset("kv_offset", kv_offset, q.shape[0])
         slots, params, tables = self._bound(q, k, offsets, mask_args)
-        spec = Spec.make(slots.text, params, tables, *offsets, 1.0, self.block_size, "cpu")
+        spec = Spec.make(slots.text, params, tables, *offsets, None, 1.0, self.block_size, "cpu")
         return replace(spec.problem(Extent.of(q, k)), expr=slots.expr, names=slots.names)
 
     def _analyse_again(

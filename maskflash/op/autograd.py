@@ -25,13 +25,13 @@ _library = torch.library.Library("maskflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     tags=_TAGS,
 )
 
 
 def attend(analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked attention, differentiable in q, k and v through out and lse, where nobody watches: see `watched`.
+    """Masked attention, differentiable in q, k, v and sinks, where nobody watches: see `watched`.
 
     Args:
         analysis: of the spec at the sizes of the call.
@@ -43,7 +43,8 @@ def attend(analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> t
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
     """
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    of_sinks = spec.sinks is not None and spec.sinks.requires_grad
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or of_sinks)):
         return analysis.forward(spec, q, k, v)
     result: tuple[Tensor, Tensor] = _Forward.apply(analysis, q, k, v, spec, *spec.tensors)
     return result
@@ -103,7 +104,7 @@ class _Forward(_Function):  # type: ignore[misc]
                 out, lse = analysis.forward(spec, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, *(None if _is_of_inference(x) else x for x in tensors))
         ctx.copies = [None if x is None or not x.is_inference() else _copy(x) for x in tensors]
-        ctx.analysis, ctx.spec = analysis, spec.with_tensors((None, None))
+        ctx.analysis, ctx.spec = analysis, spec.with_tensors((None, None, None))
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -111,16 +112,16 @@ class _Forward(_Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *saved = ctx.saved_tensors
         tensors = [x if copy is None else copy for x, copy in zip(saved, ctx.copies, strict=True)]
-        nothing = (None,) * (len(tensors) + 1)
         if dout is None and dlse is None:
-            return (None,) * 4 + nothing
+            return (None,) * (5 + len(tensors))
         spec = ctx.spec.with_tensors(tensors)
         given = [x for x in (dout, dlse, q, k, v, *tensors) if x is not None]
         if ctx.analysis is None or torch.is_grad_enabled() or watched(*given):
             gradients = torch.ops.maskflash.backward.default(dout, dlse, q, k, v, out, lse, *spec)
         else:
             gradients = ctx.analysis.backward(spec, dout, dlse, q, k, v, out, lse)
-        return None, *gradients, *nothing
+        dq, dk, dv, dsinks = gradients
+        return None, dq, dk, dv, None, None if spec.sinks is None else dsinks, *[None] * (len(tensors) - 1)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -155,10 +156,10 @@ class _Backward(_Final):
     """The op's gradients, where zeros for theirs would be silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors, spec, rest = args[:7], args[7], args[8:]
         op = torch.ops.maskflash.backward.default
-        gradients: tuple[Tensor, Tensor, Tensor] = _below_autograd(op, *tensors, *spec.with_tensors(rest))
+        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _below_autograd(op, *tensors, *spec.with_tensors(rest))
         return gradients
 
 
@@ -169,10 +170,10 @@ def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tens
         return result
 
 
-def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = Spec.from_op(*args[7:])
     with _own_level():
-        result: tuple[Tensor, Tensor, Tensor] = _Backward.apply(*args[:7], spec, *spec.tensors)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _Backward.apply(*args[:7], spec, *spec.tensors)
         return result
 
 
@@ -230,10 +231,11 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = Spec.from_op(*args)
     analysis = cache.find(spec, Extent.of(q, k), saved=True)
-    return analysis.backward(spec, dout, dlse, q, k, v, out, lse)
+    dq, dk, dv, dsinks = analysis.backward(spec, dout, dlse, q, k, v, out, lse)
+    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks  # an op can't return None
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -241,8 +243,12 @@ def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, 
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _backward_meta(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _backward_meta(
+    dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = Spec.from_op(*args).sinks
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 for _name, _implementations in (

@@ -128,7 +128,7 @@ def _keep(key: Hashable, analysis: Analysis, spec: Spec, extent: Extent) -> None
     global _latest
     with _lock:
         _forget_the_gone()
-        watch = Watch(owner(x) for x in spec.tensors if x is not None and not x.is_inference())
+        watch = Watch(owner(x) for x in spec.of_mask if x is not None and not x.is_inference())
         latest = _entries.get(_latest)
         if latest is not None:  # it has made schedules since
             latest.nbytes = latest.analysis.nbytes
@@ -183,7 +183,7 @@ def _key(spec: Spec, extent: Extent, *, saved: bool = False) -> Hashable:
         spec.kv_offset,
         extent.device,
         saved,
-        *[None if x is None else _identity(x, saved) for x in spec.tensors],
+        *[None if x is None else _identity(x, saved) for x in spec.of_mask],
     )
 
 

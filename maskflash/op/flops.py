@@ -59,7 +59,7 @@ def _pairs(q: Tensor, k: Tensor, *args: Any) -> int:
 
 def _is_known(q: Tensor, k: Tensor, spec: Spec) -> bool:
     numbers = (*q.shape, k.shape[2], spec.q_offset, spec.kv_offset, *spec.params)
-    tensors = (x for x in spec.tensors if x is not None)
+    tensors = (x for x in spec.of_mask if x is not None)
     return all(type(number) is int for number in numbers) and not any(map(_is_hollow, tensors))
 
 

@@ -1,7 +1,8 @@
 """DTensors and a mask -> the op on what each rank holds of the batch and the heads, under the mask as seen from there.
 
 A rank that holds the rows from 4 on computes under `mask(b + 4, ...)`: the mask's tables are whole everywhere, and its
-indices are those of the whole tensors. Nothing is sent, unless k or v are laid out in another way than q.
+indices are those of the whole tensors. Nothing is sent, unless k or v are laid out in another way than q, or sinks are
+trained: their gradient is summed over the ranks that share the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.nodes import Builder
@@ -37,15 +38,16 @@ def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> 
 
 
 def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    """dq, dk and dv, laid out as q is."""
+    """dq, dk and dv, laid out as q is; dsinks as the sinks are."""
     (dout, dlse, q, k, v, out, lse), mask = args[:7], args[7:]
     if not any(isinstance(x, DTensor) for x in (q, k, v)):
         return op(dout, dlse, q, k, v, out, lse, *_here(mask, None, ()))
     mesh, placements = _layout(q, k, v)
     with torch.no_grad():
         parts = (None if x is None else _part(x, mesh, placements) for x in (dout, dlse, q, k, v, out, lse))
-        local = op(*parts, *_here(mask, q, placements))
-        return tuple(_whole(x, mesh, placements, of.shape) for x, of in zip(local, (q, k, v), strict=True))
+        *local, dsinks = op(*parts, *_here(mask, q, placements))
+        found = (_whole(x, mesh, placements, of.shape) for x, of in zip(local, (q, k, v), strict=True))
+        return *found, _of_sinks(dsinks, Spec.from_op(*mask).sinks, mesh, placements)
 
 
 def _layout(q: Any, k: Any, v: Any) -> tuple[DeviceMesh, tuple[Placement, ...]]:
@@ -98,6 +100,17 @@ def _whole(x: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
+def _of_sinks(part: Tensor, sinks: Tensor | None, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
+    """The gradient of the sinks, laid out as they are, from that of this rank's heads and batch rows."""
+    if sinks is None:
+        return part
+    laid_out = [Shard(0) if p.is_shard(1) else Partial() if p.is_shard(0) else Replicate() for p in placements]
+    found = DTensor.from_local(part, mesh, laid_out, run_check=False, shape=sinks.shape, stride=(1,))
+    if isinstance(sinks, DTensor):
+        return found.redistribute(mesh, sinks.placements)
+    return found.full_tensor()
+
+
 def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, ...]) -> Spec:
     """The op's spec as seen from this rank's part of q: indices shifted, tables whole, offsets of its own rows."""
     spec = Spec.from_op(*args)
@@ -111,7 +124,8 @@ def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, .
         text = _shifted(spec.expr, tuple(shifts), len(spec.params))
         spec = spec._replace(expr=text, params=[*spec.params, *shifts.values()])
     q_offsets, kv_offsets = (x if x is None else x[rows.start : rows.stop] for x in (spec.q_offsets, spec.kv_offsets))
-    return spec._replace(q_offsets=q_offsets, kv_offsets=kv_offsets)
+    sinks = None if spec.sinks is None else spec.sinks[of_heads.start : of_heads.stop]
+    return spec._replace(q_offsets=q_offsets, kv_offsets=kv_offsets, sinks=sinks)
 
 
 def _held(size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> range:

@@ -20,7 +20,7 @@ Backend = Literal["cpu", "triton"]
 
 SCHEMA: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, SymInt kv_offset, Tensor? kv_offsets, "
-    "float scale, str expr, int[2] block_size, str backend"
+    "Tensor? sinks, float scale, str expr, int[2] block_size, str backend"
 )
 """The fields of a `Spec`, as torch declares the arguments of an op."""
 
@@ -59,6 +59,7 @@ class Spec(NamedTuple):
         q_offsets: int tensor (B,), added to the row numbers of each batch row.
         kv_offset: added to column numbers, where it is one for all batch rows.
         kv_offsets: int tensor (B,), added to the column numbers of each batch row.
+        sinks: (Hq,), one more term in the softmax of each head; None for none.
         scale: positive factor of the scores.
         expr: the mask's canonical text.
         block_size: (bq, bkv), a tile in tokens.
@@ -71,6 +72,7 @@ class Spec(NamedTuple):
     q_offsets: Tensor | None
     kv_offset: int
     kv_offsets: Tensor | None
+    sinks: Tensor | None
     scale: float
     expr: str
     block_size: Sequence[int]
@@ -84,6 +86,7 @@ class Spec(NamedTuple):
         tables: Sequence[Tensor],
         q_offset: int | Tensor,
         kv_offset: int | Tensor,
+        sinks: Tensor | None,
         scale: float,
         block_size: Sequence[int],
         backend: Backend,
@@ -91,7 +94,7 @@ class Spec(NamedTuple):
         """A spec of offsets that are either numbers or tensors."""
         q_number, q_tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
         kv_number, kv_tensor = (0, kv_offset) if isinstance(kv_offset, Tensor) else (kv_offset, None)
-        return cls(tables, params, q_number, q_tensor, kv_number, kv_tensor, scale, text, block_size, backend)
+        return cls(tables, params, q_number, q_tensor, kv_number, kv_tensor, sinks, scale, text, block_size, backend)
 
     @classmethod
     def of_problem(cls, problem: Problem, backend: Backend) -> Spec:
@@ -102,6 +105,7 @@ class Spec(NamedTuple):
             problem.inputs.tables,
             problem.q_offset,
             problem.kv_offset,
+            None,
             1.0,
             problem.block_size,
             backend,
@@ -114,13 +118,20 @@ class Spec(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All tensors in it; None for an offset that is a number."""
+        """All tensors in it; None for an offset that is a number, and for no sinks."""
+        return self.sinks, *self.of_mask
+
+    @property
+    def of_mask(self) -> tuple[Tensor | None, ...]:
+        """Those of them that say which pairs attend."""
         return self.q_offsets, self.kv_offsets, *self.tables
 
     def with_tensors(self, tensors: Sequence[Tensor | None]) -> Spec:
         """The same with these in the places of its `tensors`."""
-        q_offsets, kv_offsets, *tables = tensors
-        return self._replace(q_offsets=q_offsets, kv_offsets=kv_offsets, tables=cast("list[Tensor]", tables))
+        sinks, q_offsets, kv_offsets, *tables = tensors
+        return self._replace(
+            sinks=sinks, q_offsets=q_offsets, kv_offsets=kv_offsets, tables=cast("list[Tensor]", tables)
+        )
 
     def problem(self, extent: Extent) -> Problem:
         """The mask of a call of these sizes, ready to be analysed."""

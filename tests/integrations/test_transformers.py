@@ -292,11 +292,16 @@ def test_what_maskflash_does_not_compute_is_refused_by_name():
         integration.attention_forward(nn.Linear(1, 1), q, k, v, [1])
 
 
-def test_sinks_are_refused_by_name():
+def test_sinks_are_trained_as_with_eager():
     model = make("GptOss", head_dim=16, num_local_experts=2, num_experts_per_tok=1, rope_parameters=None)
-    model.set_attn_implementation(NAME)
-    with pytest.raises(mf.ArgumentError, match="GptOssAttention asks for s_aux"):
-        model(torch.randint(1, VOCABULARY, (1, 8)))
+    ids, found = torch.randint(1, VOCABULARY, (1, 8)), {}
+    for name in (NAME, "eager"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        found[name] = model.model.layers[0].self_attn.sinks.grad.clone()
+    assert found["eager"].abs().max() > 0
+    torch.testing.assert_close(found[NAME], found["eager"])
 
 
 @pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "cache", "something_new"])

@@ -47,7 +47,7 @@ def test_lists_may_be_none_where_python_dispatches():
     from maskflash.op import autograd
 
     q, k, v = torch.randn(3, 1, 2, 9, 4).unbind()
-    mask = 0, None, 0, None, 0.5, "q:int64();kv:int64();ge:bool(0,1)", (128, 128), "cpu"
+    mask = 0, None, 0, None, None, 0.5, "q:int64();kv:int64();ge:bool(0,1)", (128, 128), "cpu"
     out, lse = autograd._forward(q, k, v, None, None, *mask)
     assert torch.equal(out, torch.ops.maskflash.forward(q, k, v, [], [], *mask)[0])
     found = autograd._backward(out, None, q, k, v, out, lse, None, None, *mask)

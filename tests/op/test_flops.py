@@ -106,7 +106,7 @@ def arguments(mask, tensors):
     """What the op is given for a mask without tables."""
     slots, values = mask.slots({})
     params, _ = slots.filled(values, torch.device("cpu"))
-    return [], params, 0, None, 0, None, 1.0, slots.text, (128, 128), "cpu"
+    return [], params, 0, None, 0, None, None, 1.0, slots.text, (128, 128), "cpu"
 
 
 def test_an_exported_program_is_counted():

@@ -30,6 +30,16 @@ def test_the_op_keeps_torch_s_rules(tables):
         torch.library.opcheck(torch.ops.maskflash.backward.default, (out, dlse, *given[:3], out, lse, *given[3:]))
 
 
+def test_the_op_keeps_torch_s_rules_with_sinks():
+    q, k, v = Shape(1, 2, 2, 20, 20, 8, 8).tensors(torch.float32)
+    given = arguments(mf.causal(), q, k, v)
+    given = *given[:3], *Spec(*given[3:])._replace(sinks=torch.randn(2, requires_grad=True))
+    torch.library.opcheck(torch.ops.maskflash.forward.default, given)
+    given = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+    out, lse = torch.ops.maskflash.forward.default(*given)
+    torch.library.opcheck(torch.ops.maskflash.backward.default, (out, lse, *given[:3], out, lse, *given[3:]))
+
+
 def test_the_op_alone_is_differentiable_and_needs_only_the_text():
     q, k, v = Shape(1, 2, 2, 50, 50, 8, 8).tensors(torch.float32)
     mask = mf.causal()

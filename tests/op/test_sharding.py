@@ -117,6 +117,27 @@ def test_offsets_and_tables_as_arguments_are_those_of_the_rank_s_rows(world):
     assert torch.equal(mf.attention(*tensors(), packed, **replicated), expected)
 
 
+@pytest.mark.parametrize("placements", [[Shard(0)], [Shard(1)], [Replicate()]], ids=["batch", "heads", "replicated"])
+def test_sinks_are_those_of_the_rank_s_heads(world, placements):
+    """Their gradient is of the rank's rows, to be summed over the ranks that share the batch."""
+    sinks, on_heads = torch.linspace(-1, 2, 4), placements == [Shard(1)]
+    whole = [x.requires_grad_() for x in (*tensors(), sinks)]
+    expected, lse = mf.attention(*whole[:3], by_both, sinks=whole[3], return_lse=True)
+    for rank in range(2):
+        mesh = world(rank, 2)
+        laid_out = [Shard(0)] if on_heads else [Replicate()]
+        parts = [spread(x.detach(), mesh, placements) for x in whole[:3]]
+        out, part_lse = mf.attention(*parts, by_both, sinks=spread(sinks.detach(), mesh, laid_out), return_lse=True)
+        torch.testing.assert_close(out.to_local(), held(expected, mesh, placements).detach())
+        torch.testing.assert_close(part_lse.to_local(), held(lse, mesh, placements).detach())
+        if placements == [Shard(0)]:  # needs a sum over ranks, and what is sent here never arrives
+            continue
+        given = [x.requires_grad_() for x in (*parts, spread(sinks.detach(), mesh, laid_out))]
+        mf.attention(*given[:3], by_both, sinks=given[3]).square().sum().to_local().backward()
+        truth = torch.autograd.grad(expected.square().sum(), whole[3], retain_graph=True)[0]
+        torch.testing.assert_close(given[3].grad.to_local(), held(truth, mesh, laid_out))
+
+
 @given(mask=mf.testing.masks(), shape=mf.testing.shapes(), b=st.integers(0, 3), h=st.integers(0, 3))
 @settings(max_examples=30)
 def test_a_shifted_mask_is_the_mask_of_shifted_indices(mask, shape, b, h):

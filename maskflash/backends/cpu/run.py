@@ -19,6 +19,7 @@ from maskflash.backends.cpu.schedules import Schedule
 from maskflash.backends.cpu.threads import WORKERS, Job
 from maskflash.backends.cpu.views import Views, batch_rows, shared, units
 from maskflash.backends.merge import merge_into
+from maskflash.backends.sinks import add_sink, gradient
 
 __all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
 
@@ -28,7 +29,9 @@ _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # its own binding: 
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
 
     Args:
@@ -37,14 +40,16 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
         scale: factor of the scores.
+        sinks: (Hq,), see `backends/sinks.py`; None for none.
 
     Returns:
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq), natural logarithm, float32 (float64 for float64);
-        -inf, and out 0, for rows that see nothing.
+        -inf (or the sink), and out 0, for rows that see nothing.
     """
     batch, heads, q_len, head_dim = q.shape
     v_head_dim = v.shape[3]
     total = _lse_dtype(q.dtype)
+    each_sink = [] if sinks is None else [sinks.to(total)[None, :, None].expand(batch, -1, 1)]
     if batch * heads * q_len == 0:
         return q.new_zeros(batch, heads, q_len, v_head_dim), q.new_zeros((batch, heads, q_len), dtype=total)
     schedule = plan.schedule("forward", q.dtype, plan.work(batch, heads, max(head_dim, v_head_dim)))
@@ -54,15 +59,17 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
     if schedule.only is not None and heads == k.shape[1]:
         out, lse = _attend(plan, schedule.only, *inputs, scale)
         out = out if width == v_head_dim else out[..., :v_head_dim]
+        for sink in each_sink:
+            add_sink(out, lse, sink)
         return _as(out, q.dtype).contiguous(), _as(lse, total).contiguous()
     lse = q.new_empty((batch, heads, q_len), dtype=total)
     out = q.new_empty((batch, heads, q_len, v_head_dim), dtype=total if schedule.merges else q.dtype)
     if not schedule.complete:
-        lse.fill_(-torch.inf)
+        lse.copy_(each_sink[0]) if each_sink else lse.fill_(-torch.inf)
         out.zero_()
 
     def make(call: Call, views: Views) -> None:
-        qs, ks, vs, outs, lses = views
+        qs, ks, vs, outs, lses, *sink = views
         part, part_lse = _attend(plan, call, qs, ks, vs, scale)
         part = part[..., :v_head_dim]
         if call.merges:
@@ -71,10 +78,12 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
             if call.rows.index is None:
                 return
             part, part_lse = rows, rows_lse  # gathered rows are copies
+        elif sink:
+            add_sink(part, part_lse, sink[0])
         call.put_rows(outs, part)
         call.put_rows(lses, part_lse)
 
-    _make(make, plan, schedule, (*inputs, out, lse))
+    _make(make, plan, schedule, (*inputs, out, lse, *each_sink))
     return _as(out, q.dtype), lse
 
 
@@ -103,7 +112,8 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`.
 
     Args:
@@ -116,14 +126,17 @@ def backward(
         out: forward's result.
         lse: forward's result.
         scale: factor of the scores.
+        sinks: as in forward.
 
     Returns:
-        dq, dk, dv, shaped and typed like q, k, v. Summed in float32 (float64 for float64), cast once.
+        dq, dk, dv, dsinks, shaped and typed like q, k, v, sinks. Summed in float32 (float64 for float64), cast once.
     """
     total = _lse_dtype(q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
     if lse.numel() == 0:
-        return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype)
+        dsinks = None if sinks is None else torch.zeros_like(sinks)
+        return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks
+    dsinks = None if sinks is None else gradient(sinks, lse, _delta(dout, dlse, out, total))
     work = plan.work(q.shape[0], q.shape[1], max(q.shape[3], v.shape[3]))
     schedule = plan.schedule("backward", q.dtype, work)
     dq = torch.empty(q.shape, dtype=total if schedule.merges else q.dtype)
@@ -161,7 +174,13 @@ def backward(
         call.add_columns(dvs, part_v[..., : dvs.shape[3]])
 
     _make(make, plan, schedule, (*inputs, lse, dq, dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks
+
+
+def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, total: torch.dtype) -> Tensor:
+    """The row sums of dO ∘ O, less dlse: (B, Hq, Sq)."""
+    found = (dout.to(total) * out.to(total)).sum(-1)
+    return found if dlse is None else found - dlse
 
 
 def _attend(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

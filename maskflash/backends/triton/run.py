@@ -19,6 +19,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
+from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import tile_choice
 from maskflash.backends.triton.device import unavailable
@@ -54,7 +55,15 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, sc
 
 
 def forward(
-    plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float, *, tuning: bool = False
+    plan: DevicePlan,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    *,
+    tuning: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
 
@@ -65,23 +74,28 @@ def forward(
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
         scale: positive factor of the scores.
+        sinks: (Hq,), see `backends/sinks.py`; None for none.
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, natural logarithm; -inf, and out 0, for rows that
-        see nothing.
+        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, natural logarithm; -inf (or the sink), and out 0,
+        for rows that see nothing.
     """
     (batch, heads, q_len, _), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     out = torch.empty((batch, heads, q_len, whole(v_dim)), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    sinks = None if sinks is None else sinks.float().contiguous()
     if out.numel() == 0 or kv_len == 0:
-        return cut(out.zero_(), v_dim), lse.fill_(-math.inf)
+        lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None])
+        return cut(out.zero_(), v_dim), lse
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
     own = {
         **addressed(q=q, k=k, v=v, out=out),
         "lse_ptr": lse,
+        "sinks_ptr": lse if sinks is None else sinks,
+        "HAS_SINKS": sinks is not None,
         "qk_scale": scale * _LOG2E,
         "share": gpu.heads_in_cache(q.device, head_bytes, heads // kv_heads, batch * heads),
     }
@@ -100,9 +114,10 @@ def backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    sinks: Tensor | None = None,
     *,
     tuning: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `forward`.
 
     Args:
@@ -116,14 +131,17 @@ def backward(
         out: forward's result.
         lse: forward's result.
         scale: positive factor of the scores.
+        sinks: as in forward.
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        dq, dk, dv, shaped and typed like q, k, v. No atomics: the same inputs give the same bits.
+        dq, dk, dv, dsinks, shaped and typed like q, k, v, sinks. No atomics: the same inputs give the same bits.
     """
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     if min(q.numel(), k.numel()) == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        unseen = None if dlse is None else -dlse  # out is 0
+        dsinks = None if sinks is None or unseen is None else gradient(sinks, lse, unseen)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, dout = without_hidden(plan.seen(rows=True), q, dout)
     blind = lse == -math.inf
@@ -131,10 +149,11 @@ def backward(
     dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     q, k, v, dout, out = laid_out(q, k, v, dout, out)
     launcher = Launcher(plan, problem, q, k, v, tuning)
+    delta = _delta(out, dout, dlse)
     both = {
         **addressed(q=q, k=k, v=v, dout=dout),
         "lse_ptr": lse,
-        "delta_ptr": _delta(out, dout, dlse),
+        "delta_ptr": delta,
         "scale": scale,
         "qk_scale": scale * _LOG2E,
     }
@@ -150,7 +169,8 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     share = gpu.heads_in_cache(q.device, kv_len * token_bytes, group, batch * heads)
     launcher.run("dq", {**both, **addressed(dq=dq), "share": share})
-    return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+    dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf), delta)
+    return cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:

@@ -86,7 +86,7 @@ class Parameter:
 
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
-    "forward": ("q k v out", "lse", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
+    "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
     "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
@@ -118,6 +118,7 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
             *mask_arguments(special.expr, special.tables),
             _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", "ROWS", "SUB")),
             _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
+            _line("constant", ["HAS_SINKS"] if pass_name == "forward" else []),
         ]
     return [line for line in lines if line]
 
