@@ -127,13 +127,12 @@ def assert_matches_dense(
     )
     dense = seen.dense()
     _assert_map(seen, dense, arguments.block_size(operation, block_size))
-    inputs = shape.tensors(dtype, seed=seed, device=device)
+    q, k, v = shape.tensors(dtype, seed=seed, device=device)
     if sinks is not None:
-        inputs = *inputs, sinks.detach().to(torch.promote_types(sinks.dtype, dtype)).requires_grad_()
+        sinks = sinks.detach().to(torch.promote_types(sinks.dtype, dtype)).requires_grad_()
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     draw = torch.Generator().manual_seed(seed + 1)
-    given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, **offsets}
-    q, k, v, *sink = inputs
-    given["sinks"] = sink[0] if sink else None
+    given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, "sinks": sinks, **offsets}
     returned = attention(q, k, v, checked, **given, return_lse=return_lse, **mask_args)
     ours = dict(zip(RESULTS, returned, strict=False)) if return_lse else {"out": returned}
     dout = torch.randn(ours["out"].shape, generator=draw).to(device, dtype)

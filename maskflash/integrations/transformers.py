@@ -275,8 +275,9 @@ def attention_forward(
     mask, (q_offset, kv_offset), mask_args = _mask_of(module, attention_mask, is_causal, lengths)
     if asked.get("cu_seq_lens_q") is not None or asked.get("cu_seq_lens_k") is not None:
         _check_documents(module, attention_mask, asked.get("cu_seq_lens_q"), asked.get("cu_seq_lens_k"))
-    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-    out = attention(query, key, value, mask, scale=scaling, sinks=s_aux, **offsets, **mask_args)
+    out = attention(
+        query, key, value, mask, scale=scaling, q_offset=q_offset, kv_offset=kv_offset, sinks=s_aux, **mask_args
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
