@@ -12,7 +12,7 @@ from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.classify import by_ends, by_tiles, classify
 from maskflash.analysis.facts import Facts
 from maskflash.analysis.intervals import MOST_INTERVALS, Rows
-from maskflash.analysis.ways import ends as module
+from maskflash.analysis.ways import columns
 from maskflash.analysis.ways.ends import map_of_intervals
 from maskflash.backends.cpu import plan as cpu_plan
 from maskflash.op import cache
@@ -61,7 +61,7 @@ def are_what_is_seen(rows, dense):
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([16, 200, 1 << 18]))
 def test_they_are_what_rows_see(mask, q_len, kv_len, at_once):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PIECES_AT_ONCE", at_once)  # so that seams are tested too
+        patch.setattr(columns, "PIECES_AT_ONCE", at_once)  # so that seams are tested too
         check(mask, q_len, kv_len)
 
 
