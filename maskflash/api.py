@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, Never, overload
 
 import torch
@@ -15,12 +14,10 @@ from maskflash.ground.arguments import BlockSize
 from maskflash.ground.names import instead_of, unexpected
 from maskflash.masks.dense import dense_mask
 from maskflash.masks.mask import Mask
-from maskflash.masks.predicate import mask, refuse_maker
+from maskflash.masks.predicate import MaskLike, mask, refuse_maker
 from maskflash.op import cache
 from maskflash.op.attention import Attention, BackendChoice
 from maskflash.presets.basic import full
-
-MaskLike = Mask | Callable[..., Any]
 
 
 def compile(
@@ -96,37 +93,13 @@ def attention(
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskLike | Tensor | None = None,
-    *,
-    scale: float | None = None,
-    block_size: BlockSize = 128,
-    backend: BackendChoice = "auto",
-    deterministic: bool = True,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    return_lse: Literal[True],
-    **mask_args: Any,
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | Tensor | None = None, *, return_lse: Literal[True], **others: Any
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskLike | Tensor | None = None,
-    *,
-    scale: float | None = None,
-    block_size: BlockSize = 128,
-    backend: BackendChoice = "auto",
-    deterministic: bool = True,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    return_lse: bool,
-    **mask_args: Any,
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | Tensor | None = None, *, return_lse: bool, **others: Any
 ) -> Any: ...
 
 

@@ -187,6 +187,8 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
 
 def offset(operation: str, name: str, value: Any, batch: int) -> int | Tensor:
     """An int, or an integer tensor (batch,); of a tensor of one element a view that gives it to all batch rows."""
+    if type(value) is int and -FARTHEST <= value <= FARTHEST:
+        return value
     if not isinstance(value, Tensor):
         return integer(operation, name, value, low=-FARTHEST, high=FARTHEST)
     held(operation, name, value)

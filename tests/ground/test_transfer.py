@@ -18,10 +18,11 @@ import maskflash as mf
 from maskflash.analysis.classify import classify
 from maskflash.backends.triton import launch as triton_launch
 from maskflash.backends.triton import run as kernels
+from maskflash.functions.sizes import Sizes
 from maskflash.ground import copies as table_copies
 from maskflash.ground import transfer
 from maskflash.op import autograd, cache
-from maskflash.op.spec import Extent, Spec
+from maskflash.op.spec import Spec
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 
@@ -162,12 +163,12 @@ def step(mask, offset=0, **mask_args):
     """Forward and backward as a call has them, but for the kernels themselves: problem and plan."""
     q, k, v, dout = (torch.randn(2, 4, 200, 16, device=CUDA) for _ in range(4))
     attn = mf.compile(mask, block_size=32)
-    slots, params, tables = attn._bound(q, k, (offset, 0), mask_args)
+    sizes = Sizes.of(q, k, offset)
+    slots, params, tables = attn._bound(sizes, mask_args)
     spec = Spec.make(slots.text, params, tables, offset, 0, 0.25, (32, 32), "triton")
     out, lse = autograd._forward(q, k, v, *spec)
     autograd._backward(dout, None, q, k, v, out, lse, *spec)
-    extent = Extent.of(q, k)
-    return spec.problem(extent), cache.find(spec, extent).plan
+    return spec.problem(sizes), cache.find(spec, sizes).plan
 
 
 def on_device(*tensors):

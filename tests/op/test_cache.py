@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
+from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, identity
 from maskflash.op import cache
 from maskflash.op.analyse import Analysis
-from maskflash.op.spec import Extent, Spec
+from maskflash.op.spec import Spec
 
 Q, K, V = torch.randn(3, 2, 4, 96, 8).unbind()
 
@@ -201,13 +202,13 @@ def test_what_backward_is_given_is_found_by_its_storage(analyses):
     detached = ids.detach()
     assert detached._base is None  # nothing says what it is a view of
     given, saved = (
-        packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": doc}) for doc in (ids, detached)
+        packed.at(96, 96, batch=2, heads=4, device=ids.device, doc=doc).tiled((128, 128)) for doc in (ids, detached)
     )
     given, saved = (Spec.of_problem(problem, "cpu") for problem in (given, saved))
-    extent = Extent(2, 4, 96, 96, ids.device)
-    forward = cache.find(given, extent)
-    assert cache.find(saved, extent, saved=True) is forward
-    assert cache.find(saved, extent) is not forward
+    sizes = Sizes(96, 96, 2, 4, ids.device)
+    forward = cache.find(given, sizes)
+    assert cache.find(saved, sizes, saved=True) is forward
+    assert cache.find(saved, sizes) is not forward
 
 
 def test_threads_that_want_one_analysis_make_it_once(monkeypatch):

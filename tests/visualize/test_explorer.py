@@ -170,7 +170,7 @@ class Truth:
     def __init__(self, mask, q_len, kv_len, block=128, **sizes):
         block_size = (block, block) if isinstance(block, int) else block
         sizes = {"batch": 1, "heads": 1} | sizes
-        problem = mask.problem("test", q_len, kv_len, *sizes.values(), block_size, 0, torch.device("cpu"), {})
+        problem = mask.at(q_len, kv_len, **sizes).tiled(block_size)
         decided = decide(problem)
         self.counts = decided.seen.decided
         self.map = decided.seen.block_map
