@@ -12,7 +12,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
-from maskflash.ground import arguments
+from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
@@ -124,7 +124,7 @@ class Attention:
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
-        q, k, v = arguments.as_autocast(q, k, v)
+        q, k, v = qkv.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
@@ -134,7 +134,7 @@ class Attention:
             name = self._name(q, k, v, q_offset, kv_offset, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
         if analysis is None:  # else every check has passed for a call like this
-            arguments.tensors(q, k, v)
+            qkv.check(q, k, v)
             sizes = self._sizes(q, k, q_offset, kv_offset)
             spec = self._spec(sizes, q.shape[3], mask_args, stamp, check=self.check)
             try:
@@ -198,7 +198,7 @@ class Attention:
         from maskflash.backends.triton import run as triton
         from maskflash.backends.triton.signature import PASSES
 
-        arguments.tensors(q, k, v)
+        qkv.check(q, k, v)
         arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
@@ -266,7 +266,7 @@ class Attention:
         slots, params, tables = self.mask.bind(sizes, mask_args, stamp)
         named = [*zip(slots.names, tables, strict=True), *sizes.offset_tensors]
         if named:
-            arguments.same_device(sizes.device, named)
+            qkv.same_device(sizes.device, named)
         return slots, params, tables
 
     def _check(self, slots: Slots, tables: list[Tensor], sizes: Sizes) -> None:
