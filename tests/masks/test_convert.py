@@ -67,7 +67,7 @@ def test_vectors_come_back(data, q_len, kv_len):
 @settings(max_examples=150)
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (5, 7), (64, 3)]))
 def test_all_ways_to_find_changes_agree(mask, q_len, kv_len, block_size):
-    problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, 0, torch.device("cpu"), {})
+    problem = mask.at(q_len, kv_len, batch=2, heads=2).tiled(block_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rows, "_CHUNK_PAIRS", 1000)
         patch.setattr(ways.columns, "PIECES_AT_ONCE", 100)
