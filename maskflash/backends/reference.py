@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskflash.errors import ArgumentError
-from maskflash.ground import arguments
+from maskflash.ground import arguments, qkv
 
 
 def reference(
@@ -32,10 +32,10 @@ def reference(
         has out 0, lse -inf (or the sink) and zero gradients in q, k and v; what hidden rows and columns hold, even
         NaN, has no effect.
     """
-    arguments.tensors(q, k, v, "reference")
+    qkv.check(q, k, v, "reference")
     scale = arguments.scale("reference", scale)
     if sinks is not None:
-        arguments.sinks("reference", sinks, q)
+        qkv.check_sinks(sinks, q, "reference")
     arguments.instance("reference", "mask", mask, Tensor, "Mask.dense makes one")
     arguments.held("reference", "mask", mask)
     batch, heads, q_len, _ = q.shape

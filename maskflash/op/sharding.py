@@ -28,26 +28,27 @@ _DIMENSIONS: Final = ("batch", "heads", "tokens", "head dim")
 def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """The results out and lse, laid out as q is."""
     q, k, v, *mask = args
-    if not any(isinstance(x, DTensor) for x in (q, k, v)):
-        return op(q, k, v, *_here(mask, None, ()))
-    mesh, placements = _layout(q, k, v)
-    with torch.no_grad():  # autograd is above
-        local = op(*(_part(x, mesh, placements) for x in (q, k, v)), *_here(mask, q, placements))
-        shapes = (*q.shape[:3], v.shape[3]), q.shape[:3]
-        return tuple(_whole(x, mesh, placements, shape) for x, shape in zip(local, shapes, strict=True))
+    return _on_parts(op, args[:3], (q, k, v), mask, ((*q.shape[:3], v.shape[3]), q.shape[:3]))
 
 
 def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """dq, dk and dv, laid out as q is; dsinks as the sinks are."""
-    (dout, dlse, q, k, v, out, lse), mask = args[:7], args[7:]
-    if not any(isinstance(x, DTensor) for x in (q, k, v)):
-        return op(dout, dlse, q, k, v, out, lse, *_here(mask, None, ()))
-    mesh, placements = _layout(q, k, v)
-    with torch.no_grad():
-        parts = (None if x is None else _part(x, mesh, placements) for x in (dout, dlse, q, k, v, out, lse))
-        *local, dsinks = op(*parts, *_here(mask, q, placements))
-        found = (_whole(x, mesh, placements, of.shape) for x, of in zip(local, (q, k, v), strict=True))
-        return *found, _of_sinks(dsinks, Spec.from_op(*mask).sinks, mesh, placements)
+    q, k, v = args[2:5]
+    *found, dsinks = _on_parts(op, args[:7], (q, k, v), args[7:], (q.shape, k.shape, v.shape))
+    sinks = Spec.from_op(*args[7:]).sinks
+    return *found, dsinks if sinks is None else _of_sinks(dsinks, sinks, q)
+
+
+def _on_parts(op: Any, tensors: Sequence[Any], qkv: Sequence[Any], mask: Sequence[Any], shapes: Sequence[Any]) -> Any:
+    """An op on what this rank holds of its tensors: results of these shapes, and what else it gives, as it is here."""
+    if not any(isinstance(x, DTensor) for x in qkv):
+        return op(*tensors, *_here(mask, None, ()))
+    mesh, placements = _layout(*qkv)
+    with torch.no_grad():  # autograd is above
+        parts = [None if x is None else _part(x, mesh, placements) for x in tensors]
+        local = op(*parts, *_here(mask, qkv[0], placements))
+        found = [_whole(x, mesh, placements, shape) for x, shape in zip(local, shapes, strict=False)]
+        return *found, *local[len(shapes) :]
 
 
 def _layout(q: Any, k: Any, v: Any) -> tuple[DeviceMesh, tuple[Placement, ...]]:
@@ -100,15 +101,14 @@ def _whole(x: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def _of_sinks(part: Tensor, sinks: Tensor | None, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
-    """The gradient of the sinks, laid out as they are, from that of this rank's heads and batch rows."""
-    if sinks is None:
+def _of_sinks(part: Tensor, sinks: Tensor, q: Tensor) -> Tensor:
+    """The gradient of the sinks, laid out as they are, from that of the heads and batch rows of q on this rank."""
+    if not isinstance(q, DTensor):
         return part
-    laid_out = [Shard(0) if p.is_shard(1) else Partial() if p.is_shard(0) else Replicate() for p in placements]
-    found = DTensor.from_local(part, mesh, laid_out, run_check=False, shape=sinks.shape, stride=(1,))
-    if isinstance(sinks, DTensor):
-        return found.redistribute(mesh, sinks.placements)
-    return found.full_tensor()
+    laid_out = [Shard(0) if p.is_shard(1) else Partial() if p.is_shard(0) else Replicate() for p in q.placements]
+    with torch.no_grad():
+        found = DTensor.from_local(part, q.device_mesh, laid_out, run_check=False, shape=sinks.shape, stride=(1,))
+        return found.redistribute(placements=sinks.placements) if isinstance(sinks, DTensor) else found.full_tensor()
 
 
 def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, ...]) -> Spec:
