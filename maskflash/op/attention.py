@@ -15,6 +15,7 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
 from maskflash.ground import arguments
 from maskflash.ground.identity import state
+from maskflash.ground.transfer import capturing
 from maskflash.masks.mask import Mask
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Analysis
@@ -162,7 +163,7 @@ class Attention:
             except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
                 self._analyse_again(q, k, q_offset, kv_offset, mask_args)
                 raise
-            if self.tune and spec.backend == "triton":
+            if self.tune and spec.backend == "triton" and not capturing(q.device):
                 self._tune(analysis, spec, q, k, v)
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]

@@ -11,12 +11,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+from maskflash.errors import BackendError
+from maskflash.ground.transfer import capturing
 
 
 @cache
@@ -48,8 +51,48 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device the current one: Triton launches there, on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Make a device the current one: Triton launches there, on its current stream.
+
+    While that stream records a CUDA graph, what would compile raises BackendError.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return _recording(device) if capturing(device) else torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def _recording(device: torch.device) -> Iterator[None]:
+    """Launches into a CUDA graph. To load a kernel the driver allocates memory, which a capture forbids."""
+    runtime = library().knobs.runtime
+    before = runtime.jit_cache_hook
+
+    def refuse(**asked: Any) -> Any:
+        if capturing(device):  # other threads may compile
+            raise BackendError(
+                "attention: a CUDA graph is being captured, and a kernel of this call has not run yet with such "
+                "tensors; run the same call once before the capture, with backward if the graph has it, or `warm` "
+                "the op for it"
+            )
+        return before(**asked) if before else None
+
+    runtime.jit_cache_hook = refuse
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        runtime.jit_cache_hook = before
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether an error of a compilation or a launch says that a tile asks too much: a smaller one may pass."""
+    errors = library().runtime.errors
+    if isinstance(error, (errors.OutOfResources, errors.PTXASError)):
+        return True
+    return type(error) is RuntimeError and any(text in str(error) for text in _TOO_LARGE)
+
+
+# A pass of Triton's that gave a kernel up; the driver's CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES.
+_TOO_LARGE: Final = ("PassManager::run failed", "too many resources requested for launch")
 
 
 def name(device: torch.device) -> str:
@@ -73,11 +116,15 @@ def shared_limit(device: torch.device) -> int | None:
 
 
 def heads_in_cache(device: torch.device, bytes_per_head: int, group: int, heads: int) -> int:
-    """How many heads to run side by side: as many as leave half of the L2 cache to everything else."""
+    """How many heads to run side by side: as many as leave half of the L2 cache to everything else.
+
+    A group at least. Its heads read the same keys, tile after tile, so what one of them has loaded serves the others
+    even where all keys of the sequence don't fit.
+    """
     if device.type != "cuda":
         return 1
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(heads, group * (cache_bytes // 2 // max(bytes_per_head, 1))))
+    return min(heads, group * max(1, cache_bytes // 2 // max(bytes_per_head, 1)))
 
 
 def part_of_group(device: torch.device, group: int, programs: int) -> int:
