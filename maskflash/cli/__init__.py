@@ -48,6 +48,10 @@ def _run(args: Namespace) -> int:
             from maskflash.cli import bench
 
             return bench.run(args)
+        case "warm":
+            from maskflash.cli import warm
+
+            return warm.run(args)
         case "doctor":
             from maskflash.cli import doctor
 

@@ -418,6 +418,68 @@ class Attention:
         )
         cache.of_problem(problem, self._backend_for(problem.device))
 
+    def warm(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        backward: bool = True,
+        q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> None:
+        """Do now what the first of many calls would wait for: run one on zeros.
+
+        On a GPU kernels are compiled and loaded, and Triton keeps them on disk for later processes. They depend on
+        the mask's structure, dtype, head dims, block size and whether heads are grouped. They don't depend on lengths,
+        batch or numbers. A CUDA graph may be captured next. `maskflash warm` compiles on several cores.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            head_dim: of q and k.
+            v_head_dim: of v; None for that of k.
+            dtype: of q, k and v.
+            batch: batch rows.
+            heads: query heads.
+            kv_heads: heads of k and v, a divisor of `heads`; None for as many.
+            backward: the gradients too.
+            q_offset: as in a call.
+            kv_offset: as in a call.
+            device: where the calls will run.
+            **mask_args: the mask's own arguments.
+
+        Raises:
+            ArgumentError: what a call with such tensors would raise.
+            BackendError: likewise.
+
+        Example:
+            >>> import maskflash as mf
+            >>> mf.compile(mf.causal()).warm(512, 512, head_dim=64, heads=8, kv_heads=2)
+        """
+        operation, shared = "Attention.warm", heads if kv_heads is None else kv_heads
+        on, kind = arguments.device(operation, device), arguments.dtype(operation, dtype)
+        sizes = (
+            (batch, heads, q_len, head_dim),
+            (batch, shared, kv_len, head_dim),
+            (batch, shared, kv_len, head_dim if v_head_dim is None else v_head_dim),
+        )
+        for size in sizes:
+            for name, number in zip(("batch", "heads", "length", "head_dim"), size, strict=True):
+                arguments.integer(operation, name, number)
+        with torch.inference_mode(False), torch.set_grad_enabled(backward):
+            q, k, v = (torch.zeros(size, dtype=kind, device=on, requires_grad=backward) for size in sizes)
+            out = self(q, k, v, q_offset=q_offset, kv_offset=kv_offset, **mask_args)
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see.
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 
+from maskflash.backends.triton.tiles import SHARED_LIMITS
 from maskflash.errors import BackendError
 from maskflash.ground.transfer import capturing
 
@@ -38,7 +39,7 @@ def unavailable(device: torch.device) -> str | None:
         triton = library()
     except ImportError:
         return "triton is not installed; `pip install triton` (Linux only)"
-    if triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret or _Compiling.arch:
         return None
     if device.type != "cuda":
         return f"its kernels run on CUDA tensors, got {device.type}; move q, k and v"
@@ -48,6 +49,68 @@ def unavailable(device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"it needs compute capability 8.0 (Ampere) or later, got {capability[0]}.{capability[1]}"
     return None
+
+
+def compile_only(arch: int) -> None:
+    """From now on in this process, compile kernels for an architecture, and run none: calls take tensors of the CPU.
+
+    What is compiled lies in Triton's cache on disk, under the key that a process on such a device looks for: it is
+    made of the text, the arguments' types, triton itself and the architecture.
+
+    Args:
+        arch: compute capability times ten, one of `SHARED_LIMITS`.
+    """
+    library().runtime.driver.set_active(_NoDevice(arch))
+    _Compiling.arch = arch
+
+
+class _Compiling:
+    """The architecture that is compiled for where nothing runs; None where kernels run."""
+
+    arch: int | None = None
+
+
+class _NoDevice:
+    """A driver as Triton asks for one: it knows its target, loads no kernel and launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_LIMITS[self.arch]}
+
+    def load_binary(self, *kernel: Any) -> tuple[object, None, int, int, int]:
+        return self, None, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def launcher_cls(self, *kernel: Any) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+@contextlib.contextmanager
+def asked_for() -> Iterator[list[bool]]:
+    """The kernels that Triton is asked for meanwhile and this process doesn't have: whether each lay on disk."""
+    knobs, found = library().knobs.compilation, []
+    before = knobs.listener
+    knobs.listener = lambda *, cache_hit, **rest: found.append(cache_hit)
+    try:
+        yield found
+    finally:
+        knobs.listener = before
+
+
+def kept_in() -> str:
+    """The folder of Triton's cache on disk."""
+    return str(library().knobs.cache.dir)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -103,7 +166,7 @@ def name(device: torch.device) -> str:
 def arch(device: torch.device) -> int:
     """Compute capability times ten."""
     if device.type != "cuda":
-        return 80  # any family's tiles will do
+        return _Compiling.arch or 80  # interpreted: any family's tiles will do
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
