@@ -19,6 +19,7 @@ from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import launch as triton_launch
 from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton import run as triton
+from maskflash.op import attention
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
@@ -659,6 +660,14 @@ def test_tuning_measures_once_and_keeps_the_fastest(small, measured, monkeypatch
     run(5, tune=True)
     assert len(timed) == count
     assert dict(launched) == chosen
+
+
+def test_nothing_is_measured_while_a_cuda_graph_is_captured(small, measured, monkeypatch):
+    monkeypatch.setattr(attention, "capturing", lambda device: True)
+    with torch.no_grad():
+        mf.compile(mf.causal(), backend="triton", block_size=64, tune=True)(*small())
+    assert measured[0] == []
+    assert [name for name, _ in measured[1]] == ["forward"]
 
 
 def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch):
