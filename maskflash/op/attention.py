@@ -464,18 +464,20 @@ class Attention:
             >>> import maskflash as mf
             >>> mf.compile(mf.causal()).warm(512, 512, head_dim=64, heads=8, kv_heads=2)
         """
-        operation, shared = "Attention.warm", heads if kv_heads is None else kv_heads
-        on, kind = arguments.device(operation, device), arguments.dtype(operation, dtype)
+        operation = "Attention.warm"
+        kv_heads = heads if kv_heads is None else kv_heads
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        on, dtype = arguments.device(operation, device), arguments.dtype(operation, dtype)
+        counts = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads, "kv_heads": kv_heads}
+        for name, count in {**counts, "head_dim": head_dim, "v_head_dim": v_head_dim}.items():
+            arguments.length(operation, name, count)
         sizes = (
             (batch, heads, q_len, head_dim),
-            (batch, shared, kv_len, head_dim),
-            (batch, shared, kv_len, head_dim if v_head_dim is None else v_head_dim),
+            (batch, kv_heads, kv_len, head_dim),
+            (batch, kv_heads, kv_len, v_head_dim),
         )
-        for size in sizes:
-            for name, number in zip(("batch", "heads", "length", "head_dim"), size, strict=True):
-                arguments.integer(operation, name, number)
         with torch.inference_mode(False), torch.set_grad_enabled(backward):
-            q, k, v = (torch.zeros(size, dtype=kind, device=on, requires_grad=backward) for size in sizes)
+            q, k, v = (torch.zeros(size, dtype=dtype, device=on, requires_grad=backward) for size in sizes)
             out = self(q, k, v, q_offset=q_offset, kv_offset=kv_offset, **mask_args)
             if backward:
                 torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
