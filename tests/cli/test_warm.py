@@ -37,7 +37,7 @@ def test_wrong_usage_is_told_before_anything_is_compiled(capsys, tmp_path):
 
 
 def test_what_may_be_named_can_be_compiled_for():
-    assert [int(arch.removeprefix("sm_")) for arch in ARCHS] == list(SHARED_LIMITS)
+    assert {int(arch.removeprefix("sm_")) for arch in ARCHS} <= set(SHARED_LIMITS)
     assert all(isinstance(load(text).mask, mf.Mask) for text in USUAL)
 
 
