@@ -16,7 +16,7 @@ ARGS ?=
 WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser docs lint format bench figures gpu gpu-test gpu-memory gpu-bench dist clean
+.PHONY: help demo test browser docs lint format bench figures gpu gpu-test gpu-bench gpu-tune gpu-dry dist clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -62,29 +62,32 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
-# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network. Meant to take less than
-# ten minutes, most of them compiling (not measured yet). pytest-xdist, where it is, runs the tests side by side.
-# Without git's history `make gpu COMMIT=abc1234` says what is measured; ARGS go to the benchmark: --tokens, --dim.
+# On a machine with a GPU, with the Python that has torch and triton there: no .venv, no network. Each of the three ends
+# by itself after GPU_SECONDS, and writes what it finds at once into a folder of GPU_RESULTS, named after the device.
+# Without git's history `make gpu COMMIT=abc1234` says what is measured. ARGS go to gpu-bench: --tokens, --dim.
 GPU_PYTHON ?= python3
 GPU_RESULTS ?= benchmarks/results
-GPU_WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+GPU_SECONDS ?= 220
+GPU_WORDS = --folder $(GPU_RESULTS) --seconds $(GPU_SECONDS)
 export COMMIT
 
-gpu:  ## on a GPU: the kernels' tests on the device, a memory checker, the benchmark beside FlexAttention and SDPA
-	$(MAKE) gpu-test
-	$(MAKE) gpu-memory
-	$(MAKE) gpu-bench
+gpu:  ## on a GPU: the kernels' tests and a memory checker, speed beside FlexAttention and SDPA, tiles and cold starts
+	$(MAKE) --keep-going gpu-test gpu-bench gpu-tune
 
 gpu-test:
-	-PYTHONPATH=. $(GPU_PYTHON) -m maskflash doctor
-	PYTHONPATH=. MASKFLASH_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -q -W default $(GPU_WORKERS) --maxfail=20 \
-		tests/test_gpu.py tests/backends/triton/test_run.py
-
-gpu-memory:
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.memory_check
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu_test $(GPU_WORDS)
 
 gpu-bench:
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --folder $(GPU_RESULTS) $(ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu $(GPU_WORDS) $(ARGS)
+
+gpu-tune:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu_tune $(GPU_WORDS)
+
+# The same three small, on the CPU: do the scripts work? Kernels are interpreted.
+gpu-dry: export TRITON_INTERPRET = 1
+gpu-dry: $(STAMP)
+	for script in gpu_test gpu gpu_tune; do \
+		PYTHONPATH=. $(BIN)/python -m benchmarks.$$script --dry --folder build/gpu-dry || exit 1; done
 
 dist: $(STAMP)  ## build the sdist, and the wheel from it, into dist
 	$(BIN)/python -m build --no-isolation

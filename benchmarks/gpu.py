@@ -1,23 +1,27 @@
 """How fast is attention on this GPU? Beside FlexAttention (compiled) and SDPA's flash and cuDNN backends.
 
-Run: python -m benchmarks.gpu --folder benchmarks/results   (`make gpu` does, after the tests)
+Run: python -m benchmarks.gpu --folder benchmarks/results   (`make gpu-bench` does)
 
-It stores after each case, under the device's name, so that what is cut short keeps what it had. Compiling FlexAttention
-takes most of the time: `--tokens` and `--dim` choose cases, and each choice has a file of its own.
+First every case is run once, in processes side by side, so that all kernels lie in the caches on disk: compiling
+FlexAttention takes most of the time. Then cases are measured, those of most interest first, for as long as there is
+time. It stores after each case, under the device's name, so that what is cut short keeps what it had. `--tokens` and
+`--dim` choose cases, and each choice has a file of its own.
 
 Every contender of a case runs in one process by turns, after the results of both were compared. Speeds are TFLOP/s on
-the area that the mask leaves: 4 (forward) or 10 (backward) x visible pairs x query heads x head dim.
+the area that the mask leaves: 4 (forward) or 10 (backward) x visible pairs x query heads x head dim. Beside them stands
+what a model of the machine code predicts of the kernels' loops over full and over partial tiles, where it is stored.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import re
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +34,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
-from benchmarks import runner, workloads
-from benchmarks.runner import Row
+from benchmarks import device, runner, workloads
+from benchmarks.runner import ROOT, Row
+from maskflash.backends.triton.device import arch
 
 TITLES = {
     "flex": "TFLOP/s of the visible area, bf16, maskflash beside compiled FlexAttention",
@@ -41,7 +46,9 @@ TITLES = {
 PASSES = ("forward", "backward", "forward + backward")
 WARM_UP, RUNS = 3, 10  # of one sample
 QUESTION = "gpu attention"
-DEVICE = "cuda"
+DRY = ("causal", "causal document")
+AHEAD = 0.4  # of the time, at most, for compiling
+MODEL = ROOT / "benchmarks/results/sass_model.json"
 MOST_DIFFERENT = 2.0**-7  # relative error of two bfloat16 results: that of one rounding
 # On an H200, D128 bf16, 4k to 16k: TFLOP/s wanted of our own, and the ratio wanted over FlexAttention.
 FLOORS = {
@@ -73,20 +80,21 @@ class Case:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     options = _options(argv)
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: torch finds no CUDA device")
-    where = _conditions(options.quick)
+    called, clock = device.name(options.dry), device.Clock(options.seconds)
+    where = _conditions(options.dry, called)
     if options.folder and not options.json:
-        options.json = options.folder / slug(torch.cuda.get_device_name()) / _name(options)
-    start, rows = time.monotonic(), []
-    for case in _cases(options):
-        if time.monotonic() - start > 60 * options.minutes:
+        options.json = options.folder / device.slug(called) / _name(options)
+    cases = list(_cases(options))
+    _compile_ahead(options, len(cases), AHEAD * options.seconds)
+    rows: list[Row] = []
+    for case in cases:
+        if not clock.left:
             print(f"out of time before {case}", file=sys.stderr)
             break
         try:
-            rows += _measured(case, 1 if options.quick else options.pairs)
+            rows += _measured(case, options.pairs, options.dry)
         except (RuntimeError, torch.cuda.OutOfMemoryError, mf.MaskflashError) as error:
-            print(f"{case}: {_first_line(error)}", file=sys.stderr)
+            print(f"{case}: {device.first_line(error)}", file=sys.stderr)
         if options.json:
             runner.store(options.json, QUESTION, where, rows)
         gc.collect()
@@ -94,18 +102,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     return runner.finish(QUESTION, TITLES, rows, options, where)
 
 
-def slug(device: str) -> str:
-    """A device's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = runner.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="start no case after this (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="store in a folder of this one, named after the device")
+    device.add_options(parser)
+    parser.set_defaults(pairs=5)
     parser.add_argument("--tokens", type=int, action="append", help="only this length; may be repeated")
     parser.add_argument("--dim", type=int, action="append", help="only this head dim; may be repeated")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.quick |= options.dry
+    options.pairs = 1 if options.quick else options.pairs
+    return options
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -113,36 +119,55 @@ def _name(options: argparse.Namespace) -> str:
     return "-".join(["attention", *chosen]) + ".json"
 
 
-def _conditions(quick: bool) -> dict[str, Any]:
-    where = runner.conditions(quick)
-    facts = torch.cuda.get_device_properties(0)
-    where["device"] = f"{torch.cuda.get_device_name()}, {facts.multi_processor_count} multiprocessors"
-    where["versions"] |= {"triton": version("triton"), "CUDA": torch.version.cuda}
+def _conditions(dry: bool, called: str) -> dict[str, Any]:
+    where = runner.conditions(dry)
+    if not dry:
+        facts = torch.cuda.get_device_properties(0)
+        where["device"] = f"{called}, {facts.multi_processor_count} multiprocessors"
+    where["versions"] |= {"triton": version("triton"), "CUDA": torch.version.cuda or "none"}
     return where
 
 
+def _compile_ahead(options: argparse.Namespace, cases: int, seconds: float) -> None:
+    """Run each case once in some process: Triton's and inductor's caches on disk have its kernels then."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # the processes themselves are side by side
+    start = time.monotonic()
+    jobs = [(options, number) for number in range(cases)]
+    done = sum(1 for _ in device.side_by_side(_run_once, jobs, seconds))
+    print(f"{done} of {cases} cases compiled ahead in {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+def _run_once(job: tuple[argparse.Namespace, int]) -> None:
+    options, number = job
+    case = list(_cases(options))[number]
+    q, k, v, dout = _inputs(case, options.dry)
+    ours = mf.compile(case.mask, backend="triton")
+    for forward in (lambda: ours(q, k, v), _others(case, q, k, v, options.dry)["flex"]):
+        torch.autograd.grad(forward(), (q, k, v), dout)
+
+
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
-    sizes = (
-        [(1024, 64, 4, 4)]
-        if options.quick
-        else [
-            *((tokens, 128, 16, 16) for tokens in (8192, 4096, 16384)),
-            (8192, 128, 32, 4),
-            (8192, 64, 32, 32),
-            *((tokens, 128, 16, 16) for tokens in (32768, 2048)),
-            *((tokens, 64, 32, 32) for tokens in (4096, 16384)),
-        ]
-    )
+    sizes = [
+        (8192, 128, 16, 16),
+        (8192, 64, 32, 32),
+        (8192, 128, 32, 4),
+        *((tokens, 128, 16, 16) for tokens in (16384, 4096)),
+        *((tokens, 64, 32, 32) for tokens in (16384, 4096)),
+        *((tokens, 128, 16, 16) for tokens in (32768, 2048)),
+    ]
+    if options.quick:
+        sizes = [(64, 16, 2, 1)] if options.dry else [(1024, 64, 4, 4)]
     for tokens, dim, heads, kv_heads in sizes:
         if tokens in (options.tokens or [tokens]) and dim in (options.dim or [dim]):
-            for name, mask, mask_mod, causal in _masks(tokens, options.seed):
-                yield Case(name, tokens, heads, kv_heads, dim, mask, mask_mod, causal)
+            for name, *masks in _masks(tokens, options.seed, "cpu" if options.dry else "cuda"):
+                if name in DRY or not options.dry:
+                    yield Case(name, tokens, heads, kv_heads, dim, *masks)
 
 
-def _masks(tokens: int, seed: int) -> Iterator[tuple[str, mf.Mask, Callable[..., Tensor], bool | None]]:
+def _masks(tokens: int, seed: int, on: str) -> Iterator[tuple[str, mf.Mask, Callable[..., Tensor], bool | None]]:
     window, prefix = tokens // 16, tokens // 4
     lengths = workloads.document_lengths(tokens, seed)
-    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int().to(DEVICE)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int().to(on)
     by_id = mf.document(ids=ids)
     yield "full", mf.full(), lambda b, h, q, kv: q >= 0, False
     yield "causal", mf.causal(), lambda b, h, q, kv: q >= kv, True
@@ -157,53 +182,84 @@ def _masks(tokens: int, seed: int) -> Iterator[tuple[str, mf.Mask, Callable[...,
     yield "prefix S/4", mf.prefix_lm(prefix), lambda b, h, q, kv: (q >= kv) | (kv < prefix), None
 
 
-def _measured(case: Case, pairs: int) -> list[Row]:
-    draw = torch.Generator(DEVICE).manual_seed(0)
+def _inputs(case: Case, dry: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and dO."""
+    on, dtype = (
+        ("cpu", torch.float16) if dry else ("cuda", torch.bfloat16)
+    )  # interpreted products of bfloat16 are wrong
+    draw = torch.Generator(on).manual_seed(0)
 
     def tensor(heads: int) -> Tensor:
-        size = (1, heads, case.tokens, case.dim)
-        return torch.randn(size, generator=draw, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+        return torch.randn((1, heads, case.tokens, case.dim), generator=draw, device=on, dtype=dtype)
 
-    q, k, v = tensor(case.heads), tensor(case.kv_heads), tensor(case.kv_heads)
-    dout = torch.randn(q.shape, generator=draw, device=DEVICE, dtype=torch.bfloat16)
-    attn = mf.compile(case.mask)
+    q, k, v = (tensor(heads).requires_grad_() for heads in (case.heads, case.kv_heads, case.kv_heads))
+    return q, k, v, tensor(case.heads)
+
+
+def _measured(case: Case, pairs: int, dry: bool) -> list[Row]:
+    q, k, v, dout = _inputs(case, dry)
+    attn = mf.compile(case.mask, backend="triton")
     ours = _contender(lambda: attn(q, k, v), (q, k, v), dout)
-    visible = _visible_pairs(case)
+    visible = _visible_pairs(case, q.device)
+    beside = predictions(arch(q.device), case.dim)
     rows = []
-    for name, forward in _others(case, q, k, v).items():
+    for name, forward in _others(case, q, k, v, dry).items():
         try:
             difference = _difference(attn(q, k, v), forward())
             if not difference < MOST_DIFFERENT:
                 sys.exit(f"{name} and maskflash compute different things: {case}: relative error {difference:.3g}")
             samples = runner.alternate(ours, _contender(forward, (q, k, v), dout), pairs)
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:  # a backend that does not take the case
-            print(f"{name}: no {case}: {_first_line(error)}", file=sys.stderr)
+            print(f"{name}: no {case}: {device.first_line(error)}", file=sys.stderr)
             continue
         for part, (measure, mine, theirs) in enumerate(zip(PASSES, *samples, strict=True)):
             work = (4, 10, 14)[part] * visible * case.heads * case.dim
             floor = FLOORS[case.name].get(measure) if name == "flex" and case.tokens >= 4096 else None
-            rows.append(
-                runner.compared(
-                    name,
-                    f"{case.name}, D{case.dim}, heads {case.heads}:{case.kv_heads}, {work / min(mine) / 1e12:.0f} "
-                    f"against {work / min(theirs) / 1e12:.0f} TFLOP/s at best",
-                    case.tokens,
-                    measure,
-                    mine,
-                    theirs,
-                    dtype="bfloat16",
-                    floor=floor,
-                )
+            row = runner.compared(
+                name,
+                f"{case.name}, D{case.dim}, heads {case.heads}:{case.kv_heads}, {work / min(mine) / 1e12:.0f} "
+                f"against {work / min(theirs) / 1e12:.0f} TFLOP/s at best",
+                case.tokens,
+                measure,
+                mine,
+                theirs,
+                dtype=str(q.dtype).removeprefix("torch."),
+                floor=floor,
             )
+            rows.append(replace(row, predicted=beside.get(measure)))
     return rows
 
 
-def _others(case: Case, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+def predictions(arch: int, head_dim: int, path: Path = MODEL) -> dict[str, str]:
+    """What `sass_model` stored of the table's tiles, by measure: TFLOP/s over full tiles / over partial ones.
+
+    Backward counts 10 products' worth of work, and its kernels compute 8 (dkdv) and 6 (dq).
+    """
+    if not path.exists():
+        return {}
+    speeds = {
+        row["pass_name"]: [loop["tflops"] for loop in row["loops"]]
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if (row["arch"], row["bits"], row["head_dim"]) == (arch, 16, head_dim)
+    }
+    if set(speeds) < {"forward", "dkdv", "dq"}:
+        return {}
+    ahead = speeds["forward"]
+    back = [10 / (8 / dkdv + 6 / dq) for dkdv, dq in zip(speeds["dkdv"], speeds["dq"], strict=True)]
+    both = [14 / (4 / one + 10 / other) for one, other in zip(ahead, back, strict=True)]
+    texts = (" / ".join(f"{speed:.0f}" for speed in each) + " TFLOP/s" for each in (ahead, back, both))
+    return dict(zip(PASSES, texts, strict=True))
+
+
+def _others(case: Case, q: Tensor, k: Tensor, v: Tensor, dry: bool) -> dict[str, Callable[[], Tensor]]:
     grouped = case.heads != case.kv_heads
+    if dry:  # FlexAttention has no backward on a CPU, and SDPA not these backends
+        pairs = case.mask.dense(case.tokens, case.tokens)
+        return {"flex": lambda: scaled_dot_product_attention(q, k, v, attn_mask=pairs, enable_gqa=grouped)}
 
     @cache
     def block_mask() -> Any:
-        return create_block_mask(case.mask_mod, None, None, case.tokens, case.tokens, device=DEVICE, _compile=True)
+        return create_block_mask(case.mask_mod, None, None, case.tokens, case.tokens, device=q.device, _compile=True)
 
     others: dict[str, Callable[[], Tensor]] = {
         "flex": lambda: _flex()(q, k, v, block_mask=block_mask(), enable_gqa=grouped),
@@ -233,10 +289,10 @@ def _contender(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], dout: 
             return torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
         out = forward()
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP if dout.is_cuda else 0):
             forward()
             backward()
-        ahead, back = _seconds(forward), _seconds(backward)
+        ahead, back = (_seconds(part, dout.device) for part in (forward, backward))
         return ahead, back, ahead + back
 
     return run
@@ -248,11 +304,10 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _seconds(function: Callable[[], object]) -> float:
+def _seconds(function: Callable[[], object], on: torch.device) -> float:
+    if on.type == "cpu":
+        (seconds,) = runner.timed(function)()
+        return seconds
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -263,13 +318,13 @@ def _seconds(function: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3 / RUNS
 
 
-def _visible_pairs(case: Case) -> int:
+def _visible_pairs(case: Case, on: torch.device) -> int:
     """Visible pairs of one head, counted a band of rows at a time."""
     band = max(1, 2**26 // case.tokens)
     total = 0
     for first in range(0, case.tokens, band):
         rows = min(band, case.tokens - first)
-        total += int(case.mask.dense(rows, case.tokens, q_offset=first, device=DEVICE).sum())
+        total += int(case.mask.dense(rows, case.tokens, q_offset=first, device=on).sum())
     return total
 
 

@@ -1,6 +1,6 @@
 """Do the kernels touch only memory of their own? A few small calls on a GPU, under NVIDIA's compute-sanitizer.
 
-Run: python -m benchmarks.memory_check   (`make gpu` does, after the tests)
+Run: python -m benchmarks.memory_check   (`make gpu-test` does, after the tests)
 
 Fails where the checker or a test finds an error. Where there is no checker, or it can't work here, or time runs out, it
 says so and passes.
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from benchmarks.device import Clock
 from benchmarks.runner import ROOT
 
 FOUND: Final = 86  # what the checker exits with where it finds an error
@@ -29,20 +30,25 @@ _TESTS: Final = ("tests/test_gpu.py", "-k", "beyond_the_memory")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="to stop after (default: %(default)s)")
-    seconds = parser.parse_args(argv).seconds
+    outcome, why = check(parser.parse_args(argv).seconds)
+    print(f"memory check: {outcome}{why and f', {why}'}")
+    return 1 if outcome == "failed" else 0
+
+
+def check(seconds: float) -> tuple[str, str]:
+    """Whether it "passed", "failed" or was "skipped", and why: where it failed, the end of what was said."""
     tool = shutil.which(_TOOL) or shutil.which(_TOOL, path="/usr/local/cuda/bin")
     if tool is None:
-        return _skipped(f"{_TOOL} is not installed")
+        return "skipped", f"{_TOOL} is not installed"
+    clock = Clock(seconds)
     try:
-        code, said = _checked(tool, ["-c", _PROBE], seconds)
+        code, said = _checked(tool, ["-c", _PROBE], clock.left)
         if code:
-            return _skipped(f"{_TOOL} can't work here: a program of one line ends with {code} under it")
-        code, said = _checked(tool, ["-m", "pytest", "-q", "-x", "-W", "default", *_TESTS], seconds)
+            return "skipped", f"{_TOOL} can't work here: a program of one line ends with {code} under it"
+        code, said = _checked(tool, ["-m", "pytest", "-q", "-x", "-W", "default", *_TESTS], clock.left)
     except subprocess.TimeoutExpired:
-        return _skipped(f"not done after {seconds:.0f} s")
-    print(said[-4000:])
-    print("memory check: " + ("FAILED" if code else "no errors"))
-    return 1 if code else 0
+        return "skipped", f"not done after {seconds:.0f} s"
+    return ("failed", said[-4000:]) if code else ("passed", "")
 
 
 def _checked(tool: str, words: Sequence[str], seconds: float) -> tuple[int, str]:
@@ -66,11 +72,6 @@ def _checked(tool: str, words: Sequence[str], seconds: float) -> tuple[int, str]
             os.killpg(process.pid, signal.SIGKILL)  # the checker's own child too
             raise
     return process.returncode, said
-
-
-def _skipped(reason: str) -> int:
-    print(f"memory check: skipped, {reason}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Row:
         floor: least median ratio wanted.
         ceiling: largest median of `ours` wanted.
         tiles: how many are full, partial and skip, in a row about a block map.
+        predicted: what a model said of `ours` before it was measured.
     """
 
     table: str
@@ -81,6 +82,7 @@ class Row:
     floor: float | None = None
     ceiling: float | None = None
     tiles: str | None = None
+    predicted: str | None = None
 
     @property
     def met(self) -> bool | None:
@@ -238,7 +240,9 @@ def store(path: Path, question: str, where: dict[str, Any], rows: Sequence[Row])
     plain = [{k: v for k, v in asdict(row).items() if v is not None} | {"met": row.met} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"question": question, "conditions": where, "rows": plain}
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    draft = path.with_suffix(".draft")  # what is cut short while it writes keeps what was there
+    draft.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def describe(where: dict[str, Any]) -> str:
@@ -293,6 +297,7 @@ def cells(row: Row) -> dict[str, str]:
         "baseline": spread(row.theirs, row.unit),
         "ratio": spread(row.ratio, ratio_unit(row)),
         "n": str(row.samples),
+        "predicted": row.predicted or "",
         "wanted": wanted(row),
     }
 

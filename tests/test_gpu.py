@@ -27,25 +27,35 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(2, 4, 2, 1056, 1056, 128, 128),
-        Shape(1, 8, 1, 1000, 1111, 64, 64),
-        Shape(1, 2, 2, 515, 700, 80, 48),
-        Shape(1, 2, 1, 300, 300, 256, 256),
-    ],
-    ids=str,
-)
+SHAPES = [
+    Shape(2, 4, 2, 1056, 1056, 128, 128),
+    Shape(1, 8, 1, 1000, 1111, 64, 64),
+    Shape(1, 2, 2, 515, 700, 80, 48),
+    Shape(1, 2, 1, 300, 300, 256, 256),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Each mask in each dtype and each dtype in each shape, once: a device's minutes are for other things.
+PAIRED = [
+    (name, dtype, SHAPES[(number + shift) % len(SHAPES)])
+    for shift, dtype in enumerate(DTYPES)
+    for number, name in enumerate(MASKS)
+]
+LAYOUTS = [("lts",), ("lts", "lte"), ("lts", "ute"), ("lts", "lte", "uts", "ute")]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape"), PAIRED, ids=str)
 def test_masks_dtypes_and_shapes_match_dense_float64(name, dtype, shape):
     assert_matches_dense(MASKS[name], shape, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("names", [("lts",), ("lts", "lte"), ("lts", "ute"), ("lts", "lte", "uts", "ute")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("names", "causal", "dtype"),
+    [
+        (names, causal, torch.bfloat16 if (number + causal) % 2 else torch.float32)
+        for number, names in enumerate(LAYOUTS)
+        for causal in (False, True)
+    ],
+)
 def test_column_intervals_match_dense_float64(names, causal, dtype):
     draw = torch.Generator().manual_seed(len(names))
     vectors = {name: torch.randint(0, 1000, (2, 2, 1111), generator=draw, dtype=torch.int32).cuda() for name in names}
@@ -178,6 +188,31 @@ def test_a_mask_that_has_not_run_is_refused_in_a_capture():
     mf.attention(q, k, v, mf.causal())  # the device is as it was
 
 
+def test_a_dtype_that_has_not_run_is_refused_in_a_capture_unless_it_was_warmed():
+    attn = mf.compile(MASKS["window"])
+    attn(*(x.detach() for x in tensors(1000, torch.bfloat16)))  # the plan is known
+    q, k, v = (x.detach() for x in tensors(1000, torch.float16))
+    with pytest.raises(mf.BackendError, match="a kernel of this call"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        attn(q, k, v)
+    attn.warm(1000, 1000, batch=2, heads=4, head_dim=64, dtype=torch.float16, backward=False, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attn(q, k, v)
+    graph.replay()
+    assert torch.equal(out, attn(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_that_begin_inside_a_vector(dtype):
+    q, k, v = tensors(500, dtype)
+
+    def off(x):
+        return torch.cat((x.new_zeros(1), x.detach().flatten()))[1:].view(x.shape).requires_grad_()
+
+    attn, dout = mf.compile(MASKS["documents"]), torch.randn_like(q)
+    assert same(step(attn, *map(off, (q, k, v)), off(dout).detach()), step(attn, q, k, v, dout))
+
+
 def test_a_captured_step_replays_and_outlives_its_plan():
     q, k, v = tensors()
     dout = torch.randn_like(q)
@@ -234,11 +269,17 @@ def test_tf32_only_if_torch_is_told():
     assert torch.equal(exact, mf.attention(q, k, v, mf.causal()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["documents", "per head", "natten"])
-@pytest.mark.parametrize("shape", [Shape(2, 4, 2, 333, 515, 80, 40), Shape(1, 8, 1, 129, 257, 64, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape"),
+    [
+        ("documents", torch.bfloat16, Shape(2, 4, 2, 333, 515, 80, 40)),
+        ("per head", torch.bfloat16, Shape(1, 8, 1, 129, 257, 64, 128)),
+        ("natten", torch.float32, Shape(2, 4, 2, 333, 515, 80, 40)),
+    ],
+    ids=str,
+)
 def test_beyond_the_memory_of_a_call_lies_nothing_it_reads(dtype, name, shape):
-    """q, k and v inside larger ones of NaN. `make gpu` runs this under a memory checker, which sees what is written."""
+    """q, k and v inside larger ones of NaN. `make gpu-test` also runs it under a checker that sees what is written."""
 
     def framed(x):
         frame = torch.full((*x.shape[:2], x.shape[2] + 16, x.shape[3] + 16), torch.nan, dtype=dtype, device="cuda")

@@ -67,7 +67,7 @@ ORDER = {
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
-    "cli": ["traffic", "expression", "masks", "terminal", "show", "explain", "bench", "doctor", "parser"],
+    "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "bench", "warm", "doctor"],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another

@@ -10,6 +10,8 @@ from typing import Final
 import maskflash
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
+ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+USUAL: Final = ("full", "causal", "sliding_window(256)", "document(300, 724)", "causal & document(300, 724)")
 
 _MOST: Final = 1 << 27  # tokens, and whatever else is counted; more than the largest mask of an expression has
 _WIDTH: Final = 78  # of descriptions; argparse leaves them alone where examples are laid out by hand
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     _show(commands)
     _explain(commands)
     _bench(commands)
+    _warm(commands)
     _demo(commands)
     doctor = commands.add_parser(
         "doctor",
@@ -113,6 +116,33 @@ def _bench(commands: Commands[argparse.ArgumentParser]) -> None:
     bench.add_argument("--flex", action="store_true", help="also compile FlexAttention, which takes a while")
 
 
+def _warm(commands: Commands[argparse.ArgumentParser]) -> None:
+    warm = _of_mask(
+        commands,
+        "warm",
+        "compile the GPU's kernels ahead, into Triton's cache on disk",
+        "Compile the kernels of masks for the GPU here, or for a named architecture on a machine without one, on all "
+        "cores. A process that needs them later loads them. A kernel serves all lengths, batches and numbers. Without "
+        f"a MASK it compiles the usual ones: {', '.join(USUAL)}.",
+        "maskflash warm",
+        "maskflash warm causal --head-dim 128 --heads 32 --kv-heads 8",
+        "maskflash warm masks.py:packed --dtype bfloat16 --dtype float16 --forward",
+        "maskflash warm --arch sm_90",
+        nargs="*",
+    )
+    warm.set_defaults(heads=2)
+    warm.add_argument(
+        "--kv-heads", type=_count, metavar="N", help="heads of k and v (default: as many as queries', and one for all)"
+    )
+    warm.add_argument(
+        "--head-dim", type=_count, action="append", metavar="N", help="of q, k, v; repeat it (default: 64 and 128)"
+    )
+    warm.add_argument("--dtype", choices=DTYPES, action="append", help="of q, k, v; repeat it (default: bfloat16)")
+    warm.add_argument("--forward", action="store_true", help="leave out the gradients' kernels")
+    warm.add_argument("--arch", choices=ARCHS, help="compile for this, and run nothing")
+    warm.add_argument("--processes", type=_count, metavar="N", help="at once (default: the machine's cores)")
+
+
 def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
@@ -138,7 +168,12 @@ def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _of_mask(
-    commands: Commands[argparse.ArgumentParser], name: str, summary: str, description: str, *examples: str
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    *examples: str,
+    nargs: str | None = None,
 ) -> argparse.ArgumentParser:
     """A command about a mask at some lengths."""
     listed = "\n".join(f"  {example}" for example in examples)
@@ -149,7 +184,7 @@ def _of_mask(
         epilog=f"{_MASK}\nExamples:\n\n{listed}\n\n{_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("mask", metavar="MASK", help="an expression of presets, or file.py:function")
+    made.add_argument("mask", metavar="MASK", nargs=nargs, help="an expression of presets, or file.py:function")
     made.add_argument(
         "--q-len", type=_count, metavar="N", help="queries in tokens (default: the mask's own, else 4,096)"
     )

@@ -14,6 +14,7 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
 from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
+from maskflash.ground.transfer import capturing
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import autograd, cache, checking
@@ -154,7 +155,7 @@ class Attention:
 
                 classify(self._problem(sizes, mask_args))
                 raise
-            if self.tune and spec.backend == "triton":
+            if self.tune and spec.backend == "triton" and not capturing(q.device):
                 self._tune(analysis, spec, q, k, v)
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
@@ -360,6 +361,70 @@ class Attention:
         """
         problem = self.mask.at_call("Attention.prepare", q_len, kv_len, call).tiled(self.block_size)
         cache.of_problem(problem, self._backend_for(problem.device))
+
+    def warm(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        backward: bool = True,
+        q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
+        **mask_args: Any,
+    ) -> None:
+        """Do now what the first of many calls would wait for: run one on zeros.
+
+        On a GPU kernels are compiled and loaded, and Triton keeps them on disk for later processes. They depend on
+        the mask's structure, dtype, head dims, block size and whether heads are grouped. They don't depend on lengths,
+        batch or numbers. A CUDA graph may be captured next. `maskflash warm` compiles on several cores.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            head_dim: of q and k.
+            v_head_dim: of v; None for that of k.
+            dtype: of q, k and v.
+            batch: batch rows.
+            heads: query heads.
+            kv_heads: heads of k and v, a divisor of `heads`; None for as many.
+            backward: the gradients too.
+            q_offset: as in a call.
+            kv_offset: as in a call.
+            device: where the calls will run.
+            **mask_args: the mask's own arguments.
+
+        Raises:
+            ArgumentError: what a call with such tensors would raise.
+            BackendError: likewise.
+
+        Example:
+            >>> import maskflash as mf
+            >>> mf.compile(mf.causal()).warm(512, 512, head_dim=64, heads=8, kv_heads=2)
+        """
+        operation = "Attention.warm"
+        kv_heads = heads if kv_heads is None else kv_heads
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        on, dtype = arguments.device(operation, device), arguments.dtype(operation, dtype)
+        counts = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads, "kv_heads": kv_heads}
+        for name, count in {**counts, "head_dim": head_dim, "v_head_dim": v_head_dim}.items():
+            arguments.length(operation, name, count)
+        sizes = (
+            (batch, heads, q_len, head_dim),
+            (batch, kv_heads, kv_len, head_dim),
+            (batch, kv_heads, kv_len, v_head_dim),
+        )
+        with torch.inference_mode(False), torch.set_grad_enabled(backward):
+            q, k, v = (torch.zeros(size, dtype=dtype, device=on, requires_grad=backward) for size in sizes)
+            out = self(q, k, v, q_offset=q_offset, kv_offset=kv_offset, **mask_args)
+            if backward:
+                torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
 
     def invalidate(self) -> None:
         """Forget what is known of the mask's tables: needed only after a write that torch didn't see.

@@ -24,7 +24,9 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA Made-up 100 80GB")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *args: SimpleNamespace(multi_processor_count=7))
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "_compile_ahead", lambda options, cases, seconds: None)
+    masks = gpu._masks
+    monkeypatch.setattr(gpu, "_masks", lambda tokens, seed, on: masks(tokens, seed, "cpu"))
 
 
 def test_without_a_gpu_the_docs_say_so(tmp_path):
@@ -54,7 +56,7 @@ def test_a_quick_run_on_a_gpu_is_no_result(tmp_path):
 def test_what_is_cut_short_keeps_what_it_had(machine, monkeypatch, tmp_path, capsys):
     done = []
 
-    def measured(case, pairs):
+    def measured(case, pairs, dry):
         stored = list(tmp_path.rglob("*.json"))
         assert [len(json.loads(path.read_text())["rows"]) for path in stored] == [len(done)] * bool(stored)
         if case.name == "causal":
@@ -77,8 +79,8 @@ def test_what_is_cut_short_keeps_what_it_had(machine, monkeypatch, tmp_path, cap
 
 
 def test_no_case_begins_after_the_time_is_up(machine, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu, "_measured", lambda case, pairs: pytest.fail("began"))
-    assert gpu.main(["--minutes", "-1", "--quick"]) == []
+    monkeypatch.setattr(gpu, "_measured", lambda *args: pytest.fail("began"))
+    assert gpu.main(["--seconds", "0", "--quick"]) == []
     assert "out of time before full, 1024 tokens" in capsys.readouterr().err
 
 
@@ -91,7 +93,7 @@ def test_no_case_begins_after_the_time_is_up(machine, monkeypatch, tmp_path, cap
     ],
 )
 def test_cases_can_be_chosen(machine, monkeypatch, words, sizes):
-    monkeypatch.setattr(gpu, "_masks", lambda tokens, seed: [("full", None, None, False)])
+    monkeypatch.setattr(gpu, "_masks", lambda *args: [("full", None, None, False)])
     cases = list(gpu._cases(gpu._options(words)))
     assert {(case.tokens, case.dim) for case in cases} == sizes
     assert {case.heads // case.kv_heads for case in cases} == ({1, 8} if not words else {1})
@@ -100,7 +102,7 @@ def test_cases_can_be_chosen(machine, monkeypatch, words, sizes):
 def test_every_contender_has_the_same_mask(machine):
     tokens = 512
     rows, columns = torch.arange(tokens)[:, None], torch.arange(tokens)
-    found = list(gpu._masks(tokens, seed=0))
+    found = list(gpu._masks(tokens, 0, "cpu"))
     assert {name for name, *_ in found} == set(gpu.FLOORS)
     for name, mask, mask_mod, causal in found:
         dense = mask.dense(tokens, tokens)[0, 0]
@@ -108,7 +110,7 @@ def test_every_contender_has_the_same_mask(machine):
         if causal is not None:
             assert torch.equal(dense, rows >= columns if causal else torch.ones_like(dense))
         case = gpu.Case(name, tokens, 1, 1, 64, mask, mask_mod, causal)
-        assert gpu._visible_pairs(case) == int(dense.sum())
+        assert gpu._visible_pairs(case, torch.device("cpu")) == int(dense.sum())
 
 
 def test_different_results_are_told_apart():
@@ -117,6 +119,25 @@ def test_different_results_are_told_apart():
     assert gpu._difference(x, x.bfloat16()) < gpu.MOST_DIFFERENT
     assert gpu._difference(x, x.roll(1, 2)) > gpu.MOST_DIFFERENT
     assert not gpu._difference(x, torch.full_like(x, torch.nan)) < gpu.MOST_DIFFERENT
+
+
+def test_a_models_predictions_stand_beside(tmp_path):
+    stored = tmp_path / "sass_model.json"
+    assert gpu.predictions(90, 128, stored) == {}
+    speeds = {"forward": (400, 300), "dkdv": (500, 400), "dq": (600, 300)}
+    rows = [
+        {"arch": 90, "bits": 16, "head_dim": 128, "pass_name": name, "loops": [{"tflops": x} for x in both]}
+        for name, both in speeds.items()
+    ]
+    stored.write_text(json.dumps({"rows": [*rows, rows[0] | {"head_dim": 64}]}))
+    assert gpu.predictions(90, 64, stored) == {}
+    assert gpu.predictions(90, 128, stored) == {
+        "forward": "400 / 300 TFLOP/s",
+        "backward": "385 / 250 TFLOP/s",  # 10 / (8 / 500 + 6 / 600)
+        "forward + backward": "389 / 262 TFLOP/s",
+    }
+    cells = runner.cells(runner.replace(ROW, predicted="400 / 300 TFLOP/s"))
+    assert cells["predicted"] == "400 / 300 TFLOP/s"
 
 
 def checker(folder, monkeypatch, script):
@@ -130,10 +151,14 @@ def checker(folder, monkeypatch, script):
 @pytest.mark.parametrize(
     ("script", "code", "message"),
     [
-        ('echo "$PYTORCH_NO_CUDA_MEMORY_CACHING checked"; exit 0', 0, "1 checked\n\nmemory check: no errors"),
+        ('test "$PYTORCH_NO_CUDA_MEMORY_CACHING" = 1', 0, "memory check: passed"),
         ("exit 9", 0, "skipped, compute-sanitizer can't work here: a program of one line ends with 9"),
-        ('case "$*" in *pytest*) echo "Invalid __global__ read"; exit 86;; esac', 1, "memory check: FAILED"),
-        ('case "$*" in *pytest*) exit 1;; esac', 1, "memory check: FAILED"),  # a test failed
+        (
+            'case "$*" in *pytest*) echo "Invalid __global__ read"; exit 86;; esac',
+            1,
+            "memory check: failed, Invalid __global__ read",
+        ),
+        ('case "$*" in *pytest*) exit 1;; esac', 1, "memory check: failed"),  # a test failed
         ('case "$*" in *pytest*) sleep 60;; esac', 0, "skipped, not done after 1 s"),
     ],
 )

@@ -11,12 +11,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
+
+from maskflash.backends.triton.tiles import SHARED_LIMITS
+from maskflash.errors import BackendError
+from maskflash.ground.transfer import capturing
 
 
 @cache
@@ -35,7 +39,7 @@ def unavailable(device: torch.device) -> str | None:
         triton = library()
     except ImportError:
         return "triton is not installed; `pip install triton` (Linux only)"
-    if triton.knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret or _Compiling.arch:
         return None
     if device.type != "cuda":
         return f"its kernels run on CUDA tensors, got {device.type}; move q, k and v"
@@ -47,9 +51,111 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def compile_only(arch: int) -> None:
+    """From now on in this process, compile kernels for an architecture, and run none: calls take tensors of the CPU.
+
+    What is compiled lies in Triton's cache on disk, under the key that a process on such a device looks for: it is
+    made of the text, the arguments' types, triton itself and the architecture.
+
+    Args:
+        arch: compute capability times ten, one of `SHARED_LIMITS`.
+    """
+    library().runtime.driver.set_active(_NoDevice(arch))
+    _Compiling.arch = arch
+
+
+class _Compiling:
+    """The architecture that is compiled for where nothing runs; None where kernels run."""
+
+    arch: int | None = None
+
+
+class _NoDevice:
+    """A driver as Triton asks for one: it knows its target, loads no kernel and launches nothing."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+        self.utils = self
+
+    def get_current_target(self) -> Any:
+        return importlib.import_module("triton.backends.compiler").GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_LIMITS[self.arch]}
+
+    def load_binary(self, *kernel: Any) -> tuple[object, None, int, int, int]:
+        return self, None, 0, 0, 1024  # module, function, registers, spills, most threads
+
+    def launcher_cls(self, *kernel: Any) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+@contextlib.contextmanager
+def asked_for() -> Iterator[list[bool]]:
+    """The kernels that Triton is asked for meanwhile and this process doesn't have: whether each lay on disk."""
+    knobs, found = library().knobs.compilation, []
+    before = knobs.listener
+    knobs.listener = lambda *, cache_hit, **rest: found.append(cache_hit)
+    try:
+        yield found
+    finally:
+        knobs.listener = before
+
+
+def kept_in() -> str:
+    """The folder of Triton's cache on disk."""
+    return str(library().knobs.cache.dir)
+
+
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make a device the current one: Triton launches there, on its current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Make a device the current one: Triton launches there, on its current stream.
+
+    While that stream records a CUDA graph, what would compile raises BackendError.
+    """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return _recording(device) if capturing(device) else torch.cuda.device(device)
+
+
+@contextlib.contextmanager
+def _recording(device: torch.device) -> Iterator[None]:
+    """Launches into a CUDA graph. To load a kernel the driver allocates memory, which a capture forbids."""
+    runtime = library().knobs.runtime
+    before = runtime.jit_cache_hook
+
+    def refuse(**asked: Any) -> Any:
+        if capturing(device):  # other threads may compile
+            raise BackendError(
+                "attention: a CUDA graph is being captured, and a kernel of this call has not run yet with such "
+                "tensors; run the same call once before the capture, with backward if the graph has it, or `warm` "
+                "the op for it"
+            )
+        return before(**asked) if before else None
+
+    runtime.jit_cache_hook = refuse
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        runtime.jit_cache_hook = before
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether an error of a compilation or a launch says that a tile asks too much: a smaller one may pass."""
+    errors = library().runtime.errors
+    if isinstance(error, (errors.OutOfResources, errors.PTXASError)):
+        return True
+    return type(error) is RuntimeError and any(text in str(error) for text in _TOO_LARGE)
+
+
+# A pass of Triton's that gave a kernel up; the driver's CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES.
+_TOO_LARGE: Final = ("PassManager::run failed", "too many resources requested for launch")
 
 
 def name(device: torch.device) -> str:
@@ -60,7 +166,7 @@ def name(device: torch.device) -> str:
 def arch(device: torch.device) -> int:
     """Compute capability times ten."""
     if device.type != "cuda":
-        return 80  # any family's tiles will do
+        return _Compiling.arch or 80  # interpreted: any family's tiles will do
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -73,11 +179,15 @@ def shared_limit(device: torch.device) -> int | None:
 
 
 def heads_in_cache(device: torch.device, bytes_per_head: int, group: int, heads: int) -> int:
-    """How many heads to run side by side: as many as leave half of the L2 cache to everything else."""
+    """How many heads to run side by side: as many as leave half of the L2 cache to everything else.
+
+    A group at least. Its heads read the same keys, tile after tile, so what one of them has loaded serves the others
+    even where all keys of the sequence don't fit.
+    """
     if device.type != "cuda":
         return 1
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(heads, group * (cache_bytes // 2 // max(bytes_per_head, 1))))
+    return min(heads, group * max(1, cache_bytes // 2 // max(bytes_per_head, 1)))
 
 
 def part_of_group(device: torch.device, group: int, programs: int) -> int:

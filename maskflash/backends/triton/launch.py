@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -99,7 +98,9 @@ class Launcher:
             try:
                 self.launch(pass_name, tile, own)
                 break
-            except gpu.library().runtime.errors.OutOfResources as error:
+            except Exception as error:
+                if not gpu.is_too_large(error):
+                    raise
                 smaller = shrunk(tile)
                 if smaller is None:
                     raise BackendError(
@@ -151,12 +152,14 @@ class Launcher:
 
     def _tune(self, case: Case, own: dict[str, Any]) -> None:
         """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
-        errors = gpu.library().runtime.errors
         rows, columns = case.block_size
         seconds: dict[Tile, float] = {}
         for tile in candidates(tile_choice.listed(case)):
             if rows % tile.block_m == 0 and columns % tile.block_n == 0:
-                with contextlib.suppress(errors.OutOfResources, errors.PTXASError):
+                try:
                     seconds[tile] = gpu.seconds(partial(self.launch, case.pass_name, tile, own), case.device)
+                except Exception as error:
+                    if not gpu.is_too_large(error):
+                        raise
         if seconds:
             tile_choice.keep(case, min(seconds, key=lambda tile: seconds[tile]))

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from maskflash.analysis.problem import Problem
 
 UNIT: Final = 8  # elements: head dims and strides are multiples of it, so that the compiler loads whole vectors
+ALIGNMENT: Final = 16  # bytes of a vector
 _LARGEST_STEP: Final = 2**23  # elements from token to token
 
 
@@ -30,14 +31,20 @@ def laid_out(*tensors: Tensor) -> list[Tensor]:
     """Tensors (B, heads, tokens, n) as the kernels address them; zeros are added to the last dimension where needed.
 
     It is dense and a multiple of UNIT long, as are all strides, and offsets inside a tile (128 tokens at most) fit 32
-    bits.
+    bits. The first element lies at a multiple of ALIGNMENT: for others Triton compiles another kernel, which loads
+    each number alone.
     """
     longer = (x if x.shape[3] % UNIT == 0 else pad(x, (0, -x.shape[3] % UNIT)) for x in tensors)
-    return [x if _fits(x) else x.contiguous() for x in longer]
+    return [x if _fits(x) else x.clone(memory_format=torch.contiguous_format) for x in longer]
 
 
 def _fits(x: Tensor) -> bool:
-    return x.stride(3) == 1 and x.stride(2) < _LARGEST_STEP and all(step % UNIT == 0 for step in x.stride()[:3])
+    return (
+        x.stride(3) == 1
+        and x.stride(2) < _LARGEST_STEP
+        and all(step % UNIT == 0 for step in x.stride()[:3])
+        and x.data_ptr() % ALIGNMENT == 0
+    )
 
 
 def cut(x: Tensor, dim: int) -> Tensor:

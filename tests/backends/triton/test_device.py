@@ -1,5 +1,6 @@
 """How work is spread over a device, with the numbers of devices that are not here; and what torch's settings mean."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import maskflash as mf
 from maskflash.backends.triton import device as triton_device
 
 H100 = SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132, shared_memory_per_block_optin=232_448)
@@ -29,8 +33,23 @@ def test_heads_whose_keys_fit_half_of_the_cache_run_side_by_side(gpu):
     assert share(8192, 1, 64) == 6  # of 4 MiB each
     assert share(8192, 8, 64) == 48  # eight query heads read one key head
     assert share(8192, 8, 16) == 16
-    assert share(1 << 20, 8, 64) == 1  # one head does not fit
+    assert share(65536, 8, 64) == share(1 << 20, 8, 64) == 8  # no key head fits: its eight query heads
+    assert share(65536, 1, 64) == 1
+    assert share(65536, 8, 8) == 8
     assert triton_device.heads_in_cache(gpu, 0, 1, 5) == 5
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 16), st.integers(1, 8), st.integers(1, 1 << 21))
+def test_heads_side_by_side_are_whole_groups(group, kv_heads, tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
+        share, longer = (
+            triton_device.heads_in_cache(torch.device("cuda", 1), n * 512, group, group * kv_heads)
+            for n in (tokens, tokens + 1)
+        )
+    assert share % group == 0
+    assert group <= longer <= share <= group * kv_heads
 
 
 @pytest.mark.parametrize(
@@ -74,6 +93,50 @@ def test_without_triton_there_is_a_reason(monkeypatch):
 
     monkeypatch.setattr(triton_device, "library", missing)
     assert "pip install triton" in triton_device.unavailable(torch.device("cuda"))
+
+
+@pytest.fixture
+def capture(gpu, monkeypatch):
+    """Whether the current stream of the device records a CUDA graph; `capture[0]` may be changed."""
+    state = [True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state[0])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return state
+
+
+def test_nothing_is_compiled_into_a_cuda_graph(gpu, capture, monkeypatch):
+    """Triton asks its hook before it compiles; the hook of others is asked too, and stays."""
+    runtime, asked = triton_device.library().knobs.runtime, []
+    monkeypatch.setattr(runtime, "jit_cache_hook", lambda **given: asked.append(given))
+    others = runtime.jit_cache_hook
+    with triton_device.current(gpu):
+        with pytest.raises(mf.BackendError, match=r"CUDA graph is being captured.*run the same call once.*`warm`"):
+            runtime.jit_cache_hook(key="mine")
+        capture[0] = False  # as in another thread
+        assert runtime.jit_cache_hook(key="theirs") is None
+    assert asked == [{"key": "theirs"}]
+    assert runtime.jit_cache_hook is others
+    with triton_device.current(gpu):
+        assert runtime.jit_cache_hook is others
+
+
+def test_what_asks_too_much_is_told_from_other_errors():
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    large = [
+        OutOfResources(300_000, 200_000, "shared memory"),
+        PTXASError("Internal Triton PTX codegen error"),
+        RuntimeError("PassManager::run failed"),
+        RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
+    ]
+    others = [
+        CompilationError("", None, "no such thing"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        mf.BackendError("PassManager::run failed"),
+        ValueError("PassManager::run failed"),
+    ]
+    assert [triton_device.is_too_large(error) for error in (*large, *others)] == [True] * 4 + [False] * 4
 
 
 SETTINGS = {

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
+from maskflash.backends.triton.layout import ALIGNMENT, UNIT, addressed, cut, laid_out, padded, whole, without_hidden
 
 LAYOUTS = {
     "as it is": lambda x: x,
@@ -42,6 +42,18 @@ def test_what_can_be_addressed_is_not_copied(name):
     x = LAYOUTS[name](torch.randn(2, 3, 5, 24))
     assert laid_out(x)[0] is x
     assert cut(x, 24) is x
+
+
+@given(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 17), st.booleans())
+def test_only_what_begins_inside_a_vector_is_moved(dtype, skipped, strided):
+    """A part of a packed buffer may begin at any element; `contiguous()` would leave it there."""
+    memory = torch.randn(17 + 2 * 3 * 5 * 24).to(dtype)[skipped:]
+    x = memory[: 2 * 3 * 5 * 24].view(2, 3, 5, 24)
+    x = x.transpose(1, 2) if strided else x
+    (found,) = laid_out(x)
+    assert found.data_ptr() % ALIGNMENT == 0
+    assert torch.equal(found, x)
+    assert (found is x) == (x.data_ptr() % ALIGNMENT == 0)
 
 
 def test_tokens_too_far_apart_for_32_bits_are_brought_together():

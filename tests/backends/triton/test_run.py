@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.errors import OutOfResources, PTXASError
 
 import maskflash as mf
 from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import launch as triton_launch
 from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton import run as triton
+from maskflash.op import attention
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
@@ -247,6 +249,26 @@ def test_any_strides(results, device):
     assert same(results(mask, *odd), expected)
 
 
+def test_tensors_that_begin_inside_a_vector(results, device, compiled):
+    """As parts of packed buffers do: same bits, and the kernels that others run."""
+    _, _, keys = compiled
+    mask = mf.sliding_window(9, 4)
+    inputs = [torch.randn(1, 2, 40, 16, device=device) for _ in range(4)]
+    dlse = torch.randn(1, 2, 40, device=device)
+
+    def off(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    def run(q, k, v, dout, dlse):
+        return results.with_gradients(mask, *(x.detach().requires_grad_() for x in (q, k, v)), dout, dlse)
+
+    expected, before = run(*inputs, dlse), len(keys)
+    moved = [off(x) for x in (*inputs, dlse)]
+    assert all(x.data_ptr() % 16 and x.is_contiguous() for x in moved)
+    assert same(run(*moved), expected)
+    assert len(keys) == before == 4
+
+
 def test_an_expanded_key_head_is_a_key_head_apiece(results, device):
     q = torch.randn(1, 3, 20, 16, device=device, requires_grad=True)
     k, v = (torch.randn(1, 1, 20, 16, device=device) for _ in range(2))
@@ -302,9 +324,15 @@ def test_the_order_of_programs_changes_nothing(results, small, monkeypatch, part
     assert all(same(found[0], other) for other in found[1:])
 
 
-def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkeypatch):
-    from triton.runtime.errors import OutOfResources
+REFUSALS = [
+    lambda: OutOfResources(300_000, 200_000, "shared memory"),
+    lambda: PTXASError("ptxas fatal: (C7600) Register allocation failed"),
+]
 
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["memory", "ptxas"])
+def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkeypatch, refusal):
+    monkeypatch.setattr(tile_choice, "_known", {})
     q, k, v = small()
     expected = results(mf.causal(), q, k, v, block_size=64)
     launch, tried = triton_launch.Launcher.launch, []
@@ -312,7 +340,7 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
     def limited(self, pass_name, tile, *rest):
         tried.append((pass_name, tile))
         if tile.block_m * tile.block_n > 512 or tile.stages > 1:
-            raise OutOfResources(300_000, 200_000, "shared memory")
+            raise refusal()
         return launch(self, pass_name, tile, *rest)
 
     monkeypatch.setattr(triton_launch.Launcher, "launch", limited)
@@ -326,15 +354,28 @@ def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkey
     assert len(tried) == count + 3  # it knows now
 
 
-def test_a_device_that_nothing_fits_is_told(results, small, monkeypatch):
-    from triton.runtime.errors import OutOfResources
-
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["memory", "ptxas"])
+def test_a_device_that_nothing_fits_is_told(results, small, monkeypatch, refusal):
     def never(*args):
-        raise OutOfResources(300_000, 1, "shared memory")
+        raise refusal()
 
     monkeypatch.setattr(triton_launch.Launcher, "launch", never)
-    with pytest.raises(mf.BackendError, match=r"no tile of forward fits this device.*shared memory"):
+    with pytest.raises(mf.BackendError, match=r"no tile of forward fits this device: ") as told:
         results(mf.causal(), *small())
+    assert str(refusal()) in str(told.value)
+
+
+def test_an_error_that_is_not_the_tiles_is_not_tried_again(results, small, monkeypatch):
+    tried = []
+
+    def broken(self, pass_name, tile, *rest):
+        tried.append(tile)
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    monkeypatch.setattr(triton_launch.Launcher, "launch", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        results(mf.causal(), *small())
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize(
@@ -621,9 +662,15 @@ def test_tuning_measures_once_and_keeps_the_fastest(small, measured, monkeypatch
     assert dict(launched) == chosen
 
 
-def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch):
-    from triton.runtime.errors import OutOfResources, PTXASError
+def test_nothing_is_measured_while_a_cuda_graph_is_captured(small, measured, monkeypatch):
+    monkeypatch.setattr(attention, "capturing", lambda device: True)
+    with torch.no_grad():
+        mf.compile(mf.causal(), backend="triton", block_size=64, tune=True)(*small())
+    assert measured[0] == []
+    assert [name for name, _ in measured[1]] == ["forward"]
 
+
+def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch):
     seconds, failed = triton_device.seconds, []
 
     def failing(function, device):
