@@ -53,7 +53,7 @@ class Kernel:
         """
         assert len(named) == len(self.names), f"beside the kernel's arguments: {named.keys() ^ set(self.names)}"
         values = [named[name] for name in self.names]
-        self.function[(programs,)](*values, num_warps=tile.warps, num_stages=tile.stages)
+        self.function[(programs,)](*values, **tile.options)
 
 
 @lru_cache(maxsize=1024)
