@@ -34,8 +34,8 @@ PROCESSORS: Final = {
     90: Processor(228 * 1024, 64, 132, 1.755, 6.4),
     100: Processor(228 * 1024, 64, 148, 1.85, None),
 }
-# Bytes of a compute unit, or of two that share them: AMD's ISA guides of CDNA 3 and 4, RDNA 3 and 4.
-AMD_SHARED: Final = {"gfx942": 64 * 1024, "gfx950": 160 * 1024, "gfx1100": 128 * 1024, "gfx1201": 128 * 1024}
+# Bytes of a compute unit, or of two that share them: AMD's ISA guides of CDNA 3 and 4, RDNA 4.
+AMD_SHARED: Final = {"gfx942": 64 * 1024, "gfx950": 160 * 1024, "gfx1201": 128 * 1024}
 
 
 def programs_at_once(arch: int, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:

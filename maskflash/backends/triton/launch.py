@@ -100,7 +100,7 @@ class Launcher:
                 self.launch(pass_name, tile, own)
                 break
             except gpu.library().runtime.errors.OutOfResources as error:
-                smaller = shrunk(tile)
+                smaller = shrunk(pass_name, tile)
                 if smaller is None:
                     raise BackendError(
                         f"the triton backend: no tile of {pass_name} fits this device: {error}"

@@ -79,9 +79,9 @@ def test_what_cannot_run_says_why(gpu, compiled, monkeypatch, capability, messag
     [
         ("gfx942:sramecc+:xnack-", "gfx942", None),
         ("gfx950:sramecc+:xnack-", "gfx950", None),
-        ("gfx1101", "gfx1101", None),
+        ("gfx1200", "gfx1200", None),
         ("gfx1201", "gfx1201", None),
-        ("gfx90a:sramecc+:xnack-", "gfx90a", "it serves gfx942, gfx950, gfx1100"),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", "it serves gfx942, gfx950, gfx1200"),
     ],
 )
 def test_amds_gpus_are_known_by_name(gpu, compiled, monkeypatch, name, arch, message):
