@@ -24,6 +24,7 @@ from maskflash.backends.triton.tiles import ROWS, Tile, shared_bytes
 ROOT = Path(__file__).parents[3]
 HOPPER = Case(90, "forward", "causal", 16, 128, 128, Tile(128, 64, 8, 3))
 CLEAN = Resources(200, 0, 0, 0.0, 60_000, 1, "wgmma", 8, False, 1.0)
+LIMITED = replace(HOPPER, tile=replace(HOPPER.tile, registers=128))
 AMPERE = Case(80, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2))
 INSTINCT = Case("gfx942", "dq", "causal", 16, 64, 64, Tile(64, 32, 4, 2))
 
@@ -84,6 +85,7 @@ def test_a_tile_that_is_too_big_is_reported(tmp_path):
     ("case", "product", "found", "fault"),
     [
         (HOPPER, "wgmma", {"local": 20, "local_share": 0.05}, "20 accesses to local memory"),
+        (LIMITED, "wgmma", {"local": 60, "local_share": 0.11}, "60 accesses to local memory"),
         (HOPPER, "wgmma", {"product": "mma"}, "no wgmma"),
         (HOPPER, "wgmma", {"serialised": True}, "C7511"),
         (HOPPER, "wgmma", {"under_copies": 0}, "prefetch nothing"),
@@ -92,7 +94,7 @@ def test_a_tile_that_is_too_big_is_reported(tmp_path):
         (AMPERE, "mma", {"shared": 166_913}, "more than 166912"),
         (replace(AMPERE, arch=86), "mma", {"shared": 101_377}, "more than 101376"),
         (replace(HOPPER, bits=32), "mma", {"stack": 601}, "601 B of stack"),
-        (INSTINCT, "mfma", {"local": 1}, "1 accesses to local memory"),
+        (INSTINCT, "mfma", {"local": 1, "local_share": 1.0}, "1 accesses to local memory"),
         (INSTINCT, "mfma", {"product": ""}, "no mfma"),
         (INSTINCT, "mfma", {"shared": 65_537}, "more than 65536"),
         (replace(INSTINCT, arch="gfx1201"), "wmma", {"product": ""}, "no wmma"),
@@ -110,6 +112,7 @@ def test_what_gates_let_pass():
     few = replace(CLEAN, stack=56, local=12, local_share=0.03)
     together = replace(CLEAN, under_copies=0, programs=2)  # the other program computes meanwhile
     assert [faults(HOPPER, found) for found in (outside, few, together)] == [[]] * 3
+    assert faults(LIMITED, replace(CLEAN, local=60, local_share=0.09)) == []
     assert faults(replace(AMPERE, arch=86), replace(CLEAN, under_copies=0, product="mma")) == []
     assert faults(replace(HOPPER, bits=32), replace(CLEAN, stack=600, local=90, local_share=0.2, product="")) == []
 
