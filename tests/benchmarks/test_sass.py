@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import amdgcn, sass_model
+from benchmarks import amdgcn, report, runner, sass_model
 from benchmarks.processors import PROCESSORS, programs_at_once
 from benchmarks.sass import simulate as simulation
 from benchmarks.sass.instructions import Instruction, local_accesses, loops, parse, products_under_copies
 from benchmarks.sass.predict import EFFICIENCY, predict
 from benchmarks.sass.simulate import LATENCY
 from benchmarks.sass.work import Kind, Pipe, Work, works
+from maskflash.backends.triton.tiles import ROWS
 
 ROOT = Path(__file__).parents[2]
 BOARDS = st.one_of(st.none(), st.integers(0, 5))
@@ -275,6 +277,23 @@ def test_a_kernel_of_the_table_is_predicted(tmp_path):
     full, partial = row["loops"]
     assert 100 < partial["tflops"] < full["tflops"] < 800
     assert full["instructions"] < partial["instructions"]
+
+
+def test_predictions_stand_beside_the_rows_of_the_table(tmp_path):
+    path, (row, *_) = tmp_path / "model.json", sass_model.table_cases()
+    loops = [{"tflops": speed, "instructions": 9, "turn": 1.0, "tensor_share": 0.5} for speed in (321.4, 123.4)]
+    stored = {"conditions": runner.conditions(False), "rows": [{**asdict(row), "loops": loops}]}
+    stored["validation"] = [{"name": "someone's", "known": 400, "predicted": 390.6}]
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    blocks = "".join(f"<!-- figures: model {name} -->\n<!-- end figures -->\n" for name in ("validation", "tiles"))
+    text = report.filled_in(blocks, report.load_model(path))
+    assert "| someone's | 400 | 391 |" in text
+    assert f"| {sass_model.tile_text(row.tile)} | static gate | 321 | 123 |" in text
+    assert text.count("| static gate |  |  |") == sum(each.bits == 16 for each in ROWS) - 1
+    assert report.MISSING in report.filled_in(blocks, report.load_model(tmp_path / "none"))
+    path.write_text(json.dumps({**stored, "conditions": {"quick": True}}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="--quick run"):
+        report.load_model(path)
 
 
 def test_every_16_bit_row_of_a_modelled_architecture_is_a_case():
