@@ -10,12 +10,15 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, flex, gpu, million, overhead, runner, train_packed
+from benchmarks import flashmask, flex, gpu, million, overhead, runner, sass_model, train_packed
+from benchmarks.compiled import arch_name
 from benchmarks.runner import ROOT, Row, Spread
+from maskflash.backends.triton.tiles import ROWS
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
 FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "integrations.md")
@@ -39,7 +42,7 @@ class Result(NamedTuple):
     """What one script stored."""
 
     conditions: dict[str, Any]
-    rows: list[Row]
+    rows: list[Any]  # Row; of the model plain dicts
 
 
 Results = dict[str, Result]  # by question
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the docs' tables from the stored results.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
     check = parser.parse_args(argv).check
-    results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS)
+    results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS) | load_model(sass_model.RESULTS)
     stale = []
     for path in FILES:
         before = path.read_text(encoding="utf-8")
@@ -150,6 +153,16 @@ def load_gpus(folder: Path) -> Results:
     return results
 
 
+def load_model(path: Path) -> Results:
+    """What `benchmarks/sass_model.py` stored: kernels of known speed, then those of the table, as they are there."""
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["conditions"]["quick"]:
+        sys.exit(f"{path} comes from a --quick run, which predicts nothing; run it again without")
+    return {f"model {part}": Result(stored["conditions"], stored[part]) for part in ("validation", "rows")}
+
+
 def filled_in(text: str, results: Results) -> str:
     """A document with each of its tables made from the results."""
     blocks = _blocks()
@@ -169,7 +182,34 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
             blocks[f"{question} {table}"] = partial(_table, question, table)
     blocks |= {f"flashmask {dtype}": partial(_twelve, dtype) for dtype in flashmask.DTYPES}
     blocks[gpu.QUESTION] = _gpus
+    blocks |= {"model validation": _known, "model tiles": _tiles, "model conditions": _model_conditions}
     return blocks
+
+
+def _known(results: Results) -> str:
+    """What the model says of kernels whose speed is known."""
+    rows = results["model validation"].rows if "model validation" in results else []
+    lines = [[row["name"], str(row["known"]), f"{row['predicted']:.0f}"] for row in rows]
+    return _markdown(["kernel", "known", "predicted"], lines or [[MISSING] * 3])
+
+
+def _tiles(results: Results) -> str:
+    """Each 16-bit row of the tile table: where it comes from, and what the model predicts of its loops."""
+    found = {}
+    for row in results["model rows"].rows if "model rows" in results else []:
+        found[row["arch"], row["pass_name"], row["head_dim"], tuple(row["tile"].values())] = row["loops"]
+    lines = []
+    for row in (row for row in ROWS if row.bits == 16):
+        loops = found.get((row.arch, row.pass_name, row.head_dim, astuple(row.tile)), [])
+        speeds = [f"{loop['tflops']:.0f}" for loop in loops] or [""] * len(sass_model.WALKS)
+        kernel = [arch_name(row.arch), row.pass_name, str(row.head_dim), sass_model.tile_text(row.tile)]
+        lines.append([*kernel, row.source, *speeds])
+    return _markdown(["for", "pass", "D", "tile", "source", *sass_model.WALKS], lines)
+
+
+def _model_conditions(results: Results) -> str:
+    where = results["model rows"].conditions if "model rows" in results else None
+    return f"Predicted, never run; {runner.describe(where)}." if where else f"Predicted: {MISSING}."
 
 
 def _gpus(results: Results) -> str:

@@ -1,83 +1,66 @@
-"""Rows of the tile table -> real cubins, without a GPU: registers, stack, shared memory and what fits a processor.
+"""Rows of the tile table -> real machine code, without a GPU: registers, memory, and what fits a processor.
 
 Every row is compiled for each of three masks, and for head dims that fill it only in part. A row fails the gate when
-its kernel spills (16-bit types: at all; float32: more than 600 bytes), misses the tensor cores it is meant for, or
-needs more shared memory than its devices have. Nothing here runs or times a kernel.
+
+- its loops use local memory: in 16 bits more than one instruction in 25, or in 10 where the tile limits registers; on
+  AMD's GPUs any; in float32 on NVIDIA's the kernel may have 600 bytes of it,
+- it misses the matrix cores that it is meant for,
+- it needs more shared memory than its devices have,
+- its stages prefetch nothing, and no other program on the multiprocessor computes meanwhile (8.6 and 8.9
+  may, whose products are slow).
+
+Nothing here runs or times a kernel; `benchmarks/sass_model.py` says how fast it may be.
 
     python -m benchmarks.static_gates            all rows, all masks
     python -m benchmarks.static_gates --quick    each row once
     python -m benchmarks.static_gates --arch 90 --pass dq --bits 16 --dim 128 --tile 64,64,4,2
+    python -m benchmarks.static_gates --arch 90 --pass dq --bits 16 --dim 64 --tile 128,64,8,3,128
 
-The last tries a tile that is not in the table.
+The last two try tiles that are not in the table; a fifth number is the most registers of a thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import maskflash as mf
+from benchmarks import amdgcn
+from benchmarks.compiled import BLOCK, DTYPES, MASKS, Case, arch_name, compile_case, disassemble, in_processes, tool
+from benchmarks.processors import AMD_SHARED, PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe
-from maskflash.backends.triton import modules
-from maskflash.backends.triton.layout import UNIT, padded
-from maskflash.backends.triton.render import render
-from maskflash.backends.triton.signature import PASSES, PassName, Specialisation, TableKind
+from benchmarks.sass.instructions import local_accesses, loops, parse, products_under_copies
+from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import DELTA, ROWS, SHARED_LIMITS, Tile, choose
 
 RESULTS: Final = ROOT / "benchmarks/results/static_gates.json"
-DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
-BLOCK: Final = 128  # tokens of a block map's tile
 FLOAT32_STACK: Final = 600  # bytes: in full precision its products have no tensor cores, and registers run out
-PROCESSES: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Processor:
-    """What one multiprocessor of an architecture has: bytes of shared memory for all programs, warps."""
-
-    shared: int
-    warps: int
-
-
-# CUDA C++ Programming Guide, table of technical specifications by compute capability.
-PROCESSORS: Final = {
-    80: Processor(164 * 1024, 64),
-    86: Processor(100 * 1024, 48),
-    89: Processor(100 * 1024, 48),
-    90: Processor(228 * 1024, 64),
-    100: Processor(228 * 1024, 64),
-}
+# Of a loop's instructions, without and with a limit of registers: sm_90's forward D64 with FlashMask's look-ups has 6 %
+# with one, and is predicted to run at 357 and 117 TFLOP/s, full and partial tiles, without at 251 and 111.
+LOCAL_SHARES: Final = (0.04, 0.1)
 ODD: Final = ((80, 80), (96, 96), (192, 192), (192, 128), (40, 72))  # D and DV, whole vectors as all are made
-SERVED: Final = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,)}  # by each family of the table
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One kernel: compute capability times ten, pass, mask, bits of the dtype, tile, head dims of q and k and of v."""
-
-    arch: int
-    pass_name: PassName
-    mask: str
-    bits: int
-    head_dim: int
-    v_head_dim: int
-    tile: Tile
+_PRODUCTS: Final[dict[int | str, tuple[str, ...]]] = {
+    90: ("wgmma",),
+    100: ("tcgen05", "mma"),
+    "gfx942": ("mfma",),
+    "gfx950": ("mfma",),
+    "gfx1201": ("wmma",),
+}
+# By each family of the table.
+SERVED: Final[dict[int | str, tuple[int | str, ...]]] = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,)} | {
+    name: (name,) for name in AMD_SHARED
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +69,25 @@ class Resources:
 
     Attributes:
         registers: per thread.
-        stack: bytes per thread.
-        spills: loads from and stores to local memory in its text.
+        stack: bytes of local memory per thread.
+        local: accesses to it in the innermost loops.
+        local_share: the largest share of a loop's instructions that they are.
         shared: bytes per program.
         programs: that fit a multiprocessor at once.
-        wgmma: it uses Hopper's warpgroup products.
-        serialised: ptxas warns that these wait for one another (C7511); None where it was not asked.
+        product: "wgmma", "mma", "tcgen05", "mfma" or "wmma", the instructions of matrix cores; "" where it has none.
+        under_copies: products that a loop issues, at least, between a copy and the wait for it; None without such.
+        serialised: ptxas warns that Hopper's products wait for one another (C7511); None where it was not asked.
         seconds: to compile.
     """
 
     registers: int
     stack: int
-    spills: int
+    local: int
+    local_share: float
     shared: int
     programs: int
-    wgmma: bool
+    product: str
+    under_copies: int | None
     serialised: bool | None
     seconds: float
 
@@ -108,15 +95,20 @@ class Resources:
 def faults(case: Case, found: Resources) -> list[str]:
     """Why a kernel fails the gate; empty where it passes."""
     wrong = []
-    if case.bits == 16 and (found.stack or found.spills):
-        wrong.append(f"spills: {found.stack} B of stack, {found.spills} local loads and stores")
-    if case.bits == 32 and found.stack > FLOAT32_STACK:
+    amd, half = isinstance(case.arch, str), case.bits == 16
+    allowed = 0.0 if amd else LOCAL_SHARES[case.tile.registers is not None]
+    if found.local_share > allowed and (amd or half):
+        wrong.append(f"spills: {found.local} accesses to local memory in its loops")
+    if not amd and not half and found.stack > FLOAT32_STACK:
         wrong.append(f"{found.stack} B of stack, more than {FLOAT32_STACK}")
-    if case.arch == 90 and case.bits == 16 and case.pass_name != "delta":
-        if not found.wgmma:
-            wrong.append("no wgmma")
+    if half and case.pass_name != "delta":
+        if found.product not in _PRODUCTS.get(case.arch, ("mma",)):
+            wrong.append(f"no {_PRODUCTS.get(case.arch, ('mma',))[0]}")
         if found.serialised:
             wrong.append("ptxas serialises wgmma (C7511)")
+        fast = case.arch not in (86, 89)  # there a tile's products take longer than the copy of the next
+        if fast and found.under_copies == 0 and found.programs == 1:
+            wrong.append("its stages prefetch nothing, and its program is alone on the multiprocessor")
     if found.shared > SHARED_LIMITS[case.arch]:
         wrong.append(f"{found.shared} B of shared memory, more than {SHARED_LIMITS[case.arch]}")
     return wrong
@@ -125,138 +117,85 @@ def faults(case: Case, found: Resources) -> list[str]:
 def table_cases(quick: bool) -> list[Case]:
     """The kernels of every row, with each mask; then those of odd head dims, with one mask, which changes.
 
-    If quick, rows too have one mask, and there is one odd head dim for each architecture, pass and width.
+    If quick, rows too have one mask, and there is one odd head dim for each architecture, pass and width. AMD's
+    kernels take longest to compile: of them it has the 16-bit rows of one architecture of each kind.
     """
     cases = []
     for number, row in enumerate(ROWS):
         masks = [MASKS[number % len(MASKS)]] if quick else MASKS
-        archs = SERVED[row.arch][:1] if quick else SERVED[row.arch]
+        archs = _archs(row.arch, row.bits, quick)
         kind = (row.bits, row.head_dim, row.head_dim, row.tile)
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
-    for arch in (arch for family in SERVED.values() for arch in (family[:1] if quick else family)):
-        cases += [Case(arch, "delta", "causal", bits, 256, 256, DELTA) for bits in DTYPES]
-    kinds = list(product(SERVED, PASSES, DTYPES))
-    for number, ((family, pass_name, bits), dims) in enumerate(product(kinds, ODD)):
-        wanted = dims == ODD[number // len(ODD) % len(ODD)] if quick else True
-        if wanted and pass_name != "delta":
+    for family, bits in product(SERVED, DTYPES):
+        cases += [Case(arch, "delta", "causal", bits, 256, 256, DELTA) for arch in _archs(family, bits, quick)]
+    largest = {(row.arch, row.pass_name, row.bits): row.head_dim for row in ROWS}
+    for number, (kind, dims) in enumerate(product(largest, ODD)):
+        family, pass_name, bits = kind
+        skipped = quick and (family in AMD_SHARED or dims != ODD[number // len(ODD) % len(ODD)])
+        if max(dims) <= largest[kind] and not skipped:
             tile = choose(family, pass_name, DTYPES[bits], max(dims), (BLOCK, BLOCK))
-            archs = SERVED[family][:1] if quick else SERVED[family]
+            archs = _archs(family, bits, quick)
             cases += [Case(arch, pass_name, MASKS[number % len(MASKS)], bits, *dims, tile) for arch in archs]
     return cases
 
 
+def _archs(family: int | str, bits: int, quick: bool) -> Sequence[int | str]:
+    """Which architectures of a family are compiled for."""
+    if quick and family in AMD_SHARED and (bits == 32 or family == "gfx950"):
+        return []
+    return SERVED[family][:1] if quick else SERVED[family]
+
+
 def measure(case: Case) -> Resources:
-    """Compile one kernel to a cubin and read what it needs."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Compile one kernel and read what it needs."""
     start = time.perf_counter()
-    function = getattr(modules.load(render(_specialisation(case), case.pass_name)), case.pass_name)
-    kinds, constants, attributes = {}, {}, {}
-    values = _constants(case)
-    for place, parameter in enumerate(function.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            kinds[name], constants[(place,)] = "constexpr", values[name]
-        elif parameter.annotation_type:
-            kinds[name] = parameter.annotation_type
-        else:
-            kinds[name] = _pointer(name, case.bits)
-            if not parameter.do_not_specialize:
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(function, kinds, constants, attributes),
-        target=GPUTarget("cuda", case.arch, 32),
-        options={"num_warps": case.tile.warps, "num_stages": case.tile.stages},
-    )
-    seconds = time.perf_counter() - start
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage, text = (_output(tools / "cuobjdump", what, cubin) for what in ("--dump-resource-usage", "--dump-sass"))
-        serialised = None
-        if case.arch == 90 and case.bits == 16:
-            source = Path(folder, "kernel.ptx")
-            source.write_text(compiled.asm["ptx"], encoding="utf-8")
-            said = _output(tools / "ptxas", "--gpu-name=sm_90a", "-v", source, "-o", os.devnull)
-            serialised = "C7511" in said
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    shared, tensor_memory = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", 0) or 0
+    compiled = compile_case(case)
+    seconds = round(time.perf_counter() - start, 2)
+    return _amd(case, compiled, seconds) if isinstance(case.arch, str) else _nvidia(case, compiled, seconds)
+
+
+def _nvidia(case: Case, compiled: Any, seconds: float) -> Resources:
+    code, shared = disassemble(compiled.asm["cubin"]), compiled.metadata.shared
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+    turns = loops(parse(code.text))
+    under_copies = [under for turn in turns if (under := products_under_copies(turn)) is not None]
+    names = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma"}
     return Resources(
-        registers,
-        stack,
-        len(re.findall(r"\b(?:STL|LDL)\b", text)),
+        code.registers,
+        code.stack,
+        sum(map(local_accesses, turns)),
+        round(max((local_accesses(turn) / len(turn) for turn in turns), default=0.0), 3),
         shared,
-        programs_at_once(case.arch, case.tile.warps, registers, shared, tensor_memory),
-        "HGMMA" in text,
-        serialised,
-        round(seconds, 2),
+        programs_at_once(case.arch, case.tile.warps, code.registers, shared, tensor_memory),
+        next((names[name] for name in names if name in code.text), ""),
+        min(under_copies, default=None),
+        _serialised(compiled.asm["ptx"]) if case.arch == 90 and case.bits == 16 else None,
+        seconds,
     )
 
 
-def programs_at_once(arch: int, warps: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
-    """How many programs fit a multiprocessor: the least of what its limits allow.
-
-    Registers come by eights to a thread, and in four banks of 16,384; a program's shared memory costs another KiB;
-    tensor memory has 512 columns.
-    """
-    processor = PROCESSORS[arch]
-    by_registers = 4 * (16384 // (32 * -(-registers // 8) * 8)) // warps
-    by_shared = processor.shared // (shared + 1024)
-    by_tensor_memory = 512 // tensor_memory if tensor_memory else by_shared
-    return min(by_registers, by_shared, processor.warps // warps, by_tensor_memory)
-
-
-def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
-    return q >= kv and doc[b, q] == doc[b, kv]
-
-
-MASKS: Final = ("causal", "causal document", "flashmask")
-
-
-def _specialisation(case: Case) -> Specialisation:
-    """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
-    columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
-    made, tables = {
-        "causal": (mf.causal(), {}),
-        "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
-        "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
-    }[case.mask]
-    problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
-    reads = problem.expr.reads
-    return Specialisation(
-        problem.expr,
-        tuple(map(TableKind.of, problem.inputs.tables)),
-        map_batch="b" in reads,
-        map_heads="h" in reads,
-        padded_d=padded(case.head_dim) != case.head_dim,
-        padded_dv=padded(case.v_head_dim) != case.v_head_dim,
+def _amd(case: Case, compiled: Any, seconds: float) -> Resources:
+    code, shared = amdgcn.read(compiled.asm["amdgcn"]), compiled.metadata.shared
+    by_shared = AMD_SHARED[case.arch] // max(shared, 1)
+    return Resources(
+        code.registers,
+        code.scratch,
+        code.scratch_in_loops,
+        float(code.scratch_in_loops > 0),
+        shared,
+        min(4 * code.waves // case.tile.warps, by_shared),  # a multiprocessor has four SIMDs
+        code.product,
+        None,
+        None,
+        seconds,
     )
 
 
-def _constants(case: Case) -> dict[str, Any]:
-    tile, dims = case.tile, (case.head_dim, case.v_head_dim)
-    own, step = (tile.block_n, tile.block_m) if case.pass_name == "dkdv" else (tile.block_m, tile.block_n)
-    return {
-        **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
-        **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
-        **{"PRECISION": "ieee", "HAS_DLSE": True},
-    }
-
-
-def _pointer(name: str, bits: int) -> str:
-    if name in ("lse_ptr", "delta_ptr", "dlse_ptr"):
-        return "*fp32"
-    if name.endswith("_ptr"):
-        return {16: "*bf16", 32: "*fp32"}[bits]
-    return "*i32"  # the walk over tiles, and the tables of these masks
-
-
-def _output(tool: Path, *words: str | Path) -> str:
-    done = subprocess.run([tool, *words], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def _serialised(ptx: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        return "C7511" in tool("ptxas", "--gpu-name=sm_90a", "-v", source, "-o", os.devnull)
 
 
 def _tried(case: Case) -> tuple[Case, Resources | None, list[str]]:
@@ -269,29 +208,12 @@ def _tried(case: Case) -> tuple[Case, Resources | None, list[str]]:
     return case, found, faults(case, found)
 
 
-def _start(folder: str) -> None:
-    """A worker's surroundings: caches of this run alone, and kernels compiled even where tests interpret them."""
-    os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
-    os.environ[modules.VARIABLE] = os.path.join(folder, "maskflash")
-    os.environ.pop("TRITON_INTERPRET", None)
-    torch.set_num_threads(1)
-
-
-def run(cases: Sequence[Case]) -> Iterable[tuple[Case, Resources | None, list[str]]]:
-    """Compile cases, two at a time, in processes with caches of their own."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        multiprocessing.get_context("spawn").Pool(PROCESSES, _start, (folder,)) as pool,
-    ):
-        yield from pool.imap(_tried, cases)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     cases = _chosen(options)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     results = []
-    for number, result in enumerate(run(cases), 1):
+    for number, result in enumerate(in_processes(_tried, cases), 1):
         results.append(result)
         if result[2]:
             console.print(f"{_line(result[0])}: {'; '.join(result[2])}", style="bold red", highlight=False)
@@ -323,13 +245,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile the tile table for real devices and check what it needs.")
     parser.add_argument("--quick", action="store_true", help="each row of the table once")
-    parser.add_argument("--arch", type=int, choices=PROCESSORS, action="append", help="compute capability times ten")
+    parser.add_argument("--arch", type=_arch, choices=[*PROCESSORS, *AMD_SHARED], action="append", help="90 or gfx942")
     parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
     parser.add_argument("--mask", choices=MASKS, action="append")
     parser.add_argument("--bits", type=int, choices=DTYPES, action="append", help="of the dtype")
     parser.add_argument("--dim", type=int, action="append", help="head dim")
     parser.add_argument(
-        "--tile", action="append", metavar="M,N,WARPS,STAGES", help="instead of the table's; repeat it to compare"
+        "--tile",
+        action="append",
+        metavar="M,N,WARPS,STAGES[,REGISTERS]",
+        help="instead of the table's; repeat it to compare",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"where to store (default, if all ran: {RESULTS})")
     options = parser.parse_args(argv)
@@ -339,6 +264,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if whole and options.json is None:
         options.json = RESULTS
     return options
+
+
+def _arch(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def _chosen(options: argparse.Namespace) -> list[Case]:
@@ -357,8 +286,9 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
 
 def _line(case: Case) -> str:
     tile = case.tile
-    shape = f"({tile.block_m}, {tile.block_n}, {tile.warps} warps, {tile.stages} stages)"
-    return f"sm_{case.arch} {case.pass_name} {case.bits} bits D={_dims(case)} {case.mask} {shape}"
+    limit = "" if tile.registers is None else f", at most {tile.registers} registers"
+    shape = f"({tile.block_m}, {tile.block_n}, {tile.warps} warps, {tile.stages} stages{limit})"
+    return f"{arch_name(case.arch)} {case.pass_name} {case.bits} bits D={_dims(case)} {case.mask} {shape}"
 
 
 def _dims(case: Case) -> str:
@@ -369,16 +299,16 @@ def _table(results: Sequence[tuple[Case, Resources | None, list[str]]]) -> Table
     table = Table(title="What the kernels need (compiled, never run)", title_justify="left")
     for name in ("arch", "pass", "bits", "D", "mask", "tile", "warps", "stages"):
         table.add_column(name, justify="left" if name in ("pass", "mask") else "right")
-    for name in ("registers", "stack", "shared", "programs", "wgmma"):
+    for name in ("registers", "stack", "local", "shared", "programs", "product"):
         table.add_column(name, justify="right")
     for case, found, wrong in results:
         tile = case.tile
-        needs = ["", "", "", "", ""]
+        needs = [""] * 6
         if found:
-            needs = [str(found.registers), str(found.stack), f"{found.shared:,}", str(found.programs)]
-            needs.append("yes" if found.wgmma else "")
+            needs = [str(found.registers), str(found.stack), str(found.local), f"{found.shared:,}"]
+            needs += [str(found.programs), found.product]
         table.add_row(
-            *(f"sm_{case.arch}", case.pass_name, str(case.bits), _dims(case), case.mask),
+            *(arch_name(case.arch), case.pass_name, str(case.bits), _dims(case), case.mask),
             *(f"{tile.block_m} x {tile.block_n}", str(tile.warps), str(tile.stages), *needs),
             style="bold red" if wrong else "",
         )

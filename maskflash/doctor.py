@@ -40,7 +40,8 @@ def examine() -> list[Finding]:
         _cache(),
     ]
     if not torch.cuda.is_available():
-        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        built = torch.version.cuda or torch.version.hip
+        reason = "torch finds no CUDA device" if built else "this torch is built without CUDA"
         return [
             *findings,
             Finding("triton", False, f"{reason}; {triton.unavailable(torch.device('cpu')) or 'interpreter'}"),
@@ -52,8 +53,11 @@ def _gpu(device: torch.device) -> Finding:
     facts = torch.cuda.get_device_properties(device)
     name = f"triton on {device}"
     shared = getattr(facts, "shared_memory_per_block_optin", "unknown")
+    kind = f"compute capability {facts.major}.{facts.minor}"
+    if torch.version.hip is not None:
+        kind = f"{facts.gcnArchName} (ROCm {torch.version.hip}; its kernels have been compiled, and never run)"
     about = (
-        f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.multi_processor_count} multiprocessors, "
+        f"{facts.name}, {kind}, {facts.multi_processor_count} multiprocessors, "
         f"{facts.total_memory / 2**30:.0f} GiB, {shared} bytes of shared memory for a program"
     )
     reason = triton.unavailable(device)

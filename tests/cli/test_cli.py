@@ -4,8 +4,10 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import maskflash as mf
 from maskflash import cli, doctor
@@ -138,6 +140,20 @@ def test_the_doctor_says_what_runs_here_and_why_not(capsys, monkeypatch, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("yes cpu")
     assert any(line.startswith("yes kernel cache") and str(tmp_path) in line for line in lines)
+
+
+def test_the_doctor_says_that_an_amd_gpu_is_one(capsys, monkeypatch):
+    facts = {"name": "AMD Instinct MI300X", "major": 9, "minor": 4, "multi_processor_count": 304}
+    facts |= {"total_memory": 192 << 30, "gcnArchName": "gfx942:sramecc+:xnack-"}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**facts))
+    monkeypatch.setattr(doctor, "assert_matches_dense", lambda *arguments, **options: None)
+    assert cli.main(["doctor"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "triton on cuda:0" in line)
+    assert "MI300X, gfx942:sramecc+:xnack- (ROCm 6.4; its kernels have been compiled, and never run)" in line
+    assert "compute capability" not in line
 
 
 def test_the_doctor_finds_what_is_broken(capsys, monkeypatch):

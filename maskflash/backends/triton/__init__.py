@@ -1,1 +1,1 @@
-"""Attention on an NVIDIA GPU: an expression and templates -> kernels; a block map, q, k and v -> results (`run.py`)."""
+"""Attention on a GPU: an expression and templates -> kernels; a block map, q, k and v -> results (`run.py`)."""

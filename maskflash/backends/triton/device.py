@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from maskflash.backends.triton.tiles import SHARED_LIMITS
+from maskflash.backends.triton.tiles import AMD, SHARED_LIMITS, Arch
 from maskflash.errors import BackendError
 from maskflash.ground.transfer import capturing
 
@@ -43,12 +43,10 @@ def unavailable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"its kernels run on CUDA tensors, got {device.type}; move q, k and v"
-    if torch.version.hip is not None:
-        return "its kernels are made for NVIDIA GPUs, got an AMD one"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0 (Ampere) or later, got {capability[0]}.{capability[1]}"
-    return None
+    found = arch(device)
+    if isinstance(found, str):
+        return None if found in AMD else f"of AMD's GPUs it serves {', '.join(AMD)}, got {found}"
+    return None if found >= 80 else f"it needs compute capability 8.0 (Ampere) or later, got {found / 10}"
 
 
 def compile_only(arch: int) -> None:
@@ -163,17 +161,20 @@ def name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def arch(device: torch.device) -> int:
-    """Compute capability times ten."""
+def arch(device: torch.device) -> Arch:
+    """Compute capability times ten; of AMD's GPUs, which torch calls CUDA too, the name without its features."""
     if device.type != "cuda":
         return _Compiling.arch or 80  # interpreted: any family's tiles will do
+    if torch.version.hip is not None:
+        full: str = torch.cuda.get_device_properties(device).gcnArchName  # "gfx942:sramecc+:xnack-"
+        return full.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def shared_limit(device: torch.device) -> int | None:
     """Bytes of shared memory that one program may ask for; None for what the architecture has."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return None
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
 
@@ -200,8 +201,13 @@ def part_of_group(device: torch.device, group: int, programs: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products in full, unless torch's own setting asks for TF32, by its new name or by its old ones."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """float32 products in full, unless torch's own setting asks for TF32, by its new name or by its old ones.
+
+    Only one of AMD's architectures has TF32, so there it is always in full.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def seconds(function: Callable[[], None], device: torch.device) -> float:

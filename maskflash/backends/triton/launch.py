@@ -52,7 +52,7 @@ class Kernel:
         """
         assert len(named) == len(self.names), f"beside the kernel's arguments: {named.keys() ^ set(self.names)}"
         values = [named[name] for name in self.names]
-        self.function[(programs,)](*values, num_warps=tile.warps, num_stages=tile.stages)
+        self.function[(programs,)](*values, **tile.options)
 
 
 @lru_cache(maxsize=1024)
@@ -101,7 +101,7 @@ class Launcher:
             except Exception as error:
                 if not gpu.is_too_large(error):
                     raise
-                smaller = shrunk(tile)
+                smaller = shrunk(pass_name, tile)
                 if smaller is None:
                     raise BackendError(
                         f"the triton backend: no tile of {pass_name} fits this device: {error}"

@@ -1,4 +1,4 @@
-"""A DevicePlan and q, k, v -> attention on an NVIDIA GPU: which kernels run, over what, in which order.
+"""A DevicePlan and q, k, v -> attention on a GPU: which kernels run, over what, in which order.
 
     walks       runs of a block map -> what a kernel walks
     plan        a classified mask -> all walks, on the device

@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -98,9 +98,10 @@ def _read(case: Case) -> Tile | None:
     """What a file says; a file that is not there, or broken, says nothing."""
     try:
         held = json.loads(_path(case).read_text(encoding="utf-8"))
-        tile = Tile(**{name: int(value) for name, value in held["tile"].items()})
-        sides = tile.block_m, tile.block_n
-        sound = all(side in (16, 32, 64, 128) for side in sides) and tile.warps in (4, 8) and 1 <= tile.stages <= 9
+        numbers: dict[str, Any] = {name: value and int(value) for name, value in held["tile"].items()}
+        tile = Tile(**numbers)
+        sound = all(side in (16, 32, 64, 128) for side in (tile.block_m, tile.block_n))
+        sound &= tile.warps in (4, 8) and 1 <= tile.stages <= 9 and tile.registers in (None, *range(32, 256))
         return tile if sound and held["key"] == case.key else None
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return None

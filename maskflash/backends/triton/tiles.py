@@ -14,15 +14,33 @@ import torch
 from maskflash.backends.triton.signature import PassName
 from maskflash.errors import BackendError
 
+Arch = int | str
+"""A device's compute capability times ten, or AMD's name of its architecture."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a kernel cuts its work: tokens per tile, warps per program, stages of its pipeline."""
+    """How a kernel cuts its work, and what its compiler is told.
+
+    Attributes:
+        block_m: rows of a tile, in tokens.
+        block_n: columns of a tile, in tokens.
+        warps: of a program.
+        stages: of the pipeline that loads what a program walks over.
+        registers: most that a thread may have, so that more programs fit a multiprocessor; None for no limit.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +48,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        arch: compute capability times ten that it was chosen for: 80, 86, 90, 100.
+        arch: that it was chosen for: compute capability times ten, 80, 86, 90, 100; or one of AMD's, "gfx942".
         pass_name: which kernel.
         bits: of the input dtype, 16 or 32.
         head_dim: largest D and DV that it serves.
@@ -38,7 +56,7 @@ class Row:
         source: "static gate": compiled and checked, never timed; or the device it was measured on.
     """
 
-    arch: int
+    arch: Arch
     pass_name: PassName
     bits: int
     head_dim: int
@@ -46,7 +64,7 @@ class Row:
     source: str = "static gate"
 
 
-_Numbers = tuple[int, int, int, int]
+_Numbers = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 
 
 def _rows() -> tuple[Row, ...]:
@@ -57,30 +75,37 @@ def _rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-# (block_m, block_n, warps, stages) by head dim. dK/dV holds block_n keys and walks block_m queries. Kernels compute in
-# powers of two; masking what a head dim leaves of one takes registers, which is what the rows for 120 are about.
+# (block_m, block_n, warps, stages, registers) by head dim. dK/dV holds block_n keys and walks block_m queries. Kernels
+# compute in powers of two; masking what a head dim leaves of one takes registers, which is what the rows for 120 are
+# about.
 _FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
     ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
     ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
-_TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
+_CDNA: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
+    ("forward", 16): {64: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 1)},
+    ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 4, 1)},
+    ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
+    **_FLOAT32,
+}
+_TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     80: {
-        ("forward", 16): {64: (64, 64, 4, 3), 128: (128, 32, 8, 3), 256: (64, 64, 8, 2)},
-        ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-        ("dq", 16): {64: (64, 32, 4, 2), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        ("forward", 16): {64: (128, 64, 4, 3), 128: (128, 32, 4, 3), 256: (64, 32, 8, 3)},
+        ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 64, 4, 3), 256: (32, 64, 8, 3)},
+        ("dq", 16): {64: (128, 32, 4, 3), 120: (32, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 3)},
         **_FLOAT32,
     },
     86: {
-        ("forward", 16): {64: (64, 64, 4, 3), 120: (128, 32, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("forward", 16): {64: (64, 64, 4, 3), 120: (128, 32, 8, 3), 128: (128, 64, 8, 2), 256: (64, 16, 8, 3)},
         ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
-        ("dq", 16): {64: (64, 32, 4, 2), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+        ("dq", 16): {64: (128, 32, 4, 3), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
         **_FLOAT32,
     },
     90: {
-        ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-        ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (16, 64, 8, 1)},
-        ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+        ("forward", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 2, 128), 256: (128, 32, 8, 3)},
+        ("dkdv", 16): {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 1)},
+        ("dq", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
         **_FLOAT32,
     },
     100: {
@@ -89,18 +114,32 @@ _TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
         ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
         **_FLOAT32,
     },
+    "gfx942": _CDNA,
+    "gfx950": _CDNA,
+    # RDNA 4 has no matrix products of float32, and at 256 dims no tile of dK and dV fits its registers. In RDNA 3 none
+    # does at any dim.
+    "gfx1201": {
+        ("forward", 16): {64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
+        ("dkdv", 16): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1)},
+        ("dq", 16): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1)},
+    },
 }
 
 ROWS: Final = _rows()
 DELTA: Final = Tile(64, 64, 4, 1)  # bound by memory; any tile will do
 
 
-# Bytes of shared memory that one program may ask for, by compute capability times ten.
-SHARED_LIMITS: Final = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+# AMD's architectures, each with its family: CDNA 3 and 4, RDNA 4.
+AMD: Final = {"gfx942": "gfx942", "gfx950": "gfx950", "gfx1200": "gfx1201", "gfx1201": "gfx1201"}
+# Bytes of shared memory that one program may ask for.
+SHARED_LIMITS: Final[dict[Arch, int]] = {
+    **{80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448},
+    **{"gfx942": 65_536, "gfx950": 163_840, "gfx1201": 65_536},
+}
 
 
 def choose(
-    arch: int,
+    arch: Arch,
     pass_name: PassName,
     dtype: torch.dtype,
     head_dim: int,
@@ -110,7 +149,7 @@ def choose(
     """The table's tile, shrunk to divide the block map's and to fit the device's shared memory.
 
     Args:
-        arch: compute capability times ten; see the table's families.
+        arch: of the device; see the table's families.
         pass_name: which kernel.
         dtype: of q, k and v.
         head_dim: the larger of D and DV.
@@ -118,16 +157,17 @@ def choose(
         shared_limit: bytes that one program may have; None for what the family's devices have.
 
     Raises:
-        BackendError: an architecture before Ampere, a dtype or head dim that no row serves, or a block size that is no
-            multiple of 16.
+        BackendError: an architecture that no family serves, a dtype or head dim that no row serves, or a block size
+            that is no multiple of 16.
     """
     family = _family(arch)
     tiles = _TABLE[family].get((pass_name, 8 * dtype.itemsize), {})
     fitting = [dim for dim in sorted(tiles) if dim >= head_dim]
     if not fitting:
-        kind = str(dtype).removeprefix("torch.")
+        kind, largest = str(dtype).removeprefix("torch."), max(_TABLE[family]["forward", 16])
+        widths = "16- and 32-bit" if ("forward", 32) in _TABLE[family] else "16-bit"
         raise BackendError(
-            f"the triton backend serves 16- and 32-bit types and head dims to 256, got {kind}, {head_dim}"
+            f"the triton backend serves {widths} types and head dims to {largest} here, got {kind}, {head_dim}"
         )
     tile = Tile(*tiles[fitting[0]])
     block_m, block_n = (
@@ -136,40 +176,46 @@ def choose(
     tile = replace(tile, block_m=block_m, block_n=block_n)
     limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
     while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim) > limit:
-        smaller = shrunk(tile)
+        smaller = shrunk(pass_name, tile)
         if smaller is None:
             break  # an estimate from above: the launch will tell
         tile = smaller
     return tile
 
 
-def shared_bytes(arch: int, pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
+def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
     """An estimate, from above, of the shared memory of one program.
 
     What it holds throughout, the buffers of the two tensors it walks over, P and dS on their way to a product, and the
     mask's look-ups. Hopper's products read their buffers while the next are filled, so there every stage has one;
-    before, one less. Without a pipeline a tile that is used both ways round is there twice.
+    before, one less. Without a pipeline a tile that is used both ways round is there twice. On AMD's GPUs what a
+    program holds lies in registers, and passes through the buffers' memory on the way there.
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
     held = own if pass_name == "forward" else 2 * own
     dims = 1 << (head_dim - 1).bit_length()
-    buffers = 3 if tile.stages == 1 else 2 * (tile.stages if arch >= 90 else tile.stages - 1)
+    hopper = isinstance(arch, int) and arch >= 90
+    buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)
+    rows = max(held, buffers * walked) if isinstance(arch, str) else held + buffers * walked
     weights = (2 if pass_name == "dkdv" else 1) * tile.block_m * tile.block_n
-    return itemsize * ((held + buffers * walked) * dims + weights) + _MASK_BYTES
+    return itemsize * (rows * dims + weights) + _MASK_BYTES
 
 
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 
 
-def shrunk(tile: Tile) -> Tile | None:
-    """The next smaller choice where a kernel did not fit the device: fewer stages, then shorter tiles."""
-    if tile.stages > 1:
+def shrunk(pass_name: PassName, tile: Tile) -> Tile | None:
+    """The next smaller choice where a kernel did not fit the device: shorter steps, then fewer stages, then both sides.
+
+    Two stages prefetch nothing. On Hopper, half the step is predicted to leave dK and dV at 128 dims 416 of 500
+    TFLOP/s in 114 KiB, a stage less 392 in 130 KiB, half of what a program holds 350.
+    """
+    own, walked = ("block_n", "block_m") if pass_name == "dkdv" else ("block_m", "block_n")
+    if getattr(tile, walked) <= 32 and tile.stages > 1:
         return replace(tile, stages=tile.stages - 1)
-    if tile.block_m <= 16 and tile.block_n <= 16:
-        return None
-    if tile.block_n >= tile.block_m:
-        return replace(tile, block_n=tile.block_n // 2)
-    return replace(tile, block_m=tile.block_m // 2)
+    sides = {side: getattr(tile, side) for side in (walked, own)}
+    side = walked if tile.stages > 1 else max(sides, key=lambda side: sides[side])
+    return None if sides[side] == 16 else replace(tile, **{side: sides[side] // 2})
 
 
 def candidates(tile: Tile) -> Iterable[Tile]:
@@ -179,6 +225,8 @@ def candidates(tile: Tile) -> Iterable[Tile]:
         if stages:
             yield replace(tile, stages=stages)
     yield replace(tile, warps=4 if tile.warps == 8 else 8)
+    if tile.registers is not None:
+        yield replace(tile, registers=None)
     for side in ("block_m", "block_n"):
         tokens = getattr(tile, side)
         if tokens > 16:
@@ -187,15 +235,19 @@ def candidates(tile: Tile) -> Iterable[Tile]:
             yield replace(tile, **{side: tokens * 2})
 
 
-def _family(arch: int) -> int:
-    """The family that serves an architecture: the nearest at or below it.
+def _family(arch: Arch) -> Arch:
+    """The family that serves an architecture: the nearest at or below it; of AMD's, the one of its generation.
 
     Consumer Blackwell (12.x) has the products and the shared memory of consumer Ampere, not of 10.0.
     """
-    below = [family for family in sorted(_TABLE) if family <= arch]
+    if isinstance(arch, str):
+        if arch not in AMD:
+            raise BackendError(f"the triton backend serves AMD's {', '.join(AMD)}, got {arch}")
+        return AMD[arch]
+    below = [family for family in _TABLE if isinstance(family, int) and family <= arch]
     if not below:
         raise BackendError(f"the triton backend needs compute capability 8.0 or later, got {arch / 10}")
-    return 86 if arch >= 120 else below[-1]
+    return 86 if arch >= 120 else max(below)
 
 
 def _dividing(side: int, size: int) -> int:

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.backends.triton import device as triton_device
+from maskflash.backends.triton import tile_choice
+from maskflash.backends.triton.tile_choice import Case
+from maskflash.backends.triton.tiles import AMD, SHARED_LIMITS, shared_bytes
 
 H100 = SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132, shared_memory_per_block_optin=232_448)
 
@@ -24,6 +27,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return torch.device("cuda", 1)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Triton as it is where kernels are not interpreted."""
+    library = SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
+    monkeypatch.setattr(triton_device, "library", lambda: library)
 
 
 def test_heads_whose_keys_fit_half_of_the_cache_run_side_by_side(gpu):
@@ -75,16 +85,39 @@ def test_what_the_tile_table_asks_of_a_device(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "message"),
-    [((7, 5), None, r"8.0 (Ampere) or later, got 7.5"), ((9, 0), "6.0", "got an AMD one"), ((8, 0), None, None)],
+    ("capability", "message"), [((7, 5), r"8.0 (Ampere) or later, got 7.5"), ((8, 0), None), ((12, 1), None)]
 )
-def test_what_cannot_run_says_why(gpu, monkeypatch, capability, hip, message):
+def test_what_cannot_run_says_why(gpu, compiled, monkeypatch, capability, message):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    interpreted = SimpleNamespace(knobs=SimpleNamespace(runtime=SimpleNamespace(interpret=False)))
-    monkeypatch.setattr(triton_device, "library", lambda: interpreted)
     found = triton_device.unavailable(gpu)
     assert found is None if message is None else message in found
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "message"),
+    [
+        ("gfx942:sramecc+:xnack-", "gfx942", None),
+        ("gfx950:sramecc+:xnack-", "gfx950", None),
+        ("gfx1200", "gfx1200", None),
+        ("gfx1201", "gfx1201", None),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", "it serves gfx942, gfx950, gfx1200"),
+    ],
+)
+def test_amds_gpus_are_known_by_name(gpu, compiled, monkeypatch, name, arch, message):
+    """Torch for ROCm calls them CUDA devices, and gives them capabilities that say nothing."""
+    properties = SimpleNamespace(gcnArchName=name, L2_cache_size=4 << 20, multi_processor_count=304)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_device.arch(gpu) == arch
+    found = triton_device.unavailable(gpu)
+    assert found is None if message is None else message in found
+    assert triton_device.shared_limit(gpu) is None  # the table knows
+    assert triton_device.precision(torch.float32) == "ieee"
+    if message is None:
+        case = Case(gpu, "forward", torch.bfloat16, (128, 128), (128, 128), "kv=kv")
+        tile = tile_choice.listed(case)
+        assert shared_bytes(arch, "forward", tile, 2, 128) <= SHARED_LIMITS[AMD[arch]]
+        assert "maxnreg" not in tile.options  # NVIDIA's compiler alone knows it
 
 
 def test_without_triton_there_is_a_reason(monkeypatch):

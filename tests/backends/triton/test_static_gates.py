@@ -1,4 +1,4 @@
-"""The tile table's rows compile to real cubins that pass the gates, on a machine without a GPU.
+"""The tile table's rows compile to real machine code that passes the gates, on a machine without a GPU.
 
 In a process of its own: kernels here are interpreted, and triton decides once.
 """
@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,13 +15,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.static_gates import ODD, Case, Resources, faults, programs_at_once, table_cases
+from benchmarks.compiled import Case
+from benchmarks.processors import AMD_SHARED
+from benchmarks.static_gates import ODD, Resources, faults, table_cases
 from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile, shared_bytes
 
 ROOT = Path(__file__).parents[3]
 HOPPER = Case(90, "forward", "causal", 16, 128, 128, Tile(128, 64, 8, 3))
-CLEAN = Resources(200, 0, 0, 100_000, 1, True, False, 1.0)
+CLEAN = Resources(200, 0, 0, 0.0, 60_000, 1, "wgmma", 8, False, 1.0)
+LIMITED = replace(HOPPER, tile=replace(HOPPER.tile, registers=128))
+AMPERE = Case(80, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2))
+INSTINCT = Case("gfx942", "dq", "causal", 16, 64, 64, Tile(64, 32, 4, 2))
 
 
 def gates(*words, timeout=900):
@@ -49,7 +55,9 @@ def test_every_row_passes(quick):
     assert [row for row in rows if row["faults"]] == []
     assert done.returncode == 0, done.stderr
     compiled = {(row["arch"], row["pass_name"], row["bits"], row["head_dim"]) for row in rows}
-    assert {(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS} <= compiled
+    wanted = {(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS if row.arch not in AMD_SHARED}
+    wanted |= {("gfx942", pass_name, 16, 128) for pass_name in PASSES[:1] + PASSES[2:]}
+    assert wanted <= compiled
     assert {row["mask"] for row in rows} == {"causal", "causal document", "flashmask"}
     assert {(row["head_dim"], row["v_head_dim"]) for row in rows if row["bits"] == 16} >= set(ODD)
 
@@ -69,49 +77,51 @@ def test_a_tile_that_is_too_big_is_reported(tmp_path):
     done = gates(*only, "--tile", "128,128,4,3", "--json", str(path))
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert done.returncode == 1
-    assert row["stack"] > 0
+    assert row["local"] > 0
     assert any("spills" in fault for fault in row["faults"])
 
 
 @pytest.mark.parametrize(
-    ("case", "found", "fault"),
+    ("case", "product", "found", "fault"),
     [
-        (HOPPER, {"stack": 8}, "8 B of stack"),
-        (HOPPER, {"spills": 2}, "2 local loads and stores"),
-        (HOPPER, {"wgmma": False}, "no wgmma"),
-        (HOPPER, {"serialised": True}, "C7511"),
-        (HOPPER, {"shared": 232_449}, "more than 232448"),
-        (Case(80, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 166_913}, "more than 166912"),
-        (Case(86, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 101_377}, "more than 101376"),
-        (Case(90, "dq", "causal", 32, 64, 64, Tile(64, 64, 4, 2)), {"stack": 601}, "601 B of stack"),
+        (HOPPER, "wgmma", {"local": 20, "local_share": 0.05}, "20 accesses to local memory"),
+        (LIMITED, "wgmma", {"local": 60, "local_share": 0.11}, "60 accesses to local memory"),
+        (HOPPER, "wgmma", {"product": "mma"}, "no wgmma"),
+        (HOPPER, "wgmma", {"serialised": True}, "C7511"),
+        (HOPPER, "wgmma", {"under_copies": 0}, "prefetch nothing"),
+        (HOPPER, "wgmma", {"shared": 232_449}, "more than 232448"),
+        (AMPERE, "mma", {"product": ""}, "no mma"),
+        (AMPERE, "mma", {"shared": 166_913}, "more than 166912"),
+        (replace(AMPERE, arch=86), "mma", {"shared": 101_377}, "more than 101376"),
+        (replace(HOPPER, bits=32), "mma", {"stack": 601}, "601 B of stack"),
+        (INSTINCT, "mfma", {"local": 1, "local_share": 1.0}, "1 accesses to local memory"),
+        (INSTINCT, "mfma", {"product": ""}, "no mfma"),
+        (INSTINCT, "mfma", {"shared": 65_537}, "more than 65536"),
+        (replace(INSTINCT, arch="gfx1201"), "wmma", {"product": ""}, "no wmma"),
     ],
 )
-def test_each_gate_can_fail(case, found, fault):
-    fields = {name: getattr(CLEAN, name) for name in CLEAN.__slots__} | {"shared": 90_000}
-    assert faults(case, Resources(**fields)) == []
-    (said,) = faults(case, Resources(**fields | found))
+def test_each_gate_can_fail(case, product, found, fault):
+    clean = replace(CLEAN, product=product)
+    assert faults(case, clean) == []
+    (said,) = faults(case, replace(clean, **found))
     assert fault in said
 
 
-def test_float32_may_spill_a_little_and_needs_no_wgmma():
-    case = Case(90, "dq", "causal", 32, 64, 64, Tile(64, 64, 4, 2))
-    assert faults(case, Resources(255, 600, 90, 90_000, 1, False, None, 1.0)) == []
-
-
-def test_what_fits_a_multiprocessor():
-    assert programs_at_once(90, 8, 255, 131_072) == 1  # registers: 8 warps of 255 fill it
-    assert programs_at_once(90, 4, 255, 98_304) == 2
-    assert programs_at_once(90, 4, 160, 131_072) == 1  # shared memory
-    assert programs_at_once(86, 4, 32, 1024) == 12  # warps
-    assert programs_at_once(100, 4, 64, 1024, tensor_memory=256) == 2
+def test_what_gates_let_pass():
+    outside = replace(CLEAN, stack=80)  # its loops use none of it
+    few = replace(CLEAN, stack=56, local=12, local_share=0.03)
+    together = replace(CLEAN, under_copies=0, programs=2)  # the other program computes meanwhile
+    assert [faults(HOPPER, found) for found in (outside, few, together)] == [[]] * 3
+    assert faults(LIMITED, replace(CLEAN, local=60, local_share=0.09)) == []
+    assert faults(replace(AMPERE, arch=86), replace(CLEAN, under_copies=0, product="mma")) == []
+    assert faults(replace(HOPPER, bits=32), replace(CLEAN, stack=600, local=90, local_share=0.2, product="")) == []
 
 
 def test_the_full_run_covers_every_row_mask_and_device():
     cases = table_cases(quick=False)
     kinds = {(case.arch, case.mask) for case in cases if case.pass_name != "delta"}
-    assert len(kinds) == 5 * 3
+    assert len(kinds) == (5 + len(AMD_SHARED)) * 3
     assert len(cases) == len(set(cases))
     odd = {(case.arch, case.pass_name, case.bits, case.head_dim, case.v_head_dim) for case in cases}
-    assert {
-        (*kind, *dims) for kind in product((80, 86, 89, 90, 100), PASSES[:1] + PASSES[2:], (16, 32)) for dims in ODD
-    } <= odd
+    kinds = product((80, 86, 89, 90, 100, "gfx942", "gfx950"), PASSES[:1] + PASSES[2:], (16, 32))
+    assert {(*kind, *dims) for kind, dims in product(kinds, ODD)} <= odd

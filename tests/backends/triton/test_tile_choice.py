@@ -30,10 +30,11 @@ def again(monkeypatch):
     return tile_choice.find(CASE)
 
 
-def test_a_choice_is_found_again_by_later_processes(folder, monkeypatch):
+@pytest.mark.parametrize("tile", [TILE, replace(TILE, registers=128)])
+def test_a_choice_is_found_again_by_later_processes(folder, monkeypatch, tile):
     assert not tile_choice.find(CASE).measured
-    tile_choice.keep(CASE, TILE)
-    assert tile_choice.find(CASE) == again(monkeypatch) == Choice(TILE, measured=True)
+    tile_choice.keep(CASE, tile)
+    assert tile_choice.find(CASE) == again(monkeypatch) == Choice(tile, measured=True)
     assert not tile_choice.find(replace(CASE, mask="another mask")).measured
     assert len(list(folder.iterdir())) == 1
 
@@ -51,6 +52,8 @@ def test_a_choice_is_found_again_by_later_processes(folder, monkeypatch):
         lambda held: json.dumps({**held, "tile": {**held["tile"], "warps": 5}}),
         lambda held: json.dumps({**held, "tile": {**held["tile"], "stages": -1}}),
         lambda held: json.dumps({**held, "tile": {**held["tile"], "stages": "many"}}),
+        lambda held: json.dumps({**held, "tile": {**held["tile"], "stages": None}}),
+        lambda held: json.dumps({**held, "tile": {**held["tile"], "registers": 8}}),
     ],
 )
 def test_a_broken_file_says_nothing_and_is_replaced(folder, monkeypatch, change):

@@ -1,0 +1,165 @@
+"""A kernel of the tile table -> its machine code, compiled for a device that need not be there.
+
+Processes compile two at a time, with caches of their own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import torch
+
+import maskflash as mf
+from maskflash.backends.triton import modules
+from maskflash.backends.triton.layout import UNIT, padded
+from maskflash.backends.triton.render import render
+from maskflash.backends.triton.signature import PassName, Specialisation, TableKind
+from maskflash.backends.triton.tiles import Tile
+
+DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
+BLOCK: Final = 128  # tokens of a block map's tile
+PROCESSES: Final = 2
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v."""
+
+    arch: int | str
+    pass_name: PassName
+    mask: str
+    bits: int
+    head_dim: int
+    v_head_dim: int
+    tile: Tile
+
+
+def compile_case(case: Case) -> Any:
+    """What Triton's compiler makes of a kernel: its texts, its machine code, its metadata."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(modules.load(render(_specialisation(case), case.pass_name)), case.pass_name)
+    kinds, constants, attributes = {}, {}, {}
+    values = _constants(case)
+    for place, parameter in enumerate(function.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            kinds[name], constants[(place,)] = "constexpr", values[name]
+        elif parameter.annotation_type:
+            kinds[name] = parameter.annotation_type
+        else:
+            kinds[name] = _pointer(name, case.bits)
+            if not parameter.do_not_specialize:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    if isinstance(case.arch, str):
+        target = GPUTarget("hip", case.arch, 64 if case.arch.startswith("gfx9") else 32)
+    else:
+        target = GPUTarget("cuda", case.arch, 32)
+    return triton.compile(ASTSource(function, kinds, constants, attributes), target=target, options=case.tile.options)
+
+
+class Code(NamedTuple):
+    """A cubin's instructions as text, and what it needs."""
+
+    text: str
+    registers: int
+    stack: int
+
+
+def disassemble(cubin: bytes) -> Code:
+    """Read a cubin with the tool that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage, text = (tool("cuobjdump", what, path) for what in ("--dump-resource-usage", "--dump-sass"))
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return Code(text, registers, stack)
+
+
+def in_processes(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """A function's results for all items, in order."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.get_context("spawn").Pool(PROCESSES, _start, (folder,)) as pool,
+    ):
+        yield from pool.imap(function, items)
+
+
+def _start(folder: str) -> None:
+    """A worker's surroundings: caches of this run alone, and kernels compiled even where tests interpret them."""
+    os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
+    os.environ[modules.VARIABLE] = os.path.join(folder, "maskflash")
+    os.environ.pop("TRITON_INTERPRET", None)
+    torch.set_num_threads(1)
+
+
+def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
+    return q >= kv and doc[b, q] == doc[b, kv]
+
+
+MASKS: Final = ("causal", "causal document", "flashmask")
+
+
+def _specialisation(case: Case) -> Specialisation:
+    """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
+    columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
+    made, tables = {
+        "causal": (mf.causal(), {}),
+        "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
+        "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
+    }[case.mask]
+    problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
+    reads = problem.expr.reads
+    return Specialisation(
+        problem.expr,
+        tuple(map(TableKind.of, problem.inputs.tables)),
+        map_batch="b" in reads,
+        map_heads="h" in reads,
+        padded_d=padded(case.head_dim) != case.head_dim,
+        padded_dv=padded(case.v_head_dim) != case.v_head_dim,
+    )
+
+
+def _constants(case: Case) -> dict[str, Any]:
+    tile, dims = case.tile, (case.head_dim, case.v_head_dim)
+    own, step = (tile.block_n, tile.block_m) if case.pass_name == "dkdv" else (tile.block_m, tile.block_n)
+    return {
+        **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
+        **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
+        **{"PRECISION": "ieee", "HAS_DLSE": True},
+    }
+
+
+def _pointer(name: str, bits: int) -> str:
+    if name in ("lse_ptr", "delta_ptr", "dlse_ptr"):
+        return "*fp32"
+    if name.endswith("_ptr"):
+        return {16: "*bf16", 32: "*fp32"}[bits]
+    return "*i32"  # the walk over tiles, and the tables of these masks
+
+
+def tool(tool: str, *words: str | Path) -> str:
+    """What one of the tools that come with Triton says."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+    done = subprocess.run([path, *words], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def arch_name(arch: int | str) -> str:
+    """As compilers call it."""
+    return arch if isinstance(arch, str) else f"sm_{arch}"

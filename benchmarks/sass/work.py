@@ -1,0 +1,142 @@
+"""An instruction -> what it costs: a pipe for some cycles, a latency, products, bytes, and what it waits for.
+
+A multiprocessor has four schedulers, and this is one of them with its pipes. Cycles are those of a warp instruction.
+Latencies count only where a scoreboard says that someone waits; all others are in the stalls.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final, NamedTuple
+
+from benchmarks.sass.instructions import Instruction, Loop, pending
+
+
+class Kind(Enum):
+    """What an instruction does besides its turn in a pipe."""
+
+    PLAIN = auto()
+    PRODUCT = auto()
+    WAIT_PRODUCTS = auto()
+    COPY = auto()
+    COMMIT = auto()
+    WAIT_COPIES = auto()
+    BULK_COPY = auto()  # TMA
+    WAIT_BULK = auto()
+    BARRIER = auto()
+
+
+class Pipe(NamedTuple):
+    """Where an instruction is executed, for how many cycles, and how long its result then takes."""
+
+    name: str
+    cycles: float
+    latency: float
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the simulation asks of an instruction.
+
+    Attributes:
+        kind: what it does.
+        pipe: where; None of what only steers.
+        stall: cycles until the warp's next instruction.
+        result_board: scoreboard of its result.
+        operands_board: scoreboard of its operands.
+        waits: scoreboards to wait for.
+        flops: of a product, for warps on all four schedulers, as are the next two.
+        shared: cycles of shared memory, which serves 128 bytes a cycle to all.
+        size: bytes that it copies from global memory.
+        closes: it ends a group of a warpgroup's products.
+        left: how many groups may be pending after a wait.
+    """
+
+    kind: Kind
+    pipe: Pipe | None
+    stall: int
+    result_board: int | None
+    operands_board: int | None
+    waits: tuple[int, ...]
+    flops: int = 0
+    shared: float = 0
+    size: int = 0
+    closes: bool = False
+    left: int = 0
+
+
+_SCHEDULERS: Final = 4
+_BYTES: Final = 32 * _SCHEDULERS  # for each that a lane moves
+_WARPGROUP: Final = re.compile(r"HGMMA\.64x(\d+)x16")
+_CONTROL: Final = (
+    *("BAR", "WARPGROUP", "WARPSYNC", "BRA", "BSYNC", "BSSY", "NOP", "DEPBAR", "EXIT", "ELECT", "MEMBAR", "FENCE"),
+    *("YIELD", "CALL", "RET", "PLOP3", "R2UR"),
+)
+# The first that an opcode starts with. FP32 and integer products share the FMA pipe, where the latter take two turns;
+# exponents have 4 lanes a scheduler; shared memory serves 128 bytes a cycle to all four.
+_PIPES: Final = (
+    (("MUFU",), Pipe("special", 8, 20)),
+    (("IMAD.MOV", "FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"), Pipe("fma", 1, 5)),
+    (("IMAD",), Pipe("fma", 2, 5)),
+    (("LDC", "ULDC", "S2"), Pipe("constant", 2, 28)),
+    (("LDGDEPBAR", "UTMA", "SHFL", "ST", "AT", "RED"), Pipe("memory", 4, 28)),
+    (("SYNCS",), Pipe("memory", 4, 25)),
+    (("LDL",), Pipe("memory", 4, 35)),
+    (("LDG.", "LD."), Pipe("memory", 4, 250)),
+    (("U",), Pipe("uniform", 2, 12)),
+)
+_ALU: Final = Pipe("alu", 2, 5)
+_SHARED: Final = ("LDS", "STS")  # and so LDSM, STSM
+
+
+def works(loop: Loop, product_cycles: float) -> list[Work]:
+    """The work of a loop's turn.
+
+    Args:
+        loop: its instructions.
+        product_cycles: that a warp's product of 16 x 8 x 16 takes on this architecture.
+    """
+    return [_work(instruction, product_cycles) for instruction in loop]
+
+
+def _work(instruction: Instruction, product_cycles: float) -> Work:
+    control = instruction.stall, instruction.result_board, instruction.operands_board, instruction.waits
+    opcode, operands = instruction.opcode, instruction.operands
+    if found := _WARPGROUP.match(opcode):
+        columns = int(found[1])
+        shared = columns / 4 + (0 if operands.split(",")[1].lstrip().startswith("R") else 16)  # its left side
+        pipe = Pipe("tensor", max(columns / 2, shared), 0)
+        return Work(Kind.PRODUCT, pipe, *control, 2 * 64 * columns * 16, shared, closes="gsb" in operands)
+    if opcode.startswith("HMMA.16816"):
+        pipe = Pipe("tensor", product_cycles, 0)
+        return Work(Kind.PRODUCT, pipe, *control, 2 * 16 * 8 * 16 * _SCHEDULERS)
+    if opcode.startswith("WARPGROUP.DEPBAR"):
+        return Work(Kind.WAIT_PRODUCTS, None, *control, left=pending(instruction))
+    if opcode == "DEPBAR.LE":
+        return Work(Kind.WAIT_COPIES, None, *control, left=pending(instruction))
+    if opcode.startswith("LDGSTS"):
+        each = _width(opcode)
+        return Work(Kind.COPY, Pipe("memory", each, 28), *control, shared=each, size=each * _BYTES)
+    kinds = {"LDGDEPBAR": Kind.COMMIT, "UTMALDG": Kind.BULK_COPY, "SYNCS.PHASECHK": Kind.WAIT_BULK}
+    kind = next((kinds[name] for name in kinds if opcode.startswith(name)), Kind.PLAIN)
+    if opcode.startswith("BAR.SYNC"):
+        kind = Kind.BARRIER
+    size = _width(opcode) * _BYTES if opcode.startswith("LDG.E.128") else 0
+    shared = _width(opcode) if opcode.startswith(_SHARED) else 0
+    return Work(kind, _pipe(opcode), *control, shared=shared, size=size)
+
+
+def _pipe(opcode: str) -> Pipe | None:
+    if opcode.startswith(_CONTROL):
+        return None
+    if opcode.startswith(_SHARED):
+        return Pipe("memory", _width(opcode), 28)
+    return next((pipe for names, pipe in _PIPES if opcode.startswith(names)), _ALU)
+
+
+def _width(opcode: str) -> int:
+    """Bytes that each lane moves: of LDSM and STSM the number of matrices says it."""
+    wide = {"128": 16, "4": 16, "64": 8, "2": 8}
+    return next((wide[part] for part in opcode.split(".") if part in wide), 4)

@@ -1,0 +1,203 @@
+"""Each 16-bit tile of the table -> a predicted speed, from its machine code alone; and what the model is worth.
+
+    compile a kernel, take its loops      benchmarks/compiled.py, benchmarks/sass/instructions.py
+    each instruction's cost               benchmarks/sass/work.py
+    warps in order, pipes, copies         benchmarks/sass/simulate.py
+    limits of memory                      benchmarks/sass/predict.py
+    kernels of known speed                benchmarks/sass/reference.py
+
+Nothing runs on a GPU. Predictions differ from what is known by up to 5 % for forward kernels on sm_90; for backward
+ones only ratios mean something, and sm_80 and sm_86 are not validated. Differences under 10 % mean nothing.
+
+    python -m benchmarks.sass_model                         the validation, then every row of the table
+    python -m benchmarks.sass_model --arch 90 --pass dq --dim 64 --tile 128,64,8,3 --tile 128,64,8,3,128
+    python -m benchmarks.sass_model --json                  also store it, for docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compiled import MASKS, Case, arch_name, compile_case, disassemble, in_processes
+from benchmarks.processors import PROCESSORS, programs_at_once
+from benchmarks.runner import ROOT, WIDTH, conditions, describe
+from benchmarks.sass.instructions import loops, parse
+from benchmarks.sass.predict import Prediction, predict
+from maskflash.backends.triton.signature import PASSES
+from maskflash.backends.triton.tiles import ROWS, Tile
+
+RESULTS: Final = ROOT / "benchmarks/results/sass_model.json"
+QUESTION: Final = "How fast would each tile's kernel be, as a model of its machine code predicts?"
+ARCHS: Final = tuple(arch for arch, processor in PROCESSORS.items() if processor.product_cycles)
+WALKS: Final = ("full", "partial")
+_CYCLES: Final = {False: 50_000, True: 5_000}  # by quick
+
+
+@dataclass(frozen=True, slots=True)
+class Modelled:
+    """A kernel with a prediction for each of its loops.
+
+    Attributes:
+        registers: per thread.
+        shared: bytes per program.
+        programs: that fit a multiprocessor.
+        loops: over full tiles, then over partial ones.
+    """
+
+    registers: int
+    shared: int
+    programs: int
+    loops: list[Prediction]
+
+
+def model(compiled: Any, arch: int, warps: int, *, bulk: tuple[int, int] = (0, 0), cycles: int) -> Modelled:
+    """Predict a compiled kernel."""
+    code, shared = disassemble(compiled.asm["cubin"]), compiled.metadata.shared
+    programs = programs_at_once(arch, warps, code.registers, shared)
+    turns = loops(parse(code.text)) if programs else []
+    predicted = [predict(turn, arch, warps, programs, bulk=bulk, cycles=cycles) for turn in turns]
+    return Modelled(code.registers, shared, programs, predicted)
+
+
+def validation(quick: bool) -> list[dict[str, Any]]:
+    """Kernels of known speed: names, known and predicted TFLOP/s."""
+    numbers = range(4)
+    *forward, dkdv, dq = in_processes(partial(_reference, quick=quick), numbers)
+    # The backward counts 10 products' worth of work, and computes 8 and 6.
+    backward = {"name": "FlexAttention, backward", "predicted": 10 / (8 / dkdv["predicted"] + 6 / dq["predicted"])}
+    return [*forward, {**backward, "known": dkdv["together"]}]
+
+
+def _reference(number: int, quick: bool) -> dict[str, Any]:
+    """One of them; they import triton, which only processes of their own do."""
+    from benchmarks.sass.reference import BACKWARD, DIM, REFERENCES
+
+    reference = REFERENCES[number]
+    tile = reference.tile
+    bulk = (2 * tile.block_n * DIM, tile.stages - 1) if reference.tma else (0, 0)
+    found = model(reference.compile(), 90, tile.warps, bulk=bulk, cycles=_CYCLES[quick])
+    speed = found.loops[0].tflops
+    return {"name": reference.name, "known": reference.known, "predicted": speed, "together": BACKWARD}
+
+
+def table_cases() -> list[Case]:
+    """The rows that have a prediction."""
+    return [
+        Case(row.arch, row.pass_name, "causal", row.bits, row.head_dim, row.head_dim, row.tile)
+        for row in ROWS
+        if row.arch in ARCHS and row.bits == 16
+    ]
+
+
+def _modelled(case: Case, quick: bool) -> Modelled | None:
+    """A case's prediction; None of a tile that does not compile."""
+    try:
+        compiled = compile_case(case)
+    except Exception:
+        return None
+    return model(compiled, int(case.arch), case.tile.warps, cycles=_CYCLES[quick])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _options(argv)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    known = [] if options.tile else validation(options.quick)
+    if known:
+        console.print(_validation_table(known))
+    cases = _chosen(options)
+    found = list(in_processes(partial(_modelled, quick=options.quick), cases))
+    console.print(_table(cases, found))
+    where = conditions(options.quick)
+    import triton
+
+    where["versions"]["triton"] = triton.__version__
+    console.print(f"predicted, never run; {describe(where)}", highlight=False)
+    if options.json:
+        rows = [{**asdict(case), **asdict(each)} for case, each in zip(cases, found, strict=True) if each]
+        stored = {"question": QUESTION, "conditions": where, "validation": known, "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(_rounded(stored), indent=1) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four digits, but for those that are settings."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Predict the speed of the tile table's kernels from their machine code."
+    )
+    parser.add_argument("--quick", action="store_true", help="few cycles: does it run at all?")
+    parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="compute capability times ten")
+    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
+    parser.add_argument("--mask", choices=MASKS, default="causal", help="of the partial tiles (default: %(default)s)")
+    parser.add_argument("--dim", type=int, action="append", help="head dim")
+    parser.add_argument(
+        "--tile",
+        action="append",
+        metavar="M,N,WARPS,STAGES[,REGISTERS]",
+        help="instead of the table's; repeat it to compare",
+    )
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE", help=f"also store it (default: {RESULTS})"
+    )
+    return parser.parse_args(argv)
+
+
+def _chosen(options: argparse.Namespace) -> list[Case]:
+    wanted = [("arch", options.arch), ("pass_name", options.passes), ("head_dim", options.dim)]
+    cases = [case for case in table_cases() if all(not some or getattr(case, name) in some for name, some in wanted)]
+    kinds = dict.fromkeys((case.arch, case.pass_name, options.mask, 16, *(case.head_dim,) * 2) for case in cases)
+    if options.tile:
+        tiles = [Tile(*(int(n) for n in text.split(","))) for text in options.tile]
+        return [Case(*kind, tile) for kind in kinds for tile in tiles]
+    return [Case(*kind, case.tile) for kind, case in zip(kinds, cases, strict=True)]
+
+
+def _validation_table(known: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="What the model says of kernels whose speed is known (H100, TFLOP/s)", title_justify="left")
+    for name in ("kernel", "known", "predicted"):
+        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for row in known:
+        table.add_row(row["name"], str(row["known"]), f"{row['predicted']:.0f}")
+    return table
+
+
+def _table(cases: Sequence[Case], found: Sequence[Modelled | None]) -> Table:
+    table = Table(title="Predicted TFLOP/s of the loops (never run)", title_justify="left")
+    for name in ("arch", "pass", "D", "mask", "tile", "registers", "programs", *WALKS, "instructions", "tensor cores"):
+        table.add_column(name, justify="left" if name in ("pass", "mask") else "right")
+    for case, each in zip(cases, found, strict=True):
+        cells = ["does not compile"] + [""] * 5
+        if each:
+            cells = [str(each.registers), str(each.programs)]
+            cells += [f"{loop.tflops:.0f}" for loop in each.loops] or ["does not fit", ""]
+            cells.append(" / ".join(str(loop.instructions) for loop in each.loops))
+            cells.append(" / ".join(f"{100 * loop.tensor_share:.0f} %" for loop in each.loops))
+        table.add_row(arch_name(case.arch), case.pass_name, str(case.head_dim), case.mask, tile_text(case.tile), *cells)
+    return table
+
+
+def tile_text(tile: Tile) -> str:
+    """A tile in a table: its sides, warps and stages, and its limit of registers."""
+    limit = "" if tile.registers is None else f", r{tile.registers}"
+    return f"{tile.block_m} x {tile.block_n}, {tile.warps} warps, {tile.stages} stages{limit}"
+
+
+if __name__ == "__main__":
+    main()
