@@ -139,12 +139,12 @@ def _constants(case: Case) -> dict[str, Any]:
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
-        **{"PRECISION": "ieee", "HAS_DLSE": True},
+        **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True},
     }
 
 
 def _pointer(name: str, bits: int) -> str:
-    if name in ("lse_ptr", "delta_ptr", "dlse_ptr"):
+    if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr"):
         return "*fp32"
     if name.endswith("_ptr"):
         return {16: "*bf16", 32: "*fp32"}[bits]
