@@ -105,9 +105,7 @@ def _layouts(tokens: int, count: int, seed: int) -> Iterator[Row]:
 
     def attention_ready(layout: list[int]) -> None:
         causal_document = mf.causal() & mf.document(layout)
-        problem = causal_document.problem(
-            "benchmark", tokens, tokens, 1, 1, (workloads.TILE, workloads.TILE), 0, torch.device("cpu"), {}
-        )
+        problem = causal_document.at(tokens, tokens).tiled((workloads.TILE, workloads.TILE))
         analyse(problem, "cpu")
 
     steps: dict[str, Callable[[list[int]], object]] = {

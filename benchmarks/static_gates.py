@@ -224,7 +224,7 @@ def _specialisation(case: Case) -> Specialisation:
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
     }[case.mask]
-    problem = made.problem("static_gates", 8, 8, 2, 2, (BLOCK, BLOCK), 0, torch.device("cpu"), tables)
+    problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
     reads = problem.expr.reads
     return Specialisation(
         problem.expr,

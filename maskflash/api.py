@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Never, overload
+from typing import Any, Final, Literal, Never, overload
 
 import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentTypeError
-from maskflash.functions.slots import aside
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.ground.names import instead_of, unexpected
 from maskflash.masks.dense import dense_mask
 from maskflash.masks.mask import Mask
-from maskflash.masks.predicate import mask, refuse_maker
+from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
 from maskflash.op.attention import Attention, BackendChoice
-from maskflash.presets.basic import full
 
-MaskLike = Mask | Callable[..., Any]
+_FULL: Final = Predicate(
+    lambda b, h, q, kv: True, "full()", traced=False
+)  # of calls without a mask; traced at the first
 
 
 def compile(
@@ -96,37 +95,13 @@ def attention(
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskLike | Tensor | None = None,
-    *,
-    scale: float | None = None,
-    block_size: BlockSize = 128,
-    backend: BackendChoice = "auto",
-    deterministic: bool = True,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    return_lse: Literal[True],
-    **mask_args: Any,
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | Tensor | None = None, *, return_lse: Literal[True], **others: Any
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: MaskLike | Tensor | None = None,
-    *,
-    scale: float | None = None,
-    block_size: BlockSize = 128,
-    backend: BackendChoice = "auto",
-    deterministic: bool = True,
-    q_offset: int | Tensor = 0,
-    kv_offset: int | Tensor = 0,
-    return_lse: bool,
-    **mask_args: Any,
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskLike | Tensor | None = None, *, return_lse: bool, **others: Any
 ) -> Any: ...
 
 
@@ -156,11 +131,8 @@ def attention(
         >>> attention(q, k, v, mf.causal() & mf.document([200, 312])).shape
         torch.Size([1, 4, 512, 64])
     """
-    if mask is None:
-        _prepare_full()
-        mask = _Standing.full
     attn = compile(
-        _as_mask("attention", mask),
+        _FULL if mask is None else _as_mask("attention", mask),
         scale=scale,
         block_size=block_size,
         backend=backend,
@@ -188,18 +160,6 @@ def invalidate() -> None:
         False
     """
     cache.invalidate()
-
-
-class _Standing:
-    """The mask of calls without one, traced at the first; an attribute, which dynamo can read."""
-
-    full: Mask | None = None
-
-
-@aside
-def _prepare_full() -> None:
-    if _Standing.full is None:
-        _Standing.full = full()
 
 
 def _as_mask(operation: str, value: Any) -> Mask:

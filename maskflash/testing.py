@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from maskflash import presets
-from maskflash.api import MaskLike, attention
+from maskflash.api import attention
 from maskflash.backends.reference import error_budget, reference
 from maskflash.errors import ArgumentError
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
+from maskflash.masks.predicate import MaskLike
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.masks.sight import Sight
 from maskflash.op.attention import BackendChoice

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
-from maskflash.ground.arguments import same_device
+from maskflash.ground.qkv import same_device
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -14,7 +14,7 @@ ORDER = {
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets", "backends", "op", "api"),
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
-    "ground": ["names", "modes", "arguments", "identity", "transfer", "copies"],
+    "ground": ["names", "modes", "arguments", "qkv", "identity", "transfer", "copies"],
     "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),

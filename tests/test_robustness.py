@@ -183,7 +183,7 @@ def test_columns_are_cut_right_at_the_ends_of_64_bits(name, compare, offset):
         mask = mf.mask(lambda b, h, q, kv: compare(q, columns[kv]))
     elif offset:
         return
-    problem = mask.problem("test", 16, 10, 1, 1, (1, 1), offset, torch.device("cpu"), {})
+    problem = mask.at(16, 10, q_offset=offset).tiled((1, 1))
     pieces = find_pieces(problem)
     if pieces is not None:
         dense = mask.dense(16, 10, q_offset=offset)

@@ -133,10 +133,11 @@ class BlockMap:
         return replace(self, rows=rows, columns=columns)
 
     def __repr__(self) -> str:
-        batch, heads, n_q, n_kv = self.shape
+        (batch, heads, n_q, n_kv), counts = self.shape, self.counts
         return (
             f"BlockMap({self.q_len} x {self.kv_len} tokens, tiles of {self.block_size[0]} x {self.block_size[1]}, "
-            f"shape ({batch}, {heads}, {n_q}, {n_kv}), {self._summary()})"
+            f"shape ({batch}, {heads}, {n_q}, {n_kv}), {counts['full']} full, {counts['partial']} partial, "
+            f"{counts['skip']} skip, {100 * self.sparsity:.1f} % skipped, {self.nbytes} bytes)"
         )
 
     def __str__(self) -> str:
@@ -148,10 +149,3 @@ class BlockMap:
         from maskflash.visualize import notebook
 
         return notebook.of_map(self)
-
-    def _summary(self) -> str:
-        counts = self.counts
-        return (
-            f"{counts['full']} full, {counts['partial']} partial, {counts['skip']} skip, "
-            f"{100 * self.sparsity:.1f} % skipped, {self.nbytes} bytes"
-        )

@@ -67,7 +67,7 @@ def _shift(rows: Expr, params: tuple[object, ...]) -> int | None:
 
 
 def _number(node: Node, params: tuple[object, ...]) -> int | None:
-    value = params[int(node.value or 0)] if node.op == "param" else node.value if node.op == "const" else None
+    value = node.number(params) if node.op in ("param", "const") else None
     return value if isinstance(value, int) else None
 
 

@@ -62,11 +62,7 @@ class Facts:
 
     @cached_property
     def rows(self) -> Rows | None:
-        """What rows see; None where only pairs tell.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-        """
+        """What rows see; None where only pairs tell."""
         if self.pairs is not None:
             return self.pairs.rows
         if self.formula is not None:
@@ -77,11 +73,7 @@ class Facts:
 
     @cached_property
     def columns(self) -> Rows | None:
-        """By which rows columns are seen, as the rows of the problem turned over; None where only pairs tell.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-        """
+        """By which rows columns are seen, as the rows of the problem turned over; None where only pairs tell."""
         if self.formula is not None:
             return rows_of(self.formula.columns)
         if self.pieces is not None:

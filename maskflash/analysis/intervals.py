@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -90,6 +91,15 @@ class Rows:
             for ends in zip(*((part.start, part.stop) for part in found), strict=True)
         )
         return Rows(start, stop, torch.cat([part.count for part in found], -1))
+
+
+def in_lines(values: Tensor, lines: int, rows: int) -> npt.NDArray[Any]:
+    """Something of rows (..., q_len), in lines of tiles: a copy (..., lines, rows), filled up with the last row's."""
+    known = values.numpy()
+    found = np.empty((*known.shape[:-1], lines * rows), dtype=known.dtype)  # np.pad takes several times as long
+    found[..., : known.shape[-1]] = known
+    found[..., known.shape[-1] :] = known[..., -1:]
+    return found.reshape(*known.shape[:-1], lines, rows)
 
 
 def intervals_of(bits: BoolArray) -> tuple[IntArray, IntArray] | None:

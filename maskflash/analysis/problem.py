@@ -10,6 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.runs import Runs
 from maskflash.expr.bounds import bounds, largest
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.intervals import Interval
@@ -81,12 +83,25 @@ class Problem:
         return replace(self, inputs=inputs, q_offset=q_offset, kv_offset=kv_offset, device=_CPU)
 
     def visible(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """Whether pairs are visible: int64 indices that broadcast, counted from the call's first -> bool."""
+        """Whether pairs are visible: int64 indices that broadcast, counted from the call's first -> bool.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes. Whatever looks at
+                pairs passes it on.
+        """
         return evaluate(self.expr, self.inputs, self.indices(b, h, q, kv))
 
     def indices(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> dict[str, Tensor]:
         """Indices as the mask has them, with the offsets."""
         return {"b": b, "h": h, "q": _moved(q, self.q_offset, b), "kv": _moved(kv, self.kv_offset, b)}
+
+    def along(self, axis: int) -> dict[str, Tensor]:
+        """Indices of all rows (axis 0) or columns (axis 1), for what reads no others; they broadcast to (B, H, n)."""
+        batch, heads = self.shape[:2]
+        b, h = torch.arange(batch, device=self.device)[:, None, None], torch.arange(heads, device=self.device)[:, None]
+        tokens = torch.arange((self.q_len, self.kv_len)[axis], device=self.device)
+        nowhere = tokens.new_zeros(())
+        return self.indices(b, h, *((tokens, nowhere) if axis == 0 else (nowhere, tokens)))
 
     def largest(self, expr: Expr | None = None) -> float:
         """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
@@ -98,6 +113,11 @@ class Problem:
             return found
         boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
         return bounds(expr, self.inputs, boxes).largest
+
+    def block_map(self, rows: Runs, columns: Runs | None = None) -> BlockMap:
+        """The map of runs along rows of tiles; those along columns follow from them, unless they are given."""
+        columns = rows.transposed(*self.shape[2:]) if columns is None else columns
+        return BlockMap(self.q_len, self.kv_len, self.block_size, self.shape, rows, columns)
 
     def turned(self) -> Problem:
         """The problem with the roles of rows and columns swapped."""

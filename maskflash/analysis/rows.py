@@ -14,15 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
-from maskflash.analysis.intervals import Rows
+from maskflash.analysis.intervals import Rows, in_lines
 from maskflash.analysis.runs import BoolArray, IntArray
 
 Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -77,17 +76,13 @@ class _Lines:
     tile_column: IntArray
 
 
-def _take_none(lines: IntArray, start: IntArray, stop: IntArray) -> BoolArray:
-    return np.zeros(len(lines), dtype=np.bool_)
-
-
 def row_spans(
     block_map: BlockMap,
     evaluate: Evaluate,
     b: int,
     h: int,
     take_strip: Callable[[Strip], None],
-    take_lines: TakeLines = _take_none,
+    take_lines: TakeLines | None = None,
     rows: Rows | None = None,
 ) -> RowSpans:
     """Finds what each row of one batch row and head of the map sees.
@@ -115,17 +110,18 @@ def row_spans(
                 count[line] = 0
     else:
         rows = rows.unit(b, h)
-        start, stop, count = (_by_lines(block_map, x) for x in (*rows.hulls, rows.count))
+        size = block_map.shape[2], block_map.block_size[0]
+        start, stop, count = (in_lines(x, *size) for x in (*rows.hulls, rows.count))
         apart = np.flatnonzero(_holes(start, stop, count))
-        if len(rows.start) > 1:
-            told = np.logical_and.reduce(_by_lines(block_map, rows.told)[apart], axis=1)
-            first, last = (_by_lines(block_map, x)[:, apart[told]] for x in (rows.start, rows.stop))
+        if take_lines is not None and len(rows.start) > 1:
+            told = np.logical_and.reduce(in_lines(rows.told, *size)[apart], axis=1)
+            first, last = (in_lines(x, *size)[:, apart[told]] for x in (rows.start, rows.stop))
             told[told] = take_lines(apart[told], first, last)
             count[apart[told]] = 0
             apart = apart[~told]
         if len(apart):
             lines = _lines(block_map, b, h)
-            alike = _by_lines(block_map, torch.arange(block_map.q_len) if rows.group is None else rows.group)
+            alike = in_lines(torch.arange(block_map.q_len) if rows.group is None else rows.group, *size)
         for line in apart.tolist():
             first, place = _distinct(alike[line])
             bits = _evaluate_tiles(lines, evaluate, line, line + 1, first)[:, place]
@@ -147,16 +143,6 @@ def _holes(start: IntArray, stop: IntArray, count: IntArray) -> BoolArray:
     """Lines (n, bq) in which some row sees less than lies between its first column and its last."""
     holes: BoolArray = (count != np.maximum(stop - start, 0)).any(axis=1)
     return holes
-
-
-def _by_lines(block_map: BlockMap, values: Tensor) -> npt.NDArray[Any]:
-    """Something of each row (..., q_len), by lines of tiles: a copy (..., nQ, bq) that goes on with the last row's."""
-    n_q, bq = block_map.shape[2], block_map.block_size[0]
-    known = values.numpy()
-    found = np.empty((*known.shape[:-1], n_q * bq), dtype=known.dtype)  # np.pad takes several times as long
-    found[..., : block_map.q_len] = known
-    found[..., block_map.q_len :] = known[..., -1:]
-    return found.reshape(*known.shape[:-1], n_q, bq)
 
 
 def _lines(block_map: BlockMap, b: int, h: int) -> _Lines:

@@ -11,7 +11,6 @@ from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.facts import Facts
 from maskflash.analysis.intervals import Rows
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.ways.columns import Pieces
 
 DECIDERS: Final = ("pairs", "formula", "intervals", "groups", "columns", "parts", "bounds", "samples", "elements")
 """Who decides tiles. Each of the first six decides all of a map or none."""
@@ -54,7 +53,3 @@ class Seen:
     def columns(self) -> Rows | None:
         """By which rows columns are seen, found at the first call: the rows of the problem turned over."""
         return self.facts.columns
-
-    def pieces(self) -> Pieces | None:
-        """How to cut columns, found at the first call; None where they can't be cut."""
-        return self.facts.pieces

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentError
-from maskflash.ground import arguments
+from maskflash.ground import arguments, qkv
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tu
         out: (B, Hq, Sq, Dv) and lse: (B, Hq, Sq), natural logarithm, both in q's dtype. A row that sees nothing
         has out 0, lse -inf and zero gradients; what hidden rows and columns hold, even NaN, has no effect.
     """
-    arguments.tensors(q, k, v, "reference")
+    qkv.check(q, k, v, "reference")
     scale = arguments.scale("reference", scale)
     arguments.instance("reference", "mask", mask, Tensor, "Mask.dense makes one")
     arguments.held("reference", "mask", mask)

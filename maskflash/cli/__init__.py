@@ -4,6 +4,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib import import_module
 
 from maskflash.cli.parser import parser
 from maskflash.errors import MaskflashError
@@ -35,27 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Namespace) -> int:
     # Each command is imported when it is run: --help and --version answer without rich, and without the demo.
-    match args.command:
-        case "show":
-            from maskflash.cli import show
+    if args.command == "demo":
+        from maskflash.demo.job import run
 
-            return show.run(args)
-        case "explain":
-            from maskflash.cli import explain
-
-            return explain.run(args)
-        case "bench":
-            from maskflash.cli import bench
-
-            return bench.run(args)
-        case "warm":
-            from maskflash.cli import warm
-
-            return warm.run(args)
-        case "doctor":
-            from maskflash.cli import doctor
-
-            return doctor.run(args)
-    from maskflash.demo.job import run
-
-    return run(tokens=args.tokens, dtype=args.dtype, seed=args.seed, output=args.output, as_json=args.json)
+        return run(tokens=args.tokens, dtype=args.dtype, seed=args.seed, output=args.output, as_json=args.json)
+    status: int = import_module(f"maskflash.cli.{args.command}").run(args)
+    return status

@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import maskflash as mf
 from maskflash.cli import terminal
 from maskflash.cli.masks import Subject, device, subject
+from maskflash.demo.checks import Check
 from maskflash.errors import ArgumentError
 from maskflash.testing import Shape, error_budget, reference
 
@@ -48,19 +49,6 @@ class Spread:
     def of(samples: list[float]) -> Spread:
         """The percentiles, between neighbours by straight lines."""
         return Spread(*np.percentile(samples, (20, 50, 80)).tolist())
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """The largest error of the output's first head against dense float64, beside the largest it may be."""
-
-    error: float
-    budget: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the budget; a NaN is not."""
-        return self.error <= self.budget
 
 
 def run(args: Namespace) -> int:
@@ -115,7 +103,7 @@ def _flex(seen: Subject, inputs: Inputs) -> Forward:
     return partial(torch.compile(flex_attention, dynamic=False), *inputs, block_mask=block_mask)
 
 
-def _check(attend: mf.Attention, seen: Subject, inputs: Inputs) -> Accuracy:
+def _check(attend: mf.Attention, seen: Subject, inputs: Inputs) -> Check:
     """Hold the first head of the first batch row against dense float64, some rows at a time."""
     q, k, v = (x.detach() for x in inputs)
     found = attend(q, k, v)[:1, :1]
@@ -128,7 +116,7 @@ def _check(attend: mf.Attention, seen: Subject, inputs: Inputs) -> Accuracy:
         return torch.cat([reference(band.to(dtype), keys, values, mask, scale)[0] for band, mask in bands], dim=2)
 
     exact = dense(torch.float64)
-    return Accuracy((found.double() - exact).abs().max().item(), error_budget(dense(q.dtype), exact))
+    return Check("out", (found.double() - exact).abs().max().item(), error_budget(dense(q.dtype), exact))
 
 
 def _by_turns(
@@ -165,9 +153,7 @@ def _now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-def _facts(
-    seen: Subject, args: Namespace, samples: dict[str, dict[str, list[float]]], check: Accuracy
-) -> dict[str, Any]:
+def _facts(seen: Subject, args: Namespace, samples: dict[str, dict[str, list[float]]], check: Check) -> dict[str, Any]:
     ours = samples["maskflash"]
     return {
         **seen.to_dict(),
@@ -177,7 +163,7 @@ def _facts(
         "threads": torch.get_num_threads(),
         "rounds": args.rounds,
         "versions": {"maskflash": mf.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "check": {**asdict(check), "passed": check.passed},
+        "check": check.to_dict(),
         "seconds": {
             name: {part: asdict(Spread.of(times)) for part, times in parts.items()} for name, parts in samples.items()
         },

@@ -37,22 +37,9 @@ def _paper(name: str, seq_len: int, seed: int = 0) -> Mask:
 
 
 PRESETS: Final[dict[str, Callable[..., Mask]]] = {
-    name: getattr(presets, name)
-    for name in (
-        *(
-            "full",
-            "causal",
-            "sliding_window",
-            "document",
-            "causal_document",
-            "prefix_lm",
-            "padding",
-            "global_tokens",
-            "dilated_window",
-        ),
-        *("natten", "causal_blockwise", "prefix_lm_document", "share_question", "qk_sparse", "random_eviction"),
-    )
-} | {"paper": _paper}
+    **{name: getattr(presets, name) for name in presets.__all__ if name not in ("PAPER", "PaperMask", "paper")},
+    "paper": _paper,
+}
 
 
 class MaskSyntaxError(ArgumentError):

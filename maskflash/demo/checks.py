@@ -1,7 +1,8 @@
 """Holds one attention call against dense references: out, lse and gradients in float64, the block map tile by tile."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class Check:
     def passed(self) -> bool:
         """Whether the error is within the budget; a NaN is not."""
         return self.error <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {**asdict(self), "passed": self.passed}
 
 
 def check_results(results: tuple[Tensor, ...], work: Workload, mask: Tensor, tick: Callable[[], None]) -> list[Check]:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -15,6 +16,8 @@ from maskflash.demo.drawings import draw, make_folder
 from maskflash.demo.measure import PAIRS, analysis_seconds, compare_times, peak_bytes
 from maskflash.demo.report import Report
 from maskflash.demo.workload import CONTENDERS, HEADS, SCALE, build, dense_mask, packed
+
+_NO_PICTURE: Final = "none: it needs matplotlib, pip install 'maskflash[plot]'"
 
 
 def run(*, tokens: int, dtype: str, seed: int, output: Path | None, as_json: bool) -> int:
@@ -33,13 +36,14 @@ def run(*, tokens: int, dtype: str, seed: int, output: Path | None, as_json: boo
     if output is not None:
         make_folder(output)  # first: a folder that can't be is better known before the work than after
     report = _measured(tokens, getattr(torch, dtype), seed)
-    drawings = draw(report.documents, output) if output is not None else None
+    drawings = draw(report.documents, output) if output is not None else {}
     if as_json:
-        print(json.dumps(report.to_dict() | (drawings.to_dict() if drawings else {}), indent=2))
+        print(json.dumps(report.to_dict() | drawings, indent=2))
     else:
         report.print(Console())
         if drawings:
-            print(drawings)
+            print(f"picture   {drawings['picture'] or _NO_PICTURE}")
+            print(f"explorer  {drawings['explorer']}  (open it in a browser)")
     for check in report.checks:
         if not check.passed:
             print(f"check failed: {check.name}: {check.error:.3g} > {check.budget:.3g}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Turns the job's figures into a table for people and into plain data for tools."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from platform import python_version
 from typing import Any
 
@@ -60,7 +60,7 @@ class Report:
             "analysis_seconds": self.analysis,
             **{f"{label}_seconds": self._seconds(label) for label in Times.__slots__},
             "peak_bytes": self._peaks(),
-            "checks": [{**asdict(check), "passed": check.passed} for check in self.checks],
+            "checks": [check.to_dict() for check in self.checks],
             "passed": self.passed,
         }
 

@@ -28,7 +28,7 @@ from maskflash.expr.intervals import (
     unless_far,
     widen,
 )
-from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
+from maskflash.expr.nodes import Expr, Node, operand_dtype
 from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES, OPERATIONS, Bounds
 from maskflash.expr.ranges import RangeMinima
 
@@ -81,9 +81,9 @@ def bounds(
         if node.op in INDEX_VARIABLES:
             interval = boxes[node.op]
         elif node.op in ("const", "param"):
-            interval = Interval(*[torch.tensor(_number(node, inputs), dtype=node.dtype)] * 2)
+            interval = Interval(*[torch.tensor(node.number(inputs.params), dtype=node.dtype)] * 2)
         elif node.op == "lookup":
-            interval, fault = ranges.lookup(inputs.tables[int(node.value or 0)], operands)
+            interval, fault = ranges.lookup(inputs.tables[node.slot], operands)
         else:
             interval, fault = operation(node, operands, operand_dtype(node, kinds), _size(reach))
         if measured and not node.dtype.is_floating_point:
@@ -165,14 +165,6 @@ def _largest(expr: Expr, reaches: list[Reach]) -> int:
     return max(wide, default=0)
 
 
-def _number(node: Node, inputs: Inputs) -> Scalar:
-    """The value of a const or a param."""
-    if node.op == "param":
-        return inputs.params[int(node.value or 0)]
-    assert node.value is not None
-    return node.value
-
-
 def _extent(x: Interval) -> Reach:
     """The least and the greatest value in any box."""
     if not x.lo.numel() or not x.hi.numel():
@@ -191,10 +183,10 @@ def _reach(node: Node, args: list[Reach], inputs: Inputs, ranges: RangeMinima) -
     """
     match node.op:
         case "const" | "param":
-            number = _number(node, inputs)
+            number = node.number(inputs.params)
             return (0, 1) if isinstance(number, float) else (int(number), int(number))
         case "lookup":
-            return ranges.extremes(inputs.tables[int(node.value or 0)])
+            return ranges.extremes(inputs.tables[node.slot])
     if node.dtype == torch.bool or not args:
         return 0, 1
     sizes = list(map(_size, args))

@@ -111,12 +111,10 @@ def _compute(
     if node.op in INDEX_VARIABLES:
         return pairs[node.op], None
     if node.op in ("const", "param"):
-        number = inputs.params[int(node.value or 0)] if node.op == "param" else node.value
-        assert number is not None
-        return pairs["q"].new_full((), number, dtype=node.dtype), None
+        return pairs["q"].new_full((), node.number(inputs.params), dtype=node.dtype), None
     operands = [value for value in (values[arg] for arg in node.args) if value is not None]
     if node.op == "lookup":
-        return look_up(inputs.tables[int(node.value or 0)], [index.to(torch.int64) for index in operands])
+        return look_up(inputs.tables[node.slot], [index.to(torch.int64) for index in operands])
     if node.op == "select":
         condition, x, y = operands
         return torch.where(condition.to(torch.bool), x.to(node.dtype), y.to(node.dtype)), None
@@ -190,7 +188,7 @@ def _describe_fault(
     code = f'"{source.text}" ' if source and source.text else ""
     if node.op != "lookup":
         return f"{place}{code}divides by zero at {at}. Guard it: `divisor != 0 and ...`."
-    table = inputs.tables[int(node.value or 0)]
+    table = inputs.tables[node.slot]
     index = tuple(int(values[arg].expand(shape)[where]) for arg in node.args)
     fix = _fix([expr.nodes[arg].op for arg in node.args], index, tuple(table.shape))
     return (

@@ -48,9 +48,9 @@ def _format_node(node: Node, args: list[str], params: tuple[object, ...], tables
         case "const":
             return str(node.value)
         case "param":
-            return str(params[int(node.value or 0)]) if params else f"p{node.value}"
+            return str(params[node.slot]) if params else f"p{node.value}"
         case "lookup":
-            name = tables[int(node.value or 0)] if tables else f"table{node.value}"
+            name = tables[node.slot] if tables else f"table{node.value}"
             return f"{name}[{', '.join(map(_unwrap, args))}]" if args else name
         case "select":
             condition = args[0] if " if " in args[0] else _unwrap(args[0])

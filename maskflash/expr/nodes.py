@@ -55,6 +55,15 @@ class Node:
     weak: bool = False
     value: Scalar | None = None
 
+    @property
+    def slot(self) -> int:
+        """Of a param or a look-up: which run-time value it is."""
+        return int(self.value or 0)
+
+    def number(self, params: Sequence[Any]) -> Any:
+        """The value of a const, or of a param among these."""
+        return params[self.slot] if self.op == "param" else self.value
+
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.") + ("~" if self.weak else "")
         value = "" if self.value is None else f"={self.value!r}"
@@ -88,7 +97,7 @@ class Expr:
     def real_params(self) -> frozenset[int]:
         """The slots of params that are floating-point numbers."""
         params = (node for node in self.nodes if node.op == "param" and node.dtype.is_floating_point)
-        return frozenset(int(node.value or 0) for node in params)
+        return frozenset(node.slot for node in params)
 
     def coded(self, params: Sequence[Scalar]) -> list[int]:
         """Params as integers, which is how they leave this process: of a float its 64 bits, NaN and -0.0 too."""
@@ -111,7 +120,7 @@ class Expr:
 
     def slots(self, op: str) -> int:
         """How many run-time values of this kind ("param" or "lookup") the expression numbers."""
-        return 1 + max((int(node.value or 0) for node in self.nodes if node.op == op), default=-1)
+        return 1 + max((node.slot for node in self.nodes if node.op == op), default=-1)
 
     def source(self, position: int) -> Source | None:
         """Where the user wrote this node, if known."""

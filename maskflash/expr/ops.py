@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,27 +72,38 @@ class Operation:
     bounds: Bounds = _UNKNOWN
 
 
-def _rounding(name: str, compute: Callable[..., Tensor], *called: str) -> Operation:
-    return Operation(
-        name, 1, compute, called=(name, *called), of_truths=False, bounds=Bounds(on.same, on.rising(compute))
-    )
+def _row(
+    arity: int, name: str, compute: Callable[..., Tensor], bounds: Bounds, *also: str, symbol: str = "", **facts: Any
+) -> Operation:
+    """An operation under torch's name, and also under others; Python's method for a symbol is mostly our own name."""
+    facts = {"method": name if symbol else "", "called": (compute.__name__, *also), **facts}
+    return Operation(name, arity, compute, symbol, bounds=bounds, **facts)
+
+
+_one, _two = partial(_row, 1), partial(_row, 2)
+_number = partial(_one, of_truths=False, counts=True)
+_division = partial(_two, of_truths=False, fixes="divisor", faults=True)
+_shift = partial(_two, of_truths=False, of_reals=False, counts=True, fixes="count")
+_bits = partial(_two, of_reals=False, fixes="mask")
+_left, _right = torch.bitwise_left_shift, torch.bitwise_right_shift
+_sum, _least, _most = (on.rising(compute) for compute in (torch.add, torch.minimum, torch.maximum))
+_root = on.rising(torch.sqrt)
+
+
+def _truncated(x: Tensor, y: Tensor) -> Tensor:
+    return torch.div(x, y, rounding_mode="trunc")
+
+
+def _rounding(compute: Callable[..., Tensor], *also: str) -> Operation:
+    return _one(compute.__name__, compute, Bounds(on.same, on.rising(compute)), *also, of_truths=False)
 
 
 def _comparison(
-    name: str, compute: Callable[..., Tensor], symbol: str, opposite: str, mirrored: str, rule: Rule, *called: str
+    compute: Callable[..., Tensor], symbol: str, opposite: str, mirrored: str, rule: Rule, *also: str
 ) -> Operation:
-    names = (name, *called)
-    bounds = Bounds(rule, rule)
-    return Operation(
-        name, 2, compute, symbol, name, names, gives="truth", opposite=opposite, mirrored=mirrored, bounds=bounds
-    )
+    facts = {"gives": "truth", "opposite": opposite, "mirrored": mirrored}
+    return _two(compute.__name__, compute, Bounds(rule, rule), *also, symbol=symbol, **facts)
 
-
-_division = partial(Operation, of_truths=False, fixes="divisor", faults=True)
-_shift = partial(Operation, of_truths=False, of_reals=False, counts=True, fixes="count")
-_bits = partial(Operation, of_reals=False, fixes="mask")
-_left, _right = torch.bitwise_left_shift, torch.bitwise_right_shift
-_sum, _least, _most = (on.rising(compute) for compute in (torch.add, torch.minimum, torch.maximum))
 
 _TABLE = (
     *(Operation(name, 0) for name in (*INDEX_VARIABLES, "const", "param")),
@@ -100,107 +111,36 @@ _TABLE = (
     Operation("cast", 1),
     Operation("select", 3),
     # arithmetic
-    Operation("add", 2, torch.add, "+", "add", ("add",), counts=True, bounds=Bounds(_sum, on.finite(_sum), on.either)),
-    Operation(
-        "sub",
-        2,
-        torch.sub,
-        "-",
-        "sub",
-        ("sub", "subtract"),
-        counts=True,
-        of_truths=False,
-        bounds=Bounds(on.sub, on.finite(on.sub)),
-    ),
-    Operation(
-        "mul",
-        2,
-        torch.mul,
-        "*",
-        "mul",
-        ("mul", "multiply"),
-        counts=True,
-        bounds=Bounds(on.mul, on.finite(on.mul), on.both),
-    ),
-    Operation(
-        "truediv",
-        2,
-        torch.true_divide,
-        "/",
-        "truediv",
-        ("true_divide",),
-        gives="real",
-        fixes="divisor",
-        bounds=Bounds(reals=on.finite(on.quotient)),
-    ),
-    Operation(
-        "neg",
-        1,
-        torch.neg,
-        method="neg",
-        called=("neg", "negative"),
-        counts=True,
-        of_truths=False,
-        bounds=Bounds(on.neg, on.neg),
-    ),
-    Operation(
-        "abs",
-        1,
-        torch.abs,
-        method="abs",
-        called=("abs", "absolute"),
-        counts=True,
-        of_truths=False,
-        bounds=Bounds(on.absolute, on.absolute),
-    ),
-    Operation("min", 2, torch.minimum, called=("min", "minimum"), bounds=Bounds(_least, _least, on.both)),
-    Operation("max", 2, torch.maximum, called=("max", "maximum"), bounds=Bounds(_most, _most, on.either)),
-    Operation(
-        "sqrt", 1, torch.sqrt, called=("sqrt",), gives="real", bounds=Bounds(reals=on.finite(on.rising(torch.sqrt)))
-    ),
-    _rounding("floor", torch.floor),
-    _rounding("ceil", torch.ceil),
-    _rounding("trunc", torch.trunc, "fix"),
-    _rounding("round", torch.round),
+    _two("add", torch.add, Bounds(_sum, on.finite(_sum), on.either), symbol="+", counts=True),
+    _two("sub", torch.sub, Bounds(on.sub, on.finite(on.sub)), "subtract", symbol="-", counts=True, of_truths=False),
+    _two("mul", torch.mul, Bounds(on.mul, on.finite(on.mul), on.both), "multiply", symbol="*", counts=True),
+    _two("truediv", torch.true_divide, Bounds(reals=on.finite(on.quotient)), symbol="/", gives="real", fixes="divisor"),
+    _number("neg", torch.neg, Bounds(on.neg, on.neg), "negative", method="neg"),
+    _number("abs", torch.abs, Bounds(on.absolute, on.absolute), "absolute", method="abs"),
+    _two("min", torch.minimum, Bounds(_least, _least, on.both), "min"),
+    _two("max", torch.maximum, Bounds(_most, _most, on.either), "max"),
+    _one("sqrt", torch.sqrt, Bounds(reals=on.finite(_root)), gives="real"),
+    *(_rounding(compute) for compute in (torch.floor, torch.ceil, torch.round)),
+    _rounding(torch.trunc, "fix"),
     # division, rounded down or towards zero, and what it leaves
-    _division(
-        "floordiv",
-        2,
-        torch.floor_divide,
-        "//",
-        "floordiv",
-        ("floor_divide",),
-        counts=True,
-        bounds=Bounds(on.division("floor")),
-    ),
-    _division("mod", 2, torch.remainder, "%", "mod", ("remainder",), counts=True, bounds=Bounds(on.mod)),
-    _division("truncdiv", 2, partial(torch.div, rounding_mode="trunc"), bounds=Bounds(on.division("trunc"))),
-    _division("fmod", 2, torch.fmod, called=("fmod",), bounds=Bounds(on.fmod)),
+    _division("floordiv", torch.floor_divide, Bounds(on.division("floor")), symbol="//", counts=True),
+    _division("mod", torch.remainder, Bounds(on.mod), symbol="%", counts=True),
+    _division("fmod", torch.fmod, Bounds(on.fmod)),
+    _division("truncdiv", _truncated, Bounds(on.division("trunc")), called=()),
     # bits
-    _shift("shl", 2, _left, "<<", "lshift", ("bitwise_left_shift",), bounds=Bounds(on.shift(_left))),
-    _shift("shr", 2, _right, ">>", "rshift", ("bitwise_right_shift",), bounds=Bounds(on.shift(_right))),
-    _bits(
-        "bitand",
-        2,
-        torch.bitwise_and,
-        "&",
-        "and",
-        ("bitwise_and",),
-        settled=False,
-        bounds=Bounds(on.bitand, None, on.both),
-    ),
-    _bits(
-        "bitor", 2, torch.bitwise_or, "|", "or", ("bitwise_or",), settled=True, bounds=Bounds(on.bitor, None, on.either)
-    ),
-    _bits("bitxor", 2, torch.bitwise_xor, "^", "xor", ("bitwise_xor",), bounds=Bounds(on.bitxor, None, on.differing)),
+    _shift("shl", _left, Bounds(on.shift(_left)), symbol="<<", method="lshift"),
+    _shift("shr", _right, Bounds(on.shift(_right)), symbol=">>", method="rshift"),
+    _bits("bitand", torch.bitwise_and, Bounds(on.bitand, None, on.both), symbol="&", method="and", settled=False),
+    _bits("bitor", torch.bitwise_or, Bounds(on.bitor, None, on.either), symbol="|", method="or", settled=True),
+    _bits("bitxor", torch.bitwise_xor, Bounds(on.bitxor, None, on.differing), symbol="^", method="xor"),
     Operation("bitnot", 1, torch.bitwise_not, counts=True, of_reals=False, bounds=Bounds(on.invert, None, on.invert)),
     # truths
-    _comparison("eq", torch.eq, "==", "ne", "eq", on.equal),
-    _comparison("ne", torch.ne, "!=", "eq", "ne", on.unequal, "not_equal"),
-    _comparison("lt", torch.lt, "<", "ge", "gt", on.less, "less"),
-    _comparison("le", torch.le, "<=", "gt", "ge", on.less_equal, "less_equal"),
-    _comparison("gt", torch.gt, ">", "le", "lt", on.swapped(on.less), "greater"),
-    _comparison("ge", torch.ge, ">=", "lt", "le", on.swapped(on.less_equal), "greater_equal"),
+    _comparison(torch.eq, "==", "ne", "eq", on.equal),
+    _comparison(torch.ne, "!=", "eq", "ne", on.unequal, "not_equal"),
+    _comparison(torch.lt, "<", "ge", "gt", on.less, "less"),
+    _comparison(torch.le, "<=", "gt", "ge", on.less_equal, "less_equal"),
+    _comparison(torch.gt, ">", "le", "lt", on.swapped(on.less), "greater"),
+    _comparison(torch.ge, ">=", "lt", "le", on.swapped(on.less_equal), "greater_equal"),
     Operation("and", 2, torch.logical_and, "and", gives="truth", settled=False, bounds=Bounds(truths=on.both)),
     Operation("or", 2, torch.logical_or, "or", gives="truth", settled=True, bounds=Bounds(truths=on.either)),
     Operation("not", 1, torch.logical_not, gives="truth", bounds=Bounds(truths=on.invert)),

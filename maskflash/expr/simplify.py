@@ -63,29 +63,23 @@ def _turned(no: str) -> Iterator[Rewrite]:
         yield Rewrite(f"{no} {op} x y", f"{OPERATIONS[op].opposite} x y", only)
 
 
+def _settled(op: str, unread: str = "") -> Iterator[Rewrite]:
+    """Rules of a connective that the truth of one operand settles; it may leave the second one unread then."""
+    settling = OPERATIONS[op].settled
+    yield Rewrite(f"{op} x x", "x", _truths)
+    yield Rewrite(f"{op} {settling} x", f"{settling}", _truths, unread)
+    yield Rewrite(f"{op} x {settling}", f"{settling}", _truths)
+    yield Rewrite(f"{op} {not settling} x", "x", _truths)
+    yield Rewrite(f"{op} x {not settling}", "x", _truths)
+
+
 RULES: Final = (
     *_turned("not"),
     *_turned("bitnot"),
-    Rewrite("and x x", "x"),
-    Rewrite("and False x", "False", unread="x"),
-    Rewrite("and True x", "x"),
-    Rewrite("and x True", "x"),
-    Rewrite("and x False", "False"),
-    Rewrite("or x x", "x"),
-    Rewrite("or True x", "True", unread="x"),
-    Rewrite("or False x", "x"),
-    Rewrite("or x False", "x"),
-    Rewrite("or x True", "True"),
-    Rewrite("bitand x x", "x", _truths),
-    Rewrite("bitand False x", "False", _truths),
-    Rewrite("bitand True x", "x", _truths),
-    Rewrite("bitand x True", "x", _truths),
-    Rewrite("bitand x False", "False", _truths),
-    Rewrite("bitor x x", "x", _truths),
-    Rewrite("bitor True x", "True", _truths),
-    Rewrite("bitor False x", "x", _truths),
-    Rewrite("bitor x False", "x", _truths),
-    Rewrite("bitor x True", "True", _truths),
+    *_settled("and", unread="x"),
+    *_settled("or", unread="x"),
+    *_settled("bitand"),
+    *_settled("bitor"),
     Rewrite("bitxor x True", "not x", _truths),
     Rewrite("bitxor x False", "x", _truths),
     Rewrite("bitxor True x", "not x", _truths),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, Final
 
 from torch import Tensor
@@ -109,7 +109,7 @@ def flashmask_attention(
             f"{operation}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False"
         )
     q_len, kv_len, heads, kv_heads = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
-    mask: Mask | None = _causal() if causal else None
+    mask: Mask | None = _CAUSAL if causal else None
     offset = kv_len - q_len  # aligned to the bottom right, as column intervals are by themselves
     if window_size is not None:
         if startend_row_indices is not None:
@@ -167,5 +167,5 @@ _WITHOUT: Final = {
 }
 
 # Traced once, since a call makes no mask of its own.
-_causal: Final = cache(basic.causal)
+_CAUSAL: Final = basic.causal()
 _window: Final = lru_cache(maxsize=64)(basic.sliding_window)

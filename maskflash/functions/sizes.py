@@ -17,26 +17,32 @@ class Sizes(NamedTuple):
     """What a function may know of the call it serves, already checked.
 
     Attributes:
-        operation: what messages call it.
         q_len: rows in tokens.
         kv_len: columns in tokens.
         batch: batch rows.
         heads: query heads.
-        q_offset: added to row numbers, an int or an integer tensor (batch,).
         device: where it runs.
-        kv_offset: added to column numbers, an int or an integer tensor (batch,).
+        q_offset: added to row numbers, an int or an integer tensor (batch,).
+        kv_offset: added to column numbers, likewise.
+        operation: what messages call it.
         partial: whether sizes that nobody gave reach just so far as the index that was asked about.
     """
 
-    operation: str
     q_len: int
     kv_len: int
     batch: int
     heads: int
-    q_offset: int | Tensor
     device: torch.device
+    q_offset: int | Tensor = 0
     kv_offset: int | Tensor = 0
+    operation: str = "attention"
     partial: bool = False
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, q_offset: int | Tensor = 0, kv_offset: int | Tensor = 0) -> Sizes:
+        """The sizes of an attention call with these tensors; the offsets are checked already."""
+        batch, heads, q_len, _ = q.shape
+        return Sizes(q_len, k.shape[2], batch, heads, q.device, q_offset, kv_offset)
 
     @staticmethod
     def checked(
@@ -44,11 +50,11 @@ class Sizes(NamedTuple):
         q_len: int,
         kv_len: int,
         *,
-        batch: int,
-        heads: int,
-        q_offset: int | Tensor,
-        device: torch.device | str,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
+        device: torch.device | str = "cpu",
         partial: bool = False,
     ) -> Sizes:
         """Sizes as a caller passed them.
@@ -60,34 +66,39 @@ class Sizes(NamedTuple):
         given = {"q_len": q_len, "kv_len": kv_len, "batch": batch, "heads": heads}
         q_len, kv_len, batch, heads = (arguments.length(operation, name, value) for name, value in given.items())
         on = transfer.numbered(arguments.device(operation, device))
-        offsets = (
-            _offset(operation, name, value, batch, on)
-            for name, value in (("q_offset", q_offset), ("kv_offset", kv_offset))
-        )
-        rows, columns = offsets
-        return Sizes(operation, q_len, kv_len, batch, heads, rows, on, columns, partial)
+        rows = _offset(operation, "q_offset", q_offset, batch, on)
+        columns = _offset(operation, "kv_offset", kv_offset, batch, on)
+        return Sizes(q_len, kv_len, batch, heads, on, rows, columns, operation, partial)
 
     @staticmethod
-    def around(
-        operation: str, index: dict[str, int], given: dict[str, int | None], q_offset: int | Tensor, device: Any
-    ) -> Sizes:
+    def around(operation: str, index: dict[str, int], given: dict[str, int | None], **rest: Any) -> Sizes:
         """Sizes that hold an index; those that nobody gave (None) reach just so far.
 
         Args:
             operation: what messages call it.
             index: of some of b, h, q, kv.
             given: batch, heads, q_len, kv_len.
-            q_offset: added to row numbers.
-            device: where it runs.
+            **rest: q_offset, kv_offset and device, as in `checked`.
         """
         sizes = dict(given)
-        if isinstance(q_offset, Tensor) and sizes["batch"] is None and q_offset.numel() > 1:
-            sizes["batch"] = q_offset.numel()
+        for offset in rest.values():
+            if isinstance(offset, Tensor) and sizes["batch"] is None and offset.numel() > 1:
+                sizes["batch"] = offset.numel()
         for name, size in _BOUND.items():
             if sizes[size] is None:
                 sizes[size] = arguments.integer(operation, name, index.get(name, 0)) + 1
         partial = any(size is None for size in given.values())
-        return Sizes.checked(operation, **sizes, q_offset=q_offset, device=device, partial=partial)  # type: ignore[arg-type]
+        return Sizes.checked(operation, **sizes, **rest, partial=partial)  # type: ignore[arg-type]
+
+    @property
+    def offsets(self) -> tuple[tuple[str, int | Tensor], ...]:
+        """Both offsets by name."""
+        return ("q_offset", self.q_offset), ("kv_offset", self.kv_offset)
+
+    @property
+    def offset_tensors(self) -> list[tuple[str, Tensor]]:
+        """Those that differ from batch row to batch row."""
+        return [(name, value) for name, value in self.offsets if isinstance(value, Tensor)]
 
     def check_index(self, **index: int) -> None:
         """Refuse an index (of some of b, h, q, kv) that is not below its size."""
@@ -100,7 +111,7 @@ class Sizes(NamedTuple):
 
     def refuse_offsets(self, whose: str, fix: str) -> None:
         """An error where rows or columns are numbered from elsewhere than 0."""
-        for name, value in (("q_offset", self.q_offset), ("kv_offset", self.kv_offset)):
+        for name, value in self.offsets:
             if isinstance(value, Tensor) or value != 0:
                 got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else value
                 raise ArgumentError(f"{self.operation}: {name} is {got}, expected 0: {whose}; {fix}")
@@ -143,7 +154,7 @@ class Fits(NamedTuple):
                 )
         if self.q_total is None or sizes.partial:
             return
-        if any(isinstance(offset, Tensor) or offset != 0 for offset in (sizes.q_offset, sizes.kv_offset)):
+        if any(isinstance(offset, Tensor) or offset != 0 for _, offset in sizes.offsets):
             return
         if self.kv_total is None:
             if self.q_total > sizes.q_len and self.q_total > sizes.kv_len:

@@ -26,12 +26,10 @@ MOST_TOKENS: Final = 2**31 - 1  # of a length: tiles and FlashMask's vectors are
 FARTHEST: Final = 2**60  # of an offset: positions, and what masks make of them, then stay well within 64 bits
 ENDLESS: Final = 2**61  # tokens: no two positions are that far apart
 
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _UNSIGNED: Final = (torch.uint16, torch.uint32, torch.uint64)  # of which torch computes next to nothing
 _LEAST, _MOST = -(2**63), 2**63 - 1
-_STRIDED: Final = torch.strided
-_AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 
 def integer(operation: str, name: str, value: Any, *, low: int | None = 0, high: int | None = None) -> int:
@@ -81,8 +79,8 @@ def flag(operation: str, name: str, value: Any) -> bool:
 
 def dtype(operation: str, value: Any) -> torch.dtype:
     """One of the dtypes that attention computes in."""
-    if not isinstance(value, torch.dtype) or value not in _DTYPES:
-        expected = ", ".join(f"{known}" for known in _DTYPES)
+    if not isinstance(value, torch.dtype) or value not in DTYPES:
+        expected = ", ".join(f"{known}" for known in DTYPES)
         raise ArgumentTypeError(f"{operation}: dtype is {_kind(value)}, expected one of {expected}")
     found: torch.dtype = value
     return found
@@ -187,6 +185,8 @@ def held(operation: str, name: str, tensor: Tensor, *, on_meta: bool = False) ->
 
 def offset(operation: str, name: str, value: Any, batch: int) -> int | Tensor:
     """An int, or an integer tensor (batch,); of a tensor of one element a view that gives it to all batch rows."""
+    if type(value) is int and -FARTHEST <= value <= FARTHEST:
+        return value
     if not isinstance(value, Tensor):
         return integer(operation, name, value, low=-FARTHEST, high=FARTHEST)
     held(operation, name, value)
@@ -318,88 +318,6 @@ def _mask_arg(operation: str, name: str, value: Any) -> Any:
     raise ArgumentTypeError(f"{operation}: {name} is {_kind(value)}, expected a tensor or a number; {fix}")
 
 
-def tensors(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None:
-    """Check what attention is computed of: shapes, dtypes, devices and layouts that fit."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            fix = f"; torch.from_numpy({name}) makes one" if isinstance(x, np.ndarray) else ""
-            raise ArgumentTypeError(f"{operation}: {name} is {_a(x)}, expected a tensor{fix}")
-        if x.is_nested:
-            raise ArgumentTypeError(
-                f"{operation}: {name} is nested, expected a dense tensor; pack its rows into one of batch 1, with "
-                "mf.document(lengths), or pad them, with mf.padding(lengths)"
-            )
-        if x.ndim != 4:
-            raise ArgumentError(
-                f"{operation}: {name} has shape {tuple(x.shape)}, expected 4 dimensions "
-                f"(batch, heads, tokens, head_dim){_reshaped(name, x.ndim)}"
-            )
-        if x.dtype not in _DTYPES:
-            expected = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-            raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected one of {expected}")
-        if x.layout != _STRIDED:
-            raise ArgumentTypeError(f"{operation}: {name} has layout {x.layout}, expected a dense tensor")
-    dtype, device = q.dtype, q.device
-    batch, heads, _, dim = q.shape
-    k_batch, k_heads, k_len, k_dim = k.shape
-    v_batch, v_heads, v_len, v_dim = v.shape
-    for name, x, rows in (("k", k, k_batch), ("v", v, v_batch)):
-        if x.dtype != dtype:
-            raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected q's {dtype}")
-        if x.device != device:
-            raise ArgumentError(f"{operation}: {name} is on {x.device}, expected q's {device}")
-        if rows != batch:
-            raise ArgumentError(f"{operation}: {name} has batch {rows}, expected q's {batch}")
-    if dim != k_dim or dim == 0 or v_dim == 0:
-        raise ArgumentError(
-            f"{operation}: head_dim is {dim} for q, {k_dim} for k and {v_dim} for v; expected at "
-            "least 1, and the same for q and k"
-        )
-    if k_heads != v_heads or k_len != v_len:
-        raise ArgumentError(
-            f"{operation}: k has {k_heads} heads of {k_len} tokens and v {v_heads} of {v_len}; expected the same"
-        )
-    if heads == 0 or k_heads == 0:
-        raise ArgumentError(f"{operation}: q has {heads} heads and k {k_heads}; expected at least 1 each")
-    if heads % k_heads:
-        raise ArgumentError(f"{operation}: q has {heads} heads and k {k_heads}; expected q's to be a multiple of k's")
-
-
-def _reshaped(name: str, ndim: int) -> str:
-    """How a tensor of other than four dimensions becomes one of four."""
-    if ndim == 3:
-        return (
-            f"; {name}[None] adds a batch of 1, {name}.unflatten(-1, (heads, -1)).transpose(1, 2) takes heads out of "
-            "(batch, tokens, heads * head_dim)"
-        )
-    if ndim > 4:
-        return f"; {name}.flatten(0, {ndim - 4}) makes one batch of what comes before the heads"
-    return f"; {name}[None, None] adds a batch and a head of 1" if ndim == 2 else ""
-
-
-def same_device(device: torch.device, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Check that a mask's tables and the offsets are where q is."""
-    for name, tensor in tensors:
-        if tensor.device != device:
-            raise ArgumentError(
-                f"attention: the mask's {name} is on {tensor.device}, expected q's {device}; move it once, before "
-                f"the call: {name}.to({str(device)!r})"
-            )
-
-
-def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as autocast has torch's own attention take them: in its dtype, but for float64."""
-    if not torch._C._is_any_autocast_enabled():
-        return q, k, v
-    if isinstance(q, Tensor) and q.device.type in _AUTOCAST and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (
-            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (q, k, v)
-        )
-    return q, k, v
-
-
 def _shown(number: Any) -> str:
     """A number in an error; Python refuses to print the very long ones."""
     number = int(number)
@@ -409,15 +327,15 @@ def _shown(number: Any) -> str:
 def _kind(value: Any) -> str:
     """A value in an error: numbers and short texts as they are, else the type."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return _a(value)
+        return by_type(value)
     if type(value) is int:
         return _shown(value)
     text = repr(value)
-    return text if len(text) <= 30 else _a(value)
+    return text if len(text) <= 30 else by_type(value)
 
 
-def _a(value: Any) -> str:
-    """A value by its type."""
+def by_type(value: Any) -> str:
+    """A value in an error, by its type."""
     return _an(type(value).__name__)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
-from types import CellType, CodeType, FunctionType, ModuleType
-from typing import Any
+from types import CellType, FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,57 +34,35 @@ def lifted(function: Callable[..., Any], home: ModuleType) -> tuple[Mask, dict[s
     """
     tensors: list[Tensor] = []
     structure = _structure(function, home, tensors)
-    return _mask(structure, len(tensors)), {_name(place): tensor for place, tensor in enumerate(tensors)}
+    return _mask(structure, home, len(tensors)), {_name(place): tensor for place, tensor in enumerate(tensors)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """A tensor, by its place among all that a function holds."""
+class _Part(NamedTuple):
+    """A value apart from its tensors.
 
-    place: int
+    Attributes:
+        kind: "tensor", "tuple", "function", or a number's type: True is not 1.
+        held: a tensor's place among all that are held, a function's code, or the number.
+        parts: of a tuple its items, of a function what its cells hold.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class _Number:
-    """A number, and its type: True is not 1."""
-
-    value: Any
-    type: type
-
-
-@dataclass(frozen=True, slots=True)
-class _Several:
-    """A tuple."""
-
-    items: tuple[Hashable, ...]
-
-
-class _Function:
-    """A function as its code and what its cells hold."""
-
-    def __init__(self, function: FunctionType, cells: tuple[Hashable, ...]) -> None:
-        self.code: CodeType = function.__code__
-        self.cells = cells
-        self.globals = function.__globals__
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Function) and (self.code, self.cells) == (other.code, other.cells)
-
-    def __hash__(self) -> int:
-        return hash((self.code, self.cells))
+    kind: object
+    held: Any = None
+    parts: tuple[_Part, ...] = ()
 
 
 class _Lifted(Mask):
     """The mask of a structure; its tensors come with each call."""
 
-    def __init__(self, structure: Hashable, tensors: int) -> None:
-        name = structure.code.co_qualname if isinstance(structure, _Function) else "mask"
+    def __init__(self, structure: _Part, home: ModuleType, tensors: int) -> None:
+        name = structure.held.co_qualname if structure.kind == "function" else "mask"
         super().__init__(name, tuple(map(_name, range(tensors))), {})
-        self.filling = structure
+        self.structure = structure
+        self.home = home
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The function, holding these tables."""
-        return _filled(self.filling, mask_args)(b, h, q, kv)
+        return _filled(self.structure, self.home, mask_args)(b, h, q, kv)
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The function, run once on symbols."""
@@ -95,31 +72,29 @@ class _Lifted(Mask):
 _mask = lru_cache(maxsize=256)(_Lifted)
 
 
-def _structure(value: Any, home: ModuleType, tensors: list[Tensor]) -> Hashable:
+def _structure(value: Any, home: ModuleType, tensors: list[Tensor]) -> _Part:
     """What a value is apart from its tensors, which are collected."""
     if isinstance(value, Tensor):
         tensors.append(value)
-        return _Table(len(tensors) - 1)
+        return _Part("tensor", len(tensors) - 1)
     if isinstance(value, tuple):
-        return _Several(tuple(_structure(item, home, tensors) for item in value))
+        return _Part("tuple", parts=tuple(_structure(item, home, tensors) for item in value))
     if isinstance(value, FunctionType) and value.__globals__ is vars(home) and not value.__defaults__:
         cells = (cell.cell_contents for cell in value.__closure__ or ())
-        return _Function(value, tuple(_structure(held, home, tensors) for held in cells))
+        return _Part("function", value.__code__, tuple(_structure(held, home, tensors) for held in cells))
     if value is None or isinstance(value, bool | int | float):
-        return _Number(value, type(value))
+        return _Part(type(value), value)
     raise Unknown(repr(value))
 
 
-def _filled(structure: Any, tables: dict[str, Any]) -> Any:
+def _filled(part: _Part, home: ModuleType, tables: dict[str, Any]) -> Any:
     """The value of a structure with these tensors."""
-    if isinstance(structure, _Table):
-        return tables[_name(structure.place)]
-    if isinstance(structure, _Several):
-        return tuple(_filled(item, tables) for item in structure.items)
-    if isinstance(structure, _Function):
-        cells = tuple(CellType(_filled(held, tables)) for held in structure.cells)
-        return FunctionType(structure.code, structure.globals, closure=cells)
-    return structure.value
+    if part.kind == "tensor":
+        return tables[_name(part.held)]
+    inner = tuple(_filled(each, home, tables) for each in part.parts)
+    if part.kind == "function":
+        return FunctionType(part.held, vars(home), closure=tuple(map(CellType, inner)))
+    return inner if part.kind == "tuple" else part.held
 
 
 def _name(place: int) -> str:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from maskflash.analysis.changes import find_changes
-from maskflash.analysis.problem import TILE, Problem
-from maskflash.masks.mask import Mask
-from maskflash.masks.predicate import mask
+from maskflash.analysis.problem import Problem
+from maskflash.masks.predicate import MaskLike, mask
 
 Pair = tuple[int, int, int, int]
 
@@ -38,18 +33,7 @@ class Comparison:
         return notebook.of_comparison(self)
 
 
-def equivalent(
-    a: Mask | Callable[..., Any],
-    b: Mask | Callable[..., Any],
-    q_len: int,
-    kv_len: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    q_offset: int | Tensor = 0,
-    device: torch.device | str = "cpu",
-    **mask_args: Any,
-) -> Comparison:
+def equivalent(a: MaskLike, b: MaskLike, q_len: int, kv_len: int, **call: Any) -> Comparison:
     """Whether two masks show the same pairs at these lengths: decided exactly, at the cost of their boundaries.
 
     Args:
@@ -57,11 +41,8 @@ def equivalent(
         b: another.
         q_len: rows in tokens.
         kv_len: columns in tokens.
-        batch: batch rows.
-        heads: query heads.
-        q_offset: added to row numbers; an int, or an int tensor (batch,).
-        device: where to analyse.
-        **mask_args: the masks' own arguments; those of one name are one argument.
+        **call: batch, heads, q_offset, kv_offset and device as in `Mask.at`, and the masks' own arguments; those of one
+            name are one argument.
 
     Returns:
         The answer, with a counterexample where it is no.
@@ -76,24 +57,10 @@ def equivalent(
         >>> equivalent(window, lambda b, h, q, kv: q - 4 <= kv < q + 4, 1000, 1000).counterexample
         (0, 0, 0, 4)
     """
-    difference = mask(a) ^ mask(b)
-    return _shows_nothing(
-        difference.problem("equivalent", q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args)
-    )
+    return _shows_nothing((mask(a) ^ mask(b)).at_call("equivalent", q_len, kv_len, call).problem)
 
 
-def implies(
-    a: Mask | Callable[..., Any],
-    b: Mask | Callable[..., Any],
-    q_len: int,
-    kv_len: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    q_offset: int | Tensor = 0,
-    device: torch.device | str = "cpu",
-    **mask_args: Any,
-) -> Comparison:
+def implies(a: MaskLike, b: MaskLike, q_len: int, kv_len: int, **call: Any) -> Comparison:
     """Whether every pair that `a` shows is one that `b` shows: "no token sees another document", say.
 
     The arguments and errors are those of `equivalent`; a counterexample is visible in a and hidden in b.
@@ -103,8 +70,7 @@ def implies(
         >>> bool(implies(packed, lambda b, h, q, kv: q - kv < 100, 1000, 1000))
         True
     """
-    beyond = mask(a) & ~mask(b)
-    return _shows_nothing(beyond.problem("implies", q_len, kv_len, batch, heads, TILE, q_offset, device, mask_args))
+    return _shows_nothing((mask(a) & ~mask(b)).at_call("implies", q_len, kv_len, call).problem)
 
 
 def _shows_nothing(problem: Problem) -> Comparison:

@@ -160,12 +160,11 @@ def _chosen(count: Tensor, indices: Tensor) -> Tensor:
 
 def _mask_mod(problem: Problem) -> MaskMod:
     """The mask as a function of tensors that torch can map over and compile."""
-    expr, inputs, offset = problem.expr, problem.inputs, problem.q_offset
+    expr, inputs = problem.expr, problem.inputs
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        b, h, q, kv = (index.to(torch.int64) for index in (b, h, q_idx, kv_idx))
-        q = q + (offset[b] if isinstance(offset, Tensor) else offset)
-        return compute(expr, inputs, {"b": b, "h": h, "q": q, "kv": kv}, _read)[0].to(torch.bool)
+        given = (index.to(torch.int64) for index in (b, h, q_idx, kv_idx))
+        return compute(expr, inputs, problem.indices(*given), _read)[0].to(torch.bool)
 
     return mask_mod
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.functions.fingerprint import fingerprint
 from maskflash.functions.function import Function
 from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
+from maskflash.masks.lines import Line
 from maskflash.masks.sight import Sight
 from maskflash.trace.tracer import Argument
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Joinable = Callable[..., Any] | Tensor
 """A mask, a predicate `(b, h, q, kv)`, or a tensor of bool."""
+
+_OF_CALL: Final = ("batch", "heads", "q_offset", "kv_offset", "device")  # what `Mask.at` takes beside lengths
 
 
 class Mask(Function):
@@ -60,7 +62,7 @@ class Mask(Function):
             heads: query heads.
             q_offset: added to row numbers before the mask sees them; an int, or an int tensor (batch,).
             kv_offset: added to column numbers, likewise.
-            device: where to evaluate, and where answers live.
+            device: where to evaluate, and where answers live; block maps and vectors are found on the CPU.
             **mask_args: the mask's own arguments.
 
         Returns:
@@ -81,86 +83,32 @@ class Mask(Function):
             >>> sight.row(0), bool(sight.why(0, 3))
             ([(0, 3)], False)
         """
-        return self._at("Mask.at", q_len, kv_len, batch, heads, q_offset, device, mask_args, kv_offset)
+        sizes: dict[str, Any] = {"batch": batch, "heads": heads, "q_offset": q_offset, "kv_offset": kv_offset}
+        return Sight.of(self, Sizes.checked("Mask.at", q_len, kv_len, **sizes, device=device), mask_args)
 
-    def _at(
-        self,
-        operation: str,
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        heads: int,
-        q_offset: int | Tensor,
-        device: torch.device | str,
-        mask_args: dict[str, Any],
-        kv_offset: int | Tensor = 0,
-    ) -> Sight:
-        """`at`, for an operation that messages call by another name."""
-        sizes = Sizes.checked(
-            *(operation, q_len, kv_len),
-            batch=batch,
-            heads=heads,
-            q_offset=q_offset,
-            device=device,
-            kv_offset=kv_offset,
-        )
-        return Sight.of(self, sizes, mask_args)
+    def at_call(self, operation: str, q_len: int, kv_len: int, call: dict[str, Any]) -> Sight:
+        """`at`, for an operation that messages call by another name; `call` has its arguments by name."""
+        sizes, mask_args = _apart(call)
+        return Sight.of(self, Sizes.checked(operation, q_len, kv_len, **sizes), mask_args)
 
-    def problem(
-        self,
-        operation: str,
-        q_len: int,
-        kv_len: int,
-        batch: int,
-        heads: int,
-        block_size: tuple[int, int],
-        q_offset: int | Tensor,
-        device: torch.device | str,
-        mask_args: dict[str, Any],
-        kv_offset: int | Tensor = 0,
-    ) -> Problem:
-        """The same as analysis takes it, in tiles that are checked already."""
-        seen = self._at(operation, q_len, kv_len, batch, heads, q_offset, device, mask_args, kv_offset)
-        return seen.tiled(block_size)
-
-    def _around(
-        self,
-        operation: str,
-        index: dict[str, int],
-        sizes: dict[str, int | None],
-        q_offset: int | Tensor,
-        device: torch.device | str,
-        mask_args: dict[str, Any],
-    ) -> Sight:
+    def _around(self, operation: str, index: dict[str, int], call: dict[str, Any]) -> Sight:
         """This mask at sizes that hold an index; see `Sizes.around`."""
-        missing = [f"{name}=..." for name in self.sizes if sizes[name] is None]
+        lengths = {name: call.pop(name, None) for name in ("batch", "heads", "q_len", "kv_len")}
+        missing = [f"{name}=..." for name in self.sizes if lengths[name] is None]
         if missing:
             raise ArgumentError(
                 f"{operation}: {self.name} depends on the sizes of a call; pass {', '.join(missing)} as well"
             )
-        return Sight.of(self, Sizes.around(operation, index, sizes, q_offset, device), mask_args)
+        rest, mask_args = _apart(call)
+        return Sight.of(self, Sizes.around(operation, index, lengths, **rest), mask_args)
 
-    def dense(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> Tensor:
+    def dense(self, q_len: int, kv_len: int, **call: Any) -> Tensor:
         """Every pair of the mask: for people, and for whatever wants a dense mask.
 
         Args:
             q_len: rows in tokens.
             kv_len: columns in tokens.
-            batch: batch rows.
-            heads: query heads.
-            q_offset: added to row numbers; an int, or an int tensor (batch,).
-            device: where to evaluate.
-            **mask_args: the mask's own arguments.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
 
         Returns:
             (batch, heads, q_len, kv_len) bool, True where the pair is visible; may be an expanded view.
@@ -174,31 +122,18 @@ class Mask(Function):
             tensor([[1, 0, 0],
                     [1, 1, 0]], dtype=torch.int32)
         """
-        return self._at("Mask.dense", q_len, kv_len, batch, heads, q_offset, device, mask_args).dense()
+        return self.at_call("Mask.dense", q_len, kv_len, call).dense()
 
-    def block_map(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        block_size: BlockSize = 128,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> BlockMap:
+    def block_map(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockMap:
         """Which tiles are full, partial and skip: exactly what evaluating every pair would find.
+
+        The map has one batch row where the mask does not look at b, and q_offset is one for all; likewise with heads.
 
         Args:
             q_len: rows in tokens.
             kv_len: columns in tokens.
-            batch: batch rows; the map has one where the mask does not look at b.
-            heads: query heads; likewise with h.
             block_size: tokens per tile, one number or (q_tokens, kv_tokens).
-            q_offset: added to row numbers; an int, or an int tensor (batch,), which gives the map its batch rows.
-            device: where the map lives; the analysis runs on the CPU.
-            **mask_args: the mask's own arguments.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
 
         Raises:
             MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
@@ -208,23 +143,9 @@ class Mask(Function):
             >>> mask(lambda b, h, q, kv: q >= kv).block_map(512, 512).counts
             {'full': 6, 'partial': 4, 'skip': 6}
         """
-        sight = self._at("Mask.block_map", q_len, kv_len, batch, heads, q_offset, device, mask_args)
-        return sight.block_map(block_size)
+        return self.at_call("Mask.block_map", q_len, kv_len, call).block_map(block_size)
 
-    def row(
-        self,
-        q: int,
-        kv_len: int,
-        *,
-        b: int = 0,
-        h: int = 0,
-        q_len: int | None = None,
-        batch: int | None = None,
-        heads: int | None = None,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> list[tuple[int, int]]:
+    def row(self, q: int, kv_len: int, *, b: int = 0, h: int = 0, **call: Any) -> Line:
         """The keys that a query sees, as runs: the cost is that of one row, in parts of bounded size.
 
         Args:
@@ -232,12 +153,8 @@ class Mask(Function):
             kv_len: columns in tokens.
             b: batch row.
             h: query head.
-            q_len: rows in tokens; needed only by masks that depend on it, such as `ColumnIntervals` with causal.
-            batch: batch rows; likewise.
-            heads: query heads; likewise.
-            q_offset: added to row numbers; an int, or an int tensor (batch,).
-            device: where to evaluate.
-            **mask_args: the mask's own arguments.
+            **call: q_len, batch and heads, needed only by masks that depend on them, such as `ColumnIntervals` with
+                causal; q_offset, kv_offset, device and the mask's own arguments: see `at`.
 
         Returns:
             (start, stop) of each run of visible keys, half open, ascending.
@@ -250,24 +167,10 @@ class Mask(Function):
             >>> (causal() & (global_tokens(4) | sliding_window(100))).row(1000, 4096)
             [(0, 4), (900, 1001)]
         """
-        sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-        sight = self._around("Mask.row", {"b": b, "h": h, "q": q}, sizes, q_offset, device, mask_args)
+        sight = self._around("Mask.row", {"b": b, "h": h, "q": q}, {**call, "kv_len": kv_len})
         return sight.row(q, b=b, h=h)
 
-    def column(
-        self,
-        kv: int,
-        q_len: int,
-        *,
-        b: int = 0,
-        h: int = 0,
-        kv_len: int | None = None,
-        batch: int | None = None,
-        heads: int | None = None,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> list[tuple[int, int]]:
+    def column(self, kv: int, q_len: int, *, b: int = 0, h: int = 0, **call: Any) -> Line:
         """The queries that see a key, as runs (start, stop) of rows: see `row`.
 
         Example:
@@ -275,25 +178,10 @@ class Mask(Function):
             >>> sliding_window(100).column(1000, 4096)
             [(1000, 1101)]
         """
-        sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-        sight = self._around("Mask.column", {"b": b, "h": h, "kv": kv}, sizes, q_offset, device, mask_args)
+        sight = self._around("Mask.column", {"b": b, "h": h, "kv": kv}, {**call, "q_len": q_len})
         return sight.column(kv, b=b, h=h)
 
-    def why(
-        self,
-        q: int,
-        kv: int,
-        *,
-        b: int = 0,
-        h: int = 0,
-        q_len: int | None = None,
-        kv_len: int | None = None,
-        batch: int | None = None,
-        heads: int | None = None,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> Why:
+    def why(self, q: int, kv: int, *, b: int = 0, h: int = 0, **call: Any) -> Why:
         """Why a query sees a key, or doesn't: the conditions that decide it, with their values and source lines.
 
         Args:
@@ -301,13 +189,7 @@ class Mask(Function):
             kv: the column.
             b: batch row.
             h: query head.
-            q_len: rows in tokens; needed only by masks that depend on it, such as `ColumnIntervals`.
-            kv_len: columns in tokens; likewise.
-            batch: batch rows; likewise.
-            heads: query heads; likewise.
-            q_offset: added to row numbers; an int, or an int tensor (batch,).
-            device: where to evaluate.
-            **mask_args: the mask's own arguments.
+            **call: as in `row`; kv_len too is needed only by masks that depend on it.
 
         Returns:
             The answer: true where the query sees the key. str() for people, `reasons` for tools.
@@ -322,34 +204,20 @@ class Mask(Function):
               document(2 documents):
                 doc[q] == doc[kv]: 1 != 0
         """
-        sizes = {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len}
-        sight = self._around("Mask.why", {"b": b, "h": h, "q": q, "kv": kv}, sizes, q_offset, device, mask_args)
-        return sight.why(q, kv, b=b, h=h)
+        return self._around("Mask.why", {"b": b, "h": h, "q": q, "kv": kv}, call).why(q, kv, b=b, h=h)
 
-    def to_flashmask(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        causal: bool | None = None,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> ColumnIntervals:
+    def to_flashmask(self, q_len: int, kv_len: int, *, causal: bool | None = None, **call: Any) -> ColumnIntervals:
         """FlashMask's vectors for this mask: found from its boundary, never from all pairs.
+
+        They are for the rows of the query tensor itself, whatever the offsets, and have one batch row where the mask
+        does not look at b; likewise with heads.
 
         Args:
             q_len: rows in tokens.
             kv_len: columns in tokens.
-            batch: batch rows; the vectors have one where the mask does not look at b.
-            heads: query heads; likewise with h.
             causal: whether the vectors come with causal=True (aligned to the bottom right); None where the mask hides
                 all that causal hides.
-            q_offset: added to row numbers; the vectors are for the rows of the query tensor itself.
-            device: where the vectors live; the analysis runs on the CPU.
-            **mask_args: the mask's own arguments.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
 
         Returns:
             The same mask as column intervals; its `startend_row_indices` is what FlashMask takes.
@@ -363,32 +231,16 @@ class Mask(Function):
             >>> mask(lambda b, h, q, kv: kv <= q < kv + 2).to_flashmask(4, 4).startend_row_indices[0, 0, :, 0]
             tensor([2, 3, 4, 4], dtype=torch.int32)
         """
-        sight = self._at("Mask.to_flashmask", q_len, kv_len, batch, heads, q_offset, device, mask_args)
-        return sight.to_flashmask(causal)
+        return self.at_call("Mask.to_flashmask", q_len, kv_len, call).to_flashmask(causal)
 
-    def to_block_mask(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        block_size: BlockSize = 128,
-        q_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> BlockMask:
+    def to_block_mask(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockMask:
         """FlexAttention's BlockMask of this mask, at the cost of a block map: for its kernel, without its wait.
 
         Args:
             q_len: rows in tokens, at least 1.
             kv_len: columns in tokens, at least 1.
-            batch: batch rows; the BlockMask has one where the mask does not look at b.
-            heads: query heads; likewise with h.
             block_size: tokens per tile, one number or (q_tokens, kv_tokens).
-            q_offset: added to row numbers; an int, or an int tensor (batch,).
-            device: where the BlockMask lives.
-            **mask_args: the mask's own arguments.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
 
         Returns:
             What `create_block_mask` would make: the same full and partial tiles, and a mask_mod for the latter.
@@ -402,8 +254,7 @@ class Mask(Function):
             >>> flex.kv_num_blocks.tolist(), flex.full_kv_num_blocks.tolist()
             ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
         """
-        sight = self._at("Mask.to_block_mask", q_len, kv_len, batch, heads, q_offset, device, mask_args)
-        return sight.to_block_mask(block_size)
+        return self.at_call("Mask.to_block_mask", q_len, kv_len, call).to_block_mask(block_size)
 
     def fingerprint(self, **mask_args: Any) -> str:
         """A hash of what the mask is: the same in every process, and for every mask of the same structure.
@@ -476,3 +327,9 @@ class Mask(Function):
         from maskflash.visualize import notebook
 
         return notebook.of_mask(self)
+
+
+def _apart(call: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a call says of sizes, and the mask's own arguments."""
+    sizes: dict[str, Any] = {name: call[name] for name in _OF_CALL if name in call}
+    return sizes, {name: value for name, value in call.items() if name not in sizes}

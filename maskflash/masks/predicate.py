@@ -23,6 +23,8 @@ from maskflash.ground.names import check_free
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, keyword_arguments, trace
 
+MaskLike = Mask | Callable[..., Any]
+
 # Modules whose functions make masks.
 _MAKERS: Final = ("maskflash.presets.", "maskflash.flashmask.paper", "maskflash.masks.columns")
 
@@ -168,7 +170,7 @@ class Recorded(Mask):
         return Recorded, (self.name, self.keywords, self.defaults, self.traces.records(self.reading()), self.fits)
 
 
-def mask(function: Callable[..., Any] | Mask) -> Mask:
+def mask(function: MaskLike) -> Mask:
     """Make a mask of a predicate; also a decorator.
 
     What the predicate captures (closures, globals, attributes and items of what these hold) is looked up again at each

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from maskflash.op.spec import Backend, Extent, Spec
+from maskflash.functions.sizes import Sizes
+from maskflash.op.spec import Backend, Spec
 
 if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
@@ -76,7 +77,7 @@ class Analysis:
 
     def _of_mask(self, spec: Spec, q: Tensor, k: Tensor) -> tuple[Problem, ...]:
         """What a backend that evaluates pairs itself needs beside its plan."""
-        return () if self.backend == "cpu" else (spec.problem(Extent.of(q, k)),)
+        return () if self.backend == "cpu" else (spec.problem(Sizes.of(q, k)),)
 
     @property
     def nbytes(self) -> int:

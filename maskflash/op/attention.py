@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
 import torch
@@ -13,13 +12,14 @@ from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, BackendError, MaskIndexError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
-from maskflash.ground import arguments
+from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
 from maskflash.ground.transfer import capturing
 from maskflash.masks.mask import Mask
+from maskflash.masks.sight import Sight
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Analysis
-from maskflash.op.spec import Backend, Extent, Spec
+from maskflash.op.spec import Backend, Spec
 
 if TYPE_CHECKING:
     from maskflash.backends.triton.signature import PassName
@@ -80,29 +80,11 @@ class Attention:
 
     @overload
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        q_offset: int | Tensor = 0,
-        kv_offset: int | Tensor = 0,
-        return_lse: Literal[True],
-        **mask_args: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **others: Any
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        q_offset: int | Tensor = 0,
-        kv_offset: int | Tensor = 0,
-        return_lse: bool,
-        **mask_args: Any,
-    ) -> Any: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **others: Any) -> Any: ...
 
     def __call__(
         self,
@@ -143,7 +125,7 @@ class Attention:
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
-        q, k, v = arguments.as_autocast(q, k, v)
+        q, k, v = qkv.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
@@ -153,28 +135,31 @@ class Attention:
             name = self._name(q, k, v, q_offset, kv_offset, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
         if analysis is None:  # else every check has passed for a call like this
-            arguments.tensors(q, k, v)
-            spec = self._spec(q, k, q_offset, kv_offset, mask_args, stamp, check=self.check)
+            qkv.check(q, k, v)
+            sizes = self._sizes(q, k, q_offset, kv_offset)
+            spec = self._spec(sizes, q.shape[3], mask_args, stamp, check=self.check)
             try:
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
                     return (out, lse) if return_lse else out
                 analysis = autograd.found(spec, q, k)
             except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
-                self._analyse_again(q, k, q_offset, kv_offset, mask_args)
+                from maskflash.analysis.classify import classify
+
+                classify(self._problem(sizes, mask_args))
                 raise
             if self.tune and spec.backend == "triton" and not capturing(q.device):
                 self._tune(analysis, spec, q, k, v)
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
-                cache.note(name, [*self.mask.held(), *tensors], spec, Extent.of(q, k))
+                cache.note(name, [*self.mask.held(), *tensors], spec, sizes)
         if not return_lse:
             scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
             at_once: Tensor | None = autograd.at_once(analysis, scale, q, k, v)
             if at_once is not None:
                 return at_once
         if spec is None:
-            spec = self._spec(q, k, q_offset, kv_offset, mask_args, stamp)
+            spec = self._spec(self._sizes(q, k, q_offset, kv_offset), q.shape[3], mask_args, stamp)
         out, lse = autograd.attend(analysis, spec, q, k, v)
         return (out, lse) if return_lse else out
 
@@ -214,11 +199,11 @@ class Attention:
         from maskflash.backends.triton import run as triton
         from maskflash.backends.triton.signature import PASSES
 
-        arguments.tensors(q, k, v)
+        qkv.check(q, k, v)
         arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
-        problem = self._problem(q, k, q_offset, kv_offset, mask_args)
+        problem = self._problem(self._sizes(q, k, q_offset, kv_offset), mask_args)
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 
     def _name(
@@ -257,105 +242,65 @@ class Attention:
             *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *mask_args, *given),
         )
 
+    def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
+        """The sizes of a call; its tensors are checked already, its offsets here."""
+        batch = q.shape[0]
+        rows = arguments.offset("attention", "q_offset", q_offset, batch)
+        return Sizes.of(q, k, rows, arguments.offset("attention", "kv_offset", kv_offset, batch))
+
     def _spec(
-        self,
-        q: Tensor,
-        k: Tensor,
-        q_offset: int | Tensor,
-        kv_offset: int | Tensor,
-        mask_args: dict[str, Any],
-        stamp: int | None = None,
-        *,
-        check: bool = False,
+        self, sizes: Sizes, head_dim: int, mask_args: dict[str, Any], stamp: int | None = None, *, check: bool = False
     ) -> Spec:
         """What a call asks for, its arguments checked and bound."""
-        backend = self._backend_for(q.device)
-        offsets = self._offset("q_offset", q_offset, q.shape[0]), self._offset("kv_offset", kv_offset, q.shape[0])
-        slots, params, tables = self._bound(q, k, offsets, mask_args, stamp)
+        backend = self._backend_for(sizes.device)
+        slots, params, tables = self._bound(sizes, mask_args, stamp)
         if check:
-            self._check(slots, tables, offsets)
-        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
+            self._check(slots, tables, sizes)
+        scale = int(head_dim) ** -0.5 if self.scale is None else self.scale
+        offsets = sizes.q_offset, sizes.kv_offset
         return Spec.make(slots.text, params, tables, *offsets, scale, self.block_size, backend)
 
-    @staticmethod
-    def _offset(name: str, value: int | Tensor, batch: int) -> int | Tensor:
-        plain = type(value) is int and abs(value) <= arguments.FARTHEST
-        return value if plain else arguments.offset("attention", name, value, batch)
-
     def _bound(
-        self,
-        q: Tensor,
-        k: Tensor,
-        offsets: tuple[int | Tensor, int | Tensor],
-        mask_args: dict[str, Any],
-        stamp: int | None = None,
+        self, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None
     ) -> tuple[Slots, list[int], list[Tensor]]:
         """The mask's expression, and its numbers and tables in a call."""
-        device, (batch, heads, q_len, _) = q.device, q.shape
-        sizes = Sizes("attention", q_len, k.shape[2], batch, heads, offsets[0], device, offsets[1])
         slots, params, tables = self.mask.bind(sizes, mask_args, stamp)
-        named = [*zip(slots.names, tables, strict=True), *_named_tensors(offsets)]
+        named = [*zip(slots.names, tables, strict=True), *sizes.offset_tensors]
         if named:
-            arguments.same_device(device, named)
+            qkv.same_device(sizes.device, named)
         return slots, params, tables
 
-    def _check(self, slots: Slots, tables: list[Tensor], offsets: tuple[int | Tensor, int | Tensor]) -> None:
+    def _check(self, slots: Slots, tables: list[Tensor], sizes: Sizes) -> None:
         """See `checking.check`."""
         if not torch.compiler.is_compiling():
-            checking.check("attention", [*zip(slots.names, tables, strict=True), *_named_tensors(offsets)])
+            checking.check("attention", [*zip(slots.names, tables, strict=True), *sizes.offset_tensors])
         elif not checking.ALWAYS:
             torch._dynamo.graph_break(
                 "attention: check=True looks at tables in Python, which torch.compile can't take in; set "
                 "MASKFLASH_CHECK=1, with which compiled graphs check too"
             )
 
-    def _problem(
-        self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor, mask_args: dict[str, Any]
-    ) -> Problem:
+    def _problem(self, sizes: Sizes, mask_args: dict[str, Any]) -> Problem:
         """The mask at the sizes of a call, with the user's own lines."""
-        offsets = self._offset("q_offset", q_offset, q.shape[0]), self._offset("kv_offset", kv_offset, q.shape[0])
-        slots, params, tables = self._bound(q, k, offsets, mask_args)
-        spec = Spec.make(slots.text, params, tables, *offsets, 1.0, self.block_size, "cpu")
-        return replace(spec.problem(Extent.of(q, k)), expr=slots.expr, names=slots.names)
-
-    def _analyse_again(
-        self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor, mask_args: dict[str, Any]
-    ) -> None:
-        from maskflash.analysis.classify import classify
-
-        classify(self._problem(q, k, q_offset, kv_offset, mask_args))
+        self._bound(sizes, mask_args)
+        return Sight.of(self.mask, sizes, mask_args).tiled(self.block_size)
 
     def _tune(self, analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
         from maskflash.backends.triton import run as triton
 
         assert isinstance(analysis.plan, triton.DevicePlan), "the backend's own"
-        problem = spec.problem(Extent.of(q, k))
+        problem = spec.problem(Sizes.of(q, k))
         triton.tune(analysis.plan, problem, q.detach(), k.detach(), v.detach(), spec.scale)
 
-    def explain(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        q_offset: int | Tensor = 0,
-        kv_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> Explanation:
+    def explain(self, q_len: int, kv_len: int, **call: Any) -> Explanation:
         """What was decided for these lengths, and why: str() for people, .to_dict() for tools.
 
         Args:
             q_len: rows in tokens.
             kv_len: columns in tokens.
-            batch: batch rows.
-            heads: query heads.
-            q_offset: as in a call.
-            kv_offset: as in a call.
-            device: where a call would run.
-            **mask_args: the mask's own arguments.
+            **call: batch, heads, q_offset, kv_offset, device (where a call would run) and the mask's own arguments:
+                see `Mask.at`.
 
         Example:
             >>> import maskflash as mf
@@ -372,25 +317,12 @@ class Attention:
         """
         from maskflash.op.explain import Explanation
 
-        problem = self.mask.problem(
-            "Attention.explain", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args, kv_offset
-        )
+        problem = self.mask.at_call("Attention.explain", q_len, kv_len, call).tiled(self.block_size)
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
         return Explanation(self.mask.name, problem, cache.of_problem(problem, backend), backend, why)
 
-    def prepare(
-        self,
-        q_len: int,
-        kv_len: int,
-        *,
-        batch: int = 1,
-        heads: int = 1,
-        q_offset: int | Tensor = 0,
-        kv_offset: int | Tensor = 0,
-        device: torch.device | str = "cpu",
-        **mask_args: Any,
-    ) -> None:
+    def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
         """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
 
         It needs no q, k or v, so it can run in a thread while the step before is computed.
@@ -398,12 +330,7 @@ class Attention:
         Args:
             q_len: rows in tokens.
             kv_len: columns in tokens.
-            batch: batch rows.
-            heads: query heads.
-            q_offset: as in a call.
-            kv_offset: as in a call.
-            device: where the calls will run.
-            **mask_args: the mask's own arguments, the very tensors of the calls.
+            **call: as in `explain`; of tables the very tensors of the calls.
 
         Raises:
             MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
@@ -413,9 +340,7 @@ class Attention:
             >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
             >>> attn.prepare(512, 512)
         """
-        problem = self.mask.problem(
-            "Attention.prepare", q_len, kv_len, batch, heads, self.block_size, q_offset, device, mask_args, kv_offset
-        )
+        problem = self.mask.at_call("Attention.prepare", q_len, kv_len, call).tiled(self.block_size)
         cache.of_problem(problem, self._backend_for(problem.device))
 
     def warm(
@@ -506,8 +431,3 @@ class Attention:
 
     def __repr__(self) -> str:
         return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"
-
-
-def _named_tensors(offsets: tuple[int | Tensor, int | Tensor]) -> list[tuple[str, Tensor]]:
-    """The offsets that are tensors, and what a user calls them."""
-    return [(name, x) for name, x in zip(("q_offset", "kv_offset"), offsets, strict=True) if isinstance(x, Tensor)]

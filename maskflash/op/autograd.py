@@ -10,10 +10,11 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
 from maskflash.op import cache, checking, later
 from maskflash.op.analyse import Analysis
-from maskflash.op.spec import SCHEMA, Extent, Spec
+from maskflash.op.spec import SCHEMA, Spec
 
 # A recorded CUDA graph would keep the block map of the tables that it was recorded with.
 _TAGS: Final = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
@@ -209,7 +210,7 @@ def found(spec: Spec, q: Tensor, k: Tensor) -> Analysis:
     """The analysis of a call, made now or found."""
     if checking.ALWAYS:
         checking.check("attention", _named(spec))
-    return cache.find(spec, Extent.of(q, k))
+    return cache.find(spec, Sizes.of(q, k))
 
 
 def _named(spec: Spec) -> list[tuple[str, Tensor]]:
@@ -232,7 +233,7 @@ def _backward(
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = Spec.from_op(*args)
-    analysis = cache.find(spec, Extent.of(q, k), saved=True)
+    analysis = cache.find(spec, Sizes.of(q, k), saved=True)
     return analysis.backward(spec, dout, dlse, q, k, v, out, lse)
 
 

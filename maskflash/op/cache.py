@@ -13,12 +13,13 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.functions.fingerprint import contents
+from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
 from maskflash.ground import copies
 from maskflash.ground.identity import Watch, owner, state
 from maskflash.op import checking
 from maskflash.op.analyse import Analysis, analyse
-from maskflash.op.spec import Backend, Extent, Spec
+from maskflash.op.spec import Backend, Spec
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
 MEMORY: Final = 1 << 30  # bytes of them; the latest stays, however large
@@ -42,7 +43,7 @@ _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis 
 _latest: Hashable = None  # key of the last analysis made
 
 
-def find(spec: Spec, extent: Extent, *, saved: bool = False) -> Analysis:
+def find(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Analysis:
     """The analysis of a spec, made now or found; threads that want the same one make it once.
 
     A table counts as the same while it is the same tensor (or a view alike of it) at the same version, which every
@@ -50,21 +51,21 @@ def find(spec: Spec, extent: Extent, *, saved: bool = False) -> Analysis:
 
     Args:
         spec: what is attended.
-        extent: the sizes of the call.
+        sizes: the sizes of the call.
         saved: the tensors come from autograd. It has made sure that they are unchanged since forward, but may give out
             others of the same storage.
     """
-    key = _key(spec, extent)
+    key = _key(spec, sizes)
     found = _get(key)
     if found is None and saved:
-        found = named(_key(spec, extent, saved=True))
-    return _make(key, spec, extent) if found is None else found
+        found = named(_key(spec, sizes, saved=True))
+    return _make(key, spec, sizes) if found is None else found
 
 
 def of_problem(problem: Problem, backend: Backend) -> Analysis:
     """The analysis that calls with this mask at these sizes will find."""
-    extent = Extent(problem.batch, problem.heads, problem.q_len, problem.kv_len, problem.device)
-    return find(Spec.of_problem(problem, backend), extent)
+    sizes = Sizes(problem.q_len, problem.kv_len, problem.batch, problem.heads, problem.device)
+    return find(Spec.of_problem(problem, backend), sizes)
 
 
 def named(name: Hashable) -> Analysis | None:
@@ -73,18 +74,18 @@ def named(name: Hashable) -> Analysis | None:
     return None if known is None else _get(known[0])
 
 
-def note(name: Hashable, tensors: Iterable[Tensor], spec: Spec, extent: Extent) -> None:
+def note(name: Hashable, tensors: Iterable[Tensor], spec: Spec, sizes: Sizes) -> None:
     """Give the analysis of a spec another name.
 
     Args:
         name: all that the spec depends on; of tensors their `state`, from before the analysis was looked for.
         tensors: those.
         spec: of which `find` has made the analysis.
-        extent: the sizes of the call.
+        sizes: the sizes of the call.
     """
     if any(table.is_inference() for table in spec.tables):
         return
-    _name(name, _key(spec, extent), Watch(tensors))
+    _name(name, _key(spec, sizes), Watch(tensors))
 
 
 def invalidate(expressions: set[str] | None = None) -> None:
@@ -106,7 +107,7 @@ def _get(key: Hashable) -> Analysis | None:
             return None
 
 
-def _make(key: Hashable, spec: Spec, extent: Extent) -> Analysis:
+def _make(key: Hashable, spec: Spec, sizes: Sizes) -> Analysis:
     """Analyse, or wait for the thread that does."""
     with _lock:
         turn = _turns.setdefault(key, threading.Lock())
@@ -115,15 +116,15 @@ def _make(key: Hashable, spec: Spec, extent: Extent) -> Analysis:
         if found is None:
             try:
                 with copies.lasting():
-                    found = analyse(spec.problem(extent), spec.backend)
-                _keep(key, found, spec, extent)
+                    found = analyse(spec.problem(sizes), spec.backend)
+                _keep(key, found, spec, sizes)
             finally:
                 with _lock:
                     _turns.pop(key, None)
     return found
 
 
-def _keep(key: Hashable, analysis: Analysis, spec: Spec, extent: Extent) -> None:
+def _keep(key: Hashable, analysis: Analysis, spec: Spec, sizes: Sizes) -> None:
     """Store an analysis, and drop those used least recently until count and bytes are within bounds."""
     global _latest
     with _lock:
@@ -134,7 +135,7 @@ def _keep(key: Hashable, analysis: Analysis, spec: Spec, extent: Extent) -> None
             latest.nbytes = latest.analysis.nbytes
         _entries[key] = _Entry(analysis, analysis.nbytes, watch)
         _latest = key
-        _name(_key(spec, extent, saved=True), key, watch)
+        _name(_key(spec, sizes, saved=True), key, watch)
         nbytes = sum(entry.nbytes for entry in _entries.values())
         while len(_entries) > CAPACITY or (nbytes > MEMORY and len(_entries) > 1):
             oldest = next(iter(_entries))
@@ -166,7 +167,7 @@ def _forget(key: Hashable) -> None:
             del _names[name]
 
 
-def _key(spec: Spec, extent: Extent, *, saved: bool = False) -> Hashable:
+def _key(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Hashable:
     """All that an analysis depends on; batch rows and heads count only where they are looked at."""
     reads = expression(spec.expr).reads
     per_row = not (spec.q_offsets is None and spec.kv_offsets is None)
@@ -175,13 +176,13 @@ def _key(spec: Spec, extent: Extent, *, saved: bool = False) -> Hashable:
         spec.backend,
         *spec.block_size,
         *spec.params,
-        extent.q_len,
-        extent.kv_len,
-        extent.batch if per_row or "b" in reads else 1,
-        extent.heads if "h" in reads else 1,
+        sizes.q_len,
+        sizes.kv_len,
+        sizes.batch if per_row or "b" in reads else 1,
+        sizes.heads if "h" in reads else 1,
         spec.q_offset,
         spec.kv_offset,
-        extent.device,
+        sizes.device,
         saved,
         *[None if x is None else _identity(x, saved) for x in spec.tensors],
     )

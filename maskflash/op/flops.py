@@ -17,8 +17,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.classify import classify
+from maskflash.functions.sizes import Sizes
 from maskflash.op import cache
-from maskflash.op.spec import Extent, Spec
+from maskflash.op.spec import Spec
 
 
 @register_flop_formula(torch.ops.maskflash.forward, get_raw=True)
@@ -65,10 +66,10 @@ def _is_known(q: Tensor, k: Tensor, spec: Spec) -> bool:
 
 def _block_map(q: Tensor, k: Tensor, spec: Spec) -> BlockMap:
     """The call's map; without data of q it is made for the CPU, and not kept."""
-    extent = Extent.of(q, k)
+    sizes = Sizes.of(q, k)
     if _is_hollow(q):
-        return classify(spec.problem(extent._replace(device=torch.device("cpu")))).block_map
-    return cache.find(spec, extent, saved=True).block_map
+        return classify(spec.problem(sizes._replace(device=torch.device("cpu")))).block_map
+    return cache.find(spec, sizes, saved=True).block_map
 
 
 def _is_hollow(x: Tensor) -> bool:

@@ -27,25 +27,24 @@ _DIMENSIONS: Final = ("batch", "heads", "tokens", "head dim")
 def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """The results out and lse, laid out as q is."""
     q, k, v, *mask = args
-    if not any(isinstance(x, DTensor) for x in (q, k, v)):
-        return op(q, k, v, *_here(mask, None, ()))
-    mesh, placements = _layout(q, k, v)
-    with torch.no_grad():  # autograd is above
-        local = op(*(_part(x, mesh, placements) for x in (q, k, v)), *_here(mask, q, placements))
-        shapes = (*q.shape[:3], v.shape[3]), q.shape[:3]
-        return tuple(_whole(x, mesh, placements, shape) for x, shape in zip(local, shapes, strict=True))
+    return _on_parts(op, args[:3], (q, k, v), mask, ((*q.shape[:3], v.shape[3]), q.shape[:3]))
 
 
 def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """dq, dk and dv, laid out as q is."""
-    (dout, dlse, q, k, v, out, lse), mask = args[:7], args[7:]
-    if not any(isinstance(x, DTensor) for x in (q, k, v)):
-        return op(dout, dlse, q, k, v, out, lse, *_here(mask, None, ()))
-    mesh, placements = _layout(q, k, v)
-    with torch.no_grad():
-        parts = (None if x is None else _part(x, mesh, placements) for x in (dout, dlse, q, k, v, out, lse))
-        local = op(*parts, *_here(mask, q, placements))
-        return tuple(_whole(x, mesh, placements, of.shape) for x, of in zip(local, (q, k, v), strict=True))
+    q, k, v = args[2:5]
+    return _on_parts(op, args[:7], (q, k, v), args[7:], (q.shape, k.shape, v.shape))
+
+
+def _on_parts(op: Any, tensors: Sequence[Any], qkv: Sequence[Any], mask: Sequence[Any], shapes: Sequence[Any]) -> Any:
+    """An op on what this rank holds of its tensors; results of these shapes."""
+    if not any(isinstance(x, DTensor) for x in qkv):
+        return op(*tensors, *_here(mask, None, ()))
+    mesh, placements = _layout(*qkv)
+    with torch.no_grad():  # autograd is above
+        parts = [None if x is None else _part(x, mesh, placements) for x in tensors]
+        local = op(*parts, *_here(mask, qkv[0], placements))
+        return tuple(_whole(x, mesh, placements, shape) for x, shape in zip(local, shapes, strict=True))
 
 
 def _layout(q: Any, k: Any, v: Any) -> tuple[DeviceMesh, tuple[Placement, ...]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.expr.evaluate import Inputs
+from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
 
 Backend = Literal["cpu", "triton"]
@@ -23,30 +23,6 @@ SCHEMA: Final = (
     "float scale, str expr, int[2] block_size, str backend"
 )
 """The fields of a `Spec`, as torch declares the arguments of an op."""
-
-
-class Extent(NamedTuple):
-    """The sizes of a call, and where it runs.
-
-    Attributes:
-        batch: batch rows.
-        heads: query heads.
-        q_len: rows in tokens.
-        kv_len: columns in tokens.
-        device: of q, k and v.
-    """
-
-    batch: int
-    heads: int
-    q_len: int
-    kv_len: int
-    device: torch.device
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor) -> Extent:
-        """The sizes of a call with these tensors."""
-        batch, heads, q_len, _ = q.shape
-        return cls(batch, heads, q_len, k.shape[2], q.device)
 
 
 class Spec(NamedTuple):
@@ -122,19 +98,19 @@ class Spec(NamedTuple):
         q_offsets, kv_offsets, *tables = tensors
         return self._replace(q_offsets=q_offsets, kv_offsets=kv_offsets, tables=cast("list[Tensor]", tables))
 
-    def problem(self, extent: Extent) -> Problem:
-        """The mask of a call of these sizes, ready to be analysed."""
+    def problem(self, sizes: Sizes) -> Problem:
+        """The mask of a call of these sizes (offsets are in the spec), ready to be analysed."""
         expr = expression(self.expr)
         rows, columns = self.block_size
         return Problem(
             expr=expr,
             inputs=Inputs(expr.decoded(self.params), tuple(self.tables)),
-            q_len=extent.q_len,
-            kv_len=extent.kv_len,
-            batch=extent.batch,
-            heads=extent.heads,
+            q_len=sizes.q_len,
+            kv_len=sizes.kv_len,
+            batch=sizes.batch,
+            heads=sizes.heads,
             block_size=(rows, columns),
             q_offset=self.q_offset if self.q_offsets is None else self.q_offsets,
             kv_offset=self.kv_offset if self.kv_offsets is None else self.kv_offsets,
-            device=extent.device,
+            device=sizes.device,
         )

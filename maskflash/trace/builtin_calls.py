@@ -5,40 +5,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 from maskflash.trace.branches import common_dtype, joined
 from maskflash.trace.hooks import if_, is_, iterated, written
 from maskflash.trace.symbols import Symbol, Table, fail_type, position, stands_for
 from maskflash.trace.tracer import Tracer, active
 
-_CHANGES = frozenset(
-    (
-        *("append", "appendleft", "extend", "extendleft", "insert", "remove", "pop", "popleft", "popitem", "clear"),
-        *(
-            "sort",
-            "reverse",
-            "rotate",
-            "add",
-            "discard",
-            "update",
-            "setdefault",
-            "move_to_end",
-            "send",
-            "throw",
-            "close",
-        ),
-        *("difference_update", "intersection_update", "symmetric_difference_update", "fill", "put", "partition"),
-        *("__setitem__", "__delitem__", "__setattr__", "__delattr__", "__iadd__", "__ior__", "__next__"),
-        *("setattr", "delattr", "setitem", "delitem", "iadd", "iconcat", "ior", "insort_left", "insort_right"),
-        *("heappush", "heappop", "heapreplace", "heappushpop", "heapify", "_count_elements"),
-    )
+_CHANGES: Final = frozenset(
+    str.split("""
+        append appendleft extend extendleft insert remove pop popleft popitem clear sort reverse rotate add discard
+        update setdefault move_to_end send throw close difference_update intersection_update
+        symmetric_difference_update fill put partition __setitem__ __delitem__ __setattr__ __delattr__ __iadd__ __ior__
+        __next__ setattr delattr setitem delitem iadd iconcat ior insort_left insort_right heappush heappop heapreplace
+        heappushpop heapify _count_elements
+    """)
 )  # functions in C that change their owner, or else what they are given first
-_READS = frozenset(
-    (
-        *("next", "list", "tuple", "set", "frozenset", "dict", "sum", "sorted", "enumerate", "zip", "filter", "reduce"),
-        *("iter", "islice", "chain", "takewhile", "dropwhile", "pairwise", "accumulate", "deque", "join", "fromkeys"),
-    )
+_READS: Final = frozenset(
+    str.split("""
+        next list tuple set frozenset dict sum sorted enumerate zip filter reduce iter islice chain takewhile dropwhile
+        pairwise accumulate deque join fromkeys
+    """)
 )  # and that may take iterators
 
 

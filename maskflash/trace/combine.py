@@ -34,12 +34,12 @@ def combine(steps: Sequence[Traced | Join]) -> Traced:
             if node.op not in slots:
                 return node
             values = part.params if node.op == "param" else part.tables
-            value, known = values[int(node.value or 0)], slots[node.op]
+            value, known = values[node.slot], slots[node.op]
             slot = places.setdefault((node.op, _identity(value)), len(known))
             if slot == len(known):
                 known.append(value)
                 if node.op == "lookup":
-                    _name(part.names[int(node.value or 0)], names)
+                    _name(part.names[node.slot], names)
             return Node(node.op, node.args, node.dtype, node.weak, slot)
 
         return builder.append(part.expr, rename)

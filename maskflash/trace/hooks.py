@@ -25,19 +25,11 @@ _UNCHANGING = (Symbol, Table, Tensor, int, float, complex, str, bytes, tuple, fr
 # Connectives
 
 
-def and_(*operands: Callable[[], Any]) -> Any:
-    """`x and y and ...`."""
+def joined(op: str, *operands: Callable[[], Any]) -> Any:
+    """`x and y and ...`, or the same with `or`."""
     value = operands[0]()
     for operand in operands[1:]:
-        value = _connect("and", _lift(value), operand)
-    return value
-
-
-def or_(*operands: Callable[[], Any]) -> Any:
-    """`x or y or ...`."""
-    value = operands[0]()
-    for operand in operands[1:]:
-        value = _connect("or", _lift(value), operand)
+        value = _connect(op, _lift(value), operand)
     return value
 
 
@@ -114,19 +106,9 @@ def _lift(value: Any) -> Any:
     return symbol(tracer, value) if tracer and isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-def any_(items: Iterable[Any]) -> Any:
-    """`any(...)`."""
-    return _all_of("or", items)
-
-
-def all_(items: Iterable[Any]) -> Any:
-    """`all(...)`."""
-    return _all_of("and", items)
-
-
-def _all_of(op: str, items: Iterable[Any]) -> Any:
-    """Items joined by `and` or `or`; Python itself would not ask for those after the one that decides."""
-    code = getattr(items, "gi_code", _all_of.__code__)
+def all_of(op: str, items: Iterable[Any]) -> Any:
+    """`all(...)`, or `any(...)` by `or`; Python itself would not ask for items after the one that decides."""
+    code = getattr(items, "gi_code", all_of.__code__)
     rest = iter(iterated(items))
     result: Any = op == "and"
     while True:
@@ -214,16 +196,16 @@ def in_(value: Any, container: Any) -> Any:
     if isinstance(value, Symbol) and isinstance(container, range):
         return _in_range(value, container)
     if isinstance(container, (tuple, list)) and any(isinstance(item, Symbol) for item in (value, *container)):
-        return any_(item is value or value == item for item in container)
+        return all_of("or", (item is value or value == item for item in container))
     if isinstance(value, Symbol) and isinstance(container, (set, frozenset, dict)):
-        return any_(value == item for item in container)
+        return all_of("or", (value == item for item in container))
     return value in container
 
 
 def _in_range(value: Symbol, numbers: range) -> Any:
     tracer = value.tracer
     if value.dtype.is_floating_point or value.dtype == torch.bool:
-        return any_(apply(tracer, "eq", value, number) for number in numbers)
+        return all_of("or", (apply(tracer, "eq", value, number) for number in numbers))
     if value.dtype != torch.int64:  # an end may lie beyond what a narrower value can be compared with
         value = Symbol(tracer, tracer.record("cast", value.position, dtype=torch.int64, weak=False))
     first, last = sorted((numbers[0], numbers[-1])) if numbers else (0, -1)

@@ -116,19 +116,14 @@ def _is_rewritten(function: FunctionType) -> bool:
 
 
 _RUNTIME: dict[str, Any] = {
-    **{
-        f"__mf_{name}": getattr(hooks, f"{name}_")
-        for name in ("and", "or", "not", "if", "in", "not_in", "is", "is_not")
-    },
-    **{
-        f"__mf_{name}": getattr(hooks, name)
-        for name in ("chain", "operate", "attribute", "written", "rebinds", "iterated")
-    },
+    **{f"__mf_{op}": functools.partial(hooks.joined, op) for op in ("and", "or")},
+    **{f"__mf_{name}": getattr(hooks, f"{name}_") for name in ("not", "if", "in", "not_in", "is", "is_not")},
+    **{f"__mf_{hook.__name__}": hook for hook in (hooks.chain, hooks.operate, hooks.attribute, call)},
+    **{f"__mf_{hook.__name__}": hook for hook in (hooks.written, hooks.rebinds, hooks.iterated)},
     **{f"__mf_{name}": getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "mul")},
-    "__mf_call": call,
 }
 _BUILTINS: dict[Any, Any] = {
-    **{any: hooks.any_, all: hooks.all_, bool: hooks.truth_of},
+    **{any: functools.partial(hooks.all_of, "or"), all: functools.partial(hooks.all_of, "and"), bool: hooks.truth_of},
     **{min: extreme_of("min", builtins.min), max: extreme_of("max", builtins.max)},
     **{isinstance: isinstance_, type: type_, id: id_, print: print_},
     **{map: lambda function, *items: map(call(function), *items)},

@@ -33,11 +33,12 @@ from types import CodeType
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
-HOOKS = (
-    *("__mf_and", "__mf_or", "__mf_not", "__mf_chain", "__mf_if", "__mf_in", "__mf_not_in", "__mf_call"),
-    *("__mf_lt", "__mf_le", "__mf_gt", "__mf_ge", "__mf_eq", "__mf_ne", "__mf_is", "__mf_is_not"),
-    *("__mf_operate", "__mf_read", "__mf_attribute", "__mf_add", "__mf_sub", "__mf_mul"),
-    *("__mf_written", "__mf_rebinds", "__mf_iterated"),
+HOOKS = tuple(
+    f"__mf_{name}"
+    for name in str.split("""
+        and or not chain if in not_in call lt le gt ge eq ne is is_not operate read attribute add sub mul
+        written rebinds iterated
+    """)
 )  # free variables of rewritten code
 
 _COMPARISONS: dict[type[ast.cmpop], str] = {
@@ -45,7 +46,7 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
     **{ast.NotEq: "__mf_ne", ast.Is: "__mf_is", ast.IsNot: "__mf_is_not"},
     **{ast.In: "__mf_in", ast.NotIn: "__mf_not_in"},
 }
-_NUMERIC = (ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq)
+_NUMERIC = {ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq}
 _ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "__mf_add", ast.Sub: "__mf_sub", ast.Mult: "__mf_mul"}
 _FUTURE = functools.reduce(operator.or_, (getattr(__future__, n).compiler_flag for n in __future__.all_feature_names))
 _TYPE_PARAMS = "type_params" in ast.FunctionDef._fields  # Python 3.12
@@ -80,7 +81,7 @@ def _rewrite(code: CodeType) -> Rewritten | None:
         module = _module(source)
         for node in module.functions.get((code.co_name, code.co_firstlineno), ()):
             if _same_code(_compile(node, code, module.imported), code):
-                rewriter = _Rewriter(_bound(node))
+                rewriter = _Rewriter(_bound(code))
                 new = _compile(cast("_Function", rewriter.generic_visit(copy.deepcopy(node))), code, module.imported)
                 return new and Rewritten(new, frozenset(rewriter.elsewhere))
     except (SyntaxError, ValueError, RecursionError):  # the last: operators nested deeper than Python's own stack
@@ -135,23 +136,10 @@ def _same_code(x: CodeType | None, y: CodeType) -> bool:
     return all(_same_code(a, b) if isinstance(b, CodeType) else repr(a) == repr(b) for a, b in pairs)
 
 
-def _bound(node: _Function) -> frozenset[str]:
+def _bound(code: CodeType) -> frozenset[str]:
     """Every name that a function, or one within it, binds: they are not read from outside."""
-    found: set[str] = set()
-    for child in ast.walk(node):
-        if isinstance(child, ast.Name) and not isinstance(child.ctx, ast.Load):
-            found.add(child.id)
-        elif isinstance(child, ast.arg):
-            found.add(child.arg)
-        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(child.name)
-        elif isinstance(child, ast.alias):
-            found.add((child.asname or child.name).partition(".")[0])
-        elif isinstance(child, (ast.ExceptHandler, ast.MatchAs, ast.MatchStar)) and child.name:
-            found.add(child.name)
-        elif isinstance(child, ast.MatchMapping) and child.rest:
-            found.add(child.rest)
-    return frozenset(found)
+    inner = (_bound(const) for const in code.co_consts if isinstance(const, CodeType))
+    return frozenset((*code.co_varnames, *code.co_cellvars)).union(*inner)
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -174,19 +162,25 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        operands = [self._operand(operand) for operand in (node.left, node.right)]
         name = _ARITHMETIC.get(type(node.op))
-        if name is None or _binds(node) or not any(operands):
+        if name is None or _binds(node):
             return self.generic_visit(node)
-        left, right = (new or self.visit(old) for new, old in zip(operands, (node.left, node.right), strict=True))
-        return self._call(node, "__mf_operate", self._name(node, name), left, right)
+        return self._operated(node, name, node.left, node.right)
+
+    def _operated(self, node: ast.AST, name: str, *operands: ast.expr) -> ast.AST:
+        """An operation that is told which operands are captured; as it is where none can be."""
+        captured = [self._operand(operand) for operand in operands]
+        if not any(captured):
+            return self.generic_visit(node)
+        read = (new or self.visit(old) for new, old in zip(captured, operands, strict=True))
+        return self._call(node, "__mf_operate", ast.Name(name, ast.Load()), *read)
 
     def _operand(self, node: ast.expr) -> ast.expr | None:
         """What to read a captured number by; None for any other operand."""
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in self._bound:
-            return self._call(node, "__mf_read", self._text(node, node.id), node)
+            return self._call(node, "__mf_read", ast.Constant(node.id), node)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and not node.attr.startswith("__"):
-            return self._call(node, "__mf_attribute", self.visit(node.value), self._text(node, node.attr))
+            return self._call(node, "__mf_attribute", self.visit(node.value), ast.Constant(node.attr))
         return None
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
@@ -202,23 +196,17 @@ class _Rewriter(ast.NodeTransformer):
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         if _binds(node):
             return self.generic_visit(node)
-        names = [_COMPARISONS[type(op)] for op in node.ops]
-        numeric = all(isinstance(op, _NUMERIC) for op in node.ops)
-        operands = [self._operand(x) if numeric else None for x in (node.left, *node.comparators)]
-        if len(node.ops) == 1:
-            if numeric and not any(operands):
-                return self.generic_visit(node)
-            left, right = (
-                new or self.visit(x) for new, x in zip(operands, (node.left, *node.comparators), strict=True)
-            )
-            if numeric:
-                return self._call(node, "__mf_operate", self._name(node, names[0]), left, right)
-            return self._call(node, names[0], left, right)
-        links: list[ast.expr] = []
-        for name, comparator, operand in zip(names, node.comparators, operands[1:], strict=True):
-            thunk = self._thunk(comparator) if operand is None else self._lambda(comparator, operand)
-            links.append(ast.copy_location(ast.Tuple([ast.Name(name, ast.Load()), thunk], ast.Load()), comparator))
-        return self._call(node, "__mf_chain", operands[0] or self.visit(node.left), *links)
+        (name, *others), numeric = [_COMPARISONS[type(op)] for op in node.ops], set(map(type, node.ops)) <= _NUMERIC
+        if not others and numeric:
+            return self._operated(node, name, node.left, *node.comparators)
+        left, *rest = ((numeric and self._operand(x)) or self.visit(x) for x in (node.left, *node.comparators))
+        if not others:
+            return self._call(node, name, left, *rest)
+        links = (
+            ast.Tuple([ast.Name(name, ast.Load()), self._lambda(comparator, operand)], ast.Load())
+            for name, comparator, operand in zip((name, *others), node.comparators, rest, strict=True)
+        )
+        return self._call(node, "__mf_chain", left, *links)
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         if _binds(node):
@@ -250,7 +238,7 @@ class _Rewriter(ast.NodeTransformer):
         self.generic_visit(node)
         if not isinstance(node.target, ast.Name):
             return node
-        target = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+        target = ast.Name(node.target.id, ast.Load())
         return [ast.copy_location(ast.Expr(self._call(node, "__mf_written", target)), node), node]
 
     def visit_Global(self, node: ast.Global) -> list[ast.stmt]:
@@ -259,30 +247,22 @@ class _Rewriter(ast.NodeTransformer):
 
     def visit_Nonlocal(self, node: ast.Nonlocal) -> list[ast.stmt]:
         self.elsewhere.update(node.names)
-        names: list[ast.expr] = [ast.copy_location(ast.Name(name, ast.Load()), node) for name in node.names]
+        names: list[ast.expr] = [ast.Name(name, ast.Load()) for name in node.names]
         return [node, self._rebinds(node, ast.Tuple(names, ast.Load()))]
 
     def _rebinds(self, node: ast.stmt, names: ast.expr) -> ast.stmt:
         """Tell of outer variables: a lambda that reads them has their cells."""
-        reader = ast.Lambda(ast.arguments([], [], None, [], [], None, []), ast.copy_location(names, node))
-        return ast.copy_location(ast.Expr(self._call(node, "__mf_rebinds", ast.copy_location(reader, node))), node)
+        return ast.copy_location(ast.Expr(self._call(node, "__mf_rebinds", self._lambda(node, names))), node)
 
-    def visit_For(self, node: ast.For) -> ast.AST:
-        return self._iterated(node)
-
-    def visit_comprehension(self, node: ast.comprehension) -> ast.AST:
-        return self._iterated(node)
-
-    def _iterated(self, node: ast.For | ast.comprehension) -> ast.AST:
+    def visit_For(self, node: ast.For | ast.comprehension) -> ast.AST:
         self.generic_visit(node)
         node.iter = self._call(node.iter, "__mf_iterated", node.iter)
         return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return self._kept(node)  # class bodies have scopes that a lambda can't see
+    visit_comprehension = visit_For
 
-    def _kept(self, node: ast.AST) -> ast.AST:
-        """A part that stays as it is."""
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """It stays as it is: class bodies have scopes that a lambda can't see."""
         for child in ast.walk(node):
             if isinstance(child, (ast.Name, ast.Attribute)):
                 self.elsewhere.add(child.id if isinstance(child, ast.Name) else child.attr)
@@ -296,13 +276,9 @@ class _Rewriter(ast.NodeTransformer):
         return ast.copy_location(ast.Lambda(empty, body), at)
 
     def _call(self, at: ast.AST, name: str, *args: ast.expr) -> ast.Call:
-        return ast.copy_location(ast.Call(self._name(at, name), list(args), []), at)
-
-    def _name(self, at: ast.AST, name: str) -> ast.Name:
-        return ast.copy_location(ast.Name(name, ast.Load()), at)
-
-    def _text(self, at: ast.AST, text: str) -> ast.Constant:
-        return ast.copy_location(ast.Constant(text), at)
+        return ast.copy_location(
+            ast.Call(ast.Name(name, ast.Load()), list(args), []), at
+        )  # its parts take over its place
 
 
 def _binds(node: ast.AST) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -104,19 +104,50 @@ def element(tracer: Tracer, slot: int, dtype: torch.dtype, indices: tuple[int, .
 # Values
 
 
-class Symbol:
+class _StandIn:
+    """What passes for another value while a predicate runs, and records what is done with it."""
+
+    __slots__ = ("tracer",)
+    __array_ufunc__ = None  # numpy scalars hand their operators over
+
+    tracer: Tracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` and class patterns read: for our code the true one."""
+        if not asks_for_class(sys._getframe(1)):
+            return type(self)
+        kinds = stands_for(cast("Symbol | Table", self))
+        return fail_type(self) if len(kinds) > 1 else kinds[0]
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        tracer = tracer_of(args, kwargs)
+        assert tracer is not None
+        return tracer.torch.call(tracer, func, args, kwargs)
+
+
+class Symbol(_StandIn):
     """A scalar whose value depends on the pair: an index, an argument, a table element, or computed from these."""
 
-    __slots__ = ("position", "tracer")
-    __array_ufunc__ = None  # numpy scalars hand their operators over
+    __slots__ = ("position",)
 
     def __init__(self, tracer: Tracer, position: int) -> None:
         self.tracer = tracer
         self.position = position
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return _class(self)
 
     @property
     def node(self) -> Node:
@@ -146,12 +177,6 @@ class Symbol:
 
     def __bool__(self) -> bool:
         return self.tracer.decide(truth(self.tracer, self).position)
-
-    def __abs__(self) -> Symbol:
-        return apply(self.tracer, "abs", self)
-
-    def __neg__(self) -> Symbol:
-        return apply(self.tracer, "neg", self)
 
     def __pos__(self) -> Symbol:
         return self
@@ -206,12 +231,6 @@ class Symbol:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         self._concrete()
 
-    def __copy__(self) -> Symbol:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Symbol:
-        return self
-
     def __repr__(self) -> str:
         if not self.tracer.tells:
             self._concrete()
@@ -221,19 +240,6 @@ class Symbol:
         if name.startswith("__"):
             raise AttributeError(name)
         return self.tracer.torch.method(self, name)
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        tracer = tracer_of(args, kwargs)
-        assert tracer is not None
-        return tracer.torch.call(tracer, func, args, kwargs)
 
 
 def tracer_of(*values: object) -> Tracer | None:
@@ -248,22 +254,17 @@ def tracer_of(*values: object) -> Tracer | None:
     return None
 
 
-class Table:
+class Table(_StandIn):
     """A tensor that is looked up: a keyword argument, or a captured one that has met a symbol; maybe partly indexed."""
 
-    __slots__ = ("indices", "slot", "tensor", "tracer")
+    __slots__ = ("indices", "slot", "tensor")
     __hash__ = None  # type: ignore[assignment]
-    __array_ufunc__ = None
 
     def __init__(self, tracer: Tracer, slot: int, tensor: Tensor, indices: tuple[int, ...]) -> None:
         self.tracer = tracer
         self.slot = slot
         self.tensor = tensor
         self.indices = indices
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return _class(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -333,12 +334,6 @@ class Table:
     def __contains__(self, value: object) -> NoReturn:
         self.tracer.fail_member()
 
-    def __copy__(self) -> Table:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Table:
-        return self
-
     def __repr__(self) -> str:
         return f"Table(slot={self.slot}, shape={tuple(self.tensor.shape)})"
 
@@ -349,8 +344,6 @@ class Table:
             f"asks a whole tensor for `.{name}`, which needs a concrete value",
             "Index the tensor with q or kv first, or compute it before the call and pass it in.",
         )
-
-    __torch_function__ = Symbol.__dict__["__torch_function__"]
 
 
 # What they pass for
@@ -364,20 +357,12 @@ def stands_for(value: Symbol | Table) -> tuple[type, ...]:
     return (number,) if value.node.weak else (number, Tensor)
 
 
-def fail_type(value: Symbol | Table) -> NoReturn:
+def fail_type(value: _StandIn) -> NoReturn:
     """Refuse to say whether a value is a number or a tensor."""
     value.tracer.fail(
         "asks for the type of an index or of what is computed from it, which may be a number or a tensor",
         "Write what serves both, or decide by an argument of the mask.",
     )
-
-
-def _class(value: Symbol | Table) -> type:
-    """`value.__class__`, which `isinstance` and class patterns read: for our code the true one."""
-    if not asks_for_class(sys._getframe(2)):
-        return type(value)
-    kinds = stands_for(value)
-    return fail_type(value) if len(kinds) > 1 else kinds[0]
 
 
 def _takes_several(index: object) -> bool:
@@ -388,11 +373,12 @@ def _takes_several(index: object) -> bool:
 
 # Operators
 
-METHODS = {row.method: row for row in OPERATIONS.values() if row.method and row.arity == 2}
+METHODS = {row.method: row for row in OPERATIONS.values() if row.method}
+REFLECTED = {name: row for name, row in METHODS.items() if row.arity == 2 and not row.mirrored}
 
 
 def _forward(op: str) -> Callable[..., Symbol]:
-    return lambda self, other: apply(self.tracer, op, self, other)
+    return lambda self, *other: apply(self.tracer, op, self, *other)
 
 
 def _reflected(op: str) -> Callable[..., Symbol]:
@@ -402,9 +388,9 @@ def _reflected(op: str) -> Callable[..., Symbol]:
 for _name, _row in METHODS.items():
     setattr(Symbol, f"__{_name}__", _forward(_row.name))
     setattr(Table, f"__{_name}__", Table._whole)
-    if not _row.mirrored:
-        setattr(Table, f"__r{_name}__", Table._whole)
-        if _name != "truediv":
-            setattr(Symbol, f"__r{_name}__", _reflected(_row.name))
-for _name in ("abs", "neg", "invert", "bool", "int", "float", "index", "divmod", "rdivmod", "pow"):
+for _name, _row in REFLECTED.items():
+    setattr(Table, f"__r{_name}__", Table._whole)
+    if _name != "truediv":
+        setattr(Symbol, f"__r{_name}__", _reflected(_row.name))
+for _name in ("invert", "bool", "int", "float", "index", "divmod", "rdivmod", "pow"):
     setattr(Table, f"__{_name}__", Table._whole)

@@ -15,6 +15,7 @@ from maskflash.errors import MaskTraceError
 from maskflash.expr.ops import OPERATIONS
 from maskflash.trace.symbols import (
     METHODS,
+    REFLECTED,
     Symbol,
     Table,
     apply,
@@ -29,12 +30,10 @@ from maskflash.trace.tracer import Tracer
 
 _NAMES = {
     **{f"__{name}__": row for name, row in METHODS.items()},
-    **{f"__i{name}__": row for name, row in METHODS.items() if not row.mirrored},
-    **{f"__{name}__": OPERATIONS[name] for name in ("neg", "abs")},
+    **{f"__i{name}__": row for name, row in REFLECTED.items()},
     **{name: row for row in OPERATIONS.values() for name in row.called},
 }
-_REFLECTED = {f"__r{name}__": row.name for name, row in METHODS.items() if not row.mirrored and name != "truediv"}
-_REFLECTED |= {"rsub": "sub"}
+_SWAPPED = {f"__r{name}__": row.name for name, row in REFLECTED.items() if name != "truediv"} | {"rsub": "sub"}
 _SAME = frozenset(("clone", "detach", "contiguous", "cpu", "positive", "__pos__"))
 _SHAPES = frozenset(("squeeze", "view", "reshape", "expand"))
 _CASTS = {
@@ -44,25 +43,21 @@ _CASTS = {
 }
 _CONCRETE = frozenset(("item", "tolist", "numpy", "__int__", "__float__", "__index__", "__bool__", "__iter__"))
 _RANDOM = frozenset(
-    (
-        *("rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like", "randint_like"),
-        *("bernoulli", "binomial", "multinomial", "poisson"),
-    )
+    str.split("""
+        rand randn randint randperm normal rand_like randn_like randint_like bernoulli binomial multinomial poisson
+    """)
 )
 _METADATA = frozenset(
-    (
-        *("size", "dim", "numel", "stride", "__len__", "ndimension", "data_ptr"),
-        *("is_floating_point", "is_complex", "is_contiguous"),
-    )
+    str.split("size dim numel stride __len__ ndimension data_ptr is_floating_point is_complex is_contiguous")
 )
 
 
 def call(tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """A torch function with a symbol among its arguments."""
-    name = getattr(func, "__name__", str(func))
+    name = _name_of(func)
     if name == "__getitem__" and isinstance(args[0], Tensor):
         return _look_up(tracer, args[0], args[1])
-    return _dispatch(tracer, _name_of(func), args, kwargs)
+    return _dispatch(tracer, name, args, kwargs)
 
 
 def _name_of(func: Callable[..., Any]) -> str:
@@ -98,8 +93,8 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
     plain = not kwargs
     if name in _NAMES and len(args) == _NAMES[name].arity and plain:
         return apply(tracer, _NAMES[name].name, *args)
-    if name in _REFLECTED and len(args) == 2 and plain:
-        return apply(tracer, _REFLECTED[name], args[1], args[0])
+    if name in _SWAPPED and len(args) == 2 and plain:
+        return apply(tracer, _SWAPPED[name], args[1], args[0])
     if name in _SAME or (name in _SHAPES and _keeps_one_element(args[1:], kwargs)):
         return symbol(tracer, args[0])
     if name in _CASTS and len(args) == 1:

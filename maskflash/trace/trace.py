@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType, FunctionType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,39 +146,37 @@ def _deeper(run: Callable[[], Traced], home: Source) -> Traced:
             sys.setrecursionlimit(frames)
 
 
+class _Effort(NamedTuple):
+    """How to trace: the types of numbers that are fixed; whether values decide conditions too, on many more paths."""
+
+    fixed: tuple[type, ...] = ()
+    use_values: bool = False
+
+
+_QUICK: Final = (_Effort(), _Effort((float,)))  # Python may have to compute with floats
+_THOROUGH: Final = (_Effort((float,), True), _Effort((int, float), True))
+
+
 def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources) -> Traced:
-    with contextlib.suppress(Exception, TooManyPaths):  # it may lie on a path that the values of constants rule out
-        return _trace(predicate, mask_args, sources, FEW_PATHS)
-    if any(type(value) is float for value in mask_args.values()):
-        with contextlib.suppress(Exception, TooManyPaths):  # Python may have to compute with them
-            return _trace(predicate, mask_args, sources, FEW_PATHS, fixed=(float,))
-    return _with_values(predicate, mask_args, sources, (float,))
+    kinds = set(map(type, mask_args.values()))
+    for how in _QUICK if float in kinds else _QUICK[:1]:
+        with contextlib.suppress(Exception, TooManyPaths):  # it may lie on a path that the values of constants rule out
+            return _trace(predicate, mask_args, sources, how)
+    has_integers = any(isinstance(value, int) for value in mask_args.values())
+    for how in _THOROUGH:
+        try:
+            return _trace(predicate, mask_args, sources, how)
+        except _Raises as raised:  # perhaps for other integers than these, as in `if n < 1: raise`
+            if int in how.fixed or not has_integers:
+                raise raised.refusal from raised.__cause__
+    raise AssertionError("the last one returns or raises")
 
 
-def _with_values(
-    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources, fixed: tuple[type, ...]
-) -> Traced:
-    try:
-        return _trace(predicate, mask_args, sources, MAX_PATHS, use_values=True, fixed=fixed)
-    except _Raises as raised:  # perhaps for other integers than these, as in `if n < 1: raise`
-        if int in fixed or not any(isinstance(value, int) for value in mask_args.values()):
-            raise raised.refusal from raised.__cause__
-    return _with_values(predicate, mask_args, sources, (int, float))
-
-
-def _trace(
-    predicate: Callable[..., Any],
-    mask_args: Mapping[str, MaskArg],
-    sources: Sources,
-    limit: int,
-    *,
-    use_values: bool = False,
-    fixed: tuple[type, ...] = (),
-) -> Traced:
+def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources, how: _Effort) -> Traced:
     apart: set[CodeType] = set()
     while True:
         try:
-            return _trace_once(predicate, mask_args, sources, limit, use_values, fixed, apart)
+            return _trace_once(predicate, mask_args, sources, how, apart)
         except Apart as found:
             apart.add(found.code)
 
@@ -187,16 +185,15 @@ def _trace_once(
     predicate: Callable[..., Any],
     mask_args: Mapping[str, MaskArg],
     sources: Sources,
-    limit: int,
-    use_values: bool,
-    fixed: tuple[type, ...],
+    how: _Effort,
     apart: set[CodeType],
 ) -> Traced:
     home = _home(predicate)
     calls = TorchCalls(torch_calls.call, torch_calls.method)
-    tracer = Tracer(home, _trace_once.__code__, limit, use_values, calls, sources, apart)
+    limit = MAX_PATHS if how.use_values else FEW_PATHS
+    tracer = Tracer(home, _trace_once.__code__, limit, how.use_values, calls, sources, apart)
     indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
-    keywords = {name: _argument(tracer, name, value, fixed) for name, value in mask_args.items()}
+    keywords = {name: _argument(tracer, name, value, how.fixed) for name, value in mask_args.items()}
     lowered = lower(predicate)
     outer = active()
     ACTIVE.tracer = tracer
@@ -204,7 +201,7 @@ def _trace_once(
         with torch_calls.CapturedTensors(tracer):
             result = explore_all(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
     except TooManyPaths:
-        if limit < MAX_PATHS:
+        if not how.use_values:
             raise
         raise MaskTraceError(
             f"{home}: branches in more than {MAX_PATHS} ways. Return one expression built with `and`, `or` "
@@ -279,12 +276,12 @@ def compact(
     used: dict[str, dict[int, int]] = {"param": {}, "lookup": {}}
     for node in expr.nodes:
         if node.op in used:
-            used[node.op].setdefault(int(node.value or 0), len(used[node.op]))
+            used[node.op].setdefault(node.slot, len(used[node.op]))
 
     def renumber(node: Node) -> Node:
         if node.op not in used:
             return node
-        return Node(node.op, node.args, node.dtype, node.weak, used[node.op][int(node.value or 0)])
+        return Node(node.op, node.args, node.dtype, node.weak, used[node.op][node.slot])
 
     return Traced(
         Expr(tuple(map(renumber, expr.nodes)), expr.sources),

@@ -283,7 +283,7 @@ class Tracer:
     def fix(self, position: int) -> int:
         """An integer argument in a structural place: its value becomes part of the structure."""
         node = self.builder.nodes[position]
-        if node.op == "param" and isinstance(name := self.params[int(node.value or 0)], Argument):
+        if node.op == "param" and isinstance(name := self.params[node.slot], Argument):
             self.specialised.add(name)
             return self.builder.const(self._argument_values[name])
         return position
@@ -317,7 +317,7 @@ class Tracer:
         """The value of a constant or a captured integer, where a float holds it exactly."""
         number = node.value if node.op == "const" else None
         if node.op == "param":
-            value = self.params[int(node.value or 0)]
+            value = self.params[node.slot]
             if isinstance(value, Captured):  # decided by its value now, so another one is another trace
                 self.specialised.add(value)
                 value = self.sources.values[value]

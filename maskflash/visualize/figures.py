@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
@@ -35,13 +34,10 @@ def draw_mask(
     kv_len: int,
     *,
     ax: Axes | None = None,
-    batch: int = 1,
-    heads: int = 1,
     batch_row: int = 0,
     head: int = 0,
-    q_offset: int | Tensor = 0,
     legend: bool = True,
-    **mask_args: Any,
+    **call: Any,
 ) -> Axes:
     """Draw which pairs are visible, each by itself up to 512 tokens, then by squares of equal size.
 
@@ -53,13 +49,10 @@ def draw_mask(
         q_len: rows in tokens.
         kv_len: columns in tokens.
         ax: where to draw; None makes a figure (`returned.figure`).
-        batch: batch rows of the call that the mask is for.
-        heads: its query heads.
-        batch_row: which of them to draw.
-        head: which of them to draw.
-        q_offset: as in a call.
+        batch_row: which batch row to draw.
+        head: which query head to draw.
         legend: whether to say what the colours mean.
-        **mask_args: the mask's own arguments.
+        **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `Mask.at`.
 
     Returns:
         The axes, in tokens: queries downwards, keys to the right.
@@ -77,7 +70,7 @@ def draw_mask(
     legend = arguments.flag("draw_mask", "legend", legend)
     q_len, kv_len = arguments.integer("draw_mask", "q_len", q_len), arguments.integer("draw_mask", "kv_len", kv_len)
     size = max(1, math.ceil(max(q_len, kv_len) / _MOST))
-    block_map = mask.block_map(q_len, kv_len, batch=batch, heads=heads, block_size=size, q_offset=q_offset, **mask_args)
+    block_map = mask.block_map(q_len, kv_len, block_size=size, **call)
     drawn = cells(block_map, _MOST, batch_row, head)
     ax = axes(ax)
     _image(ax, drawn)

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP, Runs
@@ -42,12 +40,8 @@ def explorer(
     *,
     path: str | os.PathLike[str] | None = None,
     title: str | None = None,
-    batch: int = 1,
-    heads: int = 1,
     block_size: BlockSize = 128,
-    q_offset: int | Tensor = 0,
-    device: torch.device | str = "cpu",
-    **mask_args: Any,
+    **call: Any,
 ) -> str:
     """Make a page that shows a block map: its tiles, who decided each, and the work of its rows and columns.
 
@@ -61,12 +55,8 @@ def explorer(
         kv_len: columns in tokens; likewise.
         path: a file to write the page to as well.
         title: what to call it; None for the mask's own name.
-        batch: batch rows of the call that a mask is for.
-        heads: its query heads.
         block_size: tokens per tile, one number or (q_tokens, kv_tokens).
-        q_offset: as in a call.
-        device: where to analyse a mask.
-        **mask_args: the mask's own arguments.
+        **call: for a mask, batch, heads, q_offset, kv_offset, device and its own arguments: see `Mask.at`.
 
     Returns:
         The page's HTML.
@@ -93,7 +83,7 @@ def explorer(
         if q_len is None or kv_len is None:
             raise ArgumentError(f"explorer: {shown.name} is a mask, so q_len and kv_len are needed")
         size = arguments.block_size("explorer", block_size)
-        problem = shown.problem("explorer", q_len, kv_len, batch, heads, size, q_offset, device, mask_args).on_host()
+        problem = shown.at_call("explorer", q_len, kv_len, call).tiled(size).on_host()
         decided = decide(problem)
         block_map = decided.seen.block_map
         documents = find_documents(problem)

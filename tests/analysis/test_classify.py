@@ -45,7 +45,7 @@ def brute_force(dense, block_size):
 
 def problem_of(mask, q_len, kv_len, block_size, batch=2, heads=2):
     block_size = (block_size, block_size) if isinstance(block_size, int) else block_size
-    return mask.problem("test", q_len, kv_len, batch, heads, block_size, 0, torch.device("cpu"), {})
+    return mask.at(q_len, kv_len, batch=batch, heads=heads).tiled(block_size)
 
 
 @settings(max_examples=300)

@@ -63,7 +63,7 @@ class Numbers:
 def test_they_say_what_the_mask_says(mask, q_len):
     kv_len = 30
     q_len = kv_len if isinstance(mask, mf.ColumnIntervals) else q_len
-    problem = mask.problem("test", q_len, kv_len, 1, 1, (16, 16), 0, torch.device("cpu"), {})
+    problem = mask.at(q_len, kv_len).tiled((16, 16))
     text = formula(mask, q_len, kv_len)
     assume(text is not None and ";" not in text)
     tables = {name: Numbers(table) for name, table in zip(problem.names, problem.inputs.tables, strict=True)}

@@ -55,7 +55,7 @@ def problems(draw):
 @given(problems(), st.integers(1, 8), st.integers(1, 8))
 @settings(max_examples=150, deadline=None)
 def test_every_way_is_exact(mask, q_len, kv_len):
-    problem = mask.problem("test", q_len, kv_len, 1, 1, (2, 2), 0, torch.device("cpu"), {})
+    problem = mask.at(q_len, kv_len).tiled((2, 2))
     seen = mask.dense(q_len, kv_len)
     expected = mf.BlockMap.from_kinds(kinds(seen[0, 0]), q_len, kv_len, (2, 2)).kinds()
     assert torch.equal(classify(problem).block_map.kinds(), expected)
@@ -85,5 +85,5 @@ def test_differences_from_a_far_base_have_formulas(base):
 def test_rows_that_descend_to_the_least_number_are_cut_where_they_turn():
     values = torch.tensor([2**63 - 1, 5, -(2**63) + 1, -(2**63)])
     mask = mf.mask(lambda b, h, q, kv: values[q] <= values[kv])
-    problem = mask.problem("test", 4, 4, 1, 1, (1, 1), 0, torch.device("cpu"), {})
+    problem = mask.at(4, 4).tiled((1, 1))
     assert torch.equal(cover(find_pieces(problem)).kinds()[0, 0] == 2, mask.dense(4, 4)[0, 0])

@@ -6,7 +6,6 @@ import sys
 import types
 import weakref
 from collections import ChainMap, UserDict, deque, namedtuple
-from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
 
@@ -15,95 +14,11 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.masks import predicate as masks_mask
+from tests.functions.capturing import CHANGES, Config, Model, N, holds
 
-N = 24
 WINDOW = 5
 DOC = torch.arange(N) // 5
 SETTINGS = SimpleNamespace(window=4, spans=[(0, 3), (9, 12)])
-Pair = namedtuple("Pair", "low high")
-
-
-@dataclass
-class Config:
-    window: int = 4
-    tables: dict = field(default_factory=lambda: {"doc": torch.arange(N) // 4})
-    nested: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(radius=2.5))
-
-
-class Model(torch.nn.Module):
-    shift = 1
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("doc", torch.arange(N) // 6)
-        self.register_buffer("place", torch.arange(N).float() * 0.75)
-        self.config = Config()
-        self.spans = [(2, 5), (8, 9)]
-        self.limits = Pair(2, 20)
-        self.layers = torch.nn.ParameterList([torch.nn.Parameter(torch.arange(N).float())])
-        self.attn = mf.compile(self.visible)
-
-    @property
-    def reach(self):
-        return self.config.window + self.shift
-
-    def near(self, q, kv):
-        return abs(self.place[q] - self.place[kv]) < self.config.nested.radius
-
-    def visible(self, b, h, q, kv):
-        if any(low <= kv < high for low, high in self.spans):
-            return True
-        inside = self.limits.low <= q < self.limits.high
-        return inside and (self.doc[q] == self.doc[kv] or (q - kv < self.reach and self.near(q, kv)))
-
-
-def pair_by_pair(predicate, **mask_args):
-    """Python's own answer, a pair at a time."""
-    return torch.tensor([[bool(predicate(0, 0, q, kv, **mask_args)) for kv in range(N)] for q in range(N)])
-
-
-def holds(mask, predicate, **mask_args):
-    """Whether all that is asked of a mask agrees with Python."""
-    expected = pair_by_pair(predicate, **mask_args)
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, expected).nan_to_num()
-    return (
-        torch.equal(mask.dense(N, N, **mask_args)[0, 0], expected)
-        and mask.block_map(N, N, block_size=1, **mask_args).counts["full"] == expected.sum()
-        and torch.allclose(mf.attention(q, k, v, mask, **mask_args), plain, atol=1e-5)
-        and torch.allclose(mf.compile(mask)(q, k, v, **mask_args), plain, atol=1e-5)
-    )
-
-
-CHANGES = {
-    "a buffer loaded by assignment": lambda m: m.load_state_dict(
-        {**m.state_dict(), "doc": torch.arange(N) // 11}, assign=True
-    ),
-    "a buffer set": lambda m: setattr(m, "doc", torch.arange(N) // 3),
-    "a buffer written to": lambda m: m.doc.zero_(),
-    "a buffer with other data": lambda m: setattr(m.doc, "data", torch.arange(N) // 2),
-    "a buffer of another dtype": lambda m: (m.double(), m.place.mul_(2)),
-    "an int": lambda m: setattr(m.config, "window", 9),
-    "an int that becomes a float": lambda m: setattr(m.config, "window", 2.5),
-    "a float": lambda m: setattr(m.config.nested, "radius", 7.25),
-    "another object": lambda m: setattr(m, "config", Config(window=1, nested=SimpleNamespace(radius=0.5))),
-    "an object of another class": lambda m: setattr(
-        m, "config", SimpleNamespace(window=7, nested=SimpleNamespace(radius=9.0))
-    ),
-    "a list that grows": lambda m: m.spans.append((13, 17)),
-    "an item of a list": lambda m: m.spans.__setitem__(0, (0, 1)),
-    "another list": lambda m: setattr(m, "spans", [(20, 24)]),
-    "a named tuple": lambda m: setattr(m, "limits", Pair(5, 9)),
-    "an attribute of the class": lambda m: setattr(type(m), "shift", 6),
-    "an attribute that hides the class's": lambda m: setattr(m, "shift", 8),
-}
-
-
-@pytest.fixture
-def model():
-    yield Model()
-    Model.shift = 1
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -441,80 +356,6 @@ def test_arguments_and_captures_change_side_by_side():
         assert holds(mask, mask.function, doc=doc, factor=factor)
 
 
-@pytest.fixture
-def traces(monkeypatch):
-    found = []
-    real = masks_mask.trace
-    monkeypatch.setattr(masks_mask, "trace", lambda *args: found.append(args) or real(*args))
-    return found
-
-
-def test_another_number_or_tensor_is_no_other_trace(traces):
-    held = SimpleNamespace(n=3, doc=DOC, radius=1.5)
-    place = torch.arange(N) * 0.5
-
-    @mf.mask
-    def mask(b, h, q, kv):
-        near = abs(place[q] - place[kv]) <= held.radius
-        return held.doc[q] == held.doc[kv] and 0 <= q - kv < held.n and near and kv + WINDOW > q
-
-    for n in range(1, 40):
-        held.n, held.radius, held.doc = n, 0.25 * n, torch.arange(N) // n
-        assert torch.equal(mask.dense(N, N)[0, 0], pair_by_pair(mask.function))
-    assert len(traces) == 1
-
-
-def test_what_python_computes_with_is_traced_again_and_not_kept_for_good(traces):
-    held = SimpleNamespace(n=1)
-    mask = mf.mask(lambda b, h, q, kv: q - kv < held.n * 2)
-    for n in range(1, 200):
-        held.n = n
-        assert mask.row(190, 191) == [(max(0, 191 - 2 * n), 191)]
-    assert len(traces) == 199
-    assert len(mask.traces.all()) <= 64
-    for n in range(199, 190, -1):
-        held.n = n
-        assert mask.row(190, 191) == [(max(0, 191 - 2 * n), 191)]
-    assert len(traces) == 199
-
-
-def test_float_arguments_are_params(traces):
-    mask = mf.mask(lambda b, h, q, kv, *, radius: (q - kv) * 0.5 < radius)
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    for n in range(300):
-        mf.compile(mask)(q, k, v, radius=n / 7)
-    assert len(traces) == 1
-    for radius in (float("nan"), float("inf"), -0.0, 0.0, -2.75):
-        assert torch.equal(mask.dense(N, N, radius=radius)[0, 0], pair_by_pair(mask.function, radius=radius))
-    assert mask.fingerprint(radius=0.0) != mask.fingerprint(radius=-0.0)
-
-
-def test_python_may_compute_with_a_float_argument():
-    mask = mf.mask(lambda b, h, q, kv, *, share: kv < int(share * 20) or q >= kv)
-    for share in (0.25, 0.5, 0.25):
-        assert torch.equal(mask.dense(N, N, share=share)[0, 0], pair_by_pair(mask.function, share=share))
-
-
-def test_a_table_that_cannot_be_followed_is_traced_at_each_call():
-    @functools.lru_cache
-    def table():
-        return made[0]
-
-    made = [torch.arange(N) // 4]
-    hidden = {"x" + "y": SimpleNamespace(**{"do" + "c": made[0]})}
-    get = functools.partial(hidden.get, "xy")
-    mask = mf.mask(lambda b, h, q, kv: getattr(get(), "".join("doc"))[q] == getattr(get(), "".join("doc"))[kv])
-    assert mask.row(9, N) == [(8, 12)]
-    attn, joined = mf.compile(mask), mf.compile(mask & mf.causal())
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    hidden["xy"].doc = torch.arange(N) // 8
-    assert mask.row(9, N) == [(8, 16)]
-    for doc in (torch.arange(N) // 8, torch.arange(N) // 3):
-        hidden["xy"].doc = doc
-        assert torch.equal(attn(q, k, v), mf.attention(q, k, v, mf.document(ids=doc)))
-        assert torch.equal(joined(q, k, v), mf.attention(q, k, v, mf.document(ids=doc) & mf.causal()))
-
-
 def test_a_module_with_the_name_of_one_of_pythons_is_the_user_s(tmp_path, monkeypatch):
     (tmp_path / "token.py").write_text("WINDOW = 3\n\n\ndef near(q, kv):\n    return q - kv < WINDOW\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -549,77 +390,3 @@ def test_arrays_of_numpy_are_read_as_they_are():
 
 def test_predicates_that_capture_nothing_have_nothing_to_look_at():
     assert mf.causal()._captures.now.reads == ()
-
-
-def compiled(model):
-    count = []
-
-    def backend(graph, _):
-        count.append(graph)
-        return graph
-
-    return torch.compile(lambda q, k, v: model.attn(q, k, v), backend=backend, fullgraph=True), count
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_compiled_code_reads_the_module_as_it_is(model, change):
-    torch._dynamo.reset()
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    run, graphs = compiled(model)
-    assert torch.equal(run(q, k, v), model.attn(q, k, v))
-    CHANGES[change](model)
-    assert torch.equal(run(q, k, v), model.attn(q, k, v))
-    assert len(graphs) <= 2
-
-
-def test_compiled_code_refuses_arrays_whose_contents_it_can_t_guard():
-    torch._dynamo.reset()
-    ends = np.array([3, 9])
-    attn = mf.compile(lambda b, h, q, kv: ends[0] <= kv < ends[1])
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    with pytest.raises(Exception, match="reads an array that isn't torch's"):
-        torch.compile(lambda q, k, v: attn(q, k, v), backend="eager", fullgraph=True)(q, k, v)
-
-
-def test_another_buffer_is_an_input_of_compiled_code(model):
-    torch._dynamo.reset()
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    run, graphs = compiled(model)
-    for n in range(1, 6):
-        model.doc = torch.arange(N) // n
-        assert torch.equal(run(q, k, v), model.attn(q, k, v))
-    assert len(graphs) == 1
-
-
-NUMBERS = {
-    "of a list": (lambda: [1], lambda x: x[0], lambda x, n: x.__setitem__(0, n)),
-    "of a dict": (lambda: {"n": 1}, lambda x: x["n"], lambda x, n: x.__setitem__("n", n)),
-    "of a deque": (lambda: deque([1]), lambda x: x[0], lambda x, n: x.__setitem__(0, n)),
-    "of a tuple": (lambda: SimpleNamespace(n=(1,)), lambda x: x.n[0], lambda x, n: setattr(x, "n", (n,))),
-    "that isn't there at first": (SimpleNamespace, lambda x: getattr(x, "n", 1), lambda x, n: setattr(x, "n", n)),
-}
-
-
-@pytest.mark.parametrize("where", NUMBERS)
-def test_compiled_code_guards_numbers(where):
-    torch._dynamo.reset()
-    make, read, change = NUMBERS[where]
-    held = make()
-    attn = mf.compile(lambda b, h, q, kv: q - kv < read(held) * 2)
-    run = torch.compile(lambda q, k, v: attn(q, k, v), backend="eager", fullgraph=True)
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    for n in (1, 4, 5, 6, 7):  # from the second on dynamo takes an int for a symbol
-        if n > 1:
-            change(held, n)
-        assert torch.equal(run(q, k, v), attn(q, k, v))
-
-
-def test_compiled_code_takes_views_of_the_tensor_that_is_there():
-    torch._dynamo.reset()
-    held = SimpleNamespace(ids=torch.arange(2 * N).view(2, N) // 5)
-    attn = mf.compile(lambda b, h, q, kv: held.ids[1][q] == held.ids[1:, 2:].T[kv % 20, 0])
-    run = torch.compile(lambda q, k, v: attn(q, k, v), backend="aot_eager", fullgraph=True)
-    q, k, v = torch.randn(3, 1, 1, N, 8).unbind()
-    for ids in (held.ids, torch.arange(3 * N)[N:].view(2, N) // 3, torch.arange(2 * N).view(N, 2).T // 3):
-        held.ids = ids
-        assert torch.equal(run(q, k, v), attn(q, k, v))

@@ -103,8 +103,9 @@ def test_all_arguments_of_ours_are_kept_from_masks():
         for parameter in inspect.signature(call).parameters.values()
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     }
-    internal = set(inspect.signature(mf.Mask.problem).parameters) | set(inspect.signature(mf.Mask.bind).parameters)
-    assert taken - internal - {"kinds", "exact"} <= OWN.keys()
+    calls_of_ours = (mf.Mask.at_call, mf.Mask.bind)
+    internal = {name for call in calls_of_ours for name in inspect.signature(call).parameters}
+    assert taken - internal - {"kinds", "exact", "mask_args"} <= OWN.keys()
     assert {"q_offset", "return_lse", "device", "causal", "tune", "b"} <= taken
 
 
@@ -191,49 +192,6 @@ def test_a_score_function_is_recognised():
 
     with pytest.raises(mf.ArgumentError, match=r"^alibi: .*Score functions are not supported yet; .* is a mask"):
         mf.compile(alibi)
-
-
-# q, k and v
-
-
-def test_tensors_of_other_dimensions_are_told_how_to_get_four():
-    with pytest.raises(mf.ArgumentError, match=r"q has shape \(4, 8, 16\), .*; q\[None\] adds a batch of 1"):
-        mf.attention(Q[0], K[0], V[0])
-    with pytest.raises(mf.ArgumentError, match=r"q.unflatten\(-1, \(heads, -1\)\).transpose\(1, 2\) takes heads"):
-        mf.attention(*(x.transpose(1, 2).flatten(2) for x in (Q, K, V)))
-    with pytest.raises(
-        mf.ArgumentError, match=r"k has shape \(1, 2, 4, 8, 16\), .*; k.flatten\(0, 1\) makes one batch"
-    ):
-        mf.attention(Q, K[None], V)
-    hidden = [x.transpose(1, 2).flatten(2) for x in (Q, K, V)]
-    whole = mf.attention(Q, K, V, mf.causal())
-    assert torch.equal(mf.attention(*(x.unflatten(-1, (4, -1)).transpose(1, 2) for x in hidden), mf.causal()), whole)
-    assert torch.equal(mf.attention(*(x[0][None] for x in (Q, K, V)), mf.causal()), whole[:1])
-    assert torch.equal(mf.attention(*(x[None].flatten(0, 1) for x in (Q, K, V)), mf.causal()), whole)
-
-
-@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_nested_tensors_are_told_how_to_be_packed(layout):
-    rows = nested([Q[0], Q[1]], layout)
-    attn = mf.compile(mf.causal())
-    for call in (lambda: attn(rows, K, V), lambda: attn(Q, rows, V), lambda: attn(Q, K, rows, return_lse=True)):
-        with pytest.raises(mf.ArgumentTypeError, match=r"is nested, .* with mf.document\(lengths\)"):
-            call()
-
-
-def test_other_tensors_are_told():
-    with warnings.catch_warnings(action="ignore"):  # quantized tensors are on their way out
-        quantized = torch.quantize_per_tensor(Q, 1, 0, torch.quint8)
-    for wrong in (Q.to_sparse(), quantized, Q.numpy(), Q.tolist(), None):
-        with pytest.raises(mf.ArgumentTypeError, match=r"^attention: q "):
-            mf.attention(wrong, K, V)
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(0, 0), (0, 4), (4, 0)])
-def test_no_heads_are_told(heads, kv_heads):
-    q, (k, v) = Q[:, :1].expand(-1, heads, -1, -1), (x[:, :1].expand(-1, kv_heads, -1, -1) for x in (K, V))
-    with pytest.raises(mf.ArgumentError, match=f"q has {heads} heads and k {kv_heads}; expected at least 1 each"):
-        mf.attention(q, k, v)
 
 
 # Offsets

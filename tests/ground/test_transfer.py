@@ -1,7 +1,6 @@
 """What the analysis of a GPU's tensors waits for: one copy of the tables at most, whatever the mask; and what it moves.
 
-There is no GPU here. A `Device` stands in for one: tensors that say they are on "cuda:0", and a mode that runs what is
-asked of them on the CPU and notes for what the host of a real one would wait.
+There is no GPU here; `stand_in.Device` notes for what the host of a real one would wait.
 """
 
 from contextlib import nullcontext
@@ -11,116 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import maskflash as mf
 from maskflash.analysis.classify import classify
 from maskflash.backends.triton import launch as triton_launch
 from maskflash.backends.triton import run as kernels
+from maskflash.functions.sizes import Sizes
 from maskflash.ground import copies as table_copies
 from maskflash.ground import transfer
 from maskflash.op import autograd, cache
-from maskflash.op.spec import Extent, Spec
+from maskflash.op.spec import Spec
+from tests.ground.stand_in import CPU, CUDA, Device, OnDevice, Stream
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-aten = torch.ops.aten
-ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # item, nonzero, x[mask] and the like
-
-
-class OnDevice(torch.Tensor):
-    """A tensor of the stand-in."""
-
-    @staticmethod
-    def __new__(cls, memory):
-        layout = {"strides": memory.stride(), "storage_offset": memory.storage_offset(), "dtype": memory.dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, memory.shape, device=CUDA, **layout)
-
-    def __init__(self, memory):
-        self.memory = memory
-
-    # What follows torch has, but it would look for a GPU's driver before it asks the mode.
-
-    def __getitem__(self, index):
-        if any(isinstance(x, torch.Tensor) for x in tree_leaves(index)):
-            return aten.index.Tensor(self, list(index) if isinstance(index, tuple) else [index])
-        return OnDevice(self.memory[index])
-
-    def copy_(self, source, non_blocking=False):
-        return aten.copy_.default(self, source, non_blocking)
-
-    def nonzero(self):
-        return aten.nonzero.default(self)
-
-    def tolist(self):
-        return self.cpu().tolist()
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise AssertionError(f"{func} of a tensor of a device that is not there any more")
-
-
-class Device(TorchDispatchMode):
-    """A stand-in for a GPU.
-
-    Attributes:
-        waits: what the host would have waited for, in order.
-        copies: copies between host and device, in order.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.waits, self.copies, self.pinned = [], [], set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        here = [isinstance(x, OnDevice) for x in tensors]
-        wanted = kwargs.pop("device", None)
-        pinned = kwargs.pop("pin_memory", False)
-        to_device = wanted == CUDA if wanted is not None else any(here)
-        name = func.overloadpacket.__name__
-        if func in (aten.copy_.default, aten._to_copy.default):
-            source, target = here[-1], here[0] if func is aten.copy_.default else to_device
-            if source != target:
-                self.copies.append("to host" if source else "to device")
-                free = args[-1] is True or kwargs.get("non_blocking", False)
-                if source or not (free and tensors[-1].untyped_storage().data_ptr() in self.pinned):
-                    self.waits.append(name)
-                to_device = target
-        else:
-            mixed = [tuple(x.shape) for x, at in zip(tensors, here, strict=True) if not at and x.ndim]
-            assert not (any(here) and mixed), f"{name} of tensors here and there: {mixed}"
-            masks = [x.dtype == torch.bool for x in tree_leaves(args[1])] if name.startswith("index_put") else []
-            if any(here) and (ASKS & set(func.tags) or any(masks)):
-                self.waits.append(name)
-        result = func(*self.memory(args), **self.memory(kwargs))
-        if pinned:
-            self.pinned.add(result.untyped_storage().data_ptr())
-        if not to_device or name == "_local_scalar_dense":
-            return result
-        if name.endswith("_") and isinstance(args[0], OnDevice):
-            return args[0]
-        return tree_map_only(torch.Tensor, OnDevice, result)
-
-    @staticmethod
-    def memory(values):
-        return tree_map_only(OnDevice, lambda x: x.memory, values)
-
-
-class Stream:
-    """Notes the events it was made to wait for."""
-
-    def __init__(self):
-        self.waited = []
-
-    def record_event(self):
-        return SimpleNamespace(of=self)
-
-    def wait_event(self, event):
-        self.waited.append(event)
 
 
 @pytest.fixture
@@ -162,12 +64,12 @@ def step(mask, offset=0, **mask_args):
     """Forward and backward as a call has them, but for the kernels themselves: problem and plan."""
     q, k, v, dout = (torch.randn(2, 4, 200, 16, device=CUDA) for _ in range(4))
     attn = mf.compile(mask, block_size=32)
-    slots, params, tables = attn._bound(q, k, (offset, 0), mask_args)
+    sizes = Sizes.of(q, k, offset)
+    slots, params, tables = attn._bound(sizes, mask_args)
     spec = Spec.make(slots.text, params, tables, offset, 0, 0.25, (32, 32), "triton")
     out, lse = autograd._forward(q, k, v, *spec)
     autograd._backward(dout, None, q, k, v, out, lse, *spec)
-    extent = Extent.of(q, k)
-    return spec.problem(extent), cache.find(spec, extent).plan
+    return spec.problem(sizes), cache.find(spec, sizes).plan
 
 
 def on_device(*tensors):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.analysis import changes
+from maskflash.analysis import changes, rows, ways
 from maskflash.testing import columns, masks
 
 LENGTH = st.integers(0, 64)
@@ -67,10 +67,10 @@ def test_vectors_come_back(data, q_len, kv_len):
 @settings(max_examples=150)
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (5, 7), (64, 3)]))
 def test_all_ways_to_find_changes_agree(mask, q_len, kv_len, block_size):
-    problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, 0, torch.device("cpu"), {})
+    problem = mask.at(q_len, kv_len, batch=2, heads=2).tiled(block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "_PAIRS_AT_ONCE", 1000)
-        patch.setattr(changes, "_PIECES_AT_ONCE", 100)
+        patch.setattr(rows, "_CHUNK_PAIRS", 1000)
+        patch.setattr(ways.columns, "PIECES_AT_ONCE", 100)
         found = [changes.find_changes(problem)]
         for fact in ("columns", "pieces"):
             patch.setattr(changes.Facts, fact, None)

@@ -13,8 +13,8 @@ LENGTHS = st.integers(1, 40)
 
 @given(mask=masks(), q_len=LENGTHS, kv_len=LENGTHS, data=st.data())
 def test_its_answers_are_the_mask_s(mask, q_len, kv_len, data):
-    offset = data.draw(st.integers(-5, 9) | st.lists(st.integers(-5, 9), min_size=2, max_size=2).map(torch.tensor))
-    given = {"batch": 2, "heads": 4, "q_offset": offset}
+    offset = st.integers(-5, 9) | st.lists(st.integers(-5, 9), min_size=2, max_size=2).map(torch.tensor)
+    given = {"batch": 2, "heads": 4, "q_offset": data.draw(offset), "kv_offset": data.draw(offset)}
     try:
         expected = mask.dense(q_len, kv_len, **given)
     except mf.MaskIndexError:
@@ -31,6 +31,8 @@ def test_its_answers_are_the_mask_s(mask, q_len, kv_len, data):
     assert str(sight.why(q, kv, b=b, h=h)) == str(mask.why(q, kv, b=b, h=h, **whole))
     assert bool(sight.why(q, kv, b=b, h=h)) == bool(expected[b, h, q, kv])
     flex = sight.to_block_mask(16)
+    indices = torch.meshgrid(*map(torch.arange, expected.shape), indexing="ij")
+    assert torch.equal(flex.mask_mod(*indices).expand_as(expected), expected)
     assert torch.equal(flex.kv_indices, mask.to_block_mask(q_len, kv_len, block_size=16, **given).kv_indices)
 
 

@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
-from maskflash.ground import arguments, identity
+from maskflash.functions.sizes import Sizes
+from maskflash.ground import identity
 from maskflash.op import cache
 from maskflash.op.analyse import Analysis
-from maskflash.op.spec import Extent, Spec
+from maskflash.op.spec import Spec
 
 Q, K, V = torch.randn(3, 2, 4, 96, 8).unbind()
 
@@ -31,6 +32,10 @@ def analyses(monkeypatch):
 @mf.mask
 def packed(b, h, q, kv, *, doc):
     return q >= kv and doc[b, q] == doc[b, kv]
+
+
+def one(x):
+    return x[:1].clone()
 
 
 def documents():
@@ -201,13 +206,13 @@ def test_what_backward_is_given_is_found_by_its_storage(analyses):
     detached = ids.detach()
     assert detached._base is None  # nothing says what it is a view of
     given, saved = (
-        packed.problem("test", 96, 96, 2, 4, (128, 128), 0, ids.device, {"doc": doc}) for doc in (ids, detached)
+        packed.at(96, 96, batch=2, heads=4, device=ids.device, doc=doc).tiled((128, 128)) for doc in (ids, detached)
     )
     given, saved = (Spec.of_problem(problem, "cpu") for problem in (given, saved))
-    extent = Extent(2, 4, 96, 96, ids.device)
-    forward = cache.find(given, extent)
-    assert cache.find(saved, extent, saved=True) is forward
-    assert cache.find(saved, extent) is not forward
+    sizes = Sizes(96, 96, 2, 4, ids.device)
+    forward = cache.find(given, sizes)
+    assert cache.find(saved, sizes, saved=True) is forward
+    assert cache.find(saved, sizes) is not forward
 
 
 def test_threads_that_want_one_analysis_make_it_once(monkeypatch):
@@ -298,129 +303,6 @@ def test_views_of_one_table_are_told_apart_though_one_takes_the_place_of_another
             out = attn(Q, K, V, doc=ids[layer])
             dense = packed.dense(96, 96, batch=2, doc=ids[layer])
             torch.testing.assert_close(out, scaled_dot_product_attention(Q, K, V, attn_mask=dense))
-
-
-# Calls like one before, answered before anything is checked again: one batch row, so that one dense call is all
-
-
-@mf.mask
-def together(b, h, q, kv, *, doc, loose=False):
-    """Inside documents; whole where loose."""
-    return loose or doc[q] == doc[kv]
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls that went the long way."""
-    calls = []
-    original = arguments.tensors
-    monkeypatch.setattr(arguments, "tensors", lambda *args: calls.append(args) or original(*args))
-    return calls
-
-
-def one(x):
-    return x[:1].clone()
-
-
-def expected(doc, **given):
-    return scaled_dot_product_attention(one(Q), one(K), one(V), attn_mask=together.dense(96, 96, doc=doc, **given))
-
-
-def test_a_call_like_one_before_is_not_checked_again(checked):
-    ids = documents()[0]
-    attn, q, k, v = mf.compile(together), one(Q), one(K), one(V)
-    for _ in range(3):
-        torch.testing.assert_close(attn(q, k, v, doc=ids), expected(ids))
-    assert len(checked) == 1
-    attn(one(Q), one(K), one(V), doc=ids)  # other tensors alike
-    assert len(checked) == 1
-
-
-def test_what_is_unlike_is_checked(checked):
-    ids = documents()[0]
-    attn, q, k, v = mf.compile(together), one(Q), one(K), one(V)
-    attn(q, k, v, doc=ids)
-    with pytest.raises(mf.ArgumentTypeError, match="k has dtype"):
-        attn(q, k.double(), v, doc=ids)
-    with pytest.raises(mf.ArgumentError, match="k has 4 heads"):
-        attn(q, k, v[:, :2], doc=ids)
-    with pytest.raises(mf.ArgumentTypeError, match="layout"):
-        attn(q.to_sparse(), k, v, doc=ids)
-    with pytest.raises(mf.ArgumentTypeError, match="unexpected argument 'docs'"):
-        attn(q, k, v, docs=ids)
-    with pytest.raises(mf.ArgumentTypeError, match="q is a list"):
-        attn(q.tolist(), k, v, doc=ids)
-    count = len(checked)
-    torch.testing.assert_close(mf.compile(together, backend="triton")(q, k, v, doc=ids), expected(ids))
-    assert len(checked) == count + 1
-    assert attn(q.bfloat16(), k.bfloat16(), v.bfloat16(), doc=ids).dtype == torch.bfloat16
-    assert attn(q, k, v, doc=ids, return_lse=True)[1].shape == (1, 4, 96)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert attn(q, k, v, doc=ids).dtype == torch.bfloat16
-
-
-def test_values_of_other_types_are_other_calls():
-    ids = documents()[0]
-    attn, q, k, v = mf.compile(together), one(Q), one(K), one(V)
-    for _ in range(2):
-        for loose in (False, True):
-            torch.testing.assert_close(attn(q, k, v, doc=ids, loose=loose), expected(ids, loose=loose))
-    shifted = mf.compile(mf.mask(lambda b, h, q, kv, *, by: q >> by == kv >> by))
-    shifted(q, k, v, by=1)
-    with pytest.raises(mf.MaskTraceError):
-        shifted(q, k, v, by=1.0)
-
-
-def test_the_sign_of_zero_tells_calls_apart():
-    place = torch.arange(96) + 1.0
-    attn, q, k, v = mf.compile(lambda b, h, q, kv, *, by: 1 / (place[q] * by) > 0), one(Q), one(K), one(V)
-    for by in (0.0, -0.0, 0.0):
-        assert attn(q, k, v, by=by).any() == (str(by) == "0.0")
-
-
-@pytest.mark.parametrize("captured", [False, True])
-def test_a_write_to_a_table_of_a_call_like_one_before_is_seen(captured):
-    ids = documents()[0]
-    attn = mf.compile(mf.document(ids=ids) if captured else together)
-    given = {} if captured else {"doc": ids}
-    for change in (lambda: None, lambda: ids.add_(ids.flip(0)), lambda: ids[40:].zero_()):
-        change()
-        for _ in range(2):
-            torch.testing.assert_close(attn(one(Q), one(K), one(V), **given), expected(ids))
-    ids.numpy()[:] = 0
-    attn.invalidate()
-    torch.testing.assert_close(attn(one(Q), one(K), one(V), **given), expected(torch.zeros_like(ids)))
-
-
-def test_a_write_to_a_table_that_a_call_leaves_out_is_seen():
-    """It is the default of an argument: neither captured nor given."""
-    ids = documents()[0]
-    attn = mf.compile(mf.mask(lambda b, h, q, kv, *, doc=ids: doc[q] == doc[kv]))
-    for change in (lambda: None, lambda: ids[40:].zero_()):
-        change()
-        for _ in range(2):
-            torch.testing.assert_close(attn(one(Q), one(K), one(V)), expected(ids))
-
-
-def test_a_table_and_a_mask_in_a_dead_one_s_place_are_not_taken_for_it():
-    for n in range(1, 20):
-        ids = documents()[0] // n
-        for mask, given in ((together, {"doc": ids}), (mf.document(ids=ids), {})):
-            attn = mf.compile(mask)
-            for _ in range(2):
-                torch.testing.assert_close(attn(one(Q), one(K), one(V), **given), expected(ids))
-        del ids, attn, mask, given
-        gc.collect()
-
-
-def test_scale_is_the_op_s_own():
-    ids = documents()[0]
-    for scale in (0.1, 1.0, None):
-        out = mf.compile(together, scale=scale)(one(Q), one(K), one(V), doc=ids)
-        dense = together.dense(96, 96, doc=ids)
-        torch.testing.assert_close(
-            out, scaled_dot_product_attention(one(Q), one(K), one(V), attn_mask=dense, scale=scale)
-        )
 
 
 EVALUATED = {

@@ -13,7 +13,7 @@ from maskflash.testing import Shape
 
 def arguments(mask, q, k, v, **mask_args):
     """What the op takes for one call."""
-    problem = mask.problem("test", q.shape[2], q.shape[2], *q.shape[:2], (32, 32), 0, "cpu", mask_args)
+    problem = mask.at(q.shape[2], q.shape[2], batch=q.shape[0], heads=q.shape[1], **mask_args).tiled((32, 32))
     spec = Spec.of_problem(problem, "cpu")._replace(scale=0.25)
     return (q, k, v, list(spec.tables), *spec[1:])
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskflash as mf
-from maskflash.ground import arguments
+from maskflash.ground import qkv
 from maskflash.op import attention, cache
 
 
@@ -38,7 +38,7 @@ def steps(monkeypatch):
         monkeypatch.setattr(module, name, counted)
 
     for module, name, step in (
-        (arguments, "tensors", "checked"),
+        (qkv, "check", "checked"),
         (attention.Attention, "_bound", "bound"),
         (cache, "named", "looked up by name"),
         (cache, "find", "looked up by key"),

@@ -2,26 +2,21 @@
 """What can't become an expression is refused with file and line, the offending code and what to do instead."""
 
 import ast
-import contextlib
 import functools
 import inspect
-import itertools
 import math
 import numbers
 import pickle
-import random
-import secrets
 import sys
-from fractions import Fraction
-from random import choice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from maskflash.errors import MaskflashError, MaskTraceError
-from maskflash.trace import torch_calls
+from maskflash.errors import MaskTraceError
 from maskflash.trace.trace import trace
+from tests.trace.refusals import refuse
 
 DOC = torch.tensor([0, 0, 1, 1, 2])
 TABLE = torch.arange(20).view(4, 5)
@@ -32,25 +27,6 @@ DICT = {0: 1, 1: 2}
 ARRAY = np.arange(5)
 REALS = torch.tensor([0.5, 1.5])
 HERE = __file__
-
-
-def refuse(predicate, *words, code=None, **mask_args):
-    """Check the message of tracing a predicate: this file, its line, the code and key words of the problem and fix."""
-    with pytest.raises(MaskTraceError) as caught:
-        trace(predicate, mask_args)
-    message = str(caught.value)
-    lines, first = inspect.getsourcelines(predicate)
-    span = range(first, first + len(lines))
-    assert any(f"{predicate.__name__} ({HERE}:{line}): " in message for line in span), message
-    for word in words:
-        assert word in message, message
-    if code is not None:
-        assert f': "{code}" ' in message, message
-        (line,) = [line for line in span if f"({HERE}:{line})" in message]
-        assert code in lines[line - first], message
-    assert message.endswith((".", "?")), message
-    assert isinstance(caught.value, (MaskflashError, TypeError))
-    return message
 
 
 CONCRETE = ("needs a concrete value", "Index tensors with q or kv, not lists")
@@ -169,159 +145,6 @@ def test_membership_in_a_tensor_names_the_table_of_bools(predicate, code):
     refuse(predicate, *words, code=code, **({"doc": DOC} if "doc" in predicate.__code__.co_varnames else {}))
     with pytest.raises(MaskTraceError, match="in the contents of a tensor"):
         trace(without_source("f = lambda b, h, q, kv: kv in DOC"))
-
-
-# What the user's code catches
-
-
-def catching(b, h, q, kv):
-    try:
-        w = math.isqrt(q)
-    except Exception:
-        w = 0
-    return q - kv <= w
-
-
-def catching_all(b, h, q, kv):
-    try:
-        w = int(q)
-    except:  # noqa: E722
-        w = 0
-    return q - kv <= w
-
-
-def suppressing(b, h, q, kv):
-    w = 0
-    with contextlib.suppress(TypeError):
-        w = LIST[q]
-    return q - kv <= w
-
-
-def returning_at_last(b, h, q, kv):
-    try:
-        return DOC[q].item() > kv
-    finally:
-        return q > kv  # noqa: B012, SIM107
-
-
-def raising_its_own(b, h, q, kv):
-    try:
-        return kv in range(q)
-    except TypeError:
-        raise ValueError("mine") from None
-
-
-@pytest.mark.parametrize("predicate", [catching, catching_all, suppressing, returning_at_last, raising_its_own])
-def test_a_refusal_is_raised_whoever_catches_it(predicate):
-    refuse(predicate, "needs a concrete value")
-
-
-def test_a_refusal_caught_in_a_helper_is_raised_too():
-    def root(x):
-        try:
-            return math.isqrt(x)
-        except TypeError:
-            return 0
-
-    with pytest.raises(MaskTraceError, match=r'"math.isqrt\(x\)" needs a concrete value'):
-        trace(lambda b, h, q, kv: q >= kv and q - kv <= root(q))
-
-
-def test_a_limit_is_raised_whoever_catches_it():
-    def counts(b, h, q, kv):
-        n = 0
-        try:
-            while n < q:
-                n += 1
-        except BaseException:
-            n = 3
-        return n == kv
-
-    refuse(counts, "branches in more than 4096 ways")
-
-
-# What the user's code raises
-
-
-def test_an_error_in_a_branch_is_named():
-    def small(b, h, q, kv):
-        if q < 3:
-            raise ValueError(f"no {3}")
-        return q >= kv
-
-    code = 'raise ValueError(f"no {3}")'
-    message = refuse(small, "raises in a branch that some pairs may take (ValueError: no 3)", "return False", code=code)
-    assert "check tensors and arguments before" in message
-    refuse(lambda b, h, q, kv: q > 3 or [][0], "(IndexError: list index out of range)", code="[][0]")
-    refuse(lambda b, h, q, kv: q > 3 or TABLE.select(0, 9)[q] == 1, "(IndexError: select(): index 9 out of range")
-
-
-def test_an_error_that_an_argument_causes_is_the_user_s():
-    def checked(b, h, q, kv, *, n):
-        if n < 1:
-            raise ValueError("n is small")
-        return q - kv < n
-
-    assert trace(checked, {"n": 4}).specialised == {"n"}
-    with pytest.raises(ValueError, match="n is small"):
-        trace(checked, {"n": 0})
-
-
-# What outlives the predicate
-
-HITS: list[int] = []
-CACHE: dict[str, int] = {}
-COUNT = 0
-COUNTER = itertools.count()
-
-
-class Box:
-    hits = 0
-
-
-def noted(x):
-    if x:
-        HITS.append(1)
-
-
-def counted(x):
-    global COUNT
-    if x:
-        COUNT += 1
-
-
-@pytest.mark.parametrize(
-    ("predicate", "kind"),
-    [
-        (lambda b, h, q, kv: noted(q > 3) or len(HITS) > 3, "a list"),
-        (lambda b, h, q, kv: counted(q > 3) or COUNT > 3, "a dict or a global variable"),
-        (lambda b, h, q, kv: (q > 3 and HITS.append(1)) or len(HITS) > 3, "a list"),
-        (lambda b, h, q, kv: (CACHE.setdefault("q", 1) if q > 3 else 0) > kv, "a dict"),
-        (lambda b, h, q, kv: (setattr(Box, "hits", 1) if q > 3 else None) or kv > 2, "a type"),
-        (lambda b, h, q, kv: q > 3 and next(COUNTER) > 2, "a count"),
-        (lambda b, h, q, kv: any(x > 3 and not HITS.append(1) for x in (q, kv)), "a list"),
-    ],
-)
-def test_changes_of_what_outlives_the_predicate_are_refused_in_branches(predicate, kind):
-    with pytest.raises(MaskTraceError) as caught:
-        trace(predicate)
-    assert f"changes {kind}" in str(caught.value)
-    assert "that outlives the predicate, for some pairs only. A predicate is run once" in str(caught.value)
-    assert HERE in str(caught.value)
-
-
-def test_a_changed_variable_of_an_enclosing_function_is_refused():
-    calls = 0
-
-    def counts(b, h, q, kv):
-        nonlocal calls
-        if q > 3:
-            calls += 1
-            return True
-        return kv > calls
-
-    with pytest.raises(MaskTraceError, match="changes a nonlocal variable that outlives the predicate"):
-        trace(counts)
 
 
 def test_loops_over_data():
@@ -463,58 +286,6 @@ def test_unsupported_functions(predicate, name):
     refuse(predicate, f"uses {name}, which has no meaning in a mask expression", "Masks may use arithmetic")
 
 
-def test_kinds_of_numbers():
-    refuse(lambda b, h, q, kv: DOC[q / 2] > kv, "indexes with torch.float32", "`x // y`", code="DOC[q / 2]")
-    refuse(lambda b, h, q, kv: DOC[q > kv] > kv, "indexes with torch.bool", "`x.long()`", code="DOC[q > kv]")
-    refuse(lambda b, h, q, kv: DOC[q.byte()] > kv, "indexes with torch.uint8", code="DOC[q.byte()]")
-    refuse(lambda b, h, q, kv: (q / 2) & 1, "bit operations on floating-point", "`.long()`", code="(q / 2) & 1")
-    refuse(lambda b, h, q, kv: ~(q / 2) > 1, "bit operations on floating-point", code="~(q / 2)")
-    refuse(lambda b, h, q, kv: (q > 1) - (kv > 1) > 0, "applies `sub` to truth values", "Use `&`, `|`, `^` or `not`")
-    refuse(lambda b, h, q, kv: -FLAGS[q] > 0, "applies `neg` to truth values", code="-FLAGS[q]")
-    refuse(lambda b, h, q, kv: FLAGS[q] // FLAGS[kv], "applies `floordiv` to truth values")
-    refuse(lambda b, h, q, kv: torch.floor(FLAGS[q]) > 0, "applies `floor` to truth values")
-    refuse(lambda b, h, q, kv: q // 0 > kv, "divides by the constant zero", "Check the divisor", code="q // 0")
-    refuse(lambda b, h, q, kv, *, n: q % n > kv, "divides by the constant zero", code="q % n", n=0)
-    refuse(lambda b, h, q, kv: q > 2**70, "does not fit 64 bits", "at most 64-bit", code="q > 2**70")
-    refuse(lambda b, h, q, kv: q**0.5 > kv, "raises to a power", "else multiply", code="q**0.5")
-    refuse(lambda b, h, q, kv: q**kv > 3, "raises to a power", code="q**kv")
-    refuse(lambda b, h, q, kv: q == "3", "computes with a str", "Use numbers, tensors", code='q == "3"')
-    refuse(lambda b, h, q, kv: q * ARRAY > 3, "computes with a ndarray", code="q * ARRAY")
-    refuse(lambda b, h, q, kv: q == None, "computes with None", "`return` missing", code="q == None")  # noqa: E711
-    refuse(
-        lambda b, h, q, kv, *, z: z[q] > 1, "looks up a tensor of torch.complex64", "Convert", z=DOC.to(torch.cfloat)
-    )
-    refuse(lambda b, h, q, kv, *, z: z[q] > 1, "looks up a tensor of torch.sparse_coo", z=DOC.to_sparse())
-
-
-def test_numbers_beyond_64_bits():
-    fix = ("which does not fit 64 bits", "at most 64-bit")
-    refuse(lambda b, h, q, kv: q in range(2**70), *fix, code="q in range(2**70)")
-    refuse(lambda b, h, q, kv: q in (1, 2**70), *fix)
-    refuse(lambda b, h, q, kv: max(q, -(2**64)) > kv, *fix)
-    refuse(lambda b, h, q, kv: q > 10**5000, "an integer of 16,610 bits", *fix, code="q > 10**5000")
-    refuse(lambda b, h, q, kv: q > Fraction(10**400, 3), *fix)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e5m2])
-def test_tables_of_other_dtypes_are_named(dtype):
-    z = DOC.to(dtype)
-    words = (
-        f"looks up a tensor of {dtype}",
-        "Convert it beforehand, to a dense tensor of int32, int64, bool or float32",
-    )
-    refuse(lambda b, h, q, kv: z[q] == z[kv], *words, code="z[q]")
-    refuse(lambda b, h, q, kv, *, ids: ids[q] == ids[kv], f"{words[0]} (`ids`)", words[1], ids=z)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR tensor")
-def test_tables_of_other_layouts_are_named():
-    rows = torch.nested.nested_tensor([torch.arange(3), torch.arange(2)])
-    square = torch.eye(5).to_sparse_csr()
-    refuse(lambda b, h, q, kv: rows[b, q] == 1, "looks up a tensor of nested rows", "dense")
-    refuse(lambda b, h, q, kv: square[q, kv] == 1, "looks up a tensor of torch.sparse_csr", code="square[q, kv]")
-
-
 def test_recursion_without_end():
     def endless(x):
         return endless(x) or x > 3
@@ -566,93 +337,6 @@ def test_a_return_missing_on_one_branch():
     refuse(helper_forgets, "computes with None", "`return` missing in a helper", code="helper(q) > kv")
 
 
-def test_predicates_that_change():
-    calls = itertools.count()
-
-    def counts(b, h, q, kv):
-        if next(calls) % 2:
-            return q > kv
-        if q == 3 and kv > 2 and DOC[q] > 1:
-            return True
-        return kv > 3
-
-    refuse(counts, "takes other branches when it is run again", "no random numbers, counters")
-
-
-class Coin:
-    def __init__(self):
-        self.generator = random.Random(0)
-
-    def __call__(self):
-        return self.generator.random() < 0.5
-
-
-COIN = Coin()
-UNIFORM = functools.partial(random.uniform, 0, 1)
-LEGACY = np.random.RandomState(0)
-GENERATOR = np.random.default_rng(0)
-DICE = torch.Generator()
-CHANCE = torch.tensor(0.5)
-
-
-def states():
-    generators = (COIN.generator.getstate(), LEGACY.get_state(), GENERATOR.bit_generator.state)
-    own = (*generators, DICE.get_state().tolist())
-    return repr((random.getstate(), np.random.get_state(), torch.get_rng_state().tolist(), own))
-
-
-@pytest.mark.parametrize(
-    ("predicate", "function", "code"),
-    [
-        (lambda b, h, q, kv: q >= kv and random.random() < 0.5, "Random.random", "random.random()"),
-        (lambda b, h, q, kv: choice([q, kv]) > 3, "Random.choice", "choice([q, kv])"),
-        (lambda b, h, q, kv: UNIFORM() * kv > q, "Random.uniform", "UNIFORM()"),
-        (lambda b, h, q, kv: any(COIN.generator.randint(0, 1) for _ in (1, 2)) and q > kv, "Random.randint", None),
-        (lambda b, h, q, kv: q > kv and secrets.SystemRandom().random() < 0.5, "SystemRandom.random", None),
-        (lambda b, h, q, kv: np.random.rand() < 0.5 if q > kv else True, "RandomState.rand", "np.random.rand()"),
-        (lambda b, h, q, kv: q > LEGACY.randint(9), "RandomState.randint", "LEGACY.randint(9)"),
-        (lambda b, h, q, kv: GENERATOR.random() < 0.5 or q > kv, "Generator.random", "GENERATOR.random()"),
-        (lambda b, h, q, kv: q > kv and torch.rand(()) < 0.5, "torch.rand", "torch.rand(())"),
-        (lambda b, h, q, kv: torch.rand(9)[kv] < 0.5, "torch.rand", "torch.rand(9)"),
-        (lambda b, h, q, kv: torch.rand((), generator=DICE) > kv, "torch.rand", "torch.rand((), generator=DICE)"),
-        (lambda b, h, q, kv: torch.randint(0, 9, ()) > kv, "torch.randint", "torch.randint(0, 9, ())"),
-        (lambda b, h, q, kv: torch.rand_like(q / 2) > 0.5, "torch.rand_like", "torch.rand_like(q / 2)"),
-        (lambda b, h, q, kv: CHANCE.bernoulli() > 0 and q > kv, "torch.bernoulli", "CHANCE.bernoulli()"),
-    ],
-)
-def test_random_numbers_are_refused_before_they_are_drawn(predicate, function, code):
-    before = states()
-    fix = ("would be frozen", "Draw a tensor once, outside the predicate", "then `keep[kv]`")
-    refuse(predicate, f"draws random numbers (`{function}`)", *fix, code=code)
-    assert states() == before
-
-
-def test_helpers_that_draw_are_named_where_they_do():
-    with pytest.raises(MaskTraceError) as caught:
-        trace(lambda b, h, q, kv: q > kv and COIN())
-    line = inspect.getsourcelines(Coin.__call__)[1] + 1
-    assert f'({HERE}:{line}): "self.generator.random()" draws random numbers' in str(caught.value)
-
-
-def test_torch_functions_that_draw_without_a_tensor_are_known():
-    """Others compute with tensors, and so are refused at any rate."""
-    for name, _, overload in (it.removeprefix("aten::").partition(".") for it in torch._C._dispatch_get_all_op_names()):
-        if hasattr(torch, name) and not name.startswith("_"):
-            op = getattr(getattr(torch.ops.aten, name), overload or "default")
-            takes = any("Tensor" in str(argument.type) for argument in op._schema.arguments if not argument.kwarg_only)
-            if torch.Tag.nondeterministic_seeded in op.tags and not takes:
-                assert name in torch_calls._RANDOM
-
-
-def test_what_was_drawn_outside_is_a_table():
-    keep, bound = torch.rand(9) < 0.5, random.random()
-    before = states()
-    with torch.inference_mode(), torch.random.fork_rng():
-        assert trace(lambda b, h, q, kv: q >= kv and keep[kv] and q * bound < 9).tables == (keep,)
-    trace(lambda b, h, q, kv: q >= kv if bound < 2 else random.random() < kv)
-    assert states() == before
-
-
 def test_an_index_kept_from_another_trace():
     kept = []
     trace(lambda b, h, q, kv: kept.append(q) is None)
@@ -701,5 +385,5 @@ def test_the_user_s_own_errors_stay_theirs():
 
 def test_this_file_has_a_line_for_every_refusal():
     """`refuse` compares lines by source: it needs every predicate's source to be found."""
-    tree = ast.parse(inspect.getsource(inspect.getmodule(refuse) or refuse))
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
     assert sum(isinstance(node, ast.Lambda) for node in ast.walk(tree)) > 60

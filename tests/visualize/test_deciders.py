@@ -15,7 +15,7 @@ HOLES = mf.mask(lambda b, h, q, kv: (q * 37 + kv * 11) % 1009 != 5)  # samples m
 
 
 def problem(mask, q_len, kv_len, block):
-    return mask.problem("test", q_len, kv_len, 2, 2, (block, block), 0, torch.device("cpu"), {})
+    return mask.at(q_len, kv_len, batch=2, heads=2).tiled((block, block))
 
 
 def evaluated(decided):

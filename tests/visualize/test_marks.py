@@ -27,7 +27,7 @@ def spread(steps, length):
 
 def documents(mask, q_len, kv_len, batch=1, heads=1, q_offset=0, **mask_args):
     return find_documents(
-        mask.problem("test", q_len, kv_len, batch, heads, (4, 4), q_offset, torch.device("cpu"), mask_args)
+        mask.at(q_len, kv_len, batch=batch, heads=heads, q_offset=q_offset, **mask_args).tiled((4, 4))
     )
 
 

@@ -10,7 +10,9 @@ The cost follows the number of columns, not of pairs or of tiles.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -23,6 +25,7 @@ from maskflash.analysis.ways.separate import Hides, separate
 from maskflash.expr.evaluate import compute
 from maskflash.expr.nodes import Expr
 
+PIECES_AT_ONCE: Final = 1 << 18  # cut together: a few intermediates of this size stay in the caches
 _MOST_PIECES: Final = 32  # of a column: beyond it, tiles are cheaper
 _TURNED: Final[dict[Hides | None, Hides | None]] = {"above": "below", "below": "above", None: None}
 _MOST_SWITCHES: Final = 8  # rows at which what depends on the row alone changes
@@ -52,6 +55,20 @@ class Pieces:
         """Pieces of a column."""
         return 1 + len(self.turns) + len(self.always)
 
+    def parts(self, width: int = 1) -> Iterator[tuple[slice, slice, slice]]:
+        """Batch rows, heads and columns of at most about PIECES_AT_ONCE pieces, in order.
+
+        Columns are cut at multiples of `width`, and only where there is one head; heads only where there is one batch
+        row: so each part is a stretch of all columns.
+        """
+        batch, heads, length = *self.problem.shape[:2], self.problem.kv_len
+        step = max(1, PIECES_AT_ONCE // (self.most * width)) * width
+        head_step = max(1, step // length)
+        sizes, steps = (batch, heads, length), (max(1, head_step // heads), head_step, step)
+        for starts in product(*(range(0, size, step) for size, step in zip(sizes, steps, strict=True))):
+            b, h, columns = (slice(a, min(a + n, size)) for a, n, size in zip(starts, steps, sizes, strict=True))
+            yield b, h, columns
+
     def cut(self, b: slice, h: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Cut the columns of some batch rows and heads of the problem's shape.
 
@@ -59,9 +76,6 @@ class Pieces:
             start: (pieces, b, h, columns) int64, ascending in the first dimension from 0; where two are equal, or one
                 is q_len, the piece is empty.
             visible: bool of the same shape.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
         """
         problem, of = self.problem, _Columns(self.problem, b, h, columns)
         at, shape = of.pairs, of.shape
@@ -118,7 +132,7 @@ class _Columns:
     def values(self, expr: Expr) -> tuple[Tensor, list[Tensor]]:
         """An expression's values and faults, which broadcast to (b, h, columns)."""
         if expr.text not in self._values:
-            pairs = self.problem.indices(**self.pairs, q=_nowhere(self.problem))
+            pairs = self.problem.indices(**self.pairs, q=self.pairs["b"].new_zeros(()))
             self._values[expr.text] = compute(expr, self.problem.inputs, pairs)
         return self._values[expr.text]
 
@@ -155,7 +169,7 @@ class Turn:
     def row(self, of: _Columns) -> tuple[Tensor, list[Tensor]]:
         """The row, between 0 and q_len, for each column, which broadcasts to (b, h, columns); and columns' faults."""
         wanted, faults = of.values(self.columns)
-        if self.first is not None:  # documents are few: they are searched sooner than their tokens, and for each other
+        if self.first is not None:  # documents are few: they are searched for each other in half the time of tokens
             distinct, counts = of.runs(self.columns)
             row = self.first[torch.searchsorted(self.values, self._turned(distinct), right=self.after)]
             return torch.from_numpy(np.repeat(row.numpy(), counts.numpy())).view(wanted.shape), faults
@@ -238,18 +252,9 @@ def _part(values: Tensor, b: slice, h: slice) -> Tensor:
     return values[b if len(values) > 1 else slice(None), h if values.shape[1] > 1 else slice(None)]
 
 
-def _nowhere(problem: Problem) -> Tensor:
-    """The row or column of what reads none."""
-    return torch.zeros((), dtype=torch.int64, device=problem.device)
-
-
 def _of_rows(problem: Problem, expr: Expr) -> tuple[Tensor, list[Tensor]]:
     """An expression's values and faults at every row, each (B or 1, H or 1, q_len or 1)."""
-    batch, heads = problem.shape[:2]
-    device = problem.device
-    b, h = torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
-    pairs = problem.indices(b, h, torch.arange(problem.q_len, device=device), _nowhere(problem))
-    values, faults = compute(expr, problem.inputs, pairs)
+    values, faults = compute(expr, problem.inputs, problem.along(0))
     values, *faults = (x[(None,) * (3 - x.ndim)] for x in (values, *faults))
     return values, faults
 

@@ -7,7 +7,6 @@ which side of a few rows, columns and diagonals it lies.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Final
 
@@ -37,7 +36,6 @@ class Cuts:
     diagonals: tuple[int, ...]
 
 
-@lru_cache(maxsize=256)
 def find_cuts(expr: Expr, params: tuple[Scalar, ...]) -> Cuts | None:
     """Where an expression's truth may turn, in exact integers; None where it compares anything else.
 
@@ -81,7 +79,7 @@ def _forms(node: Node, args: list[_Forms], params: tuple[Scalar, ...], signs: se
         case "kv", _:
             return ((0, 1, 0),)
         case "const" | "param", _:
-            value = params[int(node.value or 0)] if node.op == "param" else node.value
+            value = node.number(params)
             return ((0, 0, value),) if isinstance(value, int) else None
         case _ if not all(args[1:] if node.op == "select" else args):
             return None

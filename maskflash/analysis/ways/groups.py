@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,6 @@ from maskflash.analysis.ways.separate import one_sided
 from maskflash.expr.evaluate import every_value, reached
 from maskflash.expr.nodes import Expr
 
-_Axis = Literal["q", "kv"]
 _Words = npt.NDArray[np.uint64]  # bits, 64 in each, along the last axis
 
 _TOKENS: Final = 4  # for each group, on average along both sides
@@ -95,26 +94,16 @@ class Groups:
     columns: tuple[Alike, ...]
 
     def block_map(self) -> BlockMap:
-        """The map, from one pair of each two groups.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-        """
-        problem = self.problem
+        """The map, from one pair of each two groups."""
         rows = Runs.joined([Runs.from_lattice(torch.from_numpy(kinds)) for kinds in self._kinds()])
-        columns = rows.transposed(*problem.shape[2:])
-        return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
+        return self.problem.block_map(rows)
 
     def turned(self) -> Groups:
         """The groups of the problem with rows and columns swapped."""
         return Groups(self.problem.turned(), self.columns, self.rows)
 
     def seen(self) -> Rows:
-        """What rows see: their hulls, and how many columns.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-        """
+        """What rows see: their hulls, and how many columns."""
         problem = self.problem
         found = torch.empty(3, len(self.rows), problem.q_len, dtype=torch.int64)
         for unit, (rows, columns) in enumerate(zip(self.rows, self.columns, strict=True)):
@@ -161,25 +150,26 @@ def find_groups(problem: Problem) -> Groups | None:
     pairs = problem.q_len * problem.kv_len
     most = min(pairs // _TOKENS**2, max(_FEW_PAIRS, pairs // _MORE_TOKENS**2), _MOST_PAIRS)
     of_rows, of_columns = one_sided(problem.expr)
-    if _least(of_rows, "q", problem.q_len) * _least(of_columns, "kv", problem.kv_len) > most:
+    least = _least(of_columns, "kv", problem.kv_len)
+    if _least(of_rows, "q", problem.q_len) * least > most:
         return None
-    rows = _alike(problem, of_rows, "q", most // _least(of_columns, "kv", problem.kv_len))
+    rows = _alike(problem, of_rows, 0, most // least)
     if rows is None:
         return None
-    columns = _alike(problem, of_columns, "kv", most // max(len(alike.first) for alike in rows))
+    columns = _alike(problem, of_columns, 1, most // max(len(alike.first) for alike in rows))
     return None if columns is None else Groups(problem, rows, columns)
 
 
-def _least(parts: tuple[Expr, ...], axis: _Axis, length: int) -> int:
+def _least(parts: tuple[Expr, ...], index: str, length: int) -> int:
     """How many groups there are at least, at a glance."""
-    return length if any(part.nodes[-1].op == axis for part in parts) else 1
+    return length if any(part.nodes[-1].op == index for part in parts) else 1
 
 
-def _alike(problem: Problem, parts: tuple[Expr, ...], axis: _Axis, most: int) -> tuple[Alike, ...] | None:
+def _alike(problem: Problem, parts: tuple[Expr, ...], axis: int, most: int) -> tuple[Alike, ...] | None:
     """The groups of tokens of which all these parts are the same, by batch row and head; None where too many."""
     batch, heads = problem.shape[:2]
-    length = problem.q_len if axis == "q" else problem.kv_len
-    keys = [key for part in parts for key in _keys(problem, part, axis, length)]
+    length, pairs = (problem.q_len, problem.kv_len)[axis], problem.along(axis)
+    keys = [key for part in parts for key in _keys(problem, part, pairs)]
     known: dict[tuple[int, ...], Alike] = {}  # of those keys that a batch row and head has
     found: list[Alike] = []
     for b in range(batch):
@@ -195,12 +185,8 @@ def _alike(problem: Problem, parts: tuple[Expr, ...], axis: _Axis, most: int) ->
     return tuple(found)
 
 
-def _keys(problem: Problem, part: Expr, axis: _Axis, length: int) -> list[Tensor]:
+def _keys(problem: Problem, part: Expr, pairs: dict[str, Tensor]) -> list[Tensor]:
     """A part's value at every token, and where it fails: integers (B or 1, H or 1, length or 1)."""
-    batch, heads = problem.shape[:2]
-    b, h, nowhere = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None], torch.tensor(0)
-    tokens = torch.arange(length)
-    pairs = problem.indices(b, h, *((tokens, nowhere) if axis == "q" else (nowhere, tokens)))
     values, faults = every_value(part, problem.inputs, pairs)
     keys = [_exact(values[-1])]
     if any(fault is not None and bool(fault.any()) for fault in faults):

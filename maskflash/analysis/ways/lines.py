@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -68,7 +69,7 @@ class Formula:
         problem = self.problem
         q, kv = (problem.q_len, problem.block_size[0]), (problem.kv_len, problem.block_size[1])
         rows, columns = (_runs(*args, problem.device) for args in ((self.rows, *q, *kv), (self.columns, *kv, *q)))
-        return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
+        return problem.block_map(rows, columns)
 
 
 def find_formula(problem: Problem) -> Formula | None:
@@ -132,15 +133,11 @@ def _between(cuts: list[int], start: int, stop: int) -> list[tuple[int, int]]:
     return list(pairwise([start, *sorted(cut for cut in cuts if start < cut < stop), stop]))
 
 
-def _merged(bands: list[tuple[int, int]], values: Iterable[_T]) -> list[tuple[tuple[int, int], _T]]:
+def _merged(bands: list[tuple[int, int]], values: Iterable[_T]) -> Iterator[tuple[tuple[int, int], _T]]:
     """Neighbouring bands of one value as one."""
-    merged: list[tuple[tuple[int, int], _T]] = []
-    for (start, stop), value in zip(bands, values, strict=True):
-        if merged and merged[-1][1] == value:
-            merged[-1] = (merged[-1][0][0], stop), value
-        else:
-            merged.append(((start, stop), value))
-    return merged
+    for value, same in groupby(zip(bands, values, strict=True), key=itemgetter(1)):
+        alike = [band for band, _ in same]
+        yield (alike[0][0], alike[-1][1]), value
 
 
 def _joined(strips: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -148,12 +148,9 @@ def _values(problem: Problem, exprs: tuple[Expr, ...], axis: int) -> list[Tensor
 
     Where something is read out of range they are anything. Bounds see that, and all pairs of the tile are looked at.
     """
-    batch, heads = problem.shape[:2]
-    b, h = torch.arange(batch)[:, None, None], torch.arange(heads)[:, None]
-    tokens, nowhere = torch.arange((problem.q_len, problem.kv_len)[axis]), torch.zeros((), dtype=torch.int64)
-    pairs = problem.indices(b, h, *((tokens, nowhere) if axis == 0 else (nowhere, tokens)))
+    pairs, shape = problem.along(axis), (*problem.shape[:2], (problem.q_len, problem.kv_len)[axis])
     found = (compute(expr, problem.inputs, pairs)[0] for expr in exprs)
-    return [x.to(torch.int64).expand(batch, heads, len(tokens)).reshape(batch * heads, -1) for x in found]
+    return [x.to(torch.int64).expand(shape).flatten(0, 1) for x in found]
 
 
 def _parts(line: Tensor, shared: Tensor) -> Iterator[tuple[int, int]]:

@@ -27,11 +27,7 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_all(problem: Problem) -> Evaluated | None:
-    """Evaluate all pairs of a problem; None where they are many.
-
-    Raises:
-        MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-    """
+    """Evaluate all pairs of a problem; None where they are many."""
     (batch, heads, lines, across), (rows, width) = problem.shape, problem.block_size
     q_len, kv_len = problem.q_len, problem.kv_len
     if q_len > _MOST_ROWS or batch * heads * q_len * kv_len > _MOST_PAIRS or 0 in problem.shape:

@@ -65,9 +65,6 @@ class Tiles:
 
         Returns:
             False where it said no; then nothing is known.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
         """
         pending = list(self._first())
         pairs = 0
@@ -104,13 +101,10 @@ class Tiles:
     def block_map(self) -> BlockMap:
         """The map of what was settled."""
         problem = self.problem
-        batch, heads, n_q, n_kv = problem.shape
         nothing = torch.zeros(0, dtype=torch.int64, device=problem.device)
         stretches = [(nothing, nothing, nothing, nothing.bool()), *self._stretches]
         joined = Stretches(*(torch.cat(x).cpu().numpy() for x in zip(*stretches, strict=True)))
-        rows = Runs.from_stretches(batch * heads * n_q, joined, problem.device)
-        columns = rows.transposed(n_q, n_kv)
-        return BlockMap(problem.q_len, problem.kv_len, problem.block_size, problem.shape, rows, columns)
+        return problem.block_map(Runs.from_stretches(math.prod(problem.shape[:3]), joined, problem.device))
 
     def _keep(self, squares: Tensor, side: int, *, full: Tensor | bool) -> None:
         """Note squares (n, 4) whose tiles are all full, or all partial."""

@@ -15,19 +15,17 @@ A call may be gathered: its rows or columns have gaps in the sequence, and are p
     columns of the sequence   0 1 2 3 4 5 6 7 8
     picked                    ^ ^ ^       ^ ^     index [0, 1, 2, 6, 7]: five columns of the call
 
-A sliding window is many equal blocks, one below and to the right of the other: `Blocks` computes them as one call.
+A sliding window is many equal blocks, one below and to the right of the other: one call picks them as `Blocks`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.analysis.runs import BoolArray, IntArray
+from maskflash.analysis.runs import IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,22 +45,34 @@ class Pick:
     def __len__(self) -> int:
         return self.stop - self.start if self.index is None else len(self.index)
 
+    @property
+    def total(self) -> int:
+        """How many tokens there are in all."""
+        return len(self)
+
+    @property
+    def hull(self) -> tuple[int, int]:
+        """The first token and one past the last."""
+        return self.start, self.stop
+
     def take(self, x: Tensor) -> Tensor:
-        """The picked tokens of x (N, H, tokens, ...): a view where they are a slice, else a copy."""
+        """The picked tokens of x (N, H, tokens, ...), as the kernel gets them: a view where they are a slice."""
         if self.index is None:
             whole = self.stop - self.start == x.shape[2]
             return x if whole else x.narrow(2, self.start, self.stop - self.start)
         return x.index_select(2, self.index)
 
     def put(self, x: Tensor, part: Tensor) -> None:
-        """Writes the picked tokens of x."""
+        """Writes what the kernel returned into the picked tokens of x."""
         if self.index is None:
             self.take(x).copy_(part)
         else:
             x.index_copy_(2, self.index, part.to(x.dtype))
 
     def add(self, x: Tensor, part: Tensor) -> None:
-        """Adds to the picked tokens of x."""
+        """Adds what the kernel returned to the picked tokens of x, summed over the heads that share them."""
+        if part.shape[1] != x.shape[1]:
+            part = part.sum(1, keepdim=True, dtype=x.dtype)
         if self.index is None:
             self.take(x).add_(part)
         else:
@@ -76,6 +86,49 @@ class Pick:
     def nbytes(self) -> int:
         """Bytes of the index."""
         return 0 if self.index is None else self.index.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks(Pick):
+    """Equal slices, each `step` tokens after the last, of which start to stop is the first: a sliding window's.
+
+        # # # . . . . . .      rows: count = 3, step = 2; columns: the same, of 4 each. The kernel gets
+        . # # # . . . . .      (heads, 3, 2, ...) and (heads, 3, 4, ...), views that overlap: nothing is copied.
+        . . # # # . . . .
+        . . . # # # . . .      Its batch is the blocks, so x has N = 1.
+        . . . . # # # . .
+        . . . . . # # # .
+
+    Without it each block is a call of its own. Forward is then 1.1 to 1.5 times slower at 1,024 to 4,096 tokens of 8
+    heads x 64 and windows of 128 to 512, backward about the same (medians by turns, on a busy machine).
+    """
+
+    count: int = 1
+    step: int = 1
+
+    @property
+    def total(self) -> int:
+        """How many tokens there are in all, those of several blocks each time."""
+        return self.count * len(self)
+
+    @property
+    def hull(self) -> tuple[int, int]:
+        """The first token and one past the last."""
+        return self.start, self.stop + (self.count - 1) * self.step
+
+    def take(self, x: Tensor) -> Tensor:
+        """The slices of x (1, H, tokens, ...): a view (H, count, len, ...)."""
+        size = (x.shape[1], self.count, len(self), *x.shape[3:])
+        stride = (x.stride(1), self.step * x.stride(2), *x.stride()[2:])
+        return x.as_strided(size, stride, int(x.storage_offset()) + self.start * x.stride(2))
+
+    def add(self, x: Tensor, part: Tensor) -> None:
+        """Adds what the kernel returned, summed over the heads that share it, block by block, since they overlap."""
+        if part.shape[0] != x.shape[1]:
+            part = part.sum(0, keepdim=True, dtype=x.dtype)
+        for block in range(self.count):
+            start = self.start + block * self.step
+            x[0, :, start : start + len(self)].add_(part[:, block])
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +174,6 @@ class Bits:
     b: int
     h: int
 
-    @staticmethod
-    def pack(bits: BoolArray, b: int, h: int) -> Bits:
-        """Keeps bits (R, S)."""
-        return Bits(torch.from_numpy(np.packbits(bits, axis=1)), b, h)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
@@ -141,27 +189,10 @@ class Call:
     mask: Causal | Band | Intervals | Bits | None
     merges: bool = False
 
-    by_batch_row: ClassVar[bool] = False  # whether it takes views with N = 1 only
-
-    @property
-    def height(self) -> int:
-        """How many rows it computes in all."""
-        return len(self.rows)
-
     @property
     def pairs(self) -> int:
         """How many (query, key) pairs it covers."""
-        return self.height * len(self.columns)
-
-    @property
-    def row_hull(self) -> tuple[int, int]:
-        """Its first row and one past its last."""
-        return self.rows.start, self.rows.stop
-
-    @property
-    def column_hull(self) -> tuple[int, int]:
-        """Its first column and one past its last."""
-        return self.columns.start, self.columns.stop
+        return self.rows.total * len(self.columns)
 
     @property
     def nbytes(self) -> int:
@@ -173,89 +204,3 @@ class Call:
         if isinstance(mask, Bits) and mask.packed is not None:
             held += mask.packed.nbytes
         return held
-
-    def take_rows(self, x: Tensor) -> Tensor:
-        """Its rows of a view, as the kernel gets them: a view where they are a slice, else a copy."""
-        return self.rows.take(x)
-
-    def take_columns(self, x: Tensor) -> Tensor:
-        """Its columns of a view, as the kernel gets them."""
-        return self.columns.take(x)
-
-    def put_rows(self, x: Tensor, part: Tensor) -> None:
-        """Writes what the kernel returned into its rows of a view."""
-        self.rows.put(x, part)
-
-    def add_rows(self, x: Tensor, part: Tensor) -> None:
-        """Adds what the kernel returned to its rows of a view."""
-        self.rows.add(x, part)
-
-    def add_columns(self, x: Tensor, part: Tensor) -> None:
-        """Adds what the kernel returned to its columns of a view, summed over the heads that share them."""
-        if part.shape[1] != x.shape[1]:
-            part = part.sum(1, keepdim=True, dtype=x.dtype)
-        self.columns.add(x, part)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Blocks(Call):
-    """Equal blocks of a sliding window in one call: each len(rows) rows below, and as many columns right of, the last.
-
-        # # # . . . . . .      count = 3: the kernel gets (heads, 3 blocks, 2 rows, ...) and
-        . # # # . . . . .      (heads, 3 blocks, 4 columns, ...), views that overlap: nothing is copied.
-        . . # # # . . . .
-        . . . # # # . . .      rows and columns pick the first block; they are slices.
-        . . . . # # # . .
-        . . . . . # # # .
-
-    Without it each block is a call of its own. Forward is then 1.1 to 1.5 times slower at 1,024 to 4,096 tokens of 8
-    heads x 64 and windows of 128 to 512, backward about the same (medians by turns, on a busy machine).
-    """
-
-    count: int = 1
-
-    by_batch_row: ClassVar[bool] = True  # the kernel's batch is the blocks
-
-    @property
-    def height(self) -> int:
-        """How many rows it computes in all."""
-        return self.count * len(self.rows)
-
-    @property
-    def row_hull(self) -> tuple[int, int]:
-        """Its first row and one past its last."""
-        return self.rows.start, self.rows.start + self.height
-
-    @property
-    def column_hull(self) -> tuple[int, int]:
-        """Its first column and one past its last."""
-        return self.columns.start, self.columns.stop + self.height - len(self.rows)
-
-    def take_rows(self, x: Tensor) -> Tensor:
-        """Its rows of a view: (H, count, rows, ...)."""
-        return self._each(x, self.rows)
-
-    def take_columns(self, x: Tensor) -> Tensor:
-        """Its columns of a view, which overlap: (H, count, columns, ...)."""
-        return self._each(x, self.columns)
-
-    def put_rows(self, x: Tensor, part: Tensor) -> None:
-        """Writes what the kernel returned into its rows of a view."""
-        self.take_rows(x).copy_(part)
-
-    def add_rows(self, x: Tensor, part: Tensor) -> None:
-        """Adds what the kernel returned to its rows of a view."""
-        self.take_rows(x).add_(part)
-
-    def add_columns(self, x: Tensor, part: Tensor) -> None:
-        """Adds what the kernel returned to its columns of a view, block by block, since they overlap."""
-        if part.shape[0] != x.shape[1]:
-            part = part.sum(0, keepdim=True, dtype=x.dtype)
-        for block in range(self.count):
-            start = self.columns.start + block * len(self.rows)
-            x[0, :, start : start + len(self.columns)].add_(part[:, block])
-
-    def _each(self, x: Tensor, pick: Pick) -> Tensor:
-        size = (x.shape[1], self.count, len(pick), *x.shape[3:])
-        stride = (x.stride(1), len(self.rows) * x.stride(2), *x.stride()[2:])
-        return x.as_strided(size, stride, int(x.storage_offset()) + pick.start * x.stride(2))

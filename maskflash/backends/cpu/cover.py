@@ -35,24 +35,12 @@ _MAX_JOINED_ROWS: Final = 256
 _MAX_SLID: Final = 1 << 14  # columns of all blocks of one call: backward holds their gradients at once
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Segments:
-    """All segments of one layer of the rows: (n, 6) int64, in the order of Segment's fields."""
+def find_segments(spans: RowSpans) -> IntArray:
+    """Cuts the rows where the way their intervals move changes; rows that see nothing are in no segment.
 
-    table: IntArray
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.table.nbytes
-
-    def each(self) -> list[Segment]:
-        """The segments one by one."""
-        return [Segment(*fields) for fields in self.table.tolist()]
-
-
-def find_segments(spans: RowSpans) -> Segments:
-    """Cuts the rows where the way their intervals move changes; rows that see nothing are in no segment."""
+    Returns:
+        (n, 6) int64, a segment in each row, in the order of Segment's fields.
+    """
     start, stop = spans.start, spans.stop
     sees = stop > start
     start_step, stop_step = _steps(start), _steps(stop)
@@ -66,7 +54,7 @@ def find_segments(spans: RowSpans) -> Segments:
     ends = np.flatnonzero(np.concatenate((first | ~sees, [True])))
     rows = ends[np.searchsorted(ends, row, side="right")] - row
     step = np.where(rows > 1, kind[np.where(rows > 1, row + 1, row)], 0)
-    return Segments(np.stack((row, rows, start[row], stop[row], step // 2, step % 2), axis=1))
+    return np.stack((row, rows, start[row], stop[row], step // 2, step % 2), axis=1)
 
 
 def _steps(places: IntArray) -> IntArray:
@@ -76,9 +64,9 @@ def _steps(places: IntArray) -> IntArray:
     return steps
 
 
-def cover_segments(segments: Segments, costs: Costs) -> list[Call]:
-    """Calls that cover the segments: long segments are cut, short neighbours share a masked call."""
-    each = segments.each()
+def cover_segments(segments: IntArray, costs: Costs) -> list[Call]:
+    """Calls that cover what `find_segments` found: long segments are cut, short neighbours share a masked call."""
+    each = [Segment(*fields) for fields in segments.tolist()]
     calls = _cut_or_joined(each, costs)
     if len(calls) > 1 and sum(segment.rows for segment in each) <= _MAX_JOINED_ROWS:
         whole = _call(each, reduce(_union, [segment.columns for segment in each], []))
@@ -91,7 +79,7 @@ def cost_of(call: Call, costs: Costs) -> float:
     """Predicted cost of one call, in pairs."""
     if isinstance(call.mask, Causal):
         return costs.of_causal(len(call.rows))
-    blocks = call.count if isinstance(call, Blocks) else 1
+    blocks = call.rows.total // len(call.rows)
     return blocks * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
 
 
@@ -225,8 +213,9 @@ def _as_blocks(parts: list[Segment]) -> tuple[list[Call], list[Segment]]:
     most = max(_MAX_SLID // first.width, 1)
     calls: list[Call] = []
     for low in range(0, equal, most):
-        block = _single_call(parts[low])
-        calls.append(Blocks(block.rows, block.columns, block.mask, count=min(most, equal - low)))
+        block, count = _single_call(parts[low]), min(most, equal - low)
+        rows, columns = (Blocks(p.start, p.stop, None, count, first.rows) for p in (block.rows, block.columns))
+        calls.append(Call(rows, columns, block.mask))
     return calls, parts[equal:]
 
 

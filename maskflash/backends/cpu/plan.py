@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -13,14 +13,16 @@ from torch import Tensor
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.intervals import Rows
 from maskflash.analysis.rows import Evaluate, Strip, row_spans
+from maskflash.analysis.runs import IntArray
 from maskflash.analysis.seen import Seen
 from maskflash.backends.cpu.calls import Bits, Call
-from maskflash.backends.cpu.costs import TABLE_WORK, Pass
-from maskflash.backends.cpu.cover import Segments, find_segments
+from maskflash.backends.cpu.costs import TABLE_WORK, Costs, Pass, candidates
+from maskflash.backends.cpu.cover import cost_of, cover_segments, find_segments
 from maskflash.backends.cpu.layers import Layers
 from maskflash.backends.cpu.matrices import Masks
-from maskflash.backends.cpu.schedules import Schedule, Schedules
+from maskflash.backends.cpu.schedules import Schedule, chained
 from maskflash.backends.cpu.strips import StripMerger
+from maskflash.ground.copies import lasting
 
 _MANY_PAIRS: Final = 1 << 19  # in partial tiles: fewer are evaluated sooner than it is found what rows see
 _MAX_STORED_BITS: Final = 256 << 20  # bytes of packed bits per plan; beyond it, the mask is evaluated per call
@@ -33,28 +35,52 @@ class Plan:
     Attributes:
         block_map: what it was made from.
         evaluate: the mask, for calls whose bits were too many to keep; None where all were kept.
-        segments: regular rows, per (b, h) of the mask and layer: a row's further intervals are in further layers.
+        segments: of regular rows, per (b, h) of the mask and layer: a row's further intervals are in further layers.
         strips: calls for irregular rows, per (b, h) of the mask.
     """
 
     block_map: BlockMap
     evaluate: Evaluate | None
-    segments: dict[tuple[int, int], list[Segments]]
+    segments: dict[tuple[int, int], list[IntArray]]
     strips: dict[tuple[int, int], list[Call]]
     _masks: Masks = field(init=False)
-    _schedules: Schedules = field(init=False)
+    _schedules: dict[tuple[Pass, torch.dtype, int], Schedule] = field(default_factory=dict)
+    _soles: dict[tuple[torch.dtype, int], Call | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._masks = Masks(self.evaluate)
-        self._schedules = Schedules(self.block_map.q_len, self.segments, self.strips, self._masks.expect)
 
     def schedule(self, pass_: Pass, dtype: torch.dtype, work: int) -> Schedule:
-        """The cheapest calls for one pass of tensors of `dtype`; `work` is the heads x head dim of one call."""
-        return self._schedules.cheapest(pass_, dtype, work)
+        """The cheapest calls for one pass, all in one dtype; found once for each power of four of work.
+
+        Args:
+            pass_: "forward" or "backward".
+            dtype: of q, k and v.
+            work: heads x head dim that one call computes.
+        """
+        power = _power(work)
+        key = (pass_, dtype, power)
+        found = self._schedules.get(key)
+        if found is None:
+            with lasting():
+                options = [self._made(pass_, costs.for_work(4**power)) for costs in candidates(pass_, dtype)]
+                # A native call rounds what it returns, so rows in several calls would be rounded several times.
+                allowed = [s for s in options if not (dtype.itemsize == 2 and s.native and s.merges)]
+                found = self._schedules[key] = min(allowed, key=lambda s: s.cost)
+                self._masks.expect(found.all_calls())
+        return found
 
     def sole(self, dtype: torch.dtype, work: int) -> Call | None:
-        """The call that computes all rows of everything, if it is the cheapest way of both passes in this dtype."""
-        return self._schedules.sole(dtype, work)
+        """The call that computes all rows of everything, if it is the cheapest way of both passes in this dtype.
+
+        Every small call asks for it, and one look-up is half the time of two schedules.
+        """
+        key = (dtype, _power(work))
+        if key not in self._soles:
+            forward, backward = self.schedule("forward", dtype, work), self.schedule("backward", dtype, work)
+            whole = forward.native and backward.native and backward.only is not None
+            self._soles[key] = forward.only if whole else None
+        return self._soles[key]
 
     def work(self, batch: int, heads: int, head_dim: int) -> int:
         """Heads x head dim of one call."""
@@ -69,7 +95,9 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes held: geometry, bits, and what schedules and matrices were made so far."""
         geometry = sum(s.nbytes for layers in self.segments.values() for s in layers)
-        return geometry + self._schedules.nbytes + self._masks.nbytes
+        calls = {id(c): c for of_unit in self.strips.values() for c in of_unit}
+        calls.update((id(c), c) for s in self._schedules.values() for c in s.all_calls())
+        return geometry + sum(c.nbytes for c in calls.values()) + self._masks.nbytes
 
     def describe(self, pass_: Pass, dtype: torch.dtype, work: int = 512) -> dict[str, int | str]:
         """What one pass does: calls, how many are masked or gathered, pairs covered, compute dtype."""
@@ -83,6 +111,24 @@ class Plan:
             "compute": str(dtype if schedule.native else torch.float32).removeprefix("torch."),
         }
 
+    def _made(self, pass_: Pass, costs: Costs) -> Schedule:
+        chains = {
+            unit: chained(_covered(layers, costs) + self.strips[unit], pass_, partial(cost_of, costs=costs))
+            for unit, layers in self.segments.items()
+        }
+        return Schedule.of(costs.native, chains, self.block_map.q_len)
+
+
+def _power(work: int) -> int:
+    """Of four; works of about the same one share a schedule, since overheads matter to a factor of a few."""
+    return round(math.log2(work) / 2) if work > 1 else 0
+
+
+def _covered(layers: list[IntArray], costs: Costs) -> list[Call]:
+    """Calls that cover the layers, in their order: every layer after the first merges with what is there."""
+    first, *further = (cover_segments(segments, costs) for segments in layers)
+    return first + [replace(call, merges=True) for calls in further for call in calls]
+
 
 def plan(seen: Seen) -> Plan:
     """Finds the exact geometry of a mask, ready to be scheduled.
@@ -94,7 +140,7 @@ def plan(seen: Seen) -> Plan:
         A plan that forward and backward take, for any dtype and head dim.
     """
     block_map, evaluate, rows = seen.block_map, seen.problem.visible, _rows(seen)
-    segments: dict[tuple[int, int], list[Segments]] = {}
+    segments: dict[tuple[int, int], list[IntArray]] = {}
     strips: dict[tuple[int, int], list[Call]] = {}
     stored = 0
     # A mask with heads of its own is computed head by head: a guess is enough to plan strips by.

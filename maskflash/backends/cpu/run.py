@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskflash.backends.cpu.calls import Call, Causal
+from maskflash.backends.cpu.calls import Blocks, Call, Causal
 from maskflash.backends.cpu.plan import Plan, plan
 from maskflash.backends.cpu.schedules import Schedule
 from maskflash.backends.cpu.threads import WORKERS, Job
@@ -66,13 +66,13 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[
         part, part_lse = _attend(plan, call, qs, ks, vs, scale)
         part = part[..., :v_head_dim]
         if call.merges:
-            rows, rows_lse = call.take_rows(outs), call.take_rows(lses)
+            rows, rows_lse = call.rows.take(outs), call.rows.take(lses)
             merge_into(rows, rows_lse, part, part_lse)
             if call.rows.index is None:
                 return
             part, part_lse = rows, rows_lse  # gathered rows are copies
-        call.put_rows(outs, part)
-        call.put_rows(lses, part_lse)
+        call.rows.put(outs, part)
+        call.rows.put(lses, part_lse)
 
     _make(make, plan, schedule, (*inputs, out, lse))
     return _as(out, q.dtype), lse
@@ -141,24 +141,24 @@ def backward(
 
     def make(call: Call, views: Views) -> None:
         qs, ks, vs, douts, outs, lses, dqs, dks, dvs = views
-        queries = call.take_rows(qs)
+        queries = call.rows.take(qs)
         part_q, part_k, part_v = _kernel_backward(
-            call.take_rows(douts),
+            call.rows.take(douts),
             queries,
-            shared(call.take_columns(ks), queries),
-            shared(call.take_columns(vs), queries),
-            call.take_rows(outs),
-            call.take_rows(lses),
+            shared(call.columns.take(ks), queries),
+            shared(call.columns.take(vs), queries),
+            call.rows.take(outs),
+            call.rows.take(lses),
             0.0,
             isinstance(call.mask, Causal),
             attn_mask=plan.additive(call, total),
             scale=scale,
         )
         # Most rows are in one call, a column may be in many.
-        put = call.add_rows if call.merges else call.put_rows
+        put = call.rows.add if call.merges else call.rows.put
         put(dqs, part_q[..., : dqs.shape[3]])
-        call.add_columns(dks, part_k[..., : dks.shape[3]])
-        call.add_columns(dvs, part_v[..., : dvs.shape[3]])
+        call.columns.add(dks, part_k[..., : dks.shape[3]])
+        call.columns.add(dvs, part_v[..., : dvs.shape[3]])
 
     _make(make, plan, schedule, (*inputs, lse, dq, dk, dv))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype)
@@ -166,11 +166,11 @@ def backward(
 
 def _attend(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Runs a call: its rows of out and lse."""
-    queries = call.take_rows(q)
+    queries = call.rows.take(q)
     result: tuple[Tensor, Tensor] = _kernel(
         queries,
-        shared(call.take_columns(k), queries),
-        shared(call.take_columns(v), queries),
+        shared(call.columns.take(k), queries),
+        shared(call.columns.take(v), queries),
         0.0,
         isinstance(call.mask, Causal),
         attn_mask=plan.additive(call, q.dtype),
@@ -222,7 +222,7 @@ def _make(each: Each, plan: Plan, schedule: Schedule, tensors: tuple[Tensor, ...
 
 def _make_chain(each: Each, calls: list[Call], views: Views) -> None:
     for call in calls:
-        for part in batch_rows(views) if call.by_batch_row else [views]:
+        for part in batch_rows(views) if isinstance(call.rows, Blocks) else [views]:
             each(call, part)
 
 

@@ -37,10 +37,6 @@ class _Batch:
     some: BoolArray  # (kv_len,)
     every: BoolArray  # (kv_len,)
 
-    def with_batch(self, other: _Batch) -> _Batch:
-        """Both as one."""
-        return _Batch(self.rows + other.rows, self.some | other.some, self.every & other.every)
-
 
 @dataclass(slots=True)
 class StripMerger:
@@ -83,7 +79,8 @@ class StripMerger:
         for seen, of_rows in ((batch.some, np.bitwise_or), (batch.every, np.bitwise_and)):
             seen[columns] = np.unpackbits(of_rows.reduce(packed, axis=0), count=len(columns))
         if self.pending is not None:
-            both = self.pending.with_batch(batch)
+            known = self.pending
+            both = _Batch(known.rows + batch.rows, known.some | batch.some, known.every & batch.every)
             if both.rows <= _MAX_ROWS and self._cost(both) < self._cost(self.pending) + self._cost(batch):
                 batch = both
             else:
@@ -138,12 +135,10 @@ class StripMerger:
     def _packed(self, bits: BoolArray) -> Bits | None:
         if bits.all():
             return None
-        mask = Bits.pack(bits, self.b, self.h)
-        assert mask.packed is not None
-        if mask.packed.nbytes > self.budget:
-            return Bits(None, self.b, self.h)
-        self.budget -= mask.packed.nbytes
-        return mask
+        packed = torch.from_numpy(np.packbits(bits, axis=1))
+        kept = packed.nbytes <= self.budget
+        self.budget -= packed.nbytes * kept
+        return Bits(packed if kept else None, self.b, self.h)
 
 
 def _steady(bits: BoolArray) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import maskflash as mf
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.classify import classify
-from maskflash.analysis.ways import coverage
+from maskflash.analysis.ways import columns
 from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.coverage import cover
 from maskflash.testing import masks
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def problem_of(mask, q_len, kv_len, block_size=(16, 16), q_offset=0):
-    return mask.problem("test", q_len, kv_len, 2, 2, block_size, q_offset, CPU, {})
+    return mask.at(q_len, kv_len, batch=2, heads=2, q_offset=q_offset).tiled(block_size)
 
 
 def same_runs(x, y):
@@ -50,7 +50,7 @@ def test_their_tiles_are_those_of_all_pairs(mask, q_len, kv_len, block_size, at_
     pieces = find_pieces(problem)
     assume(pieces is not None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(coverage, "_ROWS_AT_ONCE", at_once)  # so that seams are tested too
+        patch.setattr(columns, "PIECES_AT_ONCE", at_once)  # so that seams are tested too
         found = cover(pieces)
     bits = mask.dense(q_len, kv_len, batch=2, heads=2)[: problem.shape[0], : problem.shape[1]]
     kinds = torch.zeros(problem.shape, dtype=torch.int8)

@@ -12,7 +12,7 @@ from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.classify import by_ends, by_tiles, classify
 from maskflash.analysis.facts import Facts
 from maskflash.analysis.intervals import MOST_INTERVALS, Rows
-from maskflash.analysis.ways import ends as module
+from maskflash.analysis.ways import columns
 from maskflash.analysis.ways.ends import map_of_intervals
 from maskflash.backends.cpu import plan as cpu_plan
 from maskflash.op import cache
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def problem_of(mask, q_len, kv_len, q_offset=0):
-    return mask.problem("test", q_len, kv_len, 2, 2, (16, 16), q_offset, CPU, {})
+    return mask.at(q_len, kv_len, batch=2, heads=2, q_offset=q_offset).tiled((16, 16))
 
 
 def check(mask, q_len, kv_len, offset=0):
@@ -61,7 +61,7 @@ def are_what_is_seen(rows, dense):
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([16, 200, 1 << 18]))
 def test_they_are_what_rows_see(mask, q_len, kv_len, at_once):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_PIECES_AT_ONCE", at_once)  # so that seams are tested too
+        patch.setattr(columns, "PIECES_AT_ONCE", at_once)  # so that seams are tested too
         check(mask, q_len, kv_len)
 
 
@@ -117,7 +117,7 @@ def joined(draw):
 @settings(max_examples=300)
 @given(joined(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (3, 5), (1, 1), (64, 2)]))
 def test_ends_of_joined_comparisons_are_what_rows_see_and_make_the_map(mask, q_len, kv_len, block_size):
-    problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, 0, CPU, {})
+    problem = mask.at(q_len, kv_len, batch=2, heads=2).tiled(block_size)
     facts = Facts(problem)
     found = facts.intervals
     assume(found is not None)
@@ -176,7 +176,7 @@ def test_numbers_far_apart_are_compared_and_not_subtracted(numbers):
 def test_rows_of_a_line_that_lie_apart_are_not_one_stretch(seen):
     """The rows of a tile see tiles far from each other: the map comes another way, and is the same."""
     start, stop = (x.view(1, 1, 4) for x in torch.tensor(seen).T)
-    problem = mf.full().problem("test", 4, 64, 1, 1, (4, 8), 0, CPU, {})
+    problem = mf.full().at(4, 64).tiled((4, 8))
     assert map_of_intervals(problem, Rows(start[None], stop[None], (stop - start).clamp(min=0))) is None
 
 
@@ -215,7 +215,7 @@ def test_an_analysis_evaluates_no_pair_that_rows_tell(monkeypatch):
 
     monkeypatch.setattr(Problem, "visible", counted)
     mask = mf.causal() & mf.document([1000] * 8 + [192])
-    problem = mask.problem("test", 8192, 8192, 1, 1, (128, 128), 0, CPU, {})
+    problem = mask.at(8192, 8192).tiled((128, 128))
     partial = analyse(problem, "cpu").block_map.counts["partial"]
     assert sum(pairs) < partial * 128**2 / 8
 
@@ -233,7 +233,7 @@ def test_attention_by_rows_is_the_dense_one(mask, q_len, kv_len):
 @settings(max_examples=150)
 @given(masks(), st.integers(1, 8), st.integers(1, 64), st.integers(0, 40), st.sampled_from([(16, 16), (3, 5), (1, 1)]))
 def test_few_rows_evaluated_at_once_are_what_they_see_and_make_the_map(mask, q_len, kv_len, offset, block_size):
-    problem = mask.problem("test", q_len, kv_len, 2, 2, block_size, offset, CPU, {})
+    problem = mask.at(q_len, kv_len, batch=2, heads=2, q_offset=offset).tiled(block_size)
     facts = Facts(problem)
     rows, block_map = facts.pairs
     assert torch.equal(block_map.kinds(), by_tiles(facts).block_map.kinds())

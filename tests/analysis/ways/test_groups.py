@@ -24,7 +24,7 @@ LONGEST = 100  # tokens that tables have room for, offsets included
 
 def problem_of(mask, q_len, kv_len, block_size=(16, 16), q_offset=0, **mask_args):
     block_size = (block_size, block_size) if isinstance(block_size, int) else block_size
-    return mask.problem("test", q_len, kv_len, 2, 2, block_size, q_offset, CPU, mask_args)
+    return mask.at(q_len, kv_len, batch=2, heads=2, q_offset=q_offset, **mask_args).tiled(block_size)
 
 
 def expected(mask, problem, **mask_args):

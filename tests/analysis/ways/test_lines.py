@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def problem_of(mask, q_len, kv_len, block_size=(16, 16), q_offset=0):
-    return mask.problem("test", q_len, kv_len, 2, 2, block_size, q_offset, CPU, {})
+    return mask.at(q_len, kv_len, batch=2, heads=2, q_offset=q_offset).tiled(block_size)
 
 
 def same_runs(x, y):

@@ -66,7 +66,7 @@ def test_every_tile_is_what_all_its_pairs_say(name, data):
         patch.setattr(meets, "_AT_ONCE", data.draw(st.sampled_from([1, 7, 1 << 20])))
         patch.setattr(tiles, "_DIVISION", data.draw(st.sampled_from([2, 3, 8])))
         patch.setattr(tiles, "_SQUARES", data.draw(st.sampled_from([1, 4, 64])))
-        problem = mask.problem("test", q_len, kv_len, 2, 2, tuple(block_size), offset, torch.device("cpu"), {})
+        problem = mask.at(q_len, kv_len, batch=2, heads=2, q_offset=offset).tiled(tuple(block_size))
         found = classify(problem, (by_lines, by_groups, by_tiles)).block_map.kinds()
     expected = brute_force(mask.dense(q_len, kv_len, batch=2, heads=2, q_offset=offset), block_size)
     assert torch.equal(found.expand_as(expected), expected)
@@ -127,7 +127,7 @@ def test_its_cost_follows_the_length(monkeypatch):
 def test_the_pairs_that_match_are_counted():
     doc = short(500, 6, again=60, gaps=0.2)
     mask = mf.mask(lambda b, h, q, kv: doc[q] == doc[kv] and doc[q] >= 0)
-    problem = mask.problem("test", 500, 490, 1, 1, (10, 7), 0, torch.device("cpu"), {})
+    problem = mask.at(500, 490).tiled((10, 7))
     (found,) = meets.find_meets(problem, Tiles(problem).undecided)
     counts = mask.dense(500, 490)[0, 0].view(50, 10, 70, 7).sum((1, 3)).flatten()
     assert torch.equal(found.tiles, counts.nonzero()[:, 0])
@@ -136,7 +136,7 @@ def test_the_pairs_that_match_are_counted():
 
 def test_what_meets_everywhere_is_left_to_samples():
     for predicate in (lambda b, h, q, kv: q % 3 == kv % 3, lambda b, h, q, kv: q % 64 == kv % 64):
-        problem = mf.mask(predicate).problem("test", 4096, 4096, 1, 1, (128, 128), 0, torch.device("cpu"), {})
+        problem = mf.mask(predicate).at(4096, 4096).tiled((128, 128))
         assert not meets.find_meets(problem, Tiles(problem).undecided)
 
 

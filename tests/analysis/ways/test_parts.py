@@ -19,7 +19,7 @@ SIZES = st.one_of(st.integers(1, 40), st.tuples(st.integers(1, 40), st.integers(
 
 def problem_of(mask, q_len, kv_len, block_size=(16, 16), q_offset=0):
     block_size = (block_size, block_size) if isinstance(block_size, int) else block_size
-    return mask.problem("test", q_len, kv_len, 2, 2, block_size, q_offset, CPU, {})
+    return mask.at(q_len, kv_len, batch=2, heads=2, q_offset=q_offset).tiled(block_size)
 
 
 def expected(mask, problem):

@@ -12,7 +12,7 @@ REAL = torch.linspace(0, 1, 64)
 
 
 def parts(predicate):
-    problem = mf.mask(predicate).problem("test", 64, 64, 1, 1, (16, 16), 0, torch.device("cpu"), {})
+    problem = mf.mask(predicate).at(64, 64).tiled((16, 16))
     return separate(problem.expr)
 
 

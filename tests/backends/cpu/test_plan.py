@@ -134,7 +134,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def blocks_of(call):
-    return call.count if isinstance(call, Blocks) else 1
+    return call.rows.count if isinstance(call.rows, Blocks) else 1
 
 
 def masks_of(plan, pass_="forward"):
@@ -174,7 +174,7 @@ def test_describe_counts_what_a_pass_does():
 def test_low_blocks_are_for_cpus_that_are_fast_at_few_rows(machine):
     for pass_ in ("forward", "backward"):
         calls = plan_of(window, 4096).schedule(pass_, torch.float32, 512).all_calls()
-        heights = {len(call.rows) for call in calls if isinstance(call, Blocks)}
+        heights = {len(call.rows) for call in calls if isinstance(call.rows, Blocks)}
         assert (max(heights) < 192) is (machine.capability == "AVX2" and pass_ == "forward")
 
 

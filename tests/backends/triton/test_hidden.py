@@ -17,7 +17,7 @@ from maskflash.testing import Shape, masks
 @given(masks(), st.integers(1, 64), st.integers(1, 64), st.sampled_from([(16, 16), (16, 32), (32, 16)]))
 def test_seen_is_brute_force_over_visited_tiles(many, mask, q_len, kv_len, block_size):
     dense = mask.dense(q_len, kv_len, batch=2, heads=4)
-    problem = mask.problem("test", q_len, kv_len, 2, 4, block_size, 0, torch.device("cpu"), {})
+    problem = mask.at(q_len, kv_len, batch=2, heads=4).tiled(block_size)
     analysed = classify(problem)
     block_map = analysed.block_map
     visited = (block_map.kinds() != 0).repeat_interleave(block_size[0], 2).repeat_interleave(block_size[1], 3)

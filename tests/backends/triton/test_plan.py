@@ -18,7 +18,7 @@ HALF = mf.causal() & mf.document([20, 13])  # of 40 tokens: the last ones see no
 
 @pytest.fixture
 def problem():
-    return HALF.problem("test", 40, 40, 1, 1, (16, 16), 0, torch.device("cpu"), {})
+    return HALF.at(40, 40).tiled((16, 16))
 
 
 @pytest.fixture

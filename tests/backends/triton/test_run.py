@@ -572,7 +572,7 @@ def test_triton_compiles_no_number_into_a_kernel():
         ids, spans = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(4)
         for window in (3, 5):
             mask = mf.mask(lambda b, h, q, kv: q - kv < window and ids[b, q] == ids[b, kv] and spans[h] < q)
-            problem = mask.problem("test", 8, 8, 2, 4, (16, 16), 0, torch.device("cpu"), {})
+            problem = mask.at(8, 8, batch=2, heads=4).tiled((16, 16))
             for per_row in (False, True):
                 tables = tuple(map(TableKind.of, problem.inputs.tables))
                 special = Specialisation(problem.expr, tables, q_offsets=per_row, kv_offsets=per_row)
