@@ -16,7 +16,6 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -39,32 +38,48 @@ _SCRATCH: Final = 2  # parameters after the kernel's own: memory that Triton may
 kernel = lru_cache(maxsize=256)(Kernel.of)
 
 
-@dataclass(slots=True)
-class Device:
-    """An emulated device.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One launch, which can be repeated, and changed to see what is noticed.
 
     Attributes:
-        arch: compute capability times ten.
-        edit: changes a kernel's PTX before it runs; its name and text are given.
-        change: changes the arguments of a launch by name; the kernel's name and the arguments are given.
-        shift: bytes by which arguments, by name, are worse aligned than Triton was told.
-        launches: what ran: names of kernels.
+        name: of the kernel.
+        text: its PTX.
+        grid: blocks.
+        values: arguments by name, without constants.
+        kinds: Triton's types of them: "*bf16", "i64".
+        shared: bytes of shared memory of a block.
     """
 
+    name: str
+    text: str
+    grid: int
+    values: dict[str, Any]
+    kinds: dict[str, str]
+    shared: int
+
+    def run(self, text: str | None = None, shift: dict[str, int] | None = None, **changed: Any) -> None:
+        """Launch it.
+
+        Args:
+            text: PTX instead of its own.
+            shift: bytes by which tensors, by name, are worse aligned than they are.
+            **changed: arguments instead of its own, by name.
+        """
+        values, shift = self.values | changed, shift or {}
+        params = [_parameter(name, self.kinds[name], value, shift.get(name, 0)) for name, value in values.items()]
+        kernel(text or self.text).launch(self.grid, params + [0] * _SCRATCH, self.shared)
+
+
+@dataclass(slots=True)
+class Device:
+    """The emulated device: compute capability times ten, and where launches are kept, if anywhere."""
+
     arch: int
-    edit: Callable[[str, str], str] | None = None
-    change: Callable[[str, dict[str, Any]], None] | None = None
-    shift: dict[str, int] | None = None
-
-    def __post_init__(self) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        """Run what was compiled, as it is."""
-        self.edit, self.change, self.shift = None, None, {}
+    calls: list[Call] | None = None
 
 
-DEVICE: Final = Device(80)
+DEVICE: Final = Device(0)  # none, until `install`
 _empty = torch.empty
 _without_value: dict[int, int] = {}  # address of a tensor that nobody has written -> its bytes
 
@@ -121,12 +136,10 @@ class _Launcher:
             raise Unsupported("a grid of more than one dimension")
         given = dict(zip(self.names, rest[-len(self.names) :], strict=True))
         values = {name: value for name, value in given.items() if self.kinds[name] != "constexpr"}
-        name = text.split(".entry ")[1].split("(")[0]
-        if DEVICE.change is not None:
-            DEVICE.change(name, values)
-        compiled = kernel(text if DEVICE.edit is None else DEVICE.edit(name, text))
-        params = [_parameter(name, self.kinds[name], value) for name, value in values.items()]
-        compiled.launch(grid, params + [0] * _SCRATCH, self.shared)
+        call = Call(text.split(".entry ")[1].split("(")[0], text, grid, values, self.kinds, self.shared)
+        if DEVICE.calls is not None:
+            DEVICE.calls.append(call)
+        call.run()
         for value in values.values():
             if isinstance(value, Tensor):
                 _forget_if_written(value)
@@ -157,12 +170,11 @@ class _Driver:
         return torch.device("cpu")
 
 
-def _parameter(name: str, kind: str, value: Any) -> Buffer | int:
+def _parameter(name: str, kind: str, value: Any, shift: int) -> Buffer | int:
     """A tensor's memory, or the bits of a number."""
     if kind.startswith("*"):
         empty = _holds_nothing(value)
         shape, strides, size = tuple(value.shape), value.stride(), value.element_size()
-        shift = (DEVICE.shift or {}).get(name, 0)
         return Buffer(name, value.data_ptr(), shape, strides, size, empty=empty, shift=shift)
     if kind in ("fp32", "fp64"):
         return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
