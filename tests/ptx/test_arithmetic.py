@@ -111,6 +111,17 @@ def test_fma_of_any_floats_is_rounded_once(rows):
         assert_same(found, exactly(lambda a, b, c: a * b + c, "f32", *bits), "f32")
 
 
+UNIT = 2.0**-23
+
+
+@pytest.mark.parametrize(("power", "c"), [(-12, 1 + UNIT), (-75, 2.0**-127 + 2.0**-149)])  # the latter is subnormal
+def test_fma_does_not_round_in_float64_first(power, c):
+    """a * b is just below half a unit of c, and float64 makes exactly that of it: a tie."""
+    a, b = ((1 + sign * UNIT) * 2.0**power for sign in (1, -1))
+    bits = [np.full(32, x, np.float32).view(np.uint32) for x in (a, b, c)]
+    assert np.array_equal(value_of("fma.rn.f32 %r0, %r1, %r2, %r3;", *bits), bits[2])
+
+
 @pytest.mark.parametrize("base", ["f16", "bf16"])
 @pytest.mark.parametrize(("name", "count"), [("add.{}", 2), ("mul.rn.{}", 2), ("fma.rn.{}", 3), ("max.NaN.{}", 2)])
 def test_two_halves_of_a_register_are_computed_apart(name, base, count):
