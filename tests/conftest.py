@@ -1,4 +1,4 @@
-"""What every test shares: reproducible examples and randomness, threads, Triton's interpreter, and a kernel cache."""
+"""What every test shares: reproducible examples and randomness, threads, where kernels run, and a kernel cache."""
 
 import os
 import tempfile
@@ -9,11 +9,17 @@ from hypothesis import HealthCheck, settings
 
 from tests.predicates import agree_fixture, brute, texts  # noqa: F401 (fixtures)
 
-# MASKFLASH_TEST_DEVICE=cuda runs the kernels' tests on a GPU; without it Triton interprets them on the CPU. It reads
-# the variable when it is first imported, so tests import it only after this.
+# MASKFLASH_TEST_DEVICE=cuda runs the kernels' tests on a GPU; sm_80, sm_86 or sm_90 compiles them for that architecture
+# and emulates the PTX (tests/ptx); without it Triton interprets them on the CPU. Triton reads TRITON_INTERPRET when it
+# is first imported, so tests import it only after this.
 DEVICE = os.environ.get("MASKFLASH_TEST_DEVICE", "cpu")
+EMULATED = DEVICE.startswith("sm_")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+if EMULATED:
+    from tests.ptx import driver
+
+    driver.install(int(DEVICE.removeprefix("sm_")))
 
 # Under pytest-xdist the workers share the cores: each takes its part of torch's threads, and so does what it starts.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -38,8 +44,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def device():
-    """Where kernels run: "cuda" on a GPU, "cpu" where they are interpreted."""
-    return DEVICE
+    """Where kernels' tensors are: "cuda" on a GPU, "cpu" where kernels are interpreted or emulated."""
+    return "cpu" if EMULATED else DEVICE
 
 
 @pytest.fixture(scope="session", autouse=True)

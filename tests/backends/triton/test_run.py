@@ -1,4 +1,7 @@
-"""Triton attention equals dense float64 attention, on a GPU or under Triton's interpreter, and keeps its promises."""
+"""Triton attention equals dense float64 attention, on a GPU, in Triton's interpreter or as emulated PTX.
+
+And it keeps its promises.
+"""
 
 import math
 import os
@@ -25,7 +28,8 @@ from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
 # products of bfloat16 are wrong.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DTYPES = [torch.float32, torch.float16]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 BLOCKS = st.sampled_from([16, 32, 64, (16, 32), (64, 16)])
 SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter, and to compile on a GPU
 

@@ -1,0 +1,49 @@
+"""Run the Triton tests on compiled kernels, without a GPU: what Triton makes of them for an architecture, emulated.
+
+    python -m tests.ptx                          everything, for sm_80 and sm_90
+    python -m tests.ptx --arch sm_86 -k strides  one architecture, some tests
+    python -m tests.ptx --quick                  the part that `make test` runs
+
+Other arguments go to pytest: `-x`, `-n 8`, `--durations 10`. With `-rP` the tests of sabotage list what is redundant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
+FILES: Final = ("tests/backends/triton/test_run.py", "tests/ptx/test_sabotage.py")
+QUICK: Final = {  # bfloat16, which no other test of `make test` can run, and one kernel's sabotage
+    "sm_80": "dtype2 and (three or query) or sabotage and not dkdv and not dq",
+    "sm_90": "dtype2 and (three or runs) or dropped and (dq or delta)",
+}
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run pytest once for each architecture; return the worst status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.ptx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm_80", "sm_90"], help="architectures")
+    parser.add_argument("--quick", action="store_true", help="the part that `make test` runs")
+    parser.add_argument("-k", metavar="EXPRESSION", help="which tests, as pytest takes it")
+    options, rest = parser.parse_known_args(words)
+    return max(_run(arch, options.k or (QUICK.get(arch) if options.quick else None), rest) for arch in options.arch)
+
+
+def _run(arch: str, chosen: str | None, rest: list[str]) -> int:
+    print(f"{arch}:", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", *FILES, *(["-k", chosen] if chosen else []), *rest]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"MASKFLASH_TEST_DEVICE": arch, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
