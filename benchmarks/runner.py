@@ -245,6 +245,13 @@ def store(path: Path, question: str, where: dict[str, Any], rows: Sequence[Row])
     draft.replace(path)
 
 
+def store_lines(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows to a file, each on a line of its own, after what holds for all of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n  ".join(json.dumps(_rounded(row)) for row in rows)
+    path.write_text(f'{json.dumps(_rounded(head), indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+
+
 def describe(where: dict[str, Any]) -> str:
     """The conditions as one line."""
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())

@@ -17,7 +17,6 @@ ones only ratios mean something, and sm_80 and sm_86 are not validated. Differen
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.compiled import MASKS, Case, arch_name, compile_case, disassemble, in_processes
 from benchmarks.processors import PROCESSORS, programs_at_once
-from benchmarks.runner import ROOT, WIDTH, conditions, describe
+from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
 from benchmarks.sass.instructions import loops, parse
 from benchmarks.sass.predict import Prediction, predict
 from maskflash.backends.triton.signature import PASSES
@@ -124,18 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"predicted, never run; {describe(where)}", highlight=False)
     if options.json:
         rows = [{**asdict(case), **asdict(each)} for case, each in zip(cases, found, strict=True) if each]
-        stored = {"question": QUESTION, "conditions": where, "validation": known, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(_rounded(stored), indent=1) + "\n", encoding="utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to four digits, but for those that are settings."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        store_lines(options.json, {"question": QUESTION, "conditions": where, "validation": known}, rows)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -84,8 +84,8 @@ _FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
     ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 _CDNA: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
-    ("forward", 16): {64: (128, 64, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 1)},
-    ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 64, 4, 2), 256: (16, 32, 4, 1)},
+    ("forward", 16): {64: (128, 32, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 1)},
+    ("dkdv", 16): {64: (32, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 1)},
     ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
     **_FLOAT32,
 }
@@ -119,7 +119,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     # RDNA 4 has no matrix products of float32, and at 256 dims no tile of dK and dV fits its registers. In RDNA 3 none
     # does at any dim.
     "gfx1201": {
-        ("forward", 16): {64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
+        ("forward", 16): {64: (64, 32, 8, 1), 128: (64, 32, 8, 1)},
         ("dkdv", 16): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1)},
         ("dq", 16): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1)},
     },
