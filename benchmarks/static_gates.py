@@ -35,6 +35,7 @@ from rich.table import Table
 import maskflash as mf
 from benchmarks.runner import ROOT, WIDTH, conditions, describe
 from maskflash.backends.triton import modules
+from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import PASSES, PassName, Specialisation, TableKind
@@ -134,7 +135,7 @@ def table_cases(quick: bool) -> list[Case]:
         kind = (row.bits, row.head_dim, row.head_dim, row.tile)
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
     for arch in (arch for family in SERVED.values() for arch in (family[:1] if quick else family)):
-        cases += [Case(arch, "delta", "causal", bits, 256, 256, DELTA) for bits in DTYPES]
+        cases += [Case(arch, "delta", "interval", bits, 256, 256, DELTA) for bits in DTYPES]
     kinds = list(product(SERVED, PASSES, DTYPES))
     for number, ((family, pass_name, bits), dims) in enumerate(product(kinds, ODD)):
         wanted = dims == ODD[number // len(ODD) % len(ODD)] if quick else True
@@ -213,27 +214,24 @@ def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
     return q >= kv and doc[b, q] == doc[b, kv]
 
 
-MASKS: Final = ("causal", "causal document", "flashmask")
+MASKS: Final = ("interval", "causal document", "flashmask")  # the last two by their expressions
 
 
 def _specialisation(case: Case) -> Specialisation:
     """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
+    paddings = {
+        "padded_d": padded(case.head_dim) != case.head_dim,
+        "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
+    }
+    if case.mask == "interval":
+        return Specialisation(ANY_MASK, interval=True, **paddings)
     columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
     made, tables = {
-        "causal": (mf.causal(), {}),
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
     }[case.mask]
     problem = made.problem("static_gates", 8, 8, 2, 2, (BLOCK, BLOCK), 0, torch.device("cpu"), tables)
-    reads = problem.expr.reads
-    return Specialisation(
-        problem.expr,
-        tuple(map(TableKind.of, problem.inputs.tables)),
-        map_batch="b" in reads,
-        map_heads="h" in reads,
-        padded_d=padded(case.head_dim) != case.head_dim,
-        padded_dv=padded(case.v_head_dim) != case.v_head_dim,
-    )
+    return Specialisation(problem.expr, tuple(map(TableKind.of, problem.inputs.tables)), **paddings)
 
 
 def _constants(case: Case) -> dict[str, Any]:

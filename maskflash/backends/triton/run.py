@@ -22,24 +22,25 @@ from maskflash.analysis.seen import Seen
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import tile_choice
 from maskflash.backends.triton.device import unavailable
-from maskflash.backends.triton.launch import Launcher, kernel, specialisation
+from maskflash.backends.triton.intervals import intervals
+from maskflash.backends.triton.launch import ANY_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
 from maskflash.backends.triton.plan import DevicePlan, plan
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import PassName, Specialisation
 from maskflash.backends.triton.tiles import DELTA
-from maskflash.expr.nodes import parse
 
 __all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
 
 _LOG2E: Final = 1.4426950408889634
-_NO_MASK: Final = Specialisation(parse("const=True:bool~()"))  # of delta, which looks at no pair
+_NO_MASK: Final = Specialisation(ANY_MASK)  # of delta, which looks at no pair
 
 
 def source(problem: Problem, seen: Seen, head_dim: int, v_head_dim: int, pass_name: PassName) -> str:
-    """The text of the kernel that a call with these head dims runs."""
-    special = specialisation(problem, seen.largest < 2**31, whole(head_dim), whole(v_head_dim))
-    return render(special, pass_name)
+    """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
+    interval = intervals(seen) is not None
+    special = specialisation(problem, interval, seen.largest < 2**31, whole(head_dim), whole(v_head_dim))
+    return render(special, pass_name, remarks=True)
 
 
 def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:

@@ -19,7 +19,7 @@ from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile, shared_bytes
 
 ROOT = Path(__file__).parents[3]
-HOPPER = Case(90, "forward", "causal", 16, 128, 128, Tile(128, 64, 8, 3))
+HOPPER = Case(90, "forward", "interval", 16, 128, 128, Tile(128, 64, 8, 3))
 CLEAN = Resources(200, 0, 0, 100_000, 1, True, False, 1.0)
 
 
@@ -50,7 +50,7 @@ def test_every_row_passes(quick):
     assert done.returncode == 0, done.stderr
     compiled = {(row["arch"], row["pass_name"], row["bits"], row["head_dim"]) for row in rows}
     assert {(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS} <= compiled
-    assert {row["mask"] for row in rows} == {"causal", "causal document", "flashmask"}
+    assert {row["mask"] for row in rows} == {"interval", "causal document", "flashmask"}
     assert {(row["head_dim"], row["v_head_dim"]) for row in rows if row["bits"] == 16} >= set(ODD)
 
 
@@ -65,7 +65,7 @@ def test_the_estimate_of_shared_memory_is_from_above(quick):
 
 def test_a_tile_that_is_too_big_is_reported(tmp_path):
     path = tmp_path / "gates.json"
-    only = ["--arch", "90", "--pass", "forward", "--mask", "causal", "--bits", "16", "--dim", "128"]
+    only = ["--arch", "90", "--pass", "forward", "--mask", "interval", "--bits", "16", "--dim", "128"]
     done = gates(*only, "--tile", "128,128,4,3", "--json", str(path))
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert done.returncode == 1
@@ -81,9 +81,9 @@ def test_a_tile_that_is_too_big_is_reported(tmp_path):
         (HOPPER, {"wgmma": False}, "no wgmma"),
         (HOPPER, {"serialised": True}, "C7511"),
         (HOPPER, {"shared": 232_449}, "more than 232448"),
-        (Case(80, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 166_913}, "more than 166912"),
-        (Case(86, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 101_377}, "more than 101376"),
-        (Case(90, "dq", "causal", 32, 64, 64, Tile(64, 64, 4, 2)), {"stack": 601}, "601 B of stack"),
+        (Case(80, "dq", "interval", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 166_913}, "more than 166912"),
+        (Case(86, "dq", "interval", 16, 64, 64, Tile(64, 64, 4, 2)), {"shared": 101_377}, "more than 101376"),
+        (Case(90, "dq", "interval", 32, 64, 64, Tile(64, 64, 4, 2)), {"stack": 601}, "601 B of stack"),
     ],
 )
 def test_each_gate_can_fail(case, found, fault):
@@ -94,7 +94,7 @@ def test_each_gate_can_fail(case, found, fault):
 
 
 def test_float32_may_spill_a_little_and_needs_no_wgmma():
-    case = Case(90, "dq", "causal", 32, 64, 64, Tile(64, 64, 4, 2))
+    case = Case(90, "dq", "interval", 32, 64, 64, Tile(64, 64, 4, 2))
     assert faults(case, Resources(255, 600, 90, 90_000, 1, False, None, 1.0)) == []
 
 
