@@ -69,8 +69,8 @@ def forward(
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, natural logarithm; -inf, and out 0, for rows that
-        see nothing.
+        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, in base 2; -inf, and out 0, for rows that see
+        nothing.
     """
     (batch, heads, q_len, _), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     out = torch.empty((batch, heads, q_len, whole(v_dim)), dtype=q.dtype, device=q.device)
@@ -110,7 +110,7 @@ def backward(
         plan: as in forward.
         problem: as in forward.
         dout: (B, Hq, Sq, Dv), gradient of out.
-        dlse: (B, Hq, Sq), gradient of lse, or None for zero.
+        dlse: (B, Hq, Sq), gradient of lse as forward returns it, or None for zero.
         q: as in forward.
         k: as in forward.
         v: as in forward.
@@ -155,7 +155,7 @@ def backward(
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """The row sums of dO * O, less dlse: (B, Hq, Sq) float32."""
+    """The row sums of dO * O, less dlse in natural units: (B, Hq, Sq) float32."""
     batch, heads, q_len, v_dim = out.shape
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     tiles = -(-q_len // DELTA.block_m)
@@ -174,5 +174,6 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
             BLOCK_M=DELTA.block_m,
             DV=v_dim,
             BLOCK_DV=padded(v_dim),
+            PRECISION=gpu.precision(out.dtype),
         )
     return delta

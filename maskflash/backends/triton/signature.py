@@ -106,7 +106,7 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
         _line("i32", integers),
     ]
     if pass_name == "delta":
-        lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV")))
+        lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV", "PRECISION")))
     else:
         lines += [
             _line("pointer", ["order"]),

@@ -92,7 +92,7 @@ _TABLE: Final[dict[int, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 }
 
 ROWS: Final = _rows()
-DELTA: Final = Tile(64, 64, 4, 1)  # bound by memory; any tile will do
+DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
 
 
 # Bytes of shared memory that one program may ask for, by compute capability times ten.

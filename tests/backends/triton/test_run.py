@@ -251,6 +251,23 @@ def test_rows_that_see_nothing(results, small):
     assert (lse == -math.inf).all()
 
 
+@settings(max_examples=4)
+@given(st.sampled_from([1, 16, 40, 64, 128]), st.sampled_from([16, 64, 128]), st.integers(0, 99))
+def test_one_query_of_one_key_has_no_gradient_of_its_score(device, dim, v_dim, seed):
+    """P is 1 whatever the score is. dP and delta are rounded alike, so their difference is exactly 0."""
+    q, k, v = Shape(1, 2, 2, 1, 1, dim, v_dim).tensors(torch.float32, seed=seed, device=device)
+    out = mf.attention(q, k, v, mf.causal(), backend="triton", block_size=32)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(q)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out, (q, k), dout))
+
+
+@settings(max_examples=3)
+@given(st.integers(1, 100), st.sampled_from([16, 64]), st.integers(0, 99))
+def test_one_query_of_many_keys_matches_dense_float64_in_float32(device, keys, dim, seed):
+    shape, offset = Shape(1, 2, 1, 1, keys, dim, dim), keys - 1
+    assert_matches_dense(mf.causal(), shape, q_offset=offset, backend="triton", device=device, seed=seed)
+
+
 def test_same_inputs_same_bits(results, small):
     q, k, v = small(heads=4, kv_heads=1, dtype=torch.float16)
     mask = mf.causal() & mf.document([13, 27])
