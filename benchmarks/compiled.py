@@ -19,6 +19,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.triton import modules
+from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import PassName, Specialisation, TableKind
@@ -110,27 +111,24 @@ def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
     return q >= kv and doc[b, q] == doc[b, kv]
 
 
-MASKS: Final = ("causal", "causal document", "flashmask")
+MASKS: Final = ("interval", "causal document", "flashmask")  # the last two by their expressions
 
 
 def _specialisation(case: Case) -> Specialisation:
     """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
+    paddings = {
+        "padded_d": padded(case.head_dim) != case.head_dim,
+        "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
+    }
+    if case.mask == "interval":
+        return Specialisation(ANY_MASK, interval=True, **paddings)
     columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
     made, tables = {
-        "causal": (mf.causal(), {}),
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
     }[case.mask]
     problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
-    reads = problem.expr.reads
-    return Specialisation(
-        problem.expr,
-        tuple(map(TableKind.of, problem.inputs.tables)),
-        map_batch="b" in reads,
-        map_heads="h" in reads,
-        padded_d=padded(case.head_dim) != case.head_dim,
-        padded_dv=padded(case.v_head_dim) != case.v_head_dim,
-    )
+    return Specialisation(problem.expr, tuple(map(TableKind.of, problem.inputs.tables)), **paddings)
 
 
 def _constants(case: Case) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _reference(number: int, quick: bool) -> dict[str, Any]:
 def table_cases() -> list[Case]:
     """The rows that have a prediction."""
     return [
-        Case(row.arch, row.pass_name, "causal", row.bits, row.head_dim, row.head_dim, row.tile)
+        Case(row.arch, row.pass_name, "interval", row.bits, row.head_dim, row.head_dim, row.tile)
         for row in ROWS
         if row.arch in ARCHS and row.bits == 16
     ]
@@ -133,7 +133,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few cycles: does it run at all?")
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="compute capability times ten")
     parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
-    parser.add_argument("--mask", choices=MASKS, default="causal", help="of the partial tiles (default: %(default)s)")
+    parser.add_argument("--mask", choices=MASKS, default="interval", help="of the partial tiles (default: %(default)s)")
     parser.add_argument("--dim", type=int, action="append", help="head dim")
     parser.add_argument(
         "--tile",

@@ -125,7 +125,7 @@ def table_cases(quick: bool) -> list[Case]:
         kind = (row.bits, row.head_dim, row.head_dim, row.tile)
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
     for family, bits in product(SERVED, DTYPES):
-        cases += [Case(arch, "delta", "causal", bits, 256, 256, DELTA) for arch in _archs(family, bits, quick)]
+        cases += [Case(arch, "delta", "interval", bits, 256, 256, DELTA) for arch in _archs(family, bits, quick)]
     largest = {(row.arch, row.pass_name, row.bits): row.head_dim for row in ROWS}
     for number, (served, dims) in enumerate(product(largest, ODD)):
         family, pass_name, bits = served

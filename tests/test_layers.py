@@ -49,8 +49,8 @@ ORDER = {
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
     ],
     "backends/triton": [
-        *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "plan", "layout"),
-        *("launch", "run"),
+        *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),
+        *("plan", "launch", "run"),
     ],
     "op": [
         "spec",

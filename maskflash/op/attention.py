@@ -148,7 +148,7 @@ class Attention:
             try:
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
-                    return (out, lse) if return_lse else out
+                    return (out, autograd.natural(spec, lse)) if return_lse else out
                 analysis = autograd.found(spec, q, k)
             except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
                 from maskflash.analysis.classify import classify
@@ -168,7 +168,7 @@ class Attention:
         if spec is None:
             spec = self._spec(self._sizes(q, k, q_offset, kv_offset), q.shape[3], sinks, mask_args, stamp)
         out, lse = autograd.attend(analysis, spec, q, k, v)
-        return (out, lse) if return_lse else out
+        return (out, autograd.natural(spec, lse)) if return_lse else out
 
     def source(
         self,

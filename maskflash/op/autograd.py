@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -42,13 +43,18 @@ def attend(analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> t
         v: (B, Hkv, Skv, Dv).
 
     Returns:
-        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
+        out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), float32 (float64 for float64), for `natural`.
     """
     of_sinks = spec.sinks is not None and spec.sinks.requires_grad
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or of_sinks)):
         return analysis.forward(spec, q, k, v)
     result: tuple[Tensor, Tensor] = _Forward.apply(analysis, q, k, v, spec, *spec.tensors)
     return result
+
+
+def natural(spec: Spec, lse: Tensor) -> Tensor:
+    """An lse of `attend` or `dispatch` as users get it: Triton's are in base 2, as its backward wants them."""
+    return lse * math.log(2) if spec.backend == "triton" else lse
 
 
 def dispatch(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

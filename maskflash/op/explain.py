@@ -28,6 +28,11 @@ _WHOLE: Final = {  # who decides all tiles or none
     "parts": "conditions one by one, and by pairs where two of them are partial",
 }
 
+_KERNELS: Final = {
+    "interval": "interval: it reads one interval for each row, and serves all masks that have one",
+    "expression": "expression: it computes this mask's own expression in partial tiles",
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
@@ -60,6 +65,7 @@ class Explanation:
             "evaluated_for": self._obstacle() if analysis.decided["elements"] else None,
             "backend": self.backend,
             "why": self.why,
+            "kernel": _kernel(analysis.plan),
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
             "passes": _passes(analysis.plan),
         }
@@ -115,6 +121,7 @@ class Explanation:
             "decided": _decided(facts["decided"]),
             **({"evaluated for": facts["evaluated_for"]} if facts["evaluated_for"] else {}),
             "backend": f"{self.backend}, {self.why}",
+            **({"kernel": _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }
 
@@ -130,6 +137,13 @@ def _decided(decided: dict[str, int]) -> str:
 def _sentence(facts: dict[str, int | str]) -> str:
     """A pass in words: its counts, and on the CPU the dtype that it computes in."""
     return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
+
+
+def _kernel(plan: cpu.Plan | triton.DevicePlan) -> str | None:
+    """Which of the GPU's kernels: "interval" or "expression"; None on the CPU."""
+    if isinstance(plan, cpu.Plan):
+        return None
+    return "expression" if plan.intervals is None else "interval"
 
 
 def _passes(plan: cpu.Plan | triton.DevicePlan) -> dict[str, dict[str, int | str]]:

@@ -55,6 +55,7 @@ def emit(
     narrow: bool,
     transposed: bool = False,
     negative_kv: bool = False,
+    remarks: bool = False,
 ) -> Emitted:
     """Write an expression in Triton.
 
@@ -65,11 +66,12 @@ def emit(
         transposed: the tile is keys x queries instead of queries x keys.
         negative_kv: column numbers may be below 0, where look-ups count from a table's end. To ask costs dK and dV 3
             to 9 registers with four look-ups of FlashMask's, and a spill on sm_80 at head dim 128.
+        remarks: name the user's lines above what comes of them.
 
     Raises:
         BackendError: an operation that has no exact counterpart in Triton.
     """
-    writer = _Writer(expr, tables, narrow, transposed, negative_kv)
+    writer = _Writer(expr, tables, narrow, transposed, negative_kv, remarks)
     if narrow:  # numbers arrive in 64 bits, whatever their value, so that none is compiled in
         sizes = (f"t{slot}_size{axis}" for slot, kind in enumerate(tables) for axis in range(kind.ndim))
         whole = (slot for slot in range(expr.slots("param")) if slot not in expr.real_params)
@@ -85,11 +87,18 @@ def emit(
 
 class _Writer:
     def __init__(
-        self, expr: Expr, tables: Sequence[TableKind], narrow: bool, transposed: bool, negative_kv: bool
+        self,
+        expr: Expr,
+        tables: Sequence[TableKind],
+        narrow: bool,
+        transposed: bool,
+        negative_kv: bool,
+        remarks: bool,
     ) -> None:
         self.expr = expr
         self.tables = tables
         self.narrow = narrow
+        self.remarks = remarks
         self.natural = ("b", "h") if negative_kv else ("b", "h", "kv")  # indices that are never negative
         own, other = "[:, None]", "[None, :]"
         self.expand: dict[Group, str] = {"rows": other if transposed else own, "columns": own if transposed else other}
@@ -99,10 +108,11 @@ class _Writer:
         self._summed = _summed(expr)
         self._divides = any(node.op in ("truediv", "truncdiv") for node in expr.nodes)
         self._said: dict[Group, str] = {}
+        self._place = 0  # of the node that is being written
 
     def write(self, position: int) -> None:
         """Append the statements of one node; constants and indices need none."""
-        node = self.expr.nodes[position]
+        node, self._place = self.expr.nodes[position], position
         group = self._group(node)
         self.groups.append(group)
         if node.op in ("b", "h", "q", "kv"):
@@ -114,7 +124,8 @@ class _Writer:
             self.names.append(f"p{node.value}_real" if real else self._number(f"p{node.value}"))
         else:
             name = f"x{position}"
-            self._comment(position, group)
+            if self.remarks:
+                self._remark(position, group)
             text = self._lookup(node, name, group) if node.op == "lookup" else self._computed(position, name, group)
             self.lines[group].append(f"{name} = {text}")
             self.names.append(name)
@@ -246,10 +257,11 @@ class _Writer:
         raise self._unsupported(op, dtype)
 
     def _unsupported(self, op: str, dtype: torch.dtype) -> BackendError:
-        kind = str(dtype).removeprefix("torch.")
+        kind, source = str(dtype).removeprefix("torch."), self.expr.source(self._place)
+        where = f", in {source}" if source else ""
         return BackendError(
-            f"the triton backend has no exact `{op}` for {kind}; compute it outside the mask, into a table that the "
-            "mask looks up"
+            f"the triton backend has no exact `{op}` for {kind}{where}; compute it outside the mask, into a table that "
+            "the mask looks up"
         )
 
     def _shift(self, node: Node, dtype: torch.dtype, x: str, y: str) -> str:
@@ -310,7 +322,7 @@ class _Writer:
             return f"{text} != 0"
         return f"{text}.to({self._type(torch.int64)})" if kind.dtype == torch.int64 and self.narrow else text
 
-    def _comment(self, position: int, group: Group) -> None:
+    def _remark(self, position: int, group: Group) -> None:
         """Name the user's line above the first statement that comes from it."""
         source = self.expr.source(position)
         if source is None:

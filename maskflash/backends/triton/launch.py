@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import modules, tile_choice
-from maskflash.backends.triton.layout import UNIT, mask_values, padded
+from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.plan import DevicePlan
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import PassName, Specialisation, TableKind, signature
 from maskflash.backends.triton.tile_choice import Case
 from maskflash.backends.triton.tiles import Tile, candidates, shrunk
 from maskflash.errors import BackendError
+from maskflash.expr.nodes import parse
+
+ANY_MASK: Final = parse("const=True:bool~()")  # of kernels that have no mask's expression
 
 
-def specialisation(problem: Problem, narrow: bool, dim: int, v_dim: int) -> Specialisation:
+def specialisation(problem: Problem, interval: bool, narrow: bool, dim: int, v_dim: int) -> Specialisation:
     """What the text of a call's kernels depends on, given head dims that are whole vectors."""
+    padded_d, padded_dv = dim != padded(dim), v_dim != padded(v_dim)
+    if interval:
+        return Specialisation(ANY_MASK, interval=True, padded_d=padded_d, padded_dv=padded_dv)
     q_offsets, kv_offset = isinstance(problem.q_offset, Tensor), problem.kv_offset
     kv_offsets = isinstance(kv_offset, Tensor)
     return Specialisation(
         problem.expr,
         tuple(map(TableKind.of, problem.inputs.tables)),
-        narrow,
-        map_batch=q_offsets or kv_offsets or "b" in problem.expr.reads,
-        map_heads="h" in problem.expr.reads,
+        narrow=narrow,
         q_offsets=q_offsets,
         kv_offsets=kv_offsets,
         negative_kv=isinstance(kv_offset, Tensor) or kv_offset < 0,
-        padded_d=dim != padded(dim),
-        padded_dv=v_dim != padded(v_dim),
+        padded_d=padded_d,
+        padded_dv=padded_dv,
     )
 
 
@@ -73,6 +77,7 @@ class Launcher:
         k: (B, Hkv, Skv, D) as laid out.
         v: (B, Hkv, Skv, Dv) as laid out.
         tuning: measure tiles first, and keep the fastest.
+        special: what the text of its kernels depends on.
     """
 
     plan: DevicePlan
@@ -81,6 +86,11 @@ class Launcher:
     k: Tensor
     v: Tensor
     tuning: bool = False
+    special: Specialisation = field(init=False)
+
+    def __post_init__(self) -> None:
+        interval, dims = self.plan.intervals is not None, (self.q.shape[3], self.v.shape[3])
+        self.special = specialisation(self.problem, interval, self.plan.narrow, *dims)
 
     def run(self, pass_name: PassName, own: dict[str, Any]) -> None:
         """Run a pass with the tile that `tile_choice` has for it, or the next smaller one that fits the device.
@@ -119,15 +129,17 @@ class Launcher:
             tiles, per_line, steps = -(-kv_len // tile.block_n), columns // tile.block_n, rows // tile.block_m
         else:
             tiles, per_line, steps = -(-q_len // tile.block_m), rows // tile.block_m, columns // tile.block_n
-        special = specialisation(self.problem, self.plan.narrow, dim, v_dim)
+        own_batch, own_heads, *_ = self.problem.shape
         with gpu.current(self.q.device):
-            kernel(special, pass_name).launch(
+            kernel(self.special, pass_name).launch(
                 tiles * batch * heads // own.get("part", 1),
                 tile,
                 **own,
-                **mask_values(self.problem),
+                **self.plan.mask(self.problem),
                 **self.plan.walked(transposed, tiles, per_line),
                 **{"tiles_n" if transposed else "tiles_m": tiles},
+                map_b=own_heads if own_batch > 1 else 0,
+                map_h=1 if own_heads > 1 else 0,
                 batch=batch,
                 heads=heads,
                 group=heads // kv_heads,
@@ -148,7 +160,7 @@ class Launcher:
     def case(self, pass_name: PassName) -> Case:
         """What the tile of a pass is chosen for."""
         dims = self.q.shape[3], self.v.shape[3]
-        return Case(self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size, self.problem.expr.text)
+        return Case(self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size, self.special.mask)
 
     def _tune(self, case: Case, own: dict[str, Any]) -> None:
         """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""

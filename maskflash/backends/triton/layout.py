@@ -75,7 +75,7 @@ def padded(dim: int) -> int:
 
 
 def mask_values(problem: Problem) -> dict[str, Any]:
-    """Offsets, params, and each table with its sizes and strides, as arguments: see `signature.mask_arguments`."""
+    """Offsets, params, and each table with its sizes and strides, as arguments: see `signature`."""
     found: dict[str, Any] = {"q_offset": _dense(problem.q_offset), "kv_offset": _dense(problem.kv_offset)}
     for slot, value in enumerate(problem.expr.coded(problem.inputs.params)):
         found[f"p{slot}"] = value

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
+from maskflash.backends.triton.intervals import intervals
+from maskflash.backends.triton.layout import mask_values
 from maskflash.backends.triton.walks import Walk, Walks, seen, split_runs
 from maskflash.ground.transfer import Upload, capturing
 
@@ -25,12 +28,14 @@ class DevicePlan:
     Attributes:
         device: where the kernels run.
         narrow: the mask's integers fit 32 bits.
+        intervals: what each row sees, see `intervals.py`; None where kernels compute the mask's expression.
         rows: the map's rows, for forward and dQ.
         columns: the map's columns, for dK and dV.
     """
 
     device: torch.device
     narrow: bool
+    intervals: Tensor | None
     rows: Walks
     columns: Walks
     _seen: dict[bool, Tensor | None]
@@ -60,6 +65,10 @@ class DevicePlan:
         for upload in (order, self._made):
             upload.lend()
         return arguments
+
+    def mask(self, problem: Problem) -> dict[str, Any]:
+        """The mask as arguments of a kernel: its rows' intervals, or what its expression reads."""
+        return mask_values(problem) if self.intervals is None else {"intervals": self.intervals}
 
     def seen(self, *, rows: bool) -> Tensor | None:
         """Which rows see something, or which columns are seen; None where all are. See `walks.seen`."""
@@ -96,12 +105,13 @@ def plan(found: Seen, device: torch.device) -> DevicePlan:
         split_runs(block_map.rows, n_q, n_kv, kv_len % bkv != 0),
         split_runs(block_map.columns, n_kv, n_q, q_len % bq != 0),
     )
-    known = {rows: seen(found, rows=rows) for rows in (True, False)}
     walked = [tensor for one in directions for tensor in one.tensors]
-    made = Upload([*walked, *(bits for bits in known.values() if bits is not None)], device)
+    further = [seen(found, rows=True), seen(found, rows=False), intervals(found)]
+    made = Upload([*walked, *(x for x in further if x is not None)], device)
     arrived = iter(made.tensors)
     rows, columns = (
         replace(one, full=Walk(*islice(arrived, 4)), partial=Walk(*islice(arrived, 4))) for one in directions
     )
-    known = {side: None if bits is None else next(arrived) for side, bits in known.items()}
-    return DevicePlan(device, found.largest < 2**31, rows, columns, known, made)
+    of_rows, of_columns, interval = (None if x is None else next(arrived) for x in further)
+    known = {True: of_rows, False: of_columns}
+    return DevicePlan(device, found.largest < 2**31, interval, rows, columns, known, made)

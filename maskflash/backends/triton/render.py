@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def render(special: Specialisation, pass_name: PassName) -> str:
+def render(special: Specialisation, pass_name: PassName, *, remarks: bool = False) -> str:
     """The source of one pass's module.
+
+    Args:
+        special: what it depends on.
+        pass_name: which pass.
+        remarks: name the user's lines above what comes of them. Kernels that run have none, so that a function may move
+            in its file, or to another one, and nothing is compiled again.
 
     Raises:
         BackendError: the mask uses an operation that Triton can't express exactly.
@@ -32,6 +38,7 @@ def render(special: Specialisation, pass_name: PassName) -> str:
             narrow=special.narrow,
             transposed=pass_name == "dkdv",
             negative_kv=special.negative_kv,
+            remarks=remarks,
         ),
     )
 

@@ -23,24 +23,25 @@ from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import tile_choice
 from maskflash.backends.triton.device import unavailable
-from maskflash.backends.triton.launch import Launcher, kernel, specialisation
+from maskflash.backends.triton.intervals import intervals
+from maskflash.backends.triton.launch import ANY_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
 from maskflash.backends.triton.plan import DevicePlan, plan
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import PassName, Specialisation
 from maskflash.backends.triton.tiles import DELTA
-from maskflash.expr.nodes import parse
 
 __all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
 
 _LOG2E: Final = 1.4426950408889634
-_NO_MASK: Final = Specialisation(parse("const=True:bool~()"))  # of delta, which looks at no pair
+_NO_MASK: Final = Specialisation(ANY_MASK)  # of delta, which looks at no pair
 
 
 def source(problem: Problem, seen: Seen, head_dim: int, v_head_dim: int, pass_name: PassName) -> str:
-    """The text of the kernel that a call with these head dims runs."""
-    special = specialisation(problem, seen.largest < 2**31, whole(head_dim), whole(v_head_dim))
-    return render(special, pass_name)
+    """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
+    interval = intervals(seen) is not None
+    special = specialisation(problem, interval, seen.largest < 2**31, whole(head_dim), whole(v_head_dim))
+    return render(special, pass_name, remarks=True)
 
 
 def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
@@ -78,15 +79,15 @@ def forward(
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, natural logarithm; -inf (or the sink), and out 0,
-        for rows that see nothing.
+        out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, in base 2; -inf (or the sink), and out 0, for rows
+        that see nothing.
     """
     (batch, heads, q_len, _), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     out = torch.empty((batch, heads, q_len, whole(v_dim)), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     sinks = None if sinks is None else sinks.float().contiguous()
     if out.numel() == 0 or kv_len == 0:
-        lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None])
+        lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None] * _LOG2E)
         return cut(out.zero_(), v_dim), lse
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
@@ -124,7 +125,7 @@ def backward(
         plan: as in forward.
         problem: as in forward.
         dout: (B, Hq, Sq, Dv), gradient of out.
-        dlse: (B, Hq, Sq), gradient of lse, or None for zero.
+        dlse: (B, Hq, Sq), gradient of lse as forward returns it, or None for zero.
         q: as in forward.
         k: as in forward.
         v: as in forward.
@@ -139,8 +140,8 @@ def backward(
     """
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     if min(q.numel(), k.numel()) == 0:
-        unseen = None if dlse is None else -dlse  # out is 0
-        dsinks = None if sinks is None or unseen is None else gradient(sinks, lse, unseen)
+        delta = None if dlse is None else dlse * -_LOG2E  # out is 0
+        dsinks = None if sinks is None or delta is None else gradient(sinks, lse / _LOG2E, delta)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, dout = without_hidden(plan.seen(rows=True), q, dout)
@@ -169,12 +170,12 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     share = gpu.heads_in_cache(q.device, kv_len * token_bytes, group, batch * heads)
     launcher.run("dq", {**both, **addressed(dq=dq), "share": share})
-    dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf), delta)
+    dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf) / _LOG2E, delta)
     return cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """The row sums of dO * O, less dlse: (B, Hq, Sq) float32."""
+    """The row sums of dO * O, less dlse in natural units: (B, Hq, Sq) float32."""
     batch, heads, q_len, v_dim = out.shape
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     tiles = -(-q_len // DELTA.block_m)
@@ -193,5 +194,6 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
             BLOCK_M=DELTA.block_m,
             DV=v_dim,
             BLOCK_DV=padded(v_dim),
+            PRECISION=gpu.precision(out.dtype),
         )
     return delta

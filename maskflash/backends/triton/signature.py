@@ -40,11 +40,10 @@ class Specialisation:
     """Everything a kernel's text depends on. Lengths, windows, offsets and the contents of tables are not among it.
 
     Attributes:
-        expr: the mask.
+        expr: the mask; "always" where its rows' intervals stand for it.
         tables: the kind of each of its tables.
+        interval: whatever the mask is, it comes as the interval that each row sees.
         narrow: its 64-bit integers fit 32 bits at the lengths of the call.
-        map_batch: the block map has batch rows of its own.
-        map_heads: the block map has heads of its own.
         q_offsets: q_offset is a tensor.
         kv_offsets: kv_offset is a tensor.
         negative_kv: column numbers may be below 0: kv_offset is, or is a tensor.
@@ -54,14 +53,18 @@ class Specialisation:
 
     expr: Expr
     tables: tuple[TableKind, ...] = ()
+    interval: bool = False
     narrow: bool = True
-    map_batch: bool = False
-    map_heads: bool = False
     q_offsets: bool = False
     kv_offsets: bool = False
     negative_kv: bool = False
     padded_d: bool = False
     padded_dv: bool = False
+
+    @property
+    def mask(self) -> str:
+        """The mask as the kernel has it: what measured tiles hold for."""
+        return "interval" if self.interval else self.expr.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
         _line("i32", integers),
     ]
     if pass_name == "delta":
-        lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV")))
+        lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV", "PRECISION")))
     else:
         lines += [
             _line("pointer", ["order"]),
@@ -111,11 +114,8 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
                 _line("pointer", (f"{kind}_{what}" for what in ("offsets", "tiles", "start", "stop")))
                 for kind in ("full", "partial")
             ),
-            [
-                Parameter("q_offset", "view" if special.q_offsets else "i64"),
-                Parameter("kv_offset", "view" if special.kv_offsets else "i64"),
-            ],
-            *mask_arguments(special.expr, special.tables),
+            _line("i32", ["map_b", "map_h"]),
+            *_of_mask(special),
             _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", "ROWS", "SUB")),
             _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
             _line("constant", ["HAS_SINKS"] if pass_name == "forward" else []),
@@ -123,8 +123,19 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
     return [line for line in lines if line]
 
 
+def _of_mask(special: Specialisation) -> list[list[Parameter]]:
+    """How a mask comes: as its rows' intervals, or as what its expression reads."""
+    if special.interval:
+        return [_line("pointer", ["intervals"])]
+    offsets = [
+        Parameter("q_offset", "view" if special.q_offsets else "i64"),
+        Parameter("kv_offset", "view" if special.kv_offsets else "i64"),
+    ]
+    return [offsets, *mask_arguments(special.expr, special.tables)]
+
+
 def mask_arguments(expr: Expr, tables: Sequence[TableKind]) -> list[list[Parameter]]:
-    """What a mask adds: its params on one line, then each table with its sizes and strides.
+    """What an expression reads: its params on one line, then each table with its sizes and strides.
 
     All params are integers: a float comes as its 64 bits (`Expr.coded`).
     """

@@ -126,7 +126,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 }
 
 ROWS: Final = _rows()
-DELTA: Final = Tile(64, 64, 4, 1)  # bound by memory; any tile will do
+DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
 
 
 # AMD's architectures, each with its family: CDNA 3 and 4, RDNA 4.

@@ -283,10 +283,10 @@ def test_every_operation_of_the_grammar_is_drawn():
     assert drawn >= EVERY_OP
 
 
-def emitted(predicate, narrow=True, **mask_args):
+def emitted(predicate, narrow=True, remarks=False, **mask_args):
     traced = trace(predicate, mask_args)
     tables = traced.bind(mask_args).tables
-    return emit(traced.expr, tuple(map(TableKind.of, tables)), narrow=narrow), traced.expr
+    return emit(traced.expr, tuple(map(TableKind.of, tables)), narrow=narrow, remarks=remarks), traced.expr
 
 
 def packed(b, h, q, kv, *, doc, spans):
@@ -331,19 +331,22 @@ def test_rows_and_columns_are_shaped_for_the_tile(transposed, row, column):
 
 
 def test_statements_name_the_line_of_the_user():
-    text, _ = emitted(packed, doc=DOC, spans=SPANS)
+    text, _ = emitted(packed, remarks=True, doc=DOC, spans=SPANS)
     comments = [line for group in GROUPS for line in text.lines[group] if line.startswith("#")]
     first = packed.__code__.co_firstlineno
     assert f"# packed (test_emit.py:{first + 1}): doc[b, q]" in text.lines["rows"]
     assert any(line.startswith(f"# packed (test_emit.py:{first + 2}): ") for line in text.lines["pairs"])
     assert not any(os.sep in line.split(":")[0] for line in comments)  # whose machine it was is nobody's business
     assert len(comments) == len(set(comments))
+    bare, _ = emitted(packed, doc=DOC, spans=SPANS)  # as kernels that run have them
+    for group in GROUPS:
+        assert bare.lines[group] == [line for line in text.lines[group] if not line.startswith("#")]
 
 
 def test_a_comment_is_one_line_whatever_the_source_holds():
     expr = trace(lambda b, h, q, kv: q >= kv).expr
     bad = Source("f", "/home/me/a.py", 3, "q >=\n    kv\r\nimport os")
-    text = emit(Expr(expr.nodes, (bad,) * len(expr.nodes)), (), narrow=True)
+    text = emit(Expr(expr.nodes, (bad,) * len(expr.nodes)), (), narrow=True, remarks=True)
     assert text.lines["pairs"] == ["# f (a.py:3): q >= kv import os", "x2 = q[:, None] >= kv[None, :]"]
 
 

@@ -33,7 +33,7 @@ def test_an_order_is_made_once(made):
 
 
 def test_bytes_are_those_of_all_tensors(made):
-    seen = [made.seen(rows=rows) for rows in (True, False)]
+    seen = [made.intervals, *(made.seen(rows=rows) for rows in (True, False))]
     held = {id(x): x for walks in (made.rows, made.columns) for x in (*walks.tensors, walks.counts)}
     before = sum(x.nbytes for x in [*held.values(), *seen])
     assert made.nbytes == before > 0

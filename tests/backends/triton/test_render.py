@@ -13,6 +13,7 @@ from jinja2 import UndefinedError
 
 import maskflash as mf
 from maskflash.backends.triton import render as rendering
+from maskflash.backends.triton import run
 from maskflash.backends.triton.render import render, template_folder
 from maskflash.backends.triton.signature import PASSES, Specialisation, TableKind, signature
 from maskflash.trace.trace import trace
@@ -29,6 +30,7 @@ def golden_masks():
 
 MASKS = golden_masks()
 KEPT = [
+    *(("interval", pass_name) for pass_name in ("forward", "dkdv", "dq")),
     *((name, "forward") for name in MASKS),
     *(("packed", pass_name) for pass_name in ("dkdv", "dq", "delta")),
     ("causal", "dkdv"),
@@ -37,11 +39,16 @@ KEPT = [
 
 
 @pytest.mark.parametrize(("name", "pass_name"), KEPT)
-def test_the_text_is_the_golden_one(request, name, pass_name):
-    """What a change of templates or of emission does to kernels shows here; --update-golden writes them anew."""
+def test_the_text_is_the_golden_one(request, monkeypatch, name, pass_name):
+    """What a change of templates or of emission does to kernels shows here; --update-golden writes them anew.
+
+    All but "interval" are computed from expressions, as they would be if they were joined with a mask of holes.
+    """
     given = {"doc": torch.zeros(2, 1024, dtype=torch.int32)} if name == "packed" else {}
     x = torch.zeros(2, 4, 1024, 64)
-    text = mf.compile(MASKS[name]).source(x, x, x, pass_name=pass_name, **given)
+    if name != "interval":
+        monkeypatch.setattr(run, "intervals", lambda found: None)
+    text = mf.compile(MASKS.get(name, mf.causal())).source(x, x, x, pass_name=pass_name, **given)
     text = re.sub(r"(\.py):\d+\)", r"\1)", text)  # the lines of masks move with whatever stands above them
     path = GOLDEN / f"{name}.{pass_name}.txt"
     if request.config.getoption("--update-golden"):
@@ -59,7 +66,7 @@ EVERYTHING = trace(
     {"doc": torch.zeros(2, 8, dtype=torch.int64), "n": 3},
 ).expr
 KINDS = (TableKind(torch.int64, 2),)
-FLAGS = ("narrow", "map_batch", "map_heads", "q_offsets", "kv_offsets", "negative_kv", "padded_d", "padded_dv")
+FLAGS = ("narrow", "q_offsets", "kv_offsets", "negative_kv", "padded_d", "padded_dv")
 
 
 def special(**flags):
@@ -84,16 +91,28 @@ def test_every_flag_gives_whole_python(pass_name, flag, others):
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
+def test_the_interval_kernel_depends_on_nothing_of_a_mask(pass_name):
+    texts = {
+        render(Specialisation(EVERYTHING, KINDS, interval=True, **{flag: True}), pass_name)
+        for flag in ("narrow", "q_offsets", "kv_offsets", "negative_kv")
+    }
+    (text,) = texts
+    assert not any(name in text for name in ("kv_offset", "t0", "p0"))
+    assert ast.parse(text)
+
+
+@pytest.mark.parametrize("pass_name", PASSES)
 @pytest.mark.parametrize("offsets", [False, True])
-def test_the_text_takes_the_arguments_of_the_list_and_specialises_as_it_says(pass_name, offsets):
-    chosen = special(q_offsets=offsets, kv_offsets=offsets)
+@pytest.mark.parametrize("interval", [False, True])
+def test_the_text_takes_the_arguments_of_the_list_and_specialises_as_it_says(pass_name, offsets, interval):
+    chosen = special(q_offsets=offsets, kv_offsets=offsets, interval=interval)
     tree = ast.parse(render(chosen, pass_name))
     kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == pass_name)
     arguments = [argument for line in signature(chosen, pass_name) for argument in line]
     assert [arg.arg for arg in kernel.args.args] == [argument.name for argument in arguments]
     (listed,) = (ast.literal_eval(word.value) for word in kernel.decorator_list[0].keywords)
     numbers = {arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Constant)}
-    views = set() if pass_name == "delta" else {"t0", *(["q_offset", "kv_offset"] if offsets else [])}
+    views = set() if pass_name == "delta" or interval else {"t0", *(["q_offset", "kv_offset"] if offsets else [])}
     assert len(listed) == len(set(listed))
     assert set(listed) == numbers | views
     constants = {arg.arg for arg in kernel.args.args if isinstance(arg.annotation, ast.Attribute)}

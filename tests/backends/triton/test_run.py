@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,9 +22,10 @@ import maskflash as mf
 from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import launch as triton_launch
 from maskflash.backends.triton import modules, tile_choice
+from maskflash.backends.triton import plan as triton_plan
 from maskflash.backends.triton import run as triton
 from maskflash.op import attention
-from maskflash.testing import Shape, assert_matches_dense, masks, shapes
+from maskflash.testing import Shape, assert_matches_dense, columns, masks, shapes
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
 # products of bfloat16 are wrong.
@@ -32,6 +34,26 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 BLOCKS = st.sampled_from([16, 32, 64, (16, 32), (64, 16)])
 SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter, and to compile on a GPU
+
+
+@contextmanager
+def expressions():
+    """Kernels compute masks from their expressions, also where each row sees one interval."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (triton_plan, triton):
+            patch.setattr(module, "intervals", lambda found: None)
+        mf.invalidate()
+        yield
+    mf.invalidate()
+
+
+KERNELS = st.sampled_from([nullcontext, expressions])
+
+
+@pytest.fixture
+def by_expression():
+    with expressions():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +88,18 @@ def same(first, second):
 
 
 @settings(max_examples=24)
-@given(masks(max_len=48), SMALL, st.sampled_from(DTYPES), BLOCKS)
-def test_every_mask_and_shape_matches_dense_float64(device, mask, shape, dtype, block_size):
-    assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device)
+@given(masks(max_len=48), SMALL, st.sampled_from(DTYPES), BLOCKS, KERNELS)
+def test_every_mask_and_shape_matches_dense_float64(device, mask, shape, dtype, block_size, kernels):
+    with kernels():
+        assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device)
 
 
 @settings(max_examples=8)
-@given(masks(max_len=96), SMALL, st.lists(st.integers(0, 48), min_size=2, max_size=2), st.booleans())
-def test_offsets_match_dense_float64(device, mask, shape, offsets, per_row):
+@given(masks(max_len=96), SMALL, st.lists(st.integers(0, 48), min_size=2, max_size=2), st.booleans(), KERNELS)
+def test_offsets_match_dense_float64(device, mask, shape, offsets, per_row, kernels):
     offset = torch.tensor(offsets, device=device)[: shape.batch] if per_row else offsets[0]
-    assert_matches_dense(mask, shape, block_size=16, q_offset=offset, backend="triton", device=device)
+    with kernels():
+        assert_matches_dense(mask, shape, block_size=16, q_offset=offset, backend="triton", device=device)
 
 
 @pytest.mark.parametrize("layout", [lambda x: x.repeat_interleave(3)[::3], lambda x: x[:1].expand(2)])
@@ -171,8 +195,8 @@ def test_integers_beyond_32_bits_are_computed_in_64(device, make):
 
 
 def test_small_integers_are_computed_in_32_bits(device):
-    inputs = Shape().tensors(torch.float32, device=device)
-    texts = [mf.compile(mask, backend="triton").source(*inputs) for mask in (mf.sliding_window(7), big_numbers)]
+    inputs, stripes = Shape().tensors(torch.float32, device=device), mf.dilated_window(7, 2)
+    texts = [mf.compile(mask, backend="triton").source(*inputs) for mask in (stripes, big_numbers)]
     assert ["p0_32 = p0.to(tl.int32)" in text for text in texts] == [True, False]
 
 
@@ -231,6 +255,23 @@ def test_rows_that_see_nothing(results, small):
     out, lse, *gradients = results(~mf.full(), q, k, v)
     assert not any(x.any() for x in (out, *gradients))
     assert (lse == -math.inf).all()
+
+
+@settings(max_examples=4)
+@given(st.sampled_from([1, 16, 40, 64, 128]), st.sampled_from([16, 64, 128]), st.integers(0, 99))
+def test_one_query_of_one_key_has_no_gradient_of_its_score(device, dim, v_dim, seed):
+    """P is 1 whatever the score is. dP and delta are rounded alike, so their difference is exactly 0."""
+    q, k, v = Shape(1, 2, 2, 1, 1, dim, v_dim).tensors(torch.float32, seed=seed, device=device)
+    out = mf.attention(q, k, v, mf.causal(), backend="triton", block_size=32)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(q)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out, (q, k), dout))
+
+
+@settings(max_examples=3)
+@given(st.integers(1, 100), st.sampled_from([16, 64]), st.integers(0, 99))
+def test_one_query_of_many_keys_matches_dense_float64_in_float32(device, keys, dim, seed):
+    shape, offset = Shape(1, 2, 1, 1, keys, dim, dim), keys - 1
+    assert_matches_dense(mf.causal(), shape, q_offset=offset, backend="triton", device=device, seed=seed)
 
 
 def test_same_inputs_same_bits(results, small):
@@ -396,8 +437,19 @@ def test_what_it_cannot_do_is_told(small, dtype, block_size, message):
 
 
 def test_a_mask_without_exact_counterpart_is_told(small):
-    with pytest.raises(mf.BackendError, match=r"no exact `floordiv` for float32; compute it outside the mask"):
-        mf.attention(*small(), lambda b, h, q, kv: (q * 0.5) // 3.0 > kv, backend="triton")
+    with pytest.raises(
+        mf.BackendError,
+        match=r"no exact `floordiv` for float32, in <lambda> \(.*\.py:\d+\); compute it outside the mask",
+    ):
+        mf.attention(*small(), lambda b, h, q, kv: (q * 0.5) // 3.0 > kv % 5, backend="triton")
+
+
+def test_what_no_kernel_computes_may_be_known_of_rows(small):
+    """Triton has no such division; the analysis has done it, since each row sees one interval."""
+    q, k, v = small(length=40)
+    expected = mf.attention(q.cpu(), k.cpu(), v.cpu(), lambda b, h, q, kv: (q * 0.5) // 3.0 > 2)
+    found = mf.attention(q, k, v, lambda b, h, q, kv: (q * 0.5) // 3.0 > 2, backend="triton")
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 def in_a_process(script):
@@ -437,8 +489,8 @@ def by_number(device):
 
 
 @settings(max_examples=8)
-@given(st.sampled_from(["causal", "documents", "a window for each head", "divisions"]), SMALL, st.data())
-def test_offsets_of_rows_and_columns_match_dense_float64(device, name, shape, data):
+@given(st.sampled_from(["causal", "documents", "a window for each head", "divisions"]), SMALL, st.data(), KERNELS)
+def test_offsets_of_rows_and_columns_match_dense_float64(device, name, shape, data, kernels):
     heads = 2 if name == "a window for each head" else shape.heads
     shape = replace(shape, heads=heads, kv_heads=1 if heads != shape.heads else shape.kv_heads)
     offsets = {}
@@ -446,9 +498,10 @@ def test_offsets_of_rows_and_columns_match_dense_float64(device, name, shape, da
         numbers = data.draw(st.lists(st.integers(-20, 60), min_size=shape.batch, max_size=shape.batch), label=index)
         per_row = data.draw(st.booleans(), label=f"{index} per row")
         offsets[index] = torch.tensor(numbers, device=device) if per_row else numbers[0]
-    assert_matches_dense(
-        by_number(device)[name], shape, block_size=(16, 32), backend="triton", device=device, **offsets
-    )
+    with kernels():
+        assert_matches_dense(
+            by_number(device)[name], shape, block_size=(16, 32), backend="triton", device=device, **offsets
+        )
 
 
 # Nothing is compiled again for another length, window, offset or table
@@ -507,7 +560,7 @@ def compiled(monkeypatch):
     return rendered, loaded, keys
 
 
-def test_another_number_renders_imports_and_compiles_nothing(device, compiled, monkeypatch):
+def test_another_number_renders_imports_and_compiles_nothing(device, compiled, monkeypatch, by_expression):
     rendered, loaded, keys = compiled
     call = varied(device)
     call(1, 4, 2, 20, 20, 5, 0, seed=0)
@@ -531,6 +584,76 @@ def test_another_number_renders_imports_and_compiles_nothing(device, compiled, m
     assert len(rendered) == len(loaded) == len(keys) == 4
 
 
+def one_interval_masks(device):
+    """Masks of which each row sees one interval, which know of no other; with what a call of them brings."""
+    spans = torch.tensor([3, 30, 9, 1], device=device)
+    ids = (torch.arange(80, device=device) // 7).view(2, 40)
+    stops = torch.full((40,), 33, dtype=torch.int32, device=device)
+    return {
+        "causal": (mf.causal(), {}),
+        "a window": (mf.sliding_window(9, 4), {}),
+        "a window inside documents": (mf.causal() & mf.sliding_window(9) & mf.document([13, 1, 26]), {}),
+        "FlashMask's vectors": (mf.ColumnIntervals(stops, causal=True), {}),
+        "a window for each head": (mf.mask(lambda b, h, q, kv: abs(q - kv) < spans[h]), {}),
+        "documents of each batch row": (mf.mask(lambda b, h, q, kv, *, ids: ids[b, q] == ids[b, kv]), {"ids": ids}),
+        "blind rows": (mf.mask(lambda b, h, q, kv: q > 20 and kv < q - 25), {}),
+        "everything": (mf.full(), {}),
+    }
+
+
+def test_all_masks_of_one_interval_share_one_kernel(device, compiled, small):
+    """Whatever they look at, and whatever offsets come with them, on any batch."""
+    rendered, loaded, keys = compiled
+    for mask, given_by_name in one_interval_masks(device).values():
+        q, k, v = small(batch=2, heads=4)
+        mf.attention(q, k, v, mask, block_size=16, backend="triton", **given_by_name).sum().backward()
+    for offsets in ({"q_offset": 5}, {"q_offset": torch.tensor([3, -9], device=device), "kv_offset": -2}):
+        q, k, v = small(batch=2, heads=4)
+        mf.attention(q, k, v, mf.causal(), block_size=16, backend="triton", **offsets).sum().backward()
+    assert len(rendered) == len(loaded) == len(keys) == 4  # forward, delta, dk and dv, dq
+    assert not any("causal" in text or "<lambda>" in text for text in loaded)
+
+
+@pytest.mark.parametrize("name", one_interval_masks("cpu"))
+def test_masks_of_one_interval_match_dense_float64(device, name):
+    mask, given_by_name = one_interval_masks(device)[name]
+    offset = {} if "FlashMask" in name else {"kv_offset": torch.tensor([0, 2], device=device)}
+    shape = Shape(2, 4, 2, 40, 38 if offset else 40)
+    assert_matches_dense(mask, shape, block_size=(16, 32), backend="triton", device=device, **offset, **given_by_name)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 40), st.data())
+def test_column_intervals_match_dense_float64(device, length, data):
+    vectors = data.draw(columns(length, length, 2, 2))
+    shape = Shape(2, 2, 1, length, length)
+    assert_matches_dense(vectors.to(device), shape, block_size=16, backend="triton", device=device)
+
+
+def test_the_kernel_is_told(device, small):
+    made = {"interval": mf.causal(), "expression": mf.dilated_window(9, 2)}
+    for name, mask in made.items():
+        attn = mf.compile(mask, backend="triton")
+        explained = attn.explain(40, 40, device=device)
+        assert explained.to_dict()["kernel"] == name
+        assert f"{name}: it " in str(explained)
+        assert ("intervals" in attn.source(*small())) == (name == "interval")
+
+
+def test_a_function_that_moves_in_its_file_compiles_nothing(compiled, small, tmp_path):
+    text = "def stripes(b, h, q, kv):\n    return (q + kv) % 3 == 0\n"
+    for number, above in enumerate(("", "\n\n")):
+        path = tmp_path / f"masks_{number}.py"
+        path.write_text(above + text)
+        names = {}
+        exec(compile(path.read_text(), str(path), "exec"), names)
+        attn = mf.compile(names["stripes"], backend="triton", block_size=16)
+        attn(*small(length=20)).sum().backward()
+        assert f"# stripes ({path.name}:{2 + len(above)}): q + kv" in attn.source(*small(length=20))
+    rendered, loaded, keys = compiled
+    assert len(rendered) == len(loaded) == len(keys) == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
 @pytest.mark.parametrize("limit", [0.1, -0.0, 2.5, float("inf"), float("nan"), 1e-40])
 def test_floats_that_come_with_a_call_are_what_torch_makes_of_them(limit, dtype, device):
@@ -549,7 +672,7 @@ def test_floats_that_come_with_a_call_are_what_torch_makes_of_them(limit, dtype,
         ({"heads": 2}, 0, 1),  # no group: dK and dV need no sums, and are written as they are wanted
     ],
 )
-def test_another_structure_renders_and_compiles_once(device, compiled, change, renders, compiles):
+def test_another_structure_renders_and_compiles_once(device, compiled, change, renders, compiles, by_expression):
     rendered, _, keys = compiled
     call = varied(device)
     first = {"batch": 1, "heads": 4, "kv_heads": 2, "length": 20, "kv_len": 20, "window": 5, "q_offset": 0}
@@ -577,9 +700,9 @@ def test_triton_compiles_no_number_into_a_kernel():
         for window in (3, 5):
             mask = mf.mask(lambda b, h, q, kv: q - kv < window and ids[b, q] == ids[b, kv] and spans[h] < q)
             problem = mask.at(8, 8, batch=2, heads=4).tiled((16, 16))
-            for per_row in (False, True):
-                tables = tuple(map(TableKind.of, problem.inputs.tables))
-                special = Specialisation(problem.expr, tables, q_offsets=per_row, kv_offsets=per_row)
+            tables = tuple(map(TableKind.of, problem.inputs.tables))
+            for flags in ({}, {"q_offsets": True, "kv_offsets": True}, {"interval": True}):
+                special = Specialisation(problem.expr, tables, **flags)
                 for name in PASSES:
                     kernel = getattr(modules.load(render(special, name)), name)
                     for param in kernel.params:
@@ -589,7 +712,7 @@ def test_triton_compiles_no_number_into_a_kernel():
         print(len(modules._modules))
     """)
     *lines, modules = out.splitlines()
-    assert modules == "7"  # two each, and delta: another window is the same text
+    assert modules == "10"  # three each, and delta: another window is the same text
     seen = set()
     for line in lines:
         _, name, kind, free = line.split()
@@ -599,7 +722,7 @@ def test_triton_compiles_no_number_into_a_kernel():
         elif (name.startswith("t") and name[1:].isdigit()) or (name in ("q_offset", "kv_offset") and kind == "pointer"):
             assert free == "True", line  # a table may lie at any address: new ones are views as often as not
         elif kind == "pointer":
-            assert name.endswith("_ptr") or name in WALKS, line
+            assert name.endswith("_ptr") or name in {*WALKS, "intervals"}, line
         else:
             assert kind in ("i32", "i64", "fp32"), line
             assert free == "True", line

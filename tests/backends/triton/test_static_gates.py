@@ -22,11 +22,11 @@ from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile, shared_bytes
 
 ROOT = Path(__file__).parents[3]
-HOPPER = Case(90, "forward", "causal", 16, 128, 128, Tile(128, 64, 8, 3))
+HOPPER = Case(90, "forward", "interval", 16, 128, 128, Tile(128, 64, 8, 3))
 CLEAN = Resources(200, 0, 0, 0.0, 60_000, 1, "wgmma", 8, False, 1.0)
 LIMITED = replace(HOPPER, tile=replace(HOPPER.tile, registers=128))
-AMPERE = Case(80, "dq", "causal", 16, 64, 64, Tile(64, 64, 4, 2))
-INSTINCT = Case("gfx942", "dq", "causal", 16, 64, 64, Tile(64, 32, 4, 2))
+AMPERE = Case(80, "dq", "interval", 16, 64, 64, Tile(64, 64, 4, 2))
+INSTINCT = Case("gfx942", "dq", "interval", 16, 64, 64, Tile(64, 32, 4, 2))
 
 
 def gates(*words, timeout=900):
@@ -58,7 +58,7 @@ def test_every_row_passes(quick):
     wanted = {(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS if row.arch not in AMD_SHARED}
     wanted |= {("gfx942", pass_name, 16, 128) for pass_name in PASSES[:1] + PASSES[2:]}
     assert wanted <= compiled
-    assert {row["mask"] for row in rows} == {"causal", "causal document", "flashmask"}
+    assert {row["mask"] for row in rows} == {"interval", "causal document", "flashmask"}
     assert {(row["head_dim"], row["v_head_dim"]) for row in rows if row["bits"] == 16} >= set(ODD)
 
 
@@ -73,7 +73,7 @@ def test_the_estimate_of_shared_memory_is_from_above(quick):
 
 def test_a_tile_that_is_too_big_is_reported(tmp_path):
     path = tmp_path / "gates.json"
-    only = ["--arch", "90", "--pass", "forward", "--mask", "causal", "--bits", "16", "--dim", "128"]
+    only = ["--arch", "90", "--pass", "forward", "--mask", "interval", "--bits", "16", "--dim", "128"]
     done = gates(*only, "--tile", "128,128,4,3", "--json", str(path))
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert done.returncode == 1
