@@ -198,9 +198,9 @@ class Attention:
         Example:
             >>> import maskflash as mf
             >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
-            >>> text = mf.compile(lambda b, h, q, kv: q >= kv).source(q, k, v)
-            >>> [line.strip() for line in text.splitlines() if "x2" in line][0]
-            'x2 = q[:, None] >= kv[None, :]'
+            >>> text = mf.compile(lambda b, h, q, kv: (q ^ kv) & 3 == 0).source(q, k, v)
+            >>> [line.strip() for line in text.splitlines() if "x2 =" in line][0]
+            'x2 = q[:, None] ^ kv[None, :]'
         """
         from maskflash.analysis.classify import classify
         from maskflash.backends.triton import run as triton

@@ -20,6 +20,7 @@ ORDERING = ("bar.sync", "cp.async.wait_group", "fence.proxy.async", "wgmma.fence
 # before products whose registers, or operands, the first one has ordered.
 REDUNDANT = {
     ("forward", "bar.sync"): 4,
+    ("forward", "cp.async.wait_group"): 1,
     ("forward", "fence.proxy.async"): 2,
     ("dkdv", "bar.sync"): 3,
     ("dkdv", "cp.async.wait_group"): 1,

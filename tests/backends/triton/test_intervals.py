@@ -14,8 +14,7 @@ PARITY = torch.arange(N) % 2
 
 
 def found(mask):
-    problem = mf.mask(mask).problem("test", N, N, 2, 4, (16, 16), 0, torch.device("cpu"), {})
-    return intervals(classify(problem))
+    return intervals(classify(mf.mask(mask).at(N, N, batch=2, heads=4).tiled((16, 16))))
 
 
 @settings(max_examples=40)
