@@ -16,16 +16,18 @@ from torch import Tensor
 _AT_ONCE: Final = 1 << 14  # rows: torch sums fewer than 32768 numbers in one order, whatever the threads
 
 
-def add_sink(out: Tensor, lse: Tensor, sink: Tensor) -> None:
-    """Let the sink take its share, in place.
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Let the sinks take their shares, in place.
 
     Args:
-        out: (N, G, rows, Dv), of rows that see something.
-        lse: (N, G, rows), without the sink.
-        sink: (N, G, 1).
+        out: (B, Hq, Sq, Dv), 0 in rows that see nothing.
+        lse: (B, Hq, Sq), without the sinks.
+        sinks: (Hq,).
     """
-    out.mul_(torch.sigmoid(lse - sink)[..., None])
-    torch.logaddexp(lse, sink, out=lse)
+    whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    share = torch.exp(lse - whole).nan_to_num_(0.0)  # -inf - -inf, in a row of nothing; where lse is NaN, out is
+    out.mul_(share[..., None])
+    lse.copy_(whole)
 
 
 def gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ def test_every_mask_and_shape_matches_dense_float64(mask, shape, dtype, data):
     assert_matches_dense(mask, shape, dtype=dtype, block_size=32, sinks=sinks, return_lse=data.draw(st.booleans()))
 
 
+@pytest.mark.parametrize("own_heads", [False, True])
+def test_a_window_s_blocks_take_them_too(own_heads):
+    mask = mf.mask(lambda b, h, q, kv: (q - 90 - h <= kv) & (kv <= q)) if own_heads else mf.sliding_window(90)
+    assert_matches_dense(mask, Shape(1, 4, 2, 900, 900, 8, 8), sinks=torch.linspace(-2, 3, 4))
+
+
 @pytest.mark.parametrize("name", PIECES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_kind_of_call_takes_the_sink_once(name, dtype):

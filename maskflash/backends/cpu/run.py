@@ -19,7 +19,7 @@ from maskflash.backends.cpu.schedules import Schedule
 from maskflash.backends.cpu.threads import WORKERS, Job
 from maskflash.backends.cpu.views import Views, batch_rows, shared, units
 from maskflash.backends.merge import merge_into
-from maskflash.backends.sinks import add_sink, gradient
+from maskflash.backends.sinks import add_sinks, gradient
 
 __all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
 
@@ -49,7 +49,6 @@ def forward(
     batch, heads, q_len, head_dim = q.shape
     v_head_dim = v.shape[3]
     total = _lse_dtype(q.dtype)
-    each_sink = [] if sinks is None else [sinks.to(total)[None, :, None].expand(batch, -1, 1)]
     if batch * heads * q_len == 0:
         return q.new_zeros(batch, heads, q_len, v_head_dim), q.new_zeros((batch, heads, q_len), dtype=total)
     schedule = plan.schedule("forward", q.dtype, plan.work(batch, heads, max(head_dim, v_head_dim)))
@@ -59,17 +58,17 @@ def forward(
     if schedule.only is not None and heads == k.shape[1]:
         out, lse = _attend(plan, schedule.only, *inputs, scale)
         out = out if width == v_head_dim else out[..., :v_head_dim]
-        for sink in each_sink:
-            add_sink(out, lse, sink)
+        if sinks is not None:
+            add_sinks(out, lse, sinks)
         return _as(out, q.dtype).contiguous(), _as(lse, total).contiguous()
     lse = q.new_empty((batch, heads, q_len), dtype=total)
     out = q.new_empty((batch, heads, q_len, v_head_dim), dtype=total if schedule.merges else q.dtype)
     if not schedule.complete:
-        lse.copy_(each_sink[0]) if each_sink else lse.fill_(-torch.inf)
+        lse.fill_(-torch.inf)
         out.zero_()
 
     def make(call: Call, views: Views) -> None:
-        qs, ks, vs, outs, lses, *sink = views
+        qs, ks, vs, outs, lses = views
         part, part_lse = _attend(plan, call, qs, ks, vs, scale)
         part = part[..., :v_head_dim]
         if call.merges:
@@ -78,12 +77,12 @@ def forward(
             if call.rows.index is None:
                 return
             part, part_lse = rows, rows_lse  # gathered rows are copies
-        elif sink:
-            add_sink(part, part_lse, sink[0])
         call.rows.put(outs, part)
         call.rows.put(lses, part_lse)
 
-    _make(make, plan, schedule, (*inputs, out, lse, *each_sink))
+    _make(make, plan, schedule, (*inputs, out, lse))
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
     return _as(out, q.dtype), lse
 
 
