@@ -35,8 +35,10 @@ def test_a_window_s_blocks_take_them_too(own_heads):
 
 @pytest.mark.parametrize("name", PIECES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_kind_of_call_takes_the_sink_once(name, dtype):
-    assert_matches_dense(PIECES[name], Shape(2, 4, 2, 160, 160, 16, 8), dtype=dtype, sinks=torch.linspace(-2, 3, 4))
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_every_kind_of_call_takes_the_sink_once(name, dtype, kv_heads):
+    shape = Shape(2, 4, kv_heads, 160, 160, 16, 8)
+    assert_matches_dense(PIECES[name], shape, dtype=dtype, sinks=torch.linspace(-2, 3, 4))
 
 
 def test_it_is_a_column_of_its_own():

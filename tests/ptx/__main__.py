@@ -18,7 +18,14 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
-FILES: Final = ("tests/backends/triton/test_run.py", "tests/ptx/test_sabotage.py")
+KERNELS: Final = ("run", "interval_kernel", "compiled_once", "launch", "sinks")  # tests that launch them
+FILES: Final = (
+    *(
+        f"tests/backends/triton/test_{name}.py"
+        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks")
+    ),
+    "tests/ptx/test_sabotage.py",
+)
 QUICK: Final = {  # bfloat16, which no other test of `make test` can run, and one kernel's sabotage
     "sm_80": "dtype2 and (three or query) or sabotage and not dkdv and not dq",
     "sm_90": "dtype2 and (three or runs) or dropped and (dq or delta)",

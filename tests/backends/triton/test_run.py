@@ -5,27 +5,18 @@ And it keeps its promises.
 
 import math
 import os
-import subprocess
-import sys
-import textwrap
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime.errors import OutOfResources, PTXASError
 
 import maskflash as mf
 from maskflash.backends.triton import device as triton_device
-from maskflash.backends.triton import launch as triton_launch
-from maskflash.backends.triton import modules, tile_choice
-from maskflash.backends.triton import plan as triton_plan
-from maskflash.backends.triton import run as triton
-from maskflash.op import attention
-from maskflash.testing import Shape, assert_matches_dense, columns, masks, shapes
+from maskflash.testing import Shape, assert_matches_dense, masks, shapes
+from tests.backends.triton.conftest import expressions, in_a_process
 
 # The interpreter computes with numpy, which warns of the NaN and infinities that some tests are about, and its
 # products of bfloat16 are wrong.
@@ -36,51 +27,7 @@ BLOCKS = st.sampled_from([16, 32, 64, (16, 32), (64, 16)])
 SMALL = shapes(max_len=48, max_head_dim=24)  # about a second each under the interpreter, and to compile on a GPU
 
 
-@contextmanager
-def expressions():
-    """Kernels compute masks from their expressions, also where each row sees one interval."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (triton_plan, triton):
-            patch.setattr(module, "intervals", lambda found: None)
-        mf.invalidate()
-        yield
-    mf.invalidate()
-
-
 KERNELS = st.sampled_from([nullcontext, expressions])
-
-
-@pytest.fixture
-def by_expression():
-    with expressions():
-        yield
-
-
-@pytest.fixture(scope="module")
-def small(device):
-    """q, k and v of a small call."""
-
-    def build(batch=1, heads=2, kv_heads=2, length=40, dim=16, dtype=torch.float32):
-        return Shape(batch, heads, kv_heads, length, length, dim, dim).tensors(dtype, device=device)
-
-    return build
-
-
-@pytest.fixture(scope="module")
-def results(device):
-    """out, lse, dq, dk and dv of a call, with fixed gradients arriving at out and lse."""
-
-    def run(mask, q, k, v, **kwargs):
-        draw = torch.Generator().manual_seed(5)
-        dout = torch.randn(*q.shape[:3], v.shape[3], generator=draw).to(q)
-        return run_with(mask, q, k, v, dout, torch.randn(q.shape[:3], generator=draw).to(device), **kwargs)
-
-    def run_with(mask, q, k, v, dout, dlse, **kwargs):
-        out, lse = mf.attention(q, k, v, mask, backend="triton", return_lse=True, **{"block_size": 16, **kwargs})
-        return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
-
-    run.with_gradients = run_with
-    return run
 
 
 def same(first, second):
@@ -369,60 +316,6 @@ def test_the_order_of_programs_changes_nothing(results, small, monkeypatch, part
     assert all(same(found[0], other) for other in found[1:])
 
 
-REFUSALS = [
-    lambda: OutOfResources(300_000, 200_000, "shared memory"),
-    lambda: PTXASError("ptxas fatal: (C7600) Register allocation failed"),
-]
-
-
-@pytest.mark.parametrize("refusal", REFUSALS, ids=["memory", "ptxas"])
-def test_a_tile_that_does_not_fit_is_shrunk_until_it_does(results, small, monkeypatch, refusal):
-    monkeypatch.setattr(tile_choice, "_known", {})
-    q, k, v = small()
-    expected = results(mf.causal(), q, k, v, block_size=64)
-    launch, tried = triton_launch.Launcher.launch, []
-
-    def limited(self, pass_name, tile, *rest):
-        tried.append((pass_name, tile))
-        if tile.block_m * tile.block_n > 512 or tile.stages > 1:
-            raise refusal()
-        return launch(self, pass_name, tile, *rest)
-
-    monkeypatch.setattr(triton_launch.Launcher, "launch", limited)
-    found = results(mf.causal(), q, k, v, block_size=(64, 128))  # another block size: a plan that knows no tile yet
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-    assert {name for name, _ in tried} == {"forward", "dkdv", "dq"}
-    count = len(tried)
-    assert count > 6
-    results(mf.causal(), q, k, v, block_size=(64, 128))
-    assert len(tried) == count + 3  # it knows now
-
-
-@pytest.mark.parametrize("refusal", REFUSALS, ids=["memory", "ptxas"])
-def test_a_device_that_nothing_fits_is_told(results, small, monkeypatch, refusal):
-    def never(*args):
-        raise refusal()
-
-    monkeypatch.setattr(triton_launch.Launcher, "launch", never)
-    with pytest.raises(mf.BackendError, match=r"no tile of forward fits this device: ") as told:
-        results(mf.causal(), *small())
-    assert str(refusal()) in str(told.value)
-
-
-def test_an_error_that_is_not_the_tiles_is_not_tried_again(results, small, monkeypatch):
-    tried = []
-
-    def broken(self, pass_name, tile, *rest):
-        tried.append(tile)
-        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-
-    monkeypatch.setattr(triton_launch.Launcher, "launch", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        results(mf.causal(), *small())
-    assert len(tried) == 1
-
-
 @pytest.mark.parametrize(
     ("dtype", "block_size", "message"),
     [
@@ -442,23 +335,6 @@ def test_a_mask_without_exact_counterpart_is_told(small):
         match=r"no exact `floordiv` for float32, in <lambda> \(.*\.py:\d+\); compute it outside the mask",
     ):
         mf.attention(*small(), lambda b, h, q, kv: (q * 0.5) // 3.0 > kv % 5, backend="triton")
-
-
-def test_what_no_kernel_computes_may_be_known_of_rows(small):
-    """Triton has no such division; the analysis has done it, since each row sees one interval."""
-    q, k, v = small(length=40)
-    expected = mf.attention(q.cpu(), k.cpu(), v.cpu(), lambda b, h, q, kv: (q * 0.5) // 3.0 > 2)
-    found = mf.attention(q, k, v, lambda b, h, q, kv: (q * 0.5) // 3.0 > 2, backend="triton")
-    torch.testing.assert_close(found.cpu(), expected)
-
-
-def in_a_process(script):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_tensors_on_the_cpu_are_refused_without_the_interpreter():
@@ -504,156 +380,6 @@ def test_offsets_of_rows_and_columns_match_dense_float64(device, name, shape, da
         )
 
 
-# Nothing is compiled again for another length, window, offset or table
-
-
-def varied(device):
-    """Calls that differ in numbers alone: (q, k, v), then what is given by name."""
-
-    @mf.mask
-    def packed(b, h, q, kv, *, ids, window, slope):
-        return 0 <= q - kv < window and ids[b, q] == ids[b, kv] and kv * slope < 9
-
-    def call(batch, heads, kv_heads, length, kv_len, window, q_offset, seed, ids=torch.int64, dim=16, slope=0.5):
-        shape = Shape(batch, heads, kv_heads, length, kv_len, dim, dim)
-        q, k, v = shape.tensors(torch.float16, seed=seed, device=device)
-        size = max(length + 20, kv_len)
-        table = torch.arange(batch * size, device=device).view(batch, size).to(ids) // (3 + seed)
-        if isinstance(q_offset, list):
-            q_offset = torch.tensor(q_offset, device=device)
-        out = mf.attention(
-            q, k, v, packed, block_size=16, backend="triton", q_offset=q_offset, ids=table, window=window, slope=slope
-        )
-        out.sum().backward()
-
-    return call
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """What has been rendered and imported, and all that triton compiles for: constants, types, alignments."""
-    triton_launch.kernel.cache_clear()
-    rendered, loaded, keys = [], [], set()
-    render, load, kernel = triton_launch.render, modules.load, triton_launch.kernel
-
-    def recorded(special, pass_name):
-        found = kernel(special, pass_name)
-
-        def launch(programs, tile, **arguments):
-            kinds = {
-                name: (x.dtype, x.data_ptr() % 16 == 0)
-                if isinstance(x, torch.Tensor)
-                else x
-                if name.isupper()
-                else type(x)
-                for name, x in arguments.items()
-            }
-            keys.add((special, pass_name, tile, *kinds.items()))
-            return found.launch(programs, tile, **arguments)
-
-        return SimpleNamespace(launch=launch)
-
-    monkeypatch.setattr(triton_launch, "render", lambda *args: rendered.append(args) or render(*args))
-    monkeypatch.setattr(modules, "load", lambda text: loaded.append(text) or load(text))
-    monkeypatch.setattr(triton_launch, "kernel", recorded)
-    monkeypatch.setattr(triton, "kernel", recorded)
-    return rendered, loaded, keys
-
-
-def test_another_number_renders_imports_and_compiles_nothing(device, compiled, monkeypatch, by_expression):
-    rendered, loaded, keys = compiled
-    call = varied(device)
-    call(1, 4, 2, 20, 20, 5, 0, seed=0)
-    assert len(rendered) == len(loaded) == len(keys) == 4  # forward, delta, dk and dv, dq
-    for part in (1, 2):  # how many of a group one program sums depends on lengths
-        monkeypatch.setattr(triton_device, "part_of_group", lambda device, group, programs, part=part: part)
-        for arguments in [
-            (1, 4, 2, 20, 20, 6, 0),
-            (1, 4, 2, 20, 20, 0, 0),
-            (1, 4, 2, 20, 20, 1, 0),
-            (1, 4, 2, 33, 20, 5, 0),
-            (1, 4, 2, 16, 32, 5, 0),
-            (1, 4, 2, 1, 1, 5, 0),
-            (1, 4, 2, 20, 20, 5, 7),
-            (3, 6, 3, 20, 20, 5, 0),
-            (1, 4, 1, 20, 20, 5, 0),
-        ]:
-            call(*arguments, seed=1)
-    for slope in (0.0, -0.0, 0.25, -3.5, float("inf"), 1e-300):
-        call(1, 4, 2, 20, 20, 5, 0, seed=1, slope=slope)
-    assert len(rendered) == len(loaded) == len(keys) == 4
-
-
-def one_interval_masks(device):
-    """Masks of which each row sees one interval, which know of no other; with what a call of them brings."""
-    spans = torch.tensor([3, 30, 9, 1], device=device)
-    ids = (torch.arange(80, device=device) // 7).view(2, 40)
-    stops = torch.full((40,), 33, dtype=torch.int32, device=device)
-    return {
-        "causal": (mf.causal(), {}),
-        "a window": (mf.sliding_window(9, 4), {}),
-        "a window inside documents": (mf.causal() & mf.sliding_window(9) & mf.document([13, 1, 26]), {}),
-        "FlashMask's vectors": (mf.ColumnIntervals(stops, causal=True), {}),
-        "a window for each head": (mf.mask(lambda b, h, q, kv: abs(q - kv) < spans[h]), {}),
-        "documents of each batch row": (mf.mask(lambda b, h, q, kv, *, ids: ids[b, q] == ids[b, kv]), {"ids": ids}),
-        "blind rows": (mf.mask(lambda b, h, q, kv: q > 20 and kv < q - 25), {}),
-        "everything": (mf.full(), {}),
-    }
-
-
-def test_all_masks_of_one_interval_share_one_kernel(device, compiled, small):
-    """Whatever they look at, and whatever offsets come with them, on any batch."""
-    rendered, loaded, keys = compiled
-    for mask, given_by_name in one_interval_masks(device).values():
-        q, k, v = small(batch=2, heads=4)
-        mf.attention(q, k, v, mask, block_size=16, backend="triton", **given_by_name).sum().backward()
-    for offsets in ({"q_offset": 5}, {"q_offset": torch.tensor([3, -9], device=device), "kv_offset": -2}):
-        q, k, v = small(batch=2, heads=4)
-        mf.attention(q, k, v, mf.causal(), block_size=16, backend="triton", **offsets).sum().backward()
-    assert len(rendered) == len(loaded) == len(keys) == 4  # forward, delta, dk and dv, dq
-    assert not any("causal" in text or "<lambda>" in text for text in loaded)
-
-
-@pytest.mark.parametrize("name", one_interval_masks("cpu"))
-def test_masks_of_one_interval_match_dense_float64(device, name):
-    mask, given_by_name = one_interval_masks(device)[name]
-    offset = {} if "FlashMask" in name else {"kv_offset": torch.tensor([0, 2], device=device)}
-    shape = Shape(2, 4, 2, 40, 38 if offset else 40)
-    assert_matches_dense(mask, shape, block_size=(16, 32), backend="triton", device=device, **offset, **given_by_name)
-
-
-@settings(max_examples=8)
-@given(st.integers(1, 40), st.data())
-def test_column_intervals_match_dense_float64(device, length, data):
-    vectors = data.draw(columns(length, length, 2, 2))
-    shape = Shape(2, 2, 1, length, length)
-    assert_matches_dense(vectors.to(device), shape, block_size=16, backend="triton", device=device)
-
-
-def test_the_kernel_is_told(device, small):
-    made = {"interval": mf.causal(), "expression": mf.dilated_window(9, 2)}
-    for name, mask in made.items():
-        attn = mf.compile(mask, backend="triton")
-        explained = attn.explain(40, 40, device=device)
-        assert explained.to_dict()["kernel"] == name
-        assert f"{name}: it " in str(explained)
-        assert ("intervals" in attn.source(*small())) == (name == "interval")
-
-
-def test_a_function_that_moves_in_its_file_compiles_nothing(compiled, small, tmp_path):
-    text = "def stripes(b, h, q, kv):\n    return (q + kv) % 3 == 0\n"
-    for number, above in enumerate(("", "\n\n")):
-        path = tmp_path / f"masks_{number}.py"
-        path.write_text(above + text)
-        names = {}
-        exec(compile(path.read_text(), str(path), "exec"), names)
-        attn = mf.compile(names["stripes"], backend="triton", block_size=16)
-        attn(*small(length=20)).sum().backward()
-        assert f"# stripes ({path.name}:{2 + len(above)}): q + kv" in attn.source(*small(length=20))
-    rendered, loaded, keys = compiled
-    assert len(rendered) == len(loaded) == len(keys) == 4
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
 @pytest.mark.parametrize("limit", [0.1, -0.0, 2.5, float("inf"), float("nan"), 1e-40])
 def test_floats_that_come_with_a_call_are_what_torch_makes_of_them(limit, dtype, device):
@@ -661,154 +387,3 @@ def test_floats_that_come_with_a_call_are_what_torch_makes_of_them(limit, dtype,
     mask = mf.mask(lambda b, h, q, kv, *, limit: place[q] - place[kv] <= limit or (kv + 1) * limit > 60)
     shape = Shape(1, 2, 1, 40, 40, 16, 16)
     assert_matches_dense(mask, shape, block_size=16, backend="triton", device=device, limit=limit)
-
-
-@pytest.mark.parametrize(
-    ("change", "renders", "compiles"),
-    [
-        ({"ids": torch.int32}, 3, 3),  # delta knows no mask
-        ({"q_offset": [7]}, 3, 3),
-        ({"dim": 8}, 3, 4),
-        ({"heads": 2}, 0, 1),  # no group: dK and dV need no sums, and are written as they are wanted
-    ],
-)
-def test_another_structure_renders_and_compiles_once(device, compiled, change, renders, compiles, by_expression):
-    rendered, _, keys = compiled
-    call = varied(device)
-    first = {"batch": 1, "heads": 4, "kv_heads": 2, "length": 20, "kv_len": 20, "window": 5, "q_offset": 0}
-    call(**first, seed=0)
-    assert len(rendered) == len(keys) == 4
-    call(**{**first, **change}, seed=0)
-    assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
-    again = {"q_offset": [3, 9], "batch": 2} if "q_offset" in change else {"length": 33}
-    call(**{**first, **change, **again}, seed=1)
-    assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
-    if "dim" in change:
-        call(**{**first, "dim": 12}, seed=0)  # is filled up to 16
-        assert (len(rendered), len(keys)) == (4 + renders, 4 + compiles)
-
-
-def test_triton_compiles_no_number_into_a_kernel():
-    """Every number has a type of its own and is not specialised; pointers and capital constants are what is left."""
-    out = in_a_process("""
-        import torch, maskflash as mf
-        from maskflash.backends.triton import modules
-        from maskflash.backends.triton.render import render
-        from maskflash.backends.triton.signature import PASSES, Specialisation, TableKind
-
-        ids, spans = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(4)
-        for window in (3, 5):
-            mask = mf.mask(lambda b, h, q, kv: q - kv < window and ids[b, q] == ids[b, kv] and spans[h] < q)
-            problem = mask.at(8, 8, batch=2, heads=4).tiled((16, 16))
-            tables = tuple(map(TableKind.of, problem.inputs.tables))
-            for flags in ({}, {"q_offsets": True, "kv_offsets": True}, {"interval": True}):
-                special = Specialisation(problem.expr, tables, **flags)
-                for name in PASSES:
-                    kernel = getattr(modules.load(render(special, name)), name)
-                    for param in kernel.params:
-                        free = param.do_not_specialize
-                        kind = "constant" if param.is_constexpr else param.annotation_type or "pointer"
-                        print(name, param.name, kind, free)
-        print(len(modules._modules))
-    """)
-    *lines, modules = out.splitlines()
-    assert modules == "10"  # three each, and delta: another window is the same text
-    seen = set()
-    for line in lines:
-        _, name, kind, free = line.split()
-        seen.add(kind)
-        if kind == "constant":
-            assert name.isupper(), line
-        elif (name.startswith("t") and name[1:].isdigit()) or (name in ("q_offset", "kv_offset") and kind == "pointer"):
-            assert free == "True", line  # a table may lie at any address: new ones are views as often as not
-        elif kind == "pointer":
-            assert name.endswith("_ptr") or name in {*WALKS, "intervals"}, line
-        else:
-            assert kind in ("i32", "i64", "fp32"), line
-            assert free == "True", line
-    assert seen >= {"constant", "pointer", "i64", "fp32"}
-
-
-WALKS = {"order", *(f"{kind}_{what}" for kind in ("full", "partial") for what in ("offsets", "tiles", "start", "stop"))}
-
-
-# Measured tiles
-
-
-@pytest.fixture
-def measured(monkeypatch, tmp_path):
-    """Tiles with two stages are fastest: (tiles that were timed, tiles that were launched) by pass."""
-    monkeypatch.setenv(modules.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tile_choice, "_known", {})
-    timed, launched = [], []
-    launch = triton_launch.Launcher.launch
-
-    def seconds(function, device):
-        tile = function.args[1]
-        timed.append(tile)
-        return abs(tile.stages - 2) + tile.block_m / 1e3
-
-    def counted(self, pass_name, tile, *rest):
-        launched.append((pass_name, tile))
-        return launch(self, pass_name, tile, *rest)
-
-    monkeypatch.setattr(triton_device, "seconds", seconds)
-    monkeypatch.setattr(triton_launch.Launcher, "launch", counted)
-    return timed, launched
-
-
-def test_tuning_measures_once_and_keeps_the_fastest(small, measured, monkeypatch):
-    timed, launched = measured
-    q, k, v = small(length=33)
-
-    def run(window, **more):
-        attn = mf.compile(mf.sliding_window(window), backend="triton", block_size=64, **more)
-        out = attn(q, k, v)
-        return out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))
-
-    expected = run(7)
-    assert timed == []
-    launched.clear()
-    found = run(7, tune=True)
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
-    count = len(timed)
-    assert count > 9
-    assert all(64 % side == 0 for tile in timed for side in (tile.block_m, tile.block_n))
-    assert {name for name, _ in launched} == {"forward", "dkdv", "dq"}
-    chosen = dict(launched)
-    assert all(tile.stages == 2 or tile.block_m == 16 for tile in chosen.values())
-    launched.clear()
-    run(7, tune=True)
-    assert len(timed) == count
-    assert dict(launched) == chosen
-    monkeypatch.setattr(tile_choice, "_known", {})  # a later process, and another window
-    launched.clear()
-    run(5, tune=True)
-    assert len(timed) == count
-    assert dict(launched) == chosen
-
-
-def test_nothing_is_measured_while_a_cuda_graph_is_captured(small, measured, monkeypatch):
-    monkeypatch.setattr(attention, "capturing", lambda device: True)
-    with torch.no_grad():
-        mf.compile(mf.causal(), backend="triton", block_size=64, tune=True)(*small())
-    assert measured[0] == []
-    assert [name for name, _ in measured[1]] == ["forward"]
-
-
-def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch):
-    seconds, failed = triton_device.seconds, []
-
-    def failing(function, device):
-        error = (OutOfResources(300_000, 1, "shared memory"), PTXASError("too many registers"))[len(failed) % 2]
-        if function.args[1].stages > 1:
-            failed.append(error)
-            raise error
-        return seconds(function, device)
-
-    monkeypatch.setattr(triton_device, "seconds", failing)
-    attn = mf.compile(mf.causal(), backend="triton", block_size=64, tune=True)
-    attn(*small()).sum().backward()
-    assert len(failed) > 1
-    assert all(tile.stages == 1 for _, tile in measured[1][-2:])
