@@ -59,6 +59,18 @@ def compute(
     Faulty places hold what a table's first or last element, or a divisor of 1, would give. Shapes broadcast to that of
     the pairs. `look_up` reads tables in another way: ours looks at the indices first, which needs their values.
     """
+    (root,), faults = compute_several(expr, inputs, pairs, (len(expr.nodes) - 1,), look_up)
+    return root, faults
+
+
+def compute_several(
+    expr: Expr,
+    inputs: Inputs,
+    pairs: Mapping[str, Tensor],
+    roots: Sequence[int],
+    look_up: LookUp | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The values of several nodes of an expression, and faults: see `compute`."""
     values: list[Tensor | None] = []
     faults: list[Tensor] = []
     for position, node in enumerate(expr.nodes):
@@ -67,11 +79,9 @@ def compute(
             faults.append(fault)
         values.append(value)
         for arg in node.args:
-            if expr.last_use[arg] == position:
+            if expr.last_use[arg] == position and arg not in roots:
                 values[arg] = None
-    root = values[-1]
-    assert root is not None
-    return root, faults
+    return [value for value in (values[root] for root in roots) if value is not None], faults
 
 
 def reached(expr: Expr, always: Sequence[Tensor], maybe: Sequence[Tensor]) -> list[Tensor]:
@@ -108,7 +118,7 @@ def _compute(
     look_up: LookUp,
 ) -> tuple[Tensor, Tensor | None]:
     """A node's value, and where it has none (None: nowhere); faulty places hold an arbitrary value."""
-    if node.op in INDEX_VARIABLES:
+    if node.op in pairs:
         return pairs[node.op], None
     if node.op in ("const", "param"):
         return pairs["q"].new_full((), node.number(inputs.params), dtype=node.dtype), None

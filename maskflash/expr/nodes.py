@@ -1,15 +1,18 @@
 """Immutable expression nodes in evaluation order, and the canonical text that stands for them.
 
-The grammar (every operand precedes its user, the last node is the mask):
+The grammar (every operand precedes its user, the last node is the mask, or what a score becomes):
 
     expr    = node*
     node    = b | h | q | kv                          int64 indices of the pair
+            | score                                   the pair's scaled product of q and k, in score functions alone
             | const value                             part of the structure (divisors, moduli, shifts, bit masks)
             | param slot                              a number given at run time (windows, offsets, lengths, radii)
             | lookup slot (index*)                    an element of a run-time table; no index for a 0-dim tensor
             | cast x | neg x | abs x | not x | bitnot x | floor x | ceil x | trunc x | round x | sqrt x
             | add x y | sub | mul | truediv | floordiv | mod | truncdiv | fmod | min | max
             | shl x y | shr | bitand | bitor | bitxor
+            | exp x | exp2 | expm1 | log | log2 | log1p | tanh | sigmoid | erf | rsqrt | sin | cos | tan | atan
+            | pow x y
             | eq x y | ne | lt | le | gt | ge
             | and x y | or x y | select c x y         guarded: y (or a branch) matters only where x (or c) lets it
 

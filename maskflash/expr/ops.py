@@ -1,7 +1,8 @@
 """The name of an operation -> what is known of it: one row for each, which every pass reads.
 
 Passes that give operations a meaning of their own have their own tables: linear forms (`analysis/ways/cuts`), how far
-integers reach (`bounds`), Triton text (`backends/triton/emit`). Tests hold those against this one.
+integers reach (`bounds`), derivatives (`derivative`), Triton text (`backends/triton/emit`). Tests hold those against
+this one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Operation:
         mirrored: the comparison that says the same of swapped operands.
         settled: the truth of one operand that settles it, whatever the other is.
         bounds: the rules of its result.
+        inexact: its last bit depends on who computes it. Scores may use it; masks are the same everywhere.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Operation:
     mirrored: str = ""
     settled: bool | None = None
     bounds: Bounds = _UNKNOWN
+    inexact: bool = False
 
 
 def _row(
@@ -88,6 +91,7 @@ _bits = partial(_two, of_reals=False, fixes="mask")
 _left, _right = torch.bitwise_left_shift, torch.bitwise_right_shift
 _sum, _least, _most = (on.rising(compute) for compute in (torch.add, torch.minimum, torch.maximum))
 _root = on.rising(torch.sqrt)
+_smooth = partial(_one, bounds=_UNKNOWN, gives="real", inexact=True)
 
 
 def _truncated(x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def _comparison(
 
 
 _TABLE = (
-    *(Operation(name, 0) for name in (*INDEX_VARIABLES, "const", "param")),
+    *(Operation(name, 0) for name in (*INDEX_VARIABLES, "score", "const", "param")),
     Operation("lookup", None, faults=True),
     Operation("cast", 1),
     Operation("select", 3),
@@ -122,6 +126,11 @@ _TABLE = (
     _one("sqrt", torch.sqrt, Bounds(reals=on.finite(_root)), gives="real"),
     *(_rounding(compute) for compute in (torch.floor, torch.ceil, torch.round)),
     _rounding(torch.trunc, "fix"),
+    # what no two machines compute to the same bit
+    *(_smooth(compute.__name__, compute) for compute in (torch.exp, torch.exp2, torch.expm1, torch.rsqrt, torch.erf)),
+    *(_smooth(compute.__name__, compute) for compute in (torch.log, torch.log2, torch.log1p, torch.tanh)),
+    *(_smooth(compute.__name__, compute) for compute in (torch.sigmoid, torch.sin, torch.cos, torch.tan, torch.atan)),
+    _two("pow", torch.pow, _UNKNOWN, "float_power", inexact=True, of_truths=False),
     # division, rounded down or towards zero, and what it leaves
     _division("floordiv", torch.floor_divide, Bounds(on.division("floor")), symbol="//", counts=True),
     _division("mod", torch.remainder, Bounds(on.mod), symbol="%", counts=True),

@@ -1,0 +1,78 @@
+"""All of a call that is no mask: how strongly a pair that is visible attends. Backends are given it beside their plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from maskflash.expr.derivative import Derivatives, differentiate
+from maskflash.expr.evaluate import Inputs
+from maskflash.expr.nodes import Expr
+from maskflash.scores.form import Form, form_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundScore:
+    """A score function in one call: what a pair's scaled product becomes.
+
+    The score itself is float32, float64 for float64 q, k and v; the value has the same dtype. Its look-ups are inside
+    their tables wherever the mask shows the pair; elsewhere they may be anywhere. A value of -inf hides a pair.
+
+    Attributes:
+        expr: the program; `score` is its leaf for the product.
+        inputs: the values of its slots. Tables may have any strides (0 too), and be of any floating or integer dtype.
+        wanted: for each table, whether its gradient is asked for.
+        q_offset: added to row numbers, an int or an int tensor (B,).
+        kv_offset: added to column numbers, likewise.
+    """
+
+    expr: Expr
+    inputs: Inputs
+    wanted: tuple[bool, ...]
+    q_offset: int | Tensor = 0
+    kv_offset: int | Tensor = 0
+
+    @property
+    def form(self) -> Form:
+        """Its class."""
+        return form_of(self.expr)
+
+    @property
+    def derivatives(self) -> Derivatives:
+        """The program with its derivatives."""
+        return differentiate(self.expr)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dropout:
+    """Which probabilities are dropped: see `scores/dropout.py`.
+
+    Attributes:
+        p: the probability of being dropped, 0 < p < 1.
+        seed: int64, one element, on the device of the call.
+        q_offset: as of a score.
+        kv_offset: as of a score.
+    """
+
+    p: float
+    seed: Tensor
+    q_offset: int | Tensor = 0
+    kv_offset: int | Tensor = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Strength:
+    """How strongly visible pairs attend.
+
+    Attributes:
+        scale: positive factor of the products of q and k.
+        sinks: (Hq,), see `backends/sinks.py`; None for none.
+        score: what becomes of a scaled product; None where it stays what it is.
+        dropout: None where all probabilities are kept.
+    """
+
+    scale: float
+    sinks: Tensor | None = None
+    score: BoundScore | None = field(default=None)
+    dropout: Dropout | None = None
