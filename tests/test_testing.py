@@ -7,6 +7,7 @@ from hypothesis import find
 import maskflash as mf
 from maskflash.analysis.block_map import BlockMap
 from maskflash.backends.cpu import run as cpu
+from maskflash.scores.strength import Gradients
 from maskflash.testing import Shape, assert_matches_dense, masks, shapes
 
 MASK, SHAPE = mf.causal() & mf.document([70, 50]), Shape(2, 4, 2, 128, 128, 16, 16)
@@ -39,7 +40,7 @@ def test_a_wrong_gradient_is_named(monkeypatch, place):
     def wrong(*args):
         gradients = list(honest(*args))
         gradients[place][1, 0, 3] *= 1.0001
-        return tuple(gradients)
+        return Gradients(*gradients)
 
     monkeypatch.setattr(cpu, "backward", wrong)
     with pytest.raises(AssertionError, match=f"d{'qkv'[place]}: error .* exceeds its budget"):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from maskflash.functions.sizes import Sizes
 from maskflash.op.spec import Backend, Spec
+from maskflash.scores.strength import Gradients
 
 if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
@@ -46,9 +47,7 @@ class Analysis:
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out and lse of a call that the spec asks for."""
-        found: tuple[Tensor, Tensor] = self.run.forward(
-            self.plan, *self._of_mask(spec, q, k), q, k, v, spec.scale, spec.sinks
-        )
+        found: tuple[Tensor, Tensor] = self.run.forward(self.plan, *self._of_mask(spec, q, k), q, k, v, spec.strength)
         return found
 
     def backward(
@@ -61,13 +60,11 @@ class Analysis:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The gradients of q, k, v and sinks, from those of out and lse; None stands for zeros, and for no sinks."""
+    ) -> Gradients:
+        """The gradients of all that has one, from those of out and lse; None stands for zeros."""
         dout = torch.zeros_like(out) if dout is None else dout
         of_mask = self._of_mask(spec, q, k)
-        found: tuple[Tensor, Tensor, Tensor, Tensor | None] = self.run.backward(
-            self.plan, *of_mask, dout, dlse, q, k, v, out, lse, spec.scale, spec.sinks
-        )
+        found: Gradients = self.run.backward(self.plan, *of_mask, dout, dlse, q, k, v, out, lse, spec.strength)
         return found
 
     def at_once(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:

@@ -310,7 +310,7 @@ class Attention:
 
         assert isinstance(analysis.plan, triton.DevicePlan), "the backend's own"
         problem = spec.problem(Sizes.of(q, k))
-        triton.tune(analysis.plan, problem, q.detach(), k.detach(), v.detach(), spec.scale)
+        triton.tune(analysis.plan, problem, q.detach(), k.detach(), v.detach(), spec.strength)
 
     def explain(self, q_len: int, kv_len: int, **call: Any) -> Explanation:
         """What was decided for these lengths, and why: str() for people, .to_dict() for tools.

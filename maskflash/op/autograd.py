@@ -23,17 +23,20 @@ _DENSE: Final = "use a dense mask with torch's scaled_dot_product_attention unde
 
 _PLAIN: Final = frozenset((Tensor, torch.nn.Parameter))  # subclasses may dispatch for themselves
 
+Found = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+"""What the op's backward gives: dq, dk, dv, dsinks, and the gradients of the learned ones of the score's tables."""
+
 _library = torch.library.Library("maskflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    f"{SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor[] dtables)",
     tags=_TAGS,
 )
 
 
 def attend(analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked attention, differentiable in q, k, v and sinks, where nobody watches: see `watched`.
+    """Masked attention, differentiable in q, k, v, sinks and a score's tables, where nobody watches: see `watched`.
 
     Args:
         analysis: of the spec at the sizes of the call.
@@ -45,8 +48,8 @@ def attend(analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> t
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype; lse (B, Hq, Sq), float32 (float64 for float64), for `natural`.
     """
-    of_sinks = spec.sinks is not None and spec.sinks.requires_grad
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or of_sinks)):
+    learned = any(spec.learned) or (spec.sinks is not None and spec.sinks.requires_grad)
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or learned)):
         return analysis.forward(spec, q, k, v)
     result: tuple[Tensor, Tensor] = _Forward.apply(analysis, q, k, v, spec, *spec.tensors)
     return result
@@ -111,7 +114,7 @@ class _Forward(_Function):  # type: ignore[misc]
                 out, lse = analysis.forward(spec, q, k, v)
         ctx.save_for_backward(q, k, v, out, lse, *(None if _is_of_inference(x) else x for x in tensors))
         ctx.copies = [None if x is None or not x.is_inference() else _copy(x) for x in tensors]
-        ctx.analysis, ctx.spec = analysis, spec.with_tensors((None, None, None))
+        ctx.analysis, ctx.spec = analysis, spec.with_tensors((None,) * len(tensors))
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -127,8 +130,11 @@ class _Forward(_Function):  # type: ignore[misc]
             gradients = torch.ops.maskflash.backward.default(dout, dlse, q, k, v, out, lse, *spec)
         else:
             gradients = ctx.analysis.backward(spec, dout, dlse, q, k, v, out, lse)
-        dq, dk, dv, dsinks = gradients
-        return None, dq, dk, dv, None, None if spec.sinks is None else dsinks, *[None] * (len(tensors) - 1)
+        dq, dk, dv, dsinks, dtables = gradients
+        arriving = iter(dtables)
+        of_tables = [next(arriving) if learned else None for learned in spec.learned]
+        others = [None] * (len(tensors) - 1 - len(of_tables))
+        return None, dq, dk, dv, None, None if spec.sinks is None else dsinks, *of_tables, *others
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -163,11 +169,11 @@ class _Backward(_Final):
     """The op's gradients, where zeros for theirs would be silently wrong."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         tensors, spec, rest = args[:7], args[7], args[8:]
         op = torch.ops.maskflash.backward.default
-        gradients: tuple[Tensor, Tensor, Tensor, Tensor] = _below_autograd(op, *tensors, *spec.with_tensors(rest))
-        return gradients
+        *gradients, dtables = _below_autograd(op, *tensors, *spec.with_tensors(rest))
+        return *gradients, *dtables
 
 
 def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -177,11 +183,11 @@ def _forward_autograd(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tens
         return result
 
 
-def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_autograd(*args: Any) -> Found:
     spec = Spec.from_op(*args[7:])
     with _own_level():
-        result: tuple[Tensor, Tensor, Tensor, Tensor] = _Backward.apply(*args[:7], spec, *spec.tensors)
-        return result
+        dq, dk, dv, dsinks, *dtables = _Backward.apply(*args[:7], spec, *spec.tensors)
+        return dq, dk, dv, dsinks, dtables
 
 
 def _own_level() -> AbstractContextManager[None]:
@@ -238,11 +244,12 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Found:
     spec = Spec.from_op(*args)
     analysis = cache.find(spec, Sizes.of(q, k), saved=True)
-    dq, dk, dv, dsinks = analysis.backward(spec, dout, dlse, q, k, v, out, lse)
-    return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks  # an op can't return None
+    found = analysis.backward(spec, dout, dlse, q, k, v, out, lse)
+    dsinks = q.new_empty(0) if found.sinks is None else found.sinks  # an op can't return None
+    return found.q, found.k, found.v, dsinks, list(found.tables)
 
 
 def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
@@ -250,12 +257,12 @@ def _forward_meta(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, 
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _backward_meta(
-    dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sinks = Spec.from_op(*args).sinks
-    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+def _backward_meta(dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *args: Any) -> Found:
+    spec = Spec.from_op(*args)
+    dsinks = q.new_empty(0) if spec.sinks is None else spec.sinks.new_empty(spec.sinks.shape)
+    learned = zip(spec.score_tables, spec.learned, strict=True)
+    dtables = [table.new_empty(table.shape) for table, wanted in learned if wanted]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks, dtables
 
 
 for _name, _implementations in (

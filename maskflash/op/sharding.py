@@ -34,9 +34,9 @@ def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> 
 def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
     """dq, dk and dv, laid out as q is; dsinks as the sinks are."""
     q, k, v = args[2:5]
-    *found, dsinks = _on_parts(op, args[:7], (q, k, v), args[7:], (q.shape, k.shape, v.shape))
+    *found, dsinks, dtables = _on_parts(op, args[:7], (q, k, v), args[7:], (q.shape, k.shape, v.shape))
     sinks = Spec.from_op(*args[7:]).sinks
-    return *found, dsinks if sinks is None else _of_sinks(dsinks, sinks, q)
+    return *found, dsinks if sinks is None else _of_sinks(dsinks, sinks, q), dtables
 
 
 def _on_parts(op: Any, tensors: Sequence[Any], qkv: Sequence[Any], mask: Sequence[Any], shapes: Sequence[Any]) -> Any:

@@ -17,7 +17,6 @@ from typing import Final, Literal, NamedTuple
 import torch
 
 from maskflash.expr.nodes import Builder, Expr, Node
-from maskflash.expr.ops import INDEX_VARIABLES
 
 Kind = Literal["folded", "additive", "general"]
 
@@ -89,8 +88,9 @@ class _Parts(Builder):
                 continue
             args = (self._places[arg] for arg in node.args)
             source = self._expr.source(position)
-            kind = {"dtype": node.dtype, "weak": node.weak, "value": node.value}
-            self._places.append(self.add(node.op, *args, **kind, source=source))
+            self._places.append(
+                self.add(node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value, source=source)
+            )
             self._linear.append(None)
         last = self._linear[-1]
         if last is None:  # the score is not looked at

@@ -1,8 +1,9 @@
-"""All of a call that is no mask: how strongly a pair that is visible attends. Backends are given it beside their plan."""
+"""How strongly a visible pair attends: all of a call that is no mask, as backends are given it beside their plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -74,5 +75,23 @@ class Strength:
 
     scale: float
     sinks: Tensor | None = None
-    score: BoundScore | None = field(default=None)
+    score: BoundScore | None = None
     dropout: Dropout | None = None
+
+
+class Gradients(NamedTuple):
+    """What a backend's backward gives.
+
+    Attributes:
+        q: (B, Hq, Sq, D), like q.
+        k: likewise.
+        v: likewise.
+        sinks: None where there are none.
+        tables: of those of the score's tables that want one, in order, each like its table (dense).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None = None
+    tables: tuple[Tensor, ...] = ()

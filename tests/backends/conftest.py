@@ -12,6 +12,7 @@ from maskflash.analysis.seen import DECIDERS, Seen
 from maskflash.backends.cpu import costs as cpu_costs
 from maskflash.backends.cpu import run as cpu
 from maskflash.backends.reference import reference
+from maskflash.scores.strength import Strength
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "BSHD", "reversed", "last_strided", "padded", "expanded_heads", "expanded_tokens"]
@@ -110,8 +111,10 @@ class Case:
         """out, lse, dq, dk, dv of the kernel under test."""
         plan = plan or self.plan()
         with torch.no_grad():
-            out, lse = cpu.forward(plan, self.q, self.k, self.v, self.scale)
-            *grads, _ = cpu.backward(plan, self.dout, self.dlse, self.q, self.k, self.v, out, lse, self.scale)
+            out, lse = cpu.forward(plan, self.q, self.k, self.v, Strength(self.scale))
+            *grads, _, _ = cpu.backward(
+                plan, self.dout, self.dlse, self.q, self.k, self.v, out, lse, Strength(self.scale)
+            )
         return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
     def is_native(self, plan):

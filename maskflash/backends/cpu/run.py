@@ -20,6 +20,7 @@ from maskflash.backends.cpu.threads import WORKERS, Job
 from maskflash.backends.cpu.views import Views, batch_rows, shared, units
 from maskflash.backends.merge import merge_into
 from maskflash.backends.sinks import add_sinks, gradient
+from maskflash.scores.strength import Gradients, Strength
 
 __all__ = ["Plan", "attend", "backward", "forward", "plan", "sole_call"]
 
@@ -29,9 +30,7 @@ _kernel = torch._scaled_dot_product_flash_attention_for_cpu  # its own binding: 
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def forward(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
 
     Args:
@@ -39,13 +38,13 @@ def forward(
         q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16, any strides.
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
-        scale: factor of the scores.
-        sinks: (Hq,), see `backends/sinks.py`; None for none.
+        strength: how strongly pairs attend.
 
     Returns:
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq), natural logarithm, float32 (float64 for float64);
         -inf (or the sink), and out 0, for rows that see nothing.
     """
+    scale, sinks = strength.scale, strength.sinks
     batch, heads, q_len, head_dim = q.shape
     v_head_dim = v.shape[3]
     total = _lse_dtype(q.dtype)
@@ -110,9 +109,8 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    strength: Strength,
+) -> Gradients:
     """Gradients of `forward`.
 
     Args:
@@ -124,17 +122,17 @@ def backward(
         v: as in forward.
         out: forward's result.
         lse: forward's result.
-        scale: factor of the scores.
-        sinks: as in forward.
+        strength: as in forward.
 
     Returns:
-        dq, dk, dv, dsinks, shaped and typed like q, k, v, sinks. Summed in float32 (float64 for float64), cast once.
+        Gradients, shaped and typed like what they are of. Summed in float32 (float64 for float64), cast once.
     """
+    scale, sinks = strength.scale, strength.sinks
     total = _lse_dtype(q.dtype)
     dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
     if lse.numel() == 0:
         dsinks = None if sinks is None else torch.zeros_like(sinks)
-        return torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks
+        return Gradients(torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks)
     dsinks = None if sinks is None else gradient(sinks, lse, _delta(dout, dlse, out, total))
     work = plan.work(q.shape[0], q.shape[1], max(q.shape[3], v.shape[3]))
     schedule = plan.schedule("backward", q.dtype, work)
@@ -173,7 +171,7 @@ def backward(
         call.columns.add(dvs, part_v[..., : dvs.shape[3]])
 
     _make(make, plan, schedule, (*inputs, lse, dq, dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks
+    return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks)
 
 
 def _delta(dout: Tensor, dlse: Tensor | None, out: Tensor, total: torch.dtype) -> Tensor:

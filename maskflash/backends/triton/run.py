@@ -30,6 +30,7 @@ from maskflash.backends.triton.plan import DevicePlan, plan
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import PassName, Specialisation
 from maskflash.backends.triton.tiles import DELTA
+from maskflash.scores.strength import Gradients, Strength
 
 __all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
 
@@ -44,15 +45,15 @@ def source(problem: Problem, seen: Seen, head_dim: int, v_head_dim: int, pass_na
     return render(special, pass_name, remarks=True)
 
 
-def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> None:
     """Measure which tiles are fastest for calls like this one, unless that is known; later calls use them.
 
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     q, k, v = laid_out(q, k, v)
     if not tile_choice.find(Launcher(plan, problem, q, k, v).case("forward")).measured:
-        out, lse = forward(plan, problem, q, k, v, scale, tuning=True)
-        backward(plan, problem, out, None, q, k, v, out, lse, scale, tuning=True)
+        out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
+        backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 
 
 def forward(
@@ -61,8 +62,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scale: float,
-    sinks: Tensor | None = None,
+    strength: Strength,
     *,
     tuning: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -74,14 +74,14 @@ def forward(
         q: (B, Hq, Sq, D) float32, bfloat16 or float16, any strides.
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
-        scale: positive factor of the scores.
-        sinks: (Hq,), see `backends/sinks.py`; None for none.
+        strength: how strongly pairs attend.
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, in base 2; -inf (or the sink), and out 0, for rows
         that see nothing.
     """
+    scale, sinks = strength.scale, strength.sinks
     (batch, heads, q_len, _), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     out = torch.empty((batch, heads, q_len, whole(v_dim)), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
@@ -114,11 +114,10 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
-    sinks: Tensor | None = None,
+    strength: Strength,
     *,
     tuning: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> Gradients:
     """Gradients of `forward`.
 
     Args:
@@ -131,18 +130,18 @@ def backward(
         v: as in forward.
         out: forward's result.
         lse: forward's result.
-        scale: positive factor of the scores.
-        sinks: as in forward.
+        strength: as in forward.
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        dq, dk, dv, dsinks, shaped and typed like q, k, v, sinks. No atomics: the same inputs give the same bits.
+        Gradients, shaped and typed like what they are of. No atomics: the same inputs give the same bits.
     """
+    scale, sinks = strength.scale, strength.sinks
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     if min(q.numel(), k.numel()) == 0:
         delta = None if dlse is None else dlse * -_LOG2E  # out is 0
         dsinks = None if sinks is None or delta is None else gradient(sinks, lse / _LOG2E, delta)
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
+        return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks)
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, dout = without_hidden(plan.seen(rows=True), q, dout)
     blind = lse == -math.inf
@@ -171,7 +170,7 @@ def backward(
     share = gpu.heads_in_cache(q.device, kv_len * token_bytes, group, batch * heads)
     launcher.run("dq", {**both, **addressed(dq=dq), "share": share})
     dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf) / _LOG2E, delta)
-    return cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks
+    return Gradients(cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks)
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from maskflash.backends.cpu import plan as cpu_plan
 from maskflash.backends.cpu import run as cpu
 from maskflash.backends.cpu import strips as cpu_strips
 from maskflash.backends.cpu.calls import Band, Bits, Blocks, Causal, Intervals
+from maskflash.scores.strength import Strength
 
 TILE = 128
 
@@ -78,8 +79,8 @@ class LargestTensor(TorchDispatchMode):
 
 def run(plan, length, dtype=torch.float32):
     q, k, v, dout = (torch.randn(1, 1, length, 8, dtype=dtype) for _ in range(4))
-    out, lse = cpu.forward(plan, q, k, v, 1.0)
-    cpu.backward(plan, dout, None, q, k, v, out, lse, 1.0)
+    out, lse = cpu.forward(plan, q, k, v, Strength(1.0))
+    cpu.backward(plan, dout, None, q, k, v, out, lse, Strength(1.0))
 
 
 @pytest.mark.parametrize("predicate", [causal, window, documents])
@@ -126,7 +127,9 @@ def test_bits_too_many_to_keep_are_evaluated_again(monkeypatch):
     frugal = plan_of_pairs(block_map, lambda b, h, q, kv: mask[q, kv])
     assert frugal.evaluate is not None
     assert frugal.nbytes < kept.nbytes
-    for got, want in zip(cpu.forward(frugal, q, k, v, 1.0), cpu.forward(kept, q, k, v, 1.0), strict=True):
+    for got, want in zip(
+        cpu.forward(frugal, q, k, v, Strength(1.0)), cpu.forward(kept, q, k, v, Strength(1.0)), strict=True
+    ):
         assert torch.equal(got, want)
 
 
