@@ -46,7 +46,8 @@ ORDER = {
     "presets": ["documents", "basic", "packed", "sparse"],
     "backends": ["merge", "sinks", "reference", "cpu", "triton"],
     "backends/cpu": [
-        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
+        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
+        *("work", "programs", "sums", "engine", "run"),
     ],
     "backends/triton": [
         *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),
