@@ -106,13 +106,17 @@ class Problem:
     def largest(self, expr: Expr | None = None) -> float:
         """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
         expr = self.expr if expr is None else expr
+        found = largest(expr, self.inputs, self._ends())
+        return bounds(expr, self.inputs, self.box()).largest if found is None else found
+
+    def box(self) -> dict[str, Interval]:
+        """The box of all pairs: the first and the last of each index, offsets included."""
+        return {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in self._ends().items()}
+
+    def _ends(self) -> dict[str, tuple[int, int]]:
         ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads))}
         ends["q"], ends["kv"] = _extent(self.q_offset, self.q_len), _extent(self.kv_offset, self.kv_len)
-        found = largest(expr, self.inputs, ends)
-        if found is not None:
-            return found
-        boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
-        return bounds(expr, self.inputs, boxes).largest
+        return ends
 
     def block_map(self, rows: Runs, columns: Runs | None = None) -> BlockMap:
         """The map of runs along rows of tiles; those along columns follow from them, unless they are given."""
