@@ -83,7 +83,8 @@ class Problem:
         if score is not None:
             bounded = is_bounded(score.derivatives.expr if backward else score.expr, score.inputs)
         if strength.dropout is not None:
-            words = dropout.words(strength.dropout, *q.shape[:3], k.shape[2])
+            batch, heads, q_len, _ = q.shape
+            words = dropout.words(strength.dropout, batch, heads, q_len, k.shape[2])
         q, k, v = (prepared(x, total, x.shape[3]) for x in (q, k, v))
         return Problem(plan, strength, q, k, v, bounded, words)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.rows import Evaluate
-from maskflash.analysis.runs import IntArray
 from maskflash.backends.cpu.calls import Band, Bits, Call, Causal, Intervals
 from maskflash.ground.copies import lasting
 
@@ -92,11 +91,10 @@ class Masks:
             return None
         if not isinstance(mask, Bits):
             start, stop = (x[rows] for x in ends(mask, len(call.rows)))
-            if start.max() <= columns.start and stop.min() >= columns.stop:
+            if int(start.max()) <= columns.start and int(stop.min()) >= columns.stop:
                 return None
-            x = torch.arange(columns.start, columns.stop, dtype=torch.int32)
-            start, stop = (torch.from_numpy(y)[:, None] for y in (start, stop))
-            visible = (x >= start).logical_and_(x < stop)
+            x = torch.arange(columns.start, columns.stop)
+            visible = (x >= start[:, None]) & (x < stop[:, None])
         elif mask.packed is not None:
             bytes_ = slice(columns.start // 8, -(-columns.stop // 8))
             return spread(mask.packed[rows, bytes_], columns.stop - columns.start, torch.float32)
@@ -142,13 +140,13 @@ def reach(call: Call, rows: slice) -> tuple[int, int]:
     return int(start[rows].min()), int(stop[rows].max())
 
 
-def ends(mask: Causal | Band | Intervals, rows: int) -> tuple[IntArray, IntArray]:
+def ends(mask: Causal | Band | Intervals, rows: int) -> tuple[Tensor, Tensor]:
     """The first column that each row sees, and one past the last: (rows,) each."""
     if isinstance(mask, Intervals):
-        return mask.start[:, 0].numpy(), mask.stop[:, 0].numpy()
-    t = np.arange(rows, dtype=np.int32)
+        return mask.start[:, 0], mask.stop[:, 0]
+    t = torch.arange(rows, dtype=torch.int32)
     if isinstance(mask, Causal):
-        return np.zeros_like(t), t + 1
+        return torch.zeros_like(t), t + 1
     return mask.start_step * t, mask.width + mask.stop_step * t
 
 

@@ -155,7 +155,7 @@ def is_bounded(expr: Expr, inputs: Inputs) -> bool:
 
 def _within(table: Tensor) -> bool:
     low, high = torch.aminmax(table)
-    return bool(low > -1e30) and bool(high < 1e30)
+    return bool(low > -1e30) and bool(high < 1e30)  # not NaN either
 
 
 @dataclass(slots=True, eq=False)
@@ -179,7 +179,8 @@ class Pairs:
     @property
     def lowest(self) -> int:
         """The least kv - q."""
-        return int(self.columns[0] - self.rows[-1])
+        first, last = self.columns[0].item(), self.rows[-1].item()
+        return int(first - last)
 
     @property
     def diagonals(self) -> int:
@@ -232,7 +233,7 @@ class Values:
             columns: of the call.
             score: (heads, rows, columns), rows from the last to the first.
         """
-        pairs, (heads, height, width) = self.pairs, score.shape
+        pairs, (_, height, width) = self.pairs, score.shape
         given = pairs.indices(pairs.rows[rows].flip(0), pairs.columns[columns])
         given["score"] = score
         first = pairs.first_diagonal(rows, columns)
@@ -245,7 +246,7 @@ class Values:
 
 
 def look_up(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, None]:
-    """Reads a table without asking what the indices are: those of pairs that are seen lie inside, others read anything."""
+    """Reads a table without asking what the indices are: hidden pairs may have any, and read anything."""
     if not indices:
         return table, None
     if not table.numel():

@@ -176,7 +176,8 @@ class CallSums:
         for reading, along in zip(self._read, self._along, strict=True):
             if along is not None:
                 expr, places = part_of(self._expr, reading.indices)
-                self._sums.add(reading.slot, self._pairs.of_diagonals(expr, places), along)
+                indices = [x.to(torch.int64) for x in self._pairs.of_diagonals(expr, places)]
+                self._sums.add(reading.slot, indices, along)
 
 
 def along_diagonals(terms: Tensor) -> Tensor:
