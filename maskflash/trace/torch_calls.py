@@ -168,9 +168,14 @@ def _where(tracer: Tracer, condition: object, x: object, y: object) -> Symbol:
 
 def _clamp(tracer: Tracer, value: object, min: object = None, max: object = None) -> Symbol:
     found = symbol(tracer, value)
-    if min is not None:
-        found = apply(tracer, "max", found, min)
-    return found if max is None else apply(tracer, "min", found, max)
+    for op, beyond, limit in (("max", "lt", min), ("min", "gt", max)):
+        if limit is None:
+            continue
+        if tracer.role.scores and found.dtype.is_floating_point:  # torch's derivative at the limit is that inside
+            found = _where(tracer, apply(tracer, beyond, found, limit), limit, found)
+        else:
+            found = apply(tracer, op, found, limit)
+    return found
 
 
 def _divide(tracer: Tracer, x: object, y: object, *, rounding_mode: str | None = None) -> Symbol:
@@ -181,6 +186,15 @@ def _softplus(tracer: Tracer, x: object, beta: float = 1, threshold: float = 20)
     scaled = apply(tracer, "mul", x, beta)
     small = apply(tracer, "truediv", apply(tracer, "log1p", apply(tracer, "exp", scaled)), beta)
     return _where(tracer, apply(tracer, "gt", scaled, threshold), x, small)
+
+
+def _out_of_place(compute: Callable[[Tracer, object], Symbol]) -> Callable[..., Symbol]:
+    def applied(tracer: Tracer, x: object, inplace: bool = False) -> Symbol:
+        if inplace:
+            tracer.fail("writes to a tensor", "Use the function's result instead of `inplace=`.")
+        return compute(tracer, x)
+
+    return applied
 
 
 def _float_power(tracer: Tracer, x: object, exponent: object) -> Symbol:
@@ -230,9 +244,9 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     **{"dim": lambda t, x: 0, "numel": lambda t, x: 1, "__getitem__": lambda t, x, index: x[index]},
     **{"is_floating_point": lambda t, x: x.dtype.is_floating_point},
     **{"masked_fill": lambda t, x, hidden, value: _where(t, hidden, value, x)},
-    **{"relu": lambda t, x: _where(t, apply(t, "gt", x, 0), x, 0)},
-    **{"silu": lambda t, x: apply(t, "mul", x, apply(t, "sigmoid", x)), "softplus": _softplus},
-    **{"logsigmoid": lambda t, x: apply(t, "neg", _softplus(t, apply(t, "neg", x)))},
+    **{"relu": _out_of_place(lambda t, x: _where(t, apply(t, "gt", x, 0), x, 0)), "softplus": _softplus},
+    **{"silu": _out_of_place(lambda t, x: apply(t, "mul", x, apply(t, "sigmoid", x)))},
+    **{"log_sigmoid": lambda t, x: apply(t, "neg", _softplus(t, apply(t, "neg", x)))},
     **{"reciprocal": lambda t, x: apply(t, "truediv", 1.0, x), "float_power": _float_power},
 }
 _METHOD_NAMES = {"where": "x.where"}  # x.where(condition, y) is torch.where(condition, x, y)
