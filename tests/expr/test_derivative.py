@@ -49,12 +49,15 @@ def derived(expr, tables, params=(), score=SCORE):
     return value, slope, gradients
 
 
-def follows_torch(function, *, dtype=torch.float64, score=SCORE, **tables):
-    """Check a function's traced value, slope and gradients against torch's own, of the function on whole tensors."""
+def follows_torch(function, *, dtype=torch.float64, score=SCORE, rough=False, **tables):
+    """Check a function's traced value, slope and gradients against torch's own, of the function on whole tensors.
+
+    `rough`: torch sums some gradients up in a narrower dtype.
+    """
     traced = trace(function, tables, role=ROLES[dtype])
     given = list(traced.bind(tables).tables)
     value, slope, gradients = derived(traced.expr, given, traced.bind(tables).params, score.to(dtype))
-    own = score.to(dtype).requires_grad_()
+    own = score.to(dtype).clone().requires_grad_()
     learned = {name: x.detach().clone() for name, x in tables.items()}
     real = [x.requires_grad_() for x in learned.values() if x.is_floating_point()]
     expected = function(own, *PAIRS.values(), **learned).expand(score.shape)
@@ -68,7 +71,7 @@ def follows_torch(function, *, dtype=torch.float64, score=SCORE, **tables):
     for name, table in learned.items():
         if table.is_floating_point():
             expected_gradient = wanted[1 + [id(x) for x in real].index(id(table))]
-            wide = near if table.dtype == torch.float64 else {**near, "rtol": 0.02, "atol": 0.02}
+            wide = near if table.dtype == torch.float64 and not rough else {**near, "rtol": 0.02, "atol": 0.02}
             found = of_slots.get(name, torch.zeros_like(table)).double()
             torch.testing.assert_close(found, expected_gradient.double(), **wide)
         else:
@@ -144,7 +147,7 @@ def test_what_is_rounded_has_no_derivative(op):
     assert found.slope is None
     assert found.lookups == ()
     expected, own = torch_on(op, tables)
-    if expected.requires_grad:
+    if expected.requires_grad and op != "floordiv":  # torch has none
         for gradient in torch.autograd.grad(expected.sum(), own, allow_unused=True, materialize_grads=True):
             assert not gradient.any()
 
@@ -193,15 +196,16 @@ T = {"t": MIXED / 4, "u": POSITIVE / 3}
         lambda score, b, h, q, kv, *, t, u: torch.rsqrt(u[q]) * score + torch.expm1(score / 4) * torch.log1p(u[kv]),
         lambda score, b, h, q, kv, *, t, u: torch.exp2(score) - torch.log2(u[q]) - torch.sqrt(u[kv]) * score,
         lambda score, b, h, q, kv, *, t, u: score % 1.3 + torch.fmod(score, u[q]) + torch.floor(score) * t[q],
-        lambda score, b, h, q, kv, *, t, u: torch.nn.functional.softplus(score) + torch.nn.functional.silu(t[q] * score),
+        lambda score, b, h, q, kv, *, t, u: (
+            torch.nn.functional.softplus(score) + torch.nn.functional.silu(t[q] * score)
+        ),
         lambda score, b, h, q, kv, *, t, u: torch.relu(score) + torch.nn.functional.logsigmoid(score * u[q]),
         lambda score, b, h, q, kv, *, t, u: score.square() - score.reciprocal() + 1 / u[q],
         lambda score, b, h, q, kv, *, t, u: t[q] + 0 * u[kv],  # the score is not looked at
         lambda score, b, h, q, kv, *, t, u: -score.neg().abs() + abs(t[kv]),
         lambda score, b, h, q, kv, *, t, u: score.masked_fill(q < kv, 1.5) * t[q],
-        lambda score, b, h, q, kv, *, t, u: score.detach() * t[q].detach() if False else score * t[q],
     ],
-    ids=range(21),
+    ids=range(20),
 )
 def test_functions_have_torchs_gradients(function):
     follows_torch(function, **T)
@@ -211,7 +215,9 @@ def test_look_ups_of_every_kind():
     square = torch.linspace(-1, 1, 2 * ROWS, dtype=torch.float64).reshape(2, ROWS)
     index = (torch.arange(ROWS) * 5) % ROWS
     follows_torch(
-        lambda score, b, h, q, kv, *, square, index: score * square[h, index[q]] + square[b, kv], square=square, index=index
+        lambda score, b, h, q, kv, *, square, index: score * square[h, index[q]] + square[b, kv],
+        square=square,
+        index=index,
     )
     follows_torch(lambda score, b, h, q, kv, *, t: score + t[-1 - q] - t[kv], t=MIXED)  # from the end
     follows_torch(lambda score, b, h, q, kv, *, x: score * x + x**2, x=torch.tensor(0.7, dtype=torch.float64))
@@ -228,7 +234,7 @@ def test_tables_of_other_dtypes(of_table, of_score):
         lambda score, b, h, q, kv, *, t: torch.where(q > kv, score * t[q].float(), t[kv].double()),
         lambda score, b, h, q, kv, *, t: torch.exp(t[q] * 2 + 1).to(score.dtype) - score / (t[kv] + 5),
     ):
-        follows_torch(function, dtype=of_score, t=t)
+        follows_torch(function, dtype=of_score, rough=True, t=t)
 
 
 def test_python_numbers_take_the_dtype_of_what_they_meet():
@@ -245,7 +251,7 @@ def test_python_numbers_take_the_dtype_of_what_they_meet():
 
 
 def test_casts_hand_derivatives_on_and_integers_do_not():
-    follows_torch(lambda score, b, h, q, kv, *, t: score.double() * t[q].float().double(), t=MIXED.half().double())
+    follows_torch(lambda score, b, h, q, kv, *, t: score.double() * t[q].float().double(), rough=True, t=MIXED)
     traced = trace(lambda score, b, h, q, kv: score.long() + 0.5 * score, role=ROLES[torch.float64])
     found = differentiate(traced.expr)
     assert found.expr.nodes[found.slope].value == 0.5
@@ -260,9 +266,9 @@ def test_branches_on_the_score_itself():
         return 0.1 * score
 
     traced = trace(leaky, role=ROLES[torch.float64])
-    value, slope, _ = derived(traced.expr, [])
+    value, slope, _ = derived(traced.expr, [], traced.params)
     assert torch.equal(value, torch.where(SCORE > 0, SCORE, 0.1 * SCORE))
-    assert torch.equal(slope, torch.where(SCORE > 0, 1.0, 0.1).double())
+    assert torch.equal(slope, torch.where(SCORE > 0, torch.ones_like(SCORE), 0.1))
 
 
 def test_a_value_of_minus_infinity_has_no_nan_beside_it():
