@@ -35,6 +35,7 @@ _NAMES = {
 }
 _SWAPPED = {f"__r{name}__": row.name for name, row in REFLECTED.items() if name != "truediv"} | {"rsub": "sub"}
 _SAME = frozenset(("clone", "detach", "contiguous", "cpu", "positive", "__pos__"))
+_STOPPING = frozenset(("detach", "detach_"))
 _SHAPES = frozenset(("squeeze", "view", "reshape", "expand"))
 _CASTS = {
     **{"long": torch.int64, "int": torch.int32, "short": torch.int16, "char": torch.int8, "byte": torch.uint8},
@@ -69,6 +70,7 @@ def method(owner: Symbol, name: str) -> Any:
     if name == "T":
         return owner
     if name not in _METHODS:
+        _check_in_place(owner.tracer, name)
         _unsupported(owner.tracer, f"`.{name}`")
     return partial(_call_method, owner, _METHOD_NAMES.get(name, name))
 
@@ -89,6 +91,9 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
         tracer.fail_member()
     if "out" in kwargs:
         tracer.fail("writes to a tensor", "Use the function's result instead of `out=`.")
+    _check_in_place(tracer, name)
+    if name in _STOPPING and tracer.role.scores:
+        _fail_stopped(tracer)
     args, kwargs = _positional(args, kwargs)
     plain = not kwargs
     if name in _NAMES and len(args) == _NAMES[name].arity and plain:
@@ -106,6 +111,8 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
             raise
         except (TypeError, KeyError):  # other arguments than ours
             pass
+    if any(isinstance(value, Table) or (isinstance(value, Tensor) and value.ndim) for value in args):
+        tracer.fail(f"uses `{name}` on a whole tensor", tracer.index_fix)
     known = name in _NAMES or name in _SPECIAL or name in _SHAPES
     _unsupported(tracer, f"`{name}`" + " with these arguments" * known)
 
@@ -122,6 +129,18 @@ def _positional(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple
 
 def _keeps_one_element(sizes: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return not kwargs and all(size in ((), []) if isinstance(size, (tuple, list)) else False for size in sizes)
+
+
+def _check_in_place(tracer: Tracer, name: str) -> None:
+    if name.endswith("_") and not name.endswith("__"):
+        tracer.fail("writes to a tensor", f"Use what `{name[:-1]}` returns instead of `{name}`.")
+
+
+def _fail_stopped(tracer: Tracer) -> NoReturn:
+    tracer.fail(
+        "keeps a gradient from what it computes with",
+        "Detach tensors before, outside of the score function; what depends on the score has its derivative.",
+    )
 
 
 def _unsupported(tracer: Tracer, what: str) -> NoReturn:
@@ -278,6 +297,8 @@ class CapturedTensors(TorchFunctionMode):
         if tracer_of(args, kwargs) is not None:
             return call(self.tracer, func, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if name in _STOPPING and self.tracer.role.scores:
+            _fail_stopped(self.tracer)
         if name == "__getitem__" and _is_element(*args):  # out of range, perhaps, on a path that is never taken
             return _look_up(self.tracer, *args)
         if name in _METADATA or name == "__get__":
