@@ -380,8 +380,8 @@ class Tracer:
     def index_fix(self) -> str:
         """What to do instead of computing with whole rows of a tensor."""
         rows = (
-            " A product of rows, as in `score + (qr[b, h, q] * kr[b, kv]).sum()`, belongs to that of q and k: "
-            "concatenate them, `q = torch.cat([q, qr / scale], -1)` and `k = torch.cat([k, kr], -1)`, and give `scale=`."
+            " A product of rows, as in `score + (qr[b, h, q] * kr[b, kv]).sum()`, belongs to that of q and k: pass "
+            "`torch.cat([q, qr / scale], -1)` and `torch.cat([k, kr], -1)` as q and k, and give `scale=`."
         )
         return "Index the tensor with b, h, q or kv, one index per dimension." + rows * self.role.scores
 
