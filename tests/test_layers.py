@@ -56,8 +56,8 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "scores": ["form", "dropout", "strength", "lifting", "score", "presets", "reads"],
-    "backends": ["merge", "sinks", "reference", "cpu", "triton"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads"],
+    "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
     ],

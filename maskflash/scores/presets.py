@@ -220,8 +220,7 @@ def buckets(count: int, bidirectional: bool, max_distance: int) -> Tensor:
         )
     far = torch.log(distance.float() / exact) / torch.log(torch.tensor(max_distance / exact)) * (count - exact)
     far = (exact + far.clamp(min=0).long()).clamp(max=count - 1)
-    found: Tensor = first + torch.where(distance < exact, distance, far)
-    return found
+    return first.add(torch.where(distance < exact, distance, far))
 
 
 class _PaperAlibi(Score):
