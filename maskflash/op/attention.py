@@ -23,6 +23,7 @@ from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.seeds import probability, seed_of
+from maskflash.scores.told import told
 
 if TYPE_CHECKING:
     from maskflash.backends.triton.signature import PassName
@@ -387,10 +388,12 @@ class Attention:
         """
         from maskflash.op.explain import Explanation
 
-        problem = self.mask.at_call("Attention.explain", q_len, kv_len, call).tiled(self.block_size)
+        sight = self.mask.at_call("Attention.explain", q_len, kv_len, call)
+        problem = sight.tiled(self.block_size)
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
-        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why)
+        score = None if self.score is None else told(self.score, sight.sizes, sight.mask_args)
+        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why, score)
 
     def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
         """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
