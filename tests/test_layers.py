@@ -75,6 +75,7 @@ ORDER = {
         "autograd",
         "flops",
         "sharding",
+        "inside",
         "attention",
     ],
     "flashmask": ["paper", "call"],
