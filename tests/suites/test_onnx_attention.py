@@ -1,7 +1,7 @@
 """ONNX's own tests of its Attention operator: each case's inputs and attributes as a call, its outputs as results.
 
-Every case runs. What is not compared is the score matrix that some cases give as a fourth output, for no call here has
-it whole: `NO_RESULT` says which of its forms those are.
+Every case runs. Some also want a matrix of all pairs. Where that is the probabilities, it is compared; `NO_RESULT` says
+which matrices are not, since nothing here gives single scores away.
 """
 
 import warnings
@@ -26,6 +26,7 @@ CASES = {
     for case in onnx_cases._NodeTestCases
     if case.model.graph.node[0].op_type == "Attention"  # others are the operator written out in smaller ones
 }
+PROBABILITIES = 3  # as a case's qk_matmul_output_mode, 0 where it says none
 NO_RESULT = {0: "scaled products", 1: "products after the soft cap", 2: "products with the mask added"}
 INPUTS = ("q", "k", "v", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
 OUTPUTS = ("out", "present_key", "present_value", "qk_matmul_output")
@@ -94,10 +95,12 @@ def attend(attributes, inputs):
         mask = bias  # as torch's attention takes it
     elif bias is not None:
         score += (mf.scores.bias(bias),)
-    out = mf.attention(q, k, v, mask, score=score or None, scale=attributes.get("scale"))
+    attn = mf.compile(mf.full() if mask is None else mask, score=score or None, scale=attributes.get("scale"))
+    out = attn(q, k, v)
     if inputs["q"].ndim == 3:
         out = out.transpose(1, 2).flatten(2)
-    return {"out": out, "present_key": k, "present_value": v}
+    shares = attn.probabilities(q, k, range(q.shape[2]))
+    return {"out": out, "present_key": k, "present_value": v, "probabilities": shares}
 
 
 def exact(attributes, inputs):
@@ -118,6 +121,10 @@ def test_a_case(name):
     found = attend(attributes, inputs)
     for output in wanted.keys() & {"present_key", "present_value"}:
         assert torch.equal(found[output], wanted[output])
+    if "qk_matmul_output" in wanted and (mode := attributes.get("qk_matmul_output_mode", 0)) not in NO_RESULT:
+        assert mode == PROBABILITIES
+        given = wanted["qk_matmul_output"]
+        torch.testing.assert_close(found["probabilities"].to(given.dtype), given, rtol=case.rtol, atol=case.atol)
     if wanted["out"].dtype == torch.float32:
         torch.testing.assert_close(found["out"], wanted["out"], rtol=case.rtol, atol=case.atol)
     else:  # whose tolerance says nothing of 16 bits
@@ -129,3 +136,7 @@ def test_the_cases_are_found():
     assert len(CASES) > 90
     kinds = {(len(case.data_sets[0][0][0].shape), case.data_sets[0][0][0].dtype.name) for case in CASES.values()}
     assert kinds == {(4, "float32"), (4, "float16"), (4, "bfloat16"), (3, "float32"), (3, "bfloat16")}
+    modes = {
+        a.i for case in CASES.values() for a in case.model.graph.node[0].attribute if a.name == "qk_matmul_output_mode"
+    }
+    assert modes | {0} == {*NO_RESULT, PROBABILITIES}
