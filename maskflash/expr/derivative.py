@@ -80,7 +80,7 @@ class Derivatives:
 @lru_cache(maxsize=256)
 def differentiate(expr: Expr) -> Derivatives:
     """The derivatives of a score's expression, whose value is a real number."""
-    writer = _Writer(expr)
+    writer = _Differentiator(expr)
     nodes, value = expr.nodes, len(expr.nodes) - 1
     learned = _learned(expr)
     adjoints: dict[int, int] = {value: writer.number(1.0, value)}
@@ -110,7 +110,7 @@ def _learned(expr: Expr) -> list[bool]:
     return learned
 
 
-class _Writer(Builder):
+class _Differentiator(Builder):
     """Appends derivatives to a program."""
 
     def __init__(self, expr: Expr) -> None:
