@@ -89,7 +89,7 @@ class Score(WrittenFunction):
             return _chained, (self.parts,)
         return super().__reduce__()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Written:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrittenFunction:
         if not self.parts:
             return super().__deepcopy__(memo)
         parts = copy.deepcopy(self.parts, memo)
