@@ -69,9 +69,9 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _WORD) - _SIGN
 
 
-def kept(rows: Tensor, columns: Tensor, threshold: int) -> Tensor:
-    """Whether each pair of a row (..., Q) and a column (..., KV) is kept: (..., Q, KV) bool."""
-    return rows[..., :, None] * columns[..., None, :] >= threshold
+def kept(rows: Tensor, columns: Tensor, threshold: int, out: Tensor | None = None) -> Tensor:
+    """Whether each pair of a row (..., Q) and a column (..., KV) is kept: (..., Q, KV) bool, or 1 and 0 in `out`."""
+    return torch.ge(rows[..., :, None] * columns[..., None, :], threshold, out=out)
 
 
 def keep(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:

@@ -22,12 +22,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.backends.cpu.calls import Call
-from maskflash.backends.cpu.matrices import reach
+from maskflash.backends.cpu.calls import Band, Call, Causal
+from maskflash.backends.cpu.matrices import ends, reach
 from maskflash.backends.cpu.plan import Plan
-from maskflash.backends.cpu.programs import Pairs, Values, is_bounded, program_of
+from maskflash.backends.cpu.programs import Pairs, is_bounded, program_of
 from maskflash.backends.cpu.sums import CallSums, Sums, is_one, readings
 from maskflash.backends.cpu.threads import WORKERS, Job
+from maskflash.backends.cpu.values import Values
 from maskflash.backends.cpu.views import prepared
 from maskflash.backends.cpu.work import WIDTH, Work, lanes, share, works
 from maskflash.expr.nodes import Expr
@@ -100,7 +101,7 @@ class Problem:
         q, kv = (int(x[work.batch_row]) if isinstance(x, Tensor) else x for x in (score.q_offset, score.kv_offset))
         tokens = call.rows.tokens()[rows] + q, call.columns.tokens() + kv
         program = program_of(expr, roots, len(score.inputs.tables), by_diagonals=is_dense(call))
-        return Pairs(score.inputs, work.batch_row, work.heads, *tokens).with_diagonals(program)
+        return Values(Pairs(score.inputs, work.batch_row, work.heads, *tokens), program)
 
 
 def is_dense(call: Call) -> bool:
@@ -117,6 +118,8 @@ class _Tile:
         self.buffers = _Buffers(problem.q.dtype)
         self.keys, self.v = (call.columns.take(work.of_kv_heads(x)[None])[0] for x in (problem.k, problem.v))
         self.tokens = call.rows.tokens()
+        self.ends = ends(call.mask, len(call.rows)) if isinstance(call.mask, (Band, Causal)) else ()
+        self.edges: dict[tuple[int, ...], Tensor | None] = {}
         self.words: tuple[Tensor, Tensor] | None = None
         if problem.words is not None:
             rows, columns = (work.of_heads(x) for x in problem.words)
@@ -148,8 +151,17 @@ class _Tile:
 
     def hidden(self, rows: slice, columns: slice) -> Tensor | None:
         """0 and -inf of the tile's pairs, (rows, columns); None where all are seen."""
-        found = self.problem.plan.tile(self.call, rows, columns)
-        return None if found is None else found.flip(0)
+        mask = self.call.mask
+        if not isinstance(mask, (Band, Causal)):
+            found = self.problem.plan.tile(self.call, rows, columns)
+            return None if found is None else found.flip(0)
+        # Tiles lie alike along an edge.
+        start, stop = (int(x[rows.start]) - columns.start for x in self.ends)
+        key = start, stop, rows.stop - rows.start, columns.stop - columns.start
+        if key not in self.edges:
+            found = self.problem.plan.tile(self.call, rows, columns)
+            self.edges[key] = None if found is None else found.flip(0)
+        return self.edges[key]
 
     def kept(self, tokens: Tensor, columns: slice) -> Tensor | None:
         """1 where dropout keeps a pair and 0 elsewhere, (heads, rows, columns); None without dropout."""
@@ -157,15 +169,23 @@ class _Tile:
             return None
         rows, of_columns = self.words[0].index_select(1, tokens), self.words[1][:, columns]
         found = self.buffers.take("kept", *rows.shape, of_columns.shape[1])
-        return found.copy_(dropout.kept(rows, of_columns, dropout.threshold(self.problem.strength.dropout.p)))
+        return dropout.kept(rows, of_columns, dropout.threshold(self.problem.strength.dropout.p), out=found)
 
 
-def hide(values: Tensor, hidden: Tensor, *, bounded: bool) -> None:
-    """Make the values of hidden pairs -inf, in place."""
+def hide(values: Tensor, hidden: Tensor, *, bounded: bool, out: Tensor) -> Tensor:
+    """The values, and -inf for hidden pairs."""
     if bounded:
-        values += hidden
-    else:
-        values.masked_fill_(hidden < 0, -torch.inf)
+        return torch.add(values, hidden, out=out)
+    return out.copy_(values).masked_fill_(hidden < 0, -torch.inf)
+
+
+def exponentials(x: Tensor) -> None:
+    """exp(x) in place, x not above 0.
+
+    By exp2, which is twice as fast, and does not slow down 4 to 40 times where the result underflows. What the product
+    is rounded by is a factor of |x| units in exp(x): at most 0.4 units of 1.
+    """
+    x.mul_(1 / math.log(2)).exp2_()
 
 
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> tuple[Tensor, Tensor]:
@@ -209,13 +229,11 @@ def _forward(problem: Problem, work: Work, call: Call, some: slice, out: Tensor,
         sums = torch.zeros_like(highest)
         for columns in each:
             (value,) = tile.values_of(rows, columns, queries)
-            p, hidden = tile.buffers.take("p", *value.shape), tile.hidden(rows, columns)
+            p, hidden = tile.buffers.take("score", *value.shape), tile.hidden(rows, columns)  # its value is used here
             if hidden is not None:
-                p.copy_(value)
-                hide(p, hidden, bounded=problem.bounded)
-                value = p
+                value = hide(value, hidden, bounded=problem.bounded, out=p)
             risen = torch.maximum(highest, value.amax(-1, keepdim=True))
-            torch.sub(value, risen, out=p).exp_()
+            exponentials(torch.sub(value, risen, out=p))
             shrink = (highest - risen).exp_()
             sums.mul_(shrink).add_(p.sum(-1, keepdim=True))
             by_head.mul_(shrink)
@@ -342,8 +360,8 @@ def _backward(problem: Problem, work: Work, call: Call, given: _Gradients, sums:
             hidden, kept = tile.hidden(rows, columns), tile.kept(tokens, columns)
             torch.sub(value, lse, out=p)
             if hidden is not None:
-                hide(p, hidden, bounded=problem.bounded)
-            p.exp_()
+                hide(p, hidden, bounded=problem.bounded, out=p)
+            exponentials(p)
             dead = None if problem.bounded else p == 0
             torch.bmm(douts, tile.v[:, columns].mT, out=flat_ds)
             if kept is not None:

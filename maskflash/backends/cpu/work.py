@@ -15,7 +15,7 @@ from maskflash.backends.cpu.calls import Call
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.schedules import Schedule
 
-TILE: Final = 1 << 17  # scores of one tile, of all its heads: what is computed of them stays in cache
+TILE: Final = 1 << 16  # scores of one tile, of all its heads: what is computed of them stays in cache
 WIDTH: Final = 512  # columns of a tile
 _HEIGHT: Final = 128  # rows of a tile, where its heads leave room for as many
 _MAX_SUMS: Final = 1 << 22  # elements of all lanes' gradients of tables
