@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from maskflash.backends.cpu.calls import Band, Call, Causal
-from maskflash.backends.cpu.matrices import ends, reach
+from maskflash.backends.cpu.matrices import reach
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.programs import Pairs, is_bounded, program_of
 from maskflash.backends.cpu.sums import CallSums, Sums, is_one, readings
@@ -118,8 +118,7 @@ class _Tile:
         self.buffers = _Buffers(problem.q.dtype)
         self.keys, self.v = (call.columns.take(work.of_kv_heads(x)[None])[0] for x in (problem.k, problem.v))
         self.tokens = call.rows.tokens()
-        self.ends = ends(call.mask, len(call.rows)) if isinstance(call.mask, (Band, Causal)) else ()
-        self.edges: dict[tuple[int, ...], Tensor | None] = {}
+        self.edges: dict[tuple[int, ...], Tensor] = {}
         self.words: tuple[Tensor, Tensor] | None = None
         if problem.words is not None:
             rows, columns = (work.of_heads(x) for x in problem.words)
@@ -151,16 +150,21 @@ class _Tile:
 
     def hidden(self, rows: slice, columns: slice) -> Tensor | None:
         """0 and -inf of the tile's pairs, (rows, columns); None where all are seen."""
-        mask = self.call.mask
-        if not isinstance(mask, (Band, Causal)):
+        mask = Band(0, 1, 1) if isinstance(self.call.mask, Causal) else self.call.mask
+        if not isinstance(mask, Band):
             found = self.problem.plan.tile(self.call, rows, columns)
             return None if found is None else found.flip(0)
         # Tiles lie alike along an edge.
-        start, stop = (int(x[rows.start]) - columns.start for x in self.ends)
-        key = start, stop, rows.stop - rows.start, columns.stop - columns.start
+        start_step, stop_step, wide = mask.start_step, mask.stop_step, mask.width
+        start, stop = start_step * rows.start - columns.start, wide + stop_step * rows.start - columns.start
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if start + start_step * (height - 1) <= 0 and stop >= width:
+            return None
+        key = start, stop, height, width
         if key not in self.edges:
             found = self.problem.plan.tile(self.call, rows, columns)
-            self.edges[key] = None if found is None else found.flip(0)
+            assert found is not None, "some pairs are hidden"
+            self.edges[key] = found.flip(0)
         return self.edges[key]
 
     def kept(self, tokens: Tensor, columns: slice) -> Tensor | None:
@@ -223,25 +227,31 @@ def _forward(problem: Problem, work: Work, call: Call, some: slice, out: Tensor,
     outs, lses = work.of_heads(out), work.of_heads(lse)
     for rows, tokens, each in tile.rows(some.start, some.stop):
         queries = tile.queries(tokens, problem.q, problem.strength.scale)
-        part = queries.new_zeros((*queries.shape[:2], out.shape[3]))
+        part = queries.new_empty((*queries.shape[:2], out.shape[3]))
         by_head = part.view(len(work.heads), -1, out.shape[3])
-        highest = part.new_full((len(work.heads), len(tokens), 1), lowest)
-        sums = torch.zeros_like(highest)
+        highest = sums = None
         for columns in each:
             (value,) = tile.values_of(rows, columns, queries)
             p, hidden = tile.buffers.take("score", *value.shape), tile.hidden(rows, columns)  # its value is used here
             if hidden is not None:
                 value = hide(value, hidden, bounded=problem.bounded, out=p)
-            risen = torch.maximum(highest, value.amax(-1, keepdim=True))
+            risen = value.amax(-1, keepdim=True)
+            risen = risen.clamp_min_(lowest) if highest is None else torch.maximum(highest, risen)
             exponentials(torch.sub(value, risen, out=p))
-            shrink = (highest - risen).exp_()
-            sums.mul_(shrink).add_(p.sum(-1, keepdim=True))
-            by_head.mul_(shrink)
+            found = p.sum(-1, keepdim=True)
             kept = tile.kept(tokens, columns)
             if kept is not None:
                 p.mul_(kept)
-            part.baddbmm_(p.view(*queries.shape[:2], -1), tile.v[:, columns])
+            if highest is None or sums is None:
+                sums = found
+                torch.bmm(p.view(*queries.shape[:2], -1), tile.v[:, columns], out=part)
+            else:
+                shrink = highest.sub_(risen).exp_()
+                sums.mul_(shrink).add_(found)
+                by_head.mul_(shrink)
+                part.baddbmm_(p.view(*queries.shape[:2], -1), tile.v[:, columns])
             highest = risen
+        assert highest is not None and sums is not None, "a row of a call sees some column"
         nothing = sums == 0
         by_head.div_(sums.masked_fill(nothing, 1.0) * problem.keep)
         part_lse = (highest + sums.log()).squeeze(-1)
