@@ -180,7 +180,7 @@ class Pairs:
     def lowest(self) -> int:
         """The least kv - q."""
         first, last = self.columns[0].item(), self.rows[-1].item()
-        return int(first - last)
+        return int(first) - int(last)
 
     @property
     def diagonals(self) -> int:
