@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
@@ -35,7 +35,7 @@ from maskflash.expr.nodes import Expr
 from maskflash.scores import dropout
 from maskflash.scores.strength import Gradients, Strength
 
-_PIECE: Final = 4  # tiles high is what of a long call's rows one job of forward computes
+_PIECE: Final = 2  # tiles high is what of a long call's rows one job of forward computes
 
 
 class _Buffers:
@@ -66,6 +66,7 @@ class Problem:
         v: (B, Hkv, Skv, Dv), likewise.
         bounded: whether what hidden pairs compute is finite.
         words: dropout's of rows and of columns; None without it.
+        edges: masks of tiles on edges of bands.
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class Problem:
     v: Tensor
     bounded: bool
     words: tuple[Tensor, Tensor] | None
+    edges: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(plan: Plan, strength: Strength, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Problem:
@@ -118,7 +120,6 @@ class _Tile:
         self.buffers = _Buffers(problem.q.dtype)
         self.keys, self.v = (call.columns.take(work.of_kv_heads(x)[None])[0] for x in (problem.k, problem.v))
         self.tokens = call.rows.tokens()
-        self.edges: dict[tuple[int, ...], Tensor] = {}
         self.words: tuple[Tensor, Tensor] | None = None
         if problem.words is not None:
             rows, columns = (work.of_heads(x) for x in problem.words)
@@ -160,12 +161,13 @@ class _Tile:
         height, width = rows.stop - rows.start, columns.stop - columns.start
         if start + start_step * (height - 1) <= 0 and stop >= width:
             return None
-        key = start, stop, height, width
-        if key not in self.edges:
+        key = start_step, mask.stop_step, start, stop, height, width
+        edges = self.problem.edges
+        if key not in edges:
             found = self.problem.plan.tile(self.call, rows, columns)
             assert found is not None, "some pairs are hidden"
-            self.edges[key] = found.flip(0)
-        return self.edges[key]
+            edges[key] = found.flip(0)
+        return edges[key]
 
     def kept(self, tokens: Tensor, columns: slice) -> Tensor | None:
         """1 where dropout keeps a pair and 0 elsewhere, (heads, rows, columns); None without dropout."""

@@ -55,9 +55,17 @@ class Values:
         if fixed:
             expr, places = part_of(program.expr, fixed)
             nowhere = torch.zeros(1, dtype=torch.int64)
-            known, _ = compute_several(expr, pairs.inputs, pairs.indices(nowhere, nowhere), places, look_up)
-            for position, value in zip(fixed, known, strict=True):
+            known_, _ = compute_several(expr, pairs.inputs, pairs.indices(nowhere, nowhere), places, look_up)
+            for position, value in zip(fixed, known_, strict=True):
                 self._fixed[position] = value
+        # What an operation computes with, of its dtype already where it is fixed.
+        self._operands: dict[int, list[tuple[int, Tensor | None]]] = {}
+        for position in self._steps:
+            node = nodes[position]
+            if node.op in _INTO:
+                known = [self._fixed[arg] for arg in node.args]
+                ready = [None if x is None else x.to(node.dtype) for x in known]
+                self._operands[position] = list(zip(node.args, ready, strict=True))
         self._spare: list[Tensor] = []
         self._lent: list[Tensor] = []
 
@@ -97,7 +105,11 @@ class Values:
         """The value of an operation, in memory that is there if it is as large as a tile."""
         expr = self._program.expr
         node = expr.nodes[position]
-        operands = [x.to(node.dtype) for x in (values[arg] for arg in node.args) if x is not None]
+        operands: list[Tensor] = []
+        for arg, ready in self._operands[position]:
+            x = values[arg] if ready is None else ready
+            assert x is not None, "operands come first"
+            operands.append(x if x.dtype == node.dtype else x.to(node.dtype))
         compute: Callable[..., Tensor] | None = OPERATIONS[node.op].compute
         assert compute is not None, "all of them are torch's functions"
         if all(x.shape != shape for x in operands):
