@@ -56,7 +56,7 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
@@ -76,6 +76,9 @@ ORDER = {
         "autograd",
         "flops",
         "sharding",
+        "asking",
+        "ahead",
+        "inside",
         "attention",
     ],
     "flashmask": ["paper", "call"],
