@@ -59,7 +59,8 @@ ORDER = {
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
-        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
+        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
+        *("work", "programs", "sums", "engine", "run"),
     ],
     "backends/triton": [
         *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),
