@@ -20,7 +20,7 @@ from maskflash.masks.sight import Sight
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Analysis
 from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
-from maskflash.scores.lifting import Lifted
+from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.seeds import probability, seed_of
 from maskflash.scores.told import told
@@ -76,6 +76,7 @@ class Attention:
         self.name = mask.name
         self.score = score
         if score is not None:
+            self._with_holes = mask & Lifted(score, holes=True)
             mask = mask & Lifted(score)
         self.mask = mask
         self.scale = scale
@@ -308,12 +309,13 @@ class Attention:
     ) -> Spec:
         """What a call asks for, its arguments checked and bound."""
         backend = self._backend_for(sizes.device)
-        slots, params, tables = self._bound(sizes, mask_args, stamp)
+        scored = self._scored(sizes, q.dtype, mask_args)
+        mask = self._with_holes if has_holes(scored.tables) else self.mask
+        slots, params, tables = self._bound(mask, sizes, mask_args, stamp)
         if check:
             self._check(slots, tables, sizes)
         scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
         offsets = sizes.q_offset, sizes.kv_offset
-        scored = self._scored(sizes, q.dtype, mask_args)
         return Spec.make(
             *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
             seed=dropout.seed,
@@ -332,10 +334,10 @@ class Attention:
         return Scored(slots.text, params, tables, [learning and table.requires_grad for table in tables])
 
     def _bound(
-        self, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None
+        self, mask: Mask, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None
     ) -> tuple[Slots, list[int], list[Tensor]]:
-        """The mask's expression, and its numbers and tables in a call."""
-        slots, params, tables = self.mask.bind(sizes, mask_args, stamp)
+        """A mask's expression, and its numbers and tables in a call."""
+        slots, params, tables = mask.bind(sizes, mask_args, stamp)
         named = [*zip(slots.names, tables, strict=True), *sizes.offset_tensors]
         if named:
             qkv.same_device(sizes.device, named)
@@ -353,7 +355,7 @@ class Attention:
 
     def _problem(self, sizes: Sizes, mask_args: dict[str, Any]) -> Problem:
         """The mask at the sizes of a call, with the user's own lines."""
-        self._bound(sizes, mask_args)
+        self._bound(self.mask, sizes, mask_args)
         return Sight.of(self.mask, sizes, mask_args).tiled(self.block_size)
 
     def _tune(self, analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
