@@ -76,6 +76,7 @@ ORDER = {
         "autograd",
         "flops",
         "sharding",
+        "inside",
         "attention",
     ],
     "flashmask": ["paper", "call"],

@@ -19,6 +19,7 @@ from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Analysis
+from maskflash.op.inside import Inside
 from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
@@ -44,7 +45,7 @@ _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arg
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
 
 
-class Attention:
+class Attention(Inside):
     """Attention under one mask: call it with q, k and v.
 
     It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
@@ -248,6 +249,21 @@ class Attention:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
         problem = self._problem(self._sizes(q, k, q_offset, kv_offset), mask_args)
         return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
+
+    def _asked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_offset: int | Tensor,
+        kv_offset: int | Tensor,
+        sinks: Tensor | None,
+        args: dict[str, Any],
+    ) -> Spec:
+        """What a call without v asks for."""
+        qkv.check(q, k, k)
+        if sinks is not None:
+            qkv.check_sinks(sinks, q)
+        return self._spec(self._sizes(q, k, q_offset, kv_offset), q, sinks, args)
 
     def _name(
         self,
