@@ -8,6 +8,7 @@ A cap and a bias are arguments of functions that are traced once, so that no lay
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Final
 
 import torch
@@ -22,16 +23,16 @@ def _capped(score: Any, b: Any, h: Any, q: Any, kv: Any, *, cap: Any) -> Any:
     return cap * torch.tanh(score / cap)
 
 
-def _biased(one_batch: bool, one_head: bool) -> Score:
-    """What adds a tensor of all pairs, whose rows and columns are the call's own."""
+def _biased(one_b: bool, one_h: bool, one_q: bool, one_kv: bool) -> Score:
+    """What adds a tensor of all pairs, whose rows and columns are the call's own; 1 serves all."""
 
     def position_bias(score: Any, b: Any, h: Any, q: Any, kv: Any, *, bias: Any, row: Any, column: Any) -> Any:
-        return score + bias[0 if one_batch else b, 0 if one_head else h, q - row, kv - column]
+        return score + bias[0 if one_b else b, 0 if one_h else h, 0 if one_q else q - row, 0 if one_kv else kv - column]
 
     return score(position_bias)
 
 
-_BIASED: Final = {(one, other): _biased(one, other) for one in (False, True) for other in (False, True)}
+_BIASED: Final = {ones: _biased(*ones) for ones in product((False, True), repeat=4)}
 
 
 def score_of(
@@ -41,7 +42,7 @@ def score_of(
 
     Args:
         softcap: what no score exceeds; None for no such thing.
-        bias: floating (B or 1, Hq or 1, Sq, Skv), what is added to the scaled products; None for nothing.
+        bias: floating (B, Hq, Sq, Skv) or 1 in place of any, what is added to the scaled products; None for nothing.
         shape: (B, Hq, Sq, Skv) of the call.
         offsets: numbers of the first row and of the first column, as the mask counts.
         layer: for messages.
@@ -62,15 +63,9 @@ def score_of(
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         got = f"a tensor of {bias.dtype}" if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
         raise ArgumentTypeError(f"{layer} has {got} as position_bias, expected a floating tensor")
-    batch, heads, *pairs = shape
-    if (
-        bias.ndim != 4
-        or bias.shape[0] not in (1, batch)
-        or bias.shape[1] not in (1, heads)
-        or [*bias.shape[2:]] != pairs
-    ):
+    if bias.ndim != 4 or any(size not in (1, needed) for size, needed in zip(bias.shape, shape, strict=True)):
         raise ArgumentError(
-            f"{layer} has a position_bias of shape {tuple(bias.shape)}, expected {shape}, or 1 in place of the first two"
+            f"{layer} has a position_bias of shape {tuple(bias.shape)}, expected {shape}, or 1 in place of any"
         )
-    function = _BIASED[bias.shape[0] == 1, bias.shape[1] == 1]
-    return function, {"bias": bias, "row": offsets[0], "column": offsets[1]}
+    one_b, one_h, one_q, one_kv = (size == 1 for size in bias.shape)
+    return _BIASED[one_b, one_h, one_q, one_kv], {"bias": bias, "row": offsets[0], "column": offsets[1]}

@@ -252,16 +252,16 @@ def attention_forward(
         query: (B, Hq, Sq, D).
         key: (B, Hkv, Skv, D); Hkv divides Hq.
         value: (B, Hkv, Skv, Dv).
-        attention_mask: what `layer_mask` made, or a dense mask, the user's or the model's own, (B or 1, Hq or 1, Sq
-            or 1, Skv or 1): bool, or what is added to the scores, where -inf and the dtype's least number hide a pair;
-            None where the model made none.
+        attention_mask: what `layer_mask` made, or a dense mask, the user's or the model's own, (B, Hq, Sq, Skv) or
+            1 in place of any: bool, or what is added to the scores, where -inf and the dtype's lowest
+            number hide a pair; None where the model made none.
         scaling: factor of the scores; None for 1/sqrt(D).
         dropout: probability of dropping a weight while the layer is trained; the seed is drawn from torch's default
             generator.
         is_causal: what None means for the mask; the module's own where left out.
         s_aux: (Hq,), attention sinks.
         softcap: scores are softcap · tanh(score / softcap); None for the scores themselves.
-        position_bias: floating (B or 1, Hq or 1, Sq, Skv), added to the scores. It gets its gradient.
+        position_bias: floating (B, Hq, Sq, Skv), or 1 in place of any, added to the scores. It gets its gradient.
         **asked: what else the model wants.
 
     Returns:
