@@ -284,7 +284,10 @@ def attention_forward(
     layer = f"{_HERE}: {type(module).__name__}"
     score, score_args = score_of(softcap, position_bias, shape, (q_offset, kv_offset), layer)
     out = attention(
-        *(query, key, value, mask),
+        query,
+        key,
+        value,
+        mask,
         score=score,
         scale=scaling,
         q_offset=q_offset,
