@@ -15,7 +15,8 @@ from maskflash.masks.dense import FloatMask, dense_mask
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
-from maskflash.op.attention import Attention, BackendChoice
+from maskflash.op.asking import BackendChoice
+from maskflash.op.attention import Attention
 from maskflash.scores.presets import bias
 from maskflash.scores.score import Score, ScoreLike, as_score
 

@@ -28,7 +28,7 @@ from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.masks.sight import Sight
-from maskflash.op.attention import BackendChoice
+from maskflash.op.asking import BackendChoice
 from maskflash.scores import seeds
 from maskflash.scores.dropout import keep
 from maskflash.scores.score import Score, ScoreLike, as_score, own_arguments

@@ -76,6 +76,8 @@ ORDER = {
         "autograd",
         "flops",
         "sharding",
+        "asking",
+        "ahead",
         "inside",
         "attention",
     ],

@@ -24,13 +24,13 @@ from maskflash.expr.evaluate import compute
 from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, qkv
 from maskflash.op import autograd
-from maskflash.op.spec import Spec
+from maskflash.op.asking import Asking
 from maskflash.scores.strength import Strength
 
 _PAIRS_AT_ONCE: Final = 1 << 22  # of all batch rows and heads together
 
 
-class Inside:
+class Inside(Asking):
     """What an attention op can tell of a call beside its out: the part of `Attention` that looks inside."""
 
     def max_logits(
@@ -166,21 +166,12 @@ class Inside:
     ) -> Look:
         """A call without v, its arguments checked and its mask analysed as those of a call are."""
         q, k, _ = qkv.as_autocast(q, k, k)
-        spec = self._asked(q, k, q_offset, kv_offset, sinks, args)
+        qkv.check(q, k, k)
+        if sinks is not None:
+            qkv.check_sinks(sinks, q)
+        spec = self._spec(self._sizes(q, k, q_offset, kv_offset), q, sinks, args)
         problem = spec.problem(Sizes.of(q, k))
         return Look(autograd.found(spec, q, k).block_map, problem, spec.strength, q.detach(), k.detach())
-
-    def _asked(
-        self,
-        q: Tensor,
-        k: Tensor,
-        q_offset: int | Tensor,
-        kv_offset: int | Tensor,
-        sinks: Tensor | None,
-        args: dict[str, Any],
-    ) -> Spec:
-        """What a call with these arguments asks for, all of them checked."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)

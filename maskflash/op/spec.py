@@ -39,7 +39,7 @@ class Scored(NamedTuple):
     learned: Sequence[bool]
 
 
-UNSCORED: Final = Scored("", (), (), ())
+UNSCORED: Final = Scored("", [], [], [])
 
 
 class Spec(NamedTuple):

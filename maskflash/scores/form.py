@@ -58,7 +58,7 @@ class _Linear(NamedTuple):
 @lru_cache(maxsize=256)
 def form_of(expr: Expr) -> Form:
     """The class of a score's expression."""
-    parts = _Parts(expr)
+    parts = _LinearParts(expr)
     found = parts.linear()
     if found is None:
         return Form("general", obstacle=parts.reached)
@@ -70,7 +70,7 @@ def form_of(expr: Expr) -> Form:
     return Form("folded" if of_bias is None else "additive", of_factor, of_bias)
 
 
-class _Parts(Builder):
+class _LinearParts(Builder):
     """Rewrites a program as factor * score + bias."""
 
     def __init__(self, expr: Expr) -> None:
