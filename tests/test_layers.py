@@ -82,7 +82,7 @@ ORDER = {
         "attention",
     ],
     "flashmask": ["paper", "call"],
-    "integrations": ["closures", "transformers"],
+    "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
     "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "bench", "warm", "doctor"],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
