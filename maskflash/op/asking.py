@@ -12,6 +12,7 @@ from maskflash.errors import BackendError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
 from maskflash.ground import arguments, qkv
+from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import checking
@@ -63,8 +64,8 @@ class Asking:
         self.name = mask.name
         self.score = score
         if score is not None:
-            self._with_holes = mask & Lifted(score, holes=True)
-            mask = mask & Lifted(score)
+            self._with_holes = Combination("and", mask, Lifted(score, holes=True))
+            mask = Combination("and", mask, Lifted(score))
         self.mask = mask
         self.scale = scale
         self.block_size = block_size
