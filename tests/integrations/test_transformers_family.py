@@ -47,7 +47,7 @@ UNPADDED = ["granite_swa", "granitemoe_swa", "imagegpt"]  # eager gives NaN wher
 IMAGES = ["beit", "clip_vision_model", "deit", "dinov2", "ijepa", "siglip_vision_model", "vit", "vit_mae"]
 WINDOWS = {"depths": [2], "num_heads": [4], "window_size": 2, "patch_size": 4}
 SETTINGS = {
-    "swin": WINDOWS,
+    **dict.fromkeys(("swin", "swinv2"), WINDOWS),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
 }
