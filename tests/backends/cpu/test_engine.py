@@ -63,10 +63,10 @@ MASKS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that tests have many of them."""
-    monkeypatch.setattr(work, "TILE", 1 << 12)
+    monkeypatch.setattr(work, "TILE", 1 << 13)
     monkeypatch.setattr(work, "WIDTH", 64)
     monkeypatch.setattr(engine, "WIDTH", 64)
-    monkeypatch.setattr(work, "_HEIGHT", 32)
+    monkeypatch.setattr(work, "_HEIGHT", 64)
     monkeypatch.setattr(biases, "_MATRIX", 1 << 12)
 
 
