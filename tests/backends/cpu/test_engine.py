@@ -51,7 +51,7 @@ def scores(batch, heads, dtype=torch.float32, seed=0):
 NAMES = list(scores(1, 1))
 MASKS = {
     "causal": mf.causal(),
-    "documents": mf.causal() & mf.document([70, 1, 130, 40, 59]),
+    "documents": mf.causal() & mf.mask(lambda b, h, q, kv: q // 70 == kv // 70),
     "window": mf.causal() & mf.sliding_window(40),
     "sinks": mf.causal() & (mf.sliding_window(30) | mf.mask(lambda b, h, q, kv: kv < 4)),
     "dilated": mf.mask(lambda b, h, q, kv: ((q - kv) % 3 == 0) & (q >= kv)),
@@ -63,10 +63,10 @@ MASKS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that tests have many of them."""
-    monkeypatch.setattr(work, "TILE", 1 << 12)
+    monkeypatch.setattr(work, "TILE", 1 << 13)
     monkeypatch.setattr(work, "WIDTH", 64)
     monkeypatch.setattr(engine, "WIDTH", 64)
-    monkeypatch.setattr(work, "_HEIGHT", 32)
+    monkeypatch.setattr(work, "_HEIGHT", 64)
     monkeypatch.setattr(biases, "_MATRIX", 1 << 12)
 
 
@@ -76,7 +76,7 @@ def test_scores_and_gradients_of_tables(small_tiles, name, mask):
     assert_matches_dense(MASKS[mask], Shape(2, 4, 2, LEN, LEN, 16, 8), score=scores(2, 4)[name])
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     name=st.sampled_from(NAMES),
     mask=st.sampled_from(list(MASKS)),
@@ -86,7 +86,7 @@ def test_scores_and_gradients_of_tables(small_tiles, name, mask):
     sizes=st.tuples(st.integers(1, LEN // 2), st.integers(0, LEN // 2)),
     dims=st.sampled_from([(8, 8), (5, 12), (16, 4)]),
     offsets=st.tuples(st.integers(0, LEN // 2), st.booleans()),
-    dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.5]),
     sinks=st.booleans(),
 )
 def test_everything_together(name, mask, dtype, heads, batch, sizes, dims, offsets, dropout_p, sinks):
