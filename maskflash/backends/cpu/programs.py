@@ -146,7 +146,8 @@ def is_bounded(expr: Expr, inputs: Inputs) -> bool:
 
     if not all(n.op in _BOUNDED or (n.op == "truediv" and divides_well(n)) for n in expr.nodes):
         return False
-    if not all(abs(param) < 1e30 for param in inputs.params):
+    numbers = (*inputs.params, *(node.value for node in expr.nodes if node.op == "const"))
+    if not all(abs(number) < 1e30 for number in numbers if number is not None):
         return False
     used = {n.slot for n in expr.nodes if n.op == "lookup"}
     tables = [table for slot, table in enumerate(inputs.tables) if slot in used and table.is_floating_point()]
