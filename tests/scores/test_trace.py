@@ -1,9 +1,9 @@
-# ruff: noqa: SIM108 (functions as users write them)
 """Plain Python over a score becomes a program with the same values; what can't is refused by name, line and fix."""
 
 import copy
 import math
 import pickle
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -174,14 +174,13 @@ def call(score, dtype=torch.float32, **given):
 
 def test_other_numbers_and_tensors_are_no_other_trace(traces):
     held = SimpleNamespace(cap=3.0, table=T)
-    calls = 0
 
     @mf.score
     def function(score, b, h, q, kv, *, shift, limit):
         return held.cap * torch.tanh(score / held.cap) + held.table[q + shift] * limit
 
     found = []
-    for calls in range(1, 9):  # noqa: B007
+    for calls in range(1, 9):
         held.cap, held.table = 0.5 * calls, torch.randn(16)
         out = call(function, shift=calls % 3, limit=0.25 * calls)
         expected = call(
@@ -192,7 +191,7 @@ def test_other_numbers_and_tensors_are_no_other_trace(traces):
         torch.testing.assert_close(out, expected)
         found.append(out)
     assert len([args for args in traces if args[0] is function.function]) == 1
-    assert all(not torch.equal(x, y) for x, y in zip(found, found[1:], strict=False))
+    assert all(not torch.equal(x, y) for x, y in pairwise(found))
 
 
 def test_float64_has_a_trace_of_its_own():
@@ -216,6 +215,7 @@ def test_the_value_has_the_scores_dtype():
             assert (root.dtype, root.weak) == (dtype, False)
 
 
+# ruff: noqa: E501 (a case to a line)
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
