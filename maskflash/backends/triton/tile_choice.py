@@ -25,7 +25,17 @@ _MOST: Final = 1024  # choices held; the oldest goes first, and costs a look at 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a tile is chosen for: a pass on a device, the call's dtype, its (D, Dv), the map's tile, the mask's text."""
+    """What a tile is chosen for.
+
+    Attributes:
+        device: where the kernel runs.
+        pass_name: which.
+        dtype: of the call.
+        dims: its (D, Dv).
+        block_size: of the map.
+        mask: the mask as the kernel has it.
+        strength: likewise the score, and whether there is dropout; empty without both.
+    """
 
     device: torch.device
     pass_name: PassName
@@ -33,6 +43,7 @@ class Case:
     dims: tuple[int, int]
     block_size: tuple[int, int]
     mask: str
+    strength: str = ""
 
     @property
     def key(self) -> list[str]:
@@ -45,6 +56,7 @@ class Case:
             str(self.dims),
             str(self.block_size),
             self.mask,
+            *([self.strength] if self.strength else []),
         ]
 
 

@@ -161,6 +161,7 @@ def choose(
             that is no multiple of 16.
     """
     family = _family(arch)
+    pass_name = "dq" if pass_name == "dtables" else pass_name  # its products, and nothing to hold for them
     tiles = _TABLE[family].get((pass_name, 8 * dtype.itemsize), {})
     fitting = [dim for dim in sorted(tiles) if dim >= head_dim]
     if not fitting:
