@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from maskflash import presets
+from maskflash import presets, scores
 from maskflash.api import attention, compile, invalidate
 from maskflash.errors import (
     ArgumentError,
@@ -34,6 +34,7 @@ from maskflash.presets.basic import (
     sliding_window,
 )
 from maskflash.presets.packed import causal_document
+from maskflash.scores.score import Score, score
 
 if TYPE_CHECKING:
     from maskflash import testing, visualize
@@ -62,6 +63,7 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "Score",
     "Sight",
     "UnsupportedMask",
     "Why",
@@ -84,6 +86,8 @@ __all__ = [
     "padding",
     "prefix_lm",
     "presets",
+    "score",
+    "scores",
     "sliding_window",
     "testing",
     "visualize",

@@ -16,6 +16,7 @@ from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
 from maskflash.op.attention import Attention, BackendChoice
+from maskflash.scores.score import ScoreLike, as_score
 
 _FULL: Final = Predicate(
     lambda b, h, q, kv: True, "full()", traced=False
@@ -25,6 +26,7 @@ _FULL: Final = Predicate(
 def compile(
     mask: MaskLike | Tensor,
     *,
+    score: ScoreLike | None = None,
     scale: float | None = None,
     block_size: BlockSize = 128,
     backend: BackendChoice = "auto",
@@ -38,6 +40,8 @@ def compile(
     Args:
         mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~; or a tensor of bool as
             torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all.
+        score: how strongly a visible pair attends: a function `f(score, b, h, q, kv) -> float` of the scaled product, a
+            preset of `mf.scores`, or several that are applied in turn.
         scale: positive factor of the scores, from 2**-64 to 2**64; None for 1/sqrt(D).
         block_size: tokens per tile, one number or (q_tokens, kv_tokens): at most 2**24 pairs.
         backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
@@ -72,7 +76,8 @@ def compile(
     whole = _as_mask("compile", mask)
     if not (whole.keywords or whole.implied_names):
         whole.slots({})
-    return Attention(whole, factor, size, backend, deterministic, tune, check)
+    strength = None if score is None else as_score("compile", score)
+    return Attention(whole, factor, size, backend, deterministic, tune, check, strength)
 
 
 @overload
@@ -82,6 +87,7 @@ def attention(
     v: Tensor,
     mask: MaskLike | Tensor | None = None,
     *,
+    score: ScoreLike | None = None,
     scale: float | None = None,
     block_size: BlockSize = 128,
     backend: BackendChoice = "auto",
@@ -89,6 +95,9 @@ def attention(
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
     return_lse: Literal[False] = False,
     **mask_args: Any,
 ) -> Tensor: ...
@@ -112,6 +121,7 @@ def attention(
     v: Tensor,
     mask: MaskLike | Tensor | None = None,
     *,
+    score: ScoreLike | None = None,
     scale: float | None = None,
     block_size: BlockSize = 128,
     backend: BackendChoice = "auto",
@@ -119,6 +129,9 @@ def attention(
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
     **mask_args: Any,
 ) -> Any:
@@ -135,11 +148,14 @@ def attention(
     """
     attn = compile(
         _FULL if mask is None else _as_mask("attention", mask),
+        score=score,
         scale=scale,
         block_size=block_size,
         backend=backend,
         deterministic=deterministic,
     )
+    if dropout_p != 0.0 or generator is not None or seed is not None:
+        mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
     return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, sinks=sinks, return_lse=return_lse, **mask_args)
 
 

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from maskflash import presets
 from maskflash.api import attention
+from maskflash.backends.dense import DenseCall
 from maskflash.backends.reference import error_budget, reference
 from maskflash.errors import ArgumentError
+from maskflash.expr.evaluate import Inputs
+from maskflash.functions.function import Function
+from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
@@ -25,19 +29,29 @@ from maskflash.masks.predicate import MaskLike
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.masks.sight import Sight
 from maskflash.op.attention import BackendChoice
+from maskflash.scores import seeds
+from maskflash.scores.dropout import keep
+from maskflash.scores.score import Score, ScoreLike, as_score, own_arguments
+from maskflash.scores.strength import BoundScore, Dropout
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Shape", "assert_matches_dense", "columns", "error_budget", "masks", "reference", "shapes"]
+__all__ = [
+    "Shape",
+    "assert_matches_dense",
+    "columns",
+    "dropout_keep",
+    "error_budget",
+    "masks",
+    "reference",
+    "shapes",
+]
 
 
 def __dir__() -> list[str]:
     """What users may use."""
     return sorted(__all__)
-
-
-RESULTS: Final = ("out", "lse", "dq", "dk", "dv", "dsinks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +98,19 @@ def assert_matches_dense(
     device: str = "cpu",
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    score: ScoreLike | None = None,
     sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = True,
     seed: int = 0,
-    **mask_args: Any,
+    **args: Any,
 ) -> None:
     """Assert that a mask's block map and its attention agree with evaluating every pair densely.
 
-    The map must equal brute force tile by tile. out, lse and the gradients of q, k, v and sinks, with gradients that
-    arrive at both out and lse, must be as near to float64 as twice a plain computation in `dtype`, plus one rounding
-    unit of the result and of the terms it is summed from (a gradient of zero may be the difference of large terms),
-    and one of float64 for the truth's own rounding.
+    The map must equal brute force tile by tile. out, lse and the gradients of q, k, v, sinks and whatever the score
+    function looks up that requires gradients, with gradients that arrive at both out and lse, must be as near to
+    float64 as twice a plain computation in `dtype`, plus one rounding unit of the result and of the terms it is summed
+    from (a gradient of zero may be the difference of large terms), and one of float64 for the truth's own rounding.
 
     Args:
         mask: a mask or predicate.
@@ -106,10 +122,12 @@ def assert_matches_dense(
         device: of the tensors.
         q_offset: as in a call.
         kv_offset: as in a call.
+        score: as in `compile`.
         sinks: as in a call.
+        dropout_p: as in a call, with `seed`.
         return_lse: as in a call; without it there is no lse to check, and no gradient that arrives there.
-        seed: of the random tensors.
-        **mask_args: the mask's own arguments.
+        seed: of the random tensors, and of dropout.
+        **args: the mask's own arguments, and the score function's.
 
     Raises:
         AssertionError: naming the result, its error and its budget, or the tile and its kinds.
@@ -122,32 +140,104 @@ def assert_matches_dense(
     arguments.instance(operation, "shape", shape, Shape, "such as mf.testing.Shape(q_len=100)")
     dtype, seed = arguments.dtype(operation, dtype), _seed(operation, seed)
     checked = as_mask(mask)
+    strength = None if score is None else as_score(operation, score)
     offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-    seen = checked.at(
-        shape.q_len, shape.kv_len, batch=shape.batch, heads=shape.heads, device=device, **offsets, **mask_args
-    )
+    sizes: dict[str, Any] = {"batch": shape.batch, "heads": shape.heads, "device": device, **offsets}
+    seen = checked.at(shape.q_len, shape.kv_len, **sizes, **own_arguments(checked, args))
     dense = seen.dense()
     _assert_map(seen, dense, arguments.block_size(operation, block_size))
     q, k, v = shape.tensors(dtype, seed=seed, device=device)
     if sinks is not None:
         sinks = sinks.detach().to(torch.promote_types(sinks.dtype, dtype)).requires_grad_()
-    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
     draw = torch.Generator().manual_seed(seed + 1)
     given: dict[str, Any] = {"scale": scale, "block_size": block_size, "backend": backend, "sinks": sinks, **offsets}
-    returned = attention(q, k, v, checked, **given, return_lse=return_lse, **mask_args)
-    ours = dict(zip(RESULTS, returned, strict=False)) if return_lse else {"out": returned}
+    given |= {"score": strength, "dropout_p": dropout_p, "seed": seed if dropout_p else None}
+    returned = attention(q, k, v, checked, **given, return_lse=return_lse, **args)
+    ours = dict(zip(("out", "lse"), returned, strict=True)) if return_lse else {"out": returned}
     dout = torch.randn(ours["out"].shape, generator=draw).to(device, dtype)
     dlse = torch.randn(dout.shape[:3], generator=draw).to(device) * return_lse
     factor = shape.head_dim**-0.5 if scale is None else scale
-    exact = _dense_results(inputs, dout, dlse, dense, factor, torch.float64)
-    plain = _dense_results(inputs, dout, dlse, dense, factor, dtype, backwards=True)
-    terms = _largest_terms(inputs, dout, dlse, dense, factor, exact)
+    bound = None if strength is None else _bound(strength, shape, sizes, dtype, args)
+    tensors = (*(() if strength is None else strength.held()), *args.values())
+    learned = {id(x): x for x in tensors if isinstance(x, Tensor) and x.requires_grad}
+    lengths = shape.batch, shape.heads, shape.q_len, shape.kv_len
+    kept = dropout_keep(seed, dropout_p, *lengths, **offsets).to(device) / (1 - dropout_p) if dropout_p else None
+    call = DenseCall(q, k, v, dense, factor, dout, dlse, sinks, bound, tuple(learned.values()), kept)
+    exact, plain = call.results(torch.float64), call.results(dtype, backwards=True)
+    terms = call.terms(exact)
     arriving = [x.to(result.dtype) for x, result in zip((dout, dlse), ours.values(), strict=False)]
-    ours.update(zip(RESULTS[2:], torch.autograd.grad(tuple(ours.values()), inputs, arriving), strict=False))
-    unit = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps
-    for name, truth, simple, term in zip(RESULTS, exact, plain, terms, strict=False):
-        if name in ours:
-            _assert_near(name, ours[name].detach(), truth, error_budget(simple, truth, dtype) + unit * term)
+    inputs = {"dq": q, "dk": k, "dv": v, **({} if sinks is None else {"dsinks": sinks})}
+    inputs |= {f"dtable{n}": x for n, x in enumerate(learned.values())}
+    gradients = torch.autograd.grad(tuple(ours.values()), tuple(inputs.values()), arriving, allow_unused=True)
+    ours.update((name, x) for name, x in zip(inputs, gradients, strict=True) if x is not None)
+    for name, found in ours.items():
+        unit = torch.finfo(torch.promote_types(dtype, found.dtype) if "table" in name else dtype).eps
+        unit = max(unit, torch.finfo(found.dtype).eps) + torch.finfo(torch.float64).eps
+        budget = error_budget(plain[name], exact[name], dtype) + unit * terms[name]
+        _assert_near(name, found.detach(), exact[name].double(), budget)
+
+
+def _bound(score: Score, shape: Shape, sizes: dict[str, Any], dtype: torch.dtype, args: dict[str, Any]) -> BoundScore:
+    """A score function in a call, with what of it is a mask."""
+    call = Sizes.checked("assert_matches_dense", shape.q_len, shape.kv_len, **sizes)
+    slots, params, tables = Function.bind(score.at(dtype), call, own_arguments(score, args))
+    wanted = tuple(table.requires_grad for table in tables)
+    inputs = Inputs(slots.expr.decoded(params), tuple(tables))
+    return BoundScore(slots.expr, inputs, wanted, sizes["q_offset"], sizes["kv_offset"])
+
+
+def dropout_keep(
+    seed: int | Tensor,
+    p: float,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+) -> Tensor:
+    """Which pairs a call with this seed keeps, visible or not.
+
+    Args:
+        seed: an int of 64 bits, or an int64 tensor of one element.
+        p: how likely a pair is dropped, 0 <= p < 1.
+        batch: batch rows.
+        heads: query heads.
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        q_offset: as in a call.
+        kv_offset: as in a call.
+
+    Returns:
+        (batch, heads, q_len, kv_len) bool, on the seed's device; on the CPU for an int.
+
+    Raises:
+        ArgumentError: a number out of range, or a tensor of another shape.
+        ArgumentTypeError: something of another type.
+
+    Source: docs/numerics.md specifies it bit by bit.
+
+    Example:
+        >>> keep = dropout_keep(7, 0.25, batch=1, heads=1, q_len=3, kv_len=8)
+        >>> keep.int()
+        tensor([[[[0, 0, 0, 1, 1, 0, 1, 1],
+                  [0, 1, 0, 0, 0, 0, 1, 1],
+                  [1, 1, 1, 1, 1, 1, 1, 1]]]], dtype=torch.int32)
+        >>> part = dropout_keep(7, 0.25, 1, 1, 2, 5, q_offset=1, kv_offset=3)
+        >>> torch.equal(part, keep[:, :, 1:, 3:])
+        True
+    """
+    operation = "dropout_keep"
+    p = seeds.probability(operation, p, "p")
+    arguments.length(operation, "batch", batch, low=1)
+    arguments.length(operation, "heads", heads, low=1)
+    arguments.length(operation, "q_len", q_len)
+    arguments.length(operation, "kv_len", kv_len)
+    device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    given = seeds.given(operation, seed, device)
+    rows = arguments.offset(operation, "q_offset", q_offset, batch)
+    columns = arguments.offset(operation, "kv_offset", kv_offset, batch)
+    return keep(Dropout(p, given, rows, columns), batch, heads, q_len, kv_len)
 
 
 def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[Mask]:
@@ -281,59 +371,6 @@ def _assert_map(seen: Sight, dense: Tensor, block_size: tuple[int, int]) -> None
                 raise AssertionError(
                     f"{seen.mask}: tile ({i}, {j}) of batch row {b}, head {h} is {got}, expected {wanted}"
                 )
-
-
-def _dense_results(
-    inputs: tuple[Tensor, ...],
-    dout: Tensor,
-    dlse: Tensor,
-    dense: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    *,
-    backwards: bool = False,
-) -> tuple[Tensor, ...]:
-    """out, lse and the gradients of inputs.
-
-    `backwards` sums over keys in reverse, so that float64, too, has an error of its own.
-    """
-    inputs = tuple(x.detach().to(dtype).requires_grad_() for x in inputs)
-    q, k, v, *sinks = inputs
-    order = [2] if backwards else []
-    out, lse = reference(q, k.flip(order), v.flip(order), dense.flip([3] if backwards else []), scale, *sinks)
-    gradients = torch.autograd.grad((out, lse), inputs, (dout.to(dtype), dlse.to(lse.dtype)))
-    return out.detach(), lse.detach(), *gradients
-
-
-def _largest_terms(
-    inputs: tuple[Tensor, ...], dout: Tensor, dlse: Tensor, dense: Tensor, scale: float, exact: tuple[Tensor, ...]
-) -> tuple[float, ...]:
-    """For each result the largest root of summed squares of the terms that an element is computed from.
-
-    Errors in a score and in the lse are errors in the exponent, so a probability weighs one more by their terms.
-
-    Source: the probabilistic error bound of sums, Higham and Mary, A New Approach to Probabilistic Rounding Error
-    Analysis, 2019.
-    """
-    group = inputs[0].shape[1] // inputs[1].shape[1]
-    q, k, v, *sinks = (x.detach().double() for x in inputs)
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    out, lse = exact[:2]
-    p = (q @ k.mT * scale - lse[..., None]).masked_fill(~dense, -torch.inf).exp().nan_to_num(0.0)
-    finite_lse = lse.masked_fill(lse.isinf(), 0.0)
-    shares = [(sink[:, None] - finite_lse).exp() for sink in sinks]
-    sinks = [sink.masked_fill(sink.isinf(), 0.0)[:, None] for sink in sinks]
-    q, k, v, p, dout, dlse, out, lse, *sinks = (
-        x.double().square() for x in (q, k, v, p, dout, dlse, out, finite_lse, *sinks)
-    )
-    scores = q @ k.mT * scale**2
-    p = p * (1 + scores + lse[..., None])
-    delta = (dout * out).sum(-1) + dlse
-    ds = p * (dout @ v.mT + delta[..., None]) * scale**2
-    terms = [p @ v, scores, ds @ k, ds.mT @ q, p.mT @ dout]
-    for sink, share in zip(sinks, shares, strict=True):
-        terms.append((share.square() * (1 + sink + lse) * delta).sum((0, 2)))
-    return tuple(float(x.max()) ** 0.5 if x.numel() else 0.0 for x in terms)
 
 
 def _assert_near(name: str, found: Tensor, exact: Tensor, budget: float) -> None:

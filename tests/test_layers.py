@@ -11,11 +11,23 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # folder that it is in. Others may import none of it.
 ORDER = {
     "": [
-        *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets", "backends", "op", "api"),
+        *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets", "scores", "backends", "op"),
+        "api",
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
     "ground": ["names", "modes", "arguments", "qkv", "identity", "transfer", "copies"],
-    "expr": ["intervals", "ops", "nodes", "format", "evaluate", "reasons", "ranges", "bounds", "simplify"],
+    "expr": [
+        "intervals",
+        "ops",
+        "nodes",
+        "format",
+        "evaluate",
+        "reasons",
+        "ranges",
+        "bounds",
+        "simplify",
+        "derivative",
+    ],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
         *("hooks", "builtin_calls", "lower", "trace", "combine"),
@@ -27,7 +39,7 @@ ORDER = {
     "analysis/ways": [
         *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "written"],
     "masks": [
         *(
             "lines",
@@ -44,7 +56,8 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "backends": ["merge", "sinks", "reference", "cpu", "triton"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads"],
+    "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
     ],

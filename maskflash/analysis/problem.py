@@ -103,21 +103,22 @@ class Problem:
         nowhere = tokens.new_zeros(())
         return self.indices(b, h, *((tokens, nowhere) if axis == 0 else (nowhere, tokens)))
 
+    def largest(self, expr: Expr | None = None) -> float:
+        """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
+        expr = self.expr if expr is None else expr
+        found = largest(expr, self.inputs, self.extents)
+        return bounds(expr, self.inputs, self.box()).largest if found is None else found
+
+    def box(self) -> dict[str, Interval]:
+        """The box of all pairs: the first and the last of each index, offsets included."""
+        return {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in self.extents.items()}
+
     @property
     def extents(self) -> dict[str, Reach]:
         """For `b`, `h`, `q`, `kv` the first and the last index, offsets included."""
         ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads))}
         ends["q"], ends["kv"] = _extent(self.q_offset, self.q_len), _extent(self.kv_offset, self.kv_len)
         return ends
-
-    def largest(self, expr: Expr | None = None) -> float:
-        """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
-        expr, ends = self.expr if expr is None else expr, self.extents
-        found = largest(expr, self.inputs, ends)
-        if found is not None:
-            return found
-        boxes = {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in ends.items()}
-        return bounds(expr, self.inputs, boxes).largest
 
     def block_map(self, rows: Runs, columns: Runs | None = None) -> BlockMap:
         """The map of runs along rows of tiles; those along columns follow from them, unless they are given."""

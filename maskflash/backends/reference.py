@@ -6,6 +6,8 @@ the truth and in bfloat16 the "plain same-dtype implementation" that the error b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -15,9 +17,16 @@ from maskflash.ground import arguments, qkv
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+    score: Callable[[Tensor], Tensor] | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense masked attention: out = softmax(scale · q kᵀ over the visible columns) v.
+    """Dense masked attention: out = softmax(score(scale · q kᵀ) over the visible columns) v.
 
     Args:
         q: (B, Hq, Sq, D), any floating dtype.
@@ -26,6 +35,8 @@ def reference(
         mask: bool, broadcastable to (B, Hq, Sq, Skv); True where the pair may attend.
         scale: factor of the scores.
         sinks: (Hq,), scores of one more column whose v is 0, for each head; None for none.
+        score: what becomes of the scaled products (B, Hq, Sq, Skv); -inf hides a pair. None: they stay what they are.
+        kept: of dropout, floating (B, Hq, Sq, Skv): what each weight is multiplied by; None for 1.
 
     Returns:
         out: (B, Hq, Sq, Dv) and lse: (B, Hq, Sq), natural logarithm, both in q's dtype. A row that sees nothing
@@ -54,7 +65,14 @@ def reference(
     q = q.masked_fill(~seen[..., None], 0.0)
     k = k.masked_fill(~used[..., None], 0.0).repeat_interleave(group, dim=1)
     v = v.masked_fill(~used[..., None], 0.0).repeat_interleave(group, dim=1)
-    scores = (q @ k.mT * scale).masked_fill(~visible, -torch.inf)
+    scores = q @ k.mT * scale
+    if score is not None:
+        if scores.requires_grad:  # 0 * inf is NaN: what a hidden pair's score changes is nothing
+            scores.register_hook(lambda gradient: gradient.masked_fill(~visible, 0.0))
+        scores = score(scores).to(q.dtype)
+        visible = visible & (scores != -torch.inf)
+        seen = visible.any(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
     # A row without a visible column gets finite scores first, and its results are replaced afterwards.
     scores = scores.masked_fill(~seen[..., None], 0.0)
     empty = q.new_full((heads,), -torch.inf) if sinks is None else sinks.to(q.dtype)
@@ -62,7 +80,10 @@ def reference(
     empty = empty[:, None].expand(batch, heads, q_len)  # lse of a row that sees nothing
     if sinks is not None:
         scores, v = torch.cat((scores, empty[..., None]), dim=-1), pad(v, (0, 0, 0, 1))
-    out = scores.softmax(-1) @ v
+    weights = scores.softmax(-1)
+    if kept is not None:
+        weights = weights * (kept if sinks is None else pad(kept, (0, 1), value=1.0))
+    out = weights @ v
     return out.masked_fill(~seen[..., None], 0.0), torch.where(seen, scores.logsumexp(-1), empty)
 
 

@@ -47,7 +47,7 @@ def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
         return torch.zeros(shape, dtype=torch.bool, device=pairs["q"].device)
     value, faults = compute(expr, inputs, pairs)
     if any(bool(fault.any()) for fault in faults):
-        _raise_if_reached(expr, inputs, pairs)
+        raise_if_reached(expr, inputs, pairs)
     return value.to(torch.bool).expand(shape)
 
 
@@ -175,8 +175,12 @@ def every_value(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> tupl
     return values, faults
 
 
-def _raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
-    """Evaluate once more and report the first fault that no guard excludes."""
+def raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> None:
+    """Evaluate once more, keeping everything, and report the first fault that no guard excludes.
+
+    Raises:
+        MaskIndexError: with the user's line, the index and the fix.
+    """
     values, faults = every_value(expr, inputs, pairs)
     truth = [value.to(torch.bool) for value in values]
     for position, (fault, reach) in enumerate(zip(faults, reached(expr, truth, truth), strict=True)):

@@ -96,6 +96,11 @@ class Expr:
         """The index variables the mask looks at, of b, h, q, kv."""
         return frozenset(node.op for node in self.nodes if node.op in INDEX_VARIABLES)
 
+    @property
+    def is_score(self) -> bool:
+        """Whether it is the score as it is."""
+        return self.nodes[-1].op == "score"
+
     @cached_property
     def real_params(self) -> frozenset[int]:
         """The slots of params that are floating-point numbers."""

@@ -130,7 +130,7 @@ _TABLE = (
     *(_smooth(compute.__name__, compute) for compute in (torch.exp, torch.exp2, torch.expm1, torch.rsqrt, torch.erf)),
     *(_smooth(compute.__name__, compute) for compute in (torch.log, torch.log2, torch.log1p, torch.tanh)),
     *(_smooth(compute.__name__, compute) for compute in (torch.sigmoid, torch.sin, torch.cos, torch.tan, torch.atan)),
-    _two("pow", torch.pow, _UNKNOWN, "float_power", inexact=True, of_truths=False),
+    Operation("pow", 2, torch.pow, inexact=True, of_truths=False),
     # division, rounded down or towards zero, and what it leaves
     _division("floordiv", torch.floor_divide, Bounds(on.division("floor")), symbol="//", counts=True),
     _division("mod", torch.remainder, Bounds(on.mod), symbol="%", counts=True),

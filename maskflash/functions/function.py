@@ -95,8 +95,8 @@ class Function:
         self.traces = Traces()
         self.number = next(_numbers)
 
-    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
-        """The value at a pair, for numbers, tensors or the symbols of a trace."""
+    def __call__(self, *indices: Any, **mask_args: Any) -> Any:
+        """The value at a pair, (b, h, q, kv) or what else it takes: numbers, tensors or the symbols of a trace."""
         raise NotImplementedError
 
     # What kinds of functions differ in

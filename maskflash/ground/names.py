@@ -7,22 +7,22 @@ from typing import Any, Final
 from maskflash.errors import ArgumentError, ArgumentTypeError
 
 _QUESTIONS: Final = "Mask.dense and the other questions about a mask (a call has it from q and k)"
-_LATER: Final = "attention itself, which is to have it some day"
-
 OWN: Final = {
     **dict.fromkeys(
-        ("q", "k", "v", "q_offset", "kv_offset", "sinks", "return_lse"), "mf.attention and of the compiled op's calls"
+        ("q", "k", "v", "q_offset", "kv_offset", "sinks", "dropout_p", "generator", "seed", "return_lse"),
+        "mf.attention and of the compiled op's calls",
     ),
-    **dict.fromkeys(("mask", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"),
+    **dict.fromkeys(
+        ("mask", "score", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"
+    ),
     **dict.fromkeys(("check", "tune"), "mf.compile"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
     "causal": "Mask.to_flashmask",
     "self": "Python's methods",
-    **dict.fromkeys(("dropout_p", "generator", "score", "seed"), _LATER),
 }
-"""Arguments of ours, present and to come, by what takes them: a mask's own arguments have other names."""
+"""Arguments of ours, by what takes them: a mask's own arguments have other names."""
 
 _MASK: Final = "the mask is the fourth argument"
 _CAUSAL: Final = f"{_MASK}: mf.causal()"
@@ -32,8 +32,8 @@ _PADDED: Final = f"{_MASK}: mf.padding(lengths)"
 _VECTORS: Final = f"{_MASK}: mf.ColumnIntervals.from_flashmask(indices, causal); or call mf.flashmask_attention"
 _NATTEN: Final = f"{_MASK}: mf.natten(height, width, kernel_h, kernel_w)"
 _NEEDLESS: Final = "leave it out"
-_NO_DROPOUT: Final = "not yet: there is no dropout; leave it out where it is 0"
-_NO_SCORES: Final = "not yet: there are no score functions, soft caps or biases"
+_DROPOUT: Final = "dropout_p="
+_SCORE: Final = "score=, a function f(score, b, h, q, kv)"
 _SINKS: Final = "sinks=, a number for each query head; for sinks that are tokens join a mask of kv < n"
 _NO_PAGES: Final = "not yet: there are no paged caches; pass contiguous k and v"
 _LSE: Final = "return_lse=True gives the lse; probabilities are never stored"
@@ -44,13 +44,13 @@ PEERS: Final = {
     # torch's scaled_dot_product_attention and MultiheadAttention
     "attn_mask": _MASK,
     "is_causal": _CAUSAL,
-    "dropout_p": _NO_DROPOUT,
+    "dropout_p": "it is an argument of each call: attn(q, k, v, dropout_p=...)",
     "enable_gqa": f"{_NEEDLESS}: fewer heads of k and v are grouped by themselves",
     "key_padding_mask": f"{_PADDED}, or mf.mask(lambda b, h, q, kv: not hidden[b, kv])",
     "need_weights": _LSE,
     "average_attn_weights": _LSE,
     # FlexAttention
-    "score_mod": _NO_SCORES,
+    "score_mod": f"{_SCORE}, a score_mod as it is",
     "mask_mod": f"{_MASK}, a mask_mod as it is",
     "block_mask": f"{_MASK}: mf.from_flex(block_mask), or its mask_mod",
     "kernel_options": f"{_NEEDLESS}; block_size= and mf.compile(..., tune=True) choose tiles",
@@ -59,8 +59,8 @@ PEERS: Final = {
     "causal": _CAUSAL,
     "window_size": _WINDOW,
     "softmax_scale": "scale=",
-    "softcap": _NO_SCORES,
-    "alibi_slopes": _NO_SCORES,
+    "softcap": "score=mf.scores.softcap(cap)",
+    "alibi_slopes": "score=mf.scores.alibi(slopes)",
     "return_attn_probs": _LSE,
     "return_softmax_lse": "return_lse=True",
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens_q", "cu_seq_lens_k"), _DOCUMENTS),
@@ -77,28 +77,28 @@ PEERS: Final = {
     **dict.fromkeys(("num_splits", "pack_gqa", "sm_margin"), _NEEDLESS),
     **dict.fromkeys(("s_aux", "learnable_sink", "attention_sinks"), _SINKS),
     # xFormers
-    "attn_bias": f"{_MASK}: mf.causal(), mf.document(lengths=...); not yet: biases added to scores",
-    "p": _NO_DROPOUT,
+    "attn_bias": f"{_MASK}: mf.causal(), mf.document(lengths=...); biases are score=mf.scores.bias(x)",
+    "p": _DROPOUT,
     "op": "backend=",
     "output_dtype": f"{_NEEDLESS}: out has q's dtype",
     # FlashMask
     "startend_row_indices": _VECTORS,
-    **dict.fromkeys(("training", "fixed_seed_offset", "rng_name", "return_seed_offset"), _NO_DROPOUT),
+    "training": f"{_DROPOUT}, 0 where nothing is trained",
+    **dict.fromkeys(("fixed_seed_offset", "rng_name", "return_seed_offset"), "seed= or generator="),
     # Transformers
     "attention_mask": f"{_MASK}: {_PADDED.rpartition(': ')[2]}, or the boolean tensor",
     "scaling": "scale=",
-    "dropout": _NO_DROPOUT,
+    "dropout": _DROPOUT,
     "sliding_window": f"{_MASK}: mf.sliding_window(n - 1), which counts the tokens before each one",
     "position_ids": f"{_MASK}: mf.document(ids=...)",
-    "position_bias": _NO_SCORES,
+    "position_bias": "score=mf.scores.bias(position_bias), or mf.scores.relative_bias(table)",
     "head_mask": f"multiply the heads of out by it: {_NEEDLESS}",
     "output_attentions": _LSE,
     # NATTEN
     "kernel_size": _NATTEN,
     "dilation": f"{_MASK}: mf.dilated_window(window, dilation)",
-    # to come
-    "score": _NO_SCORES,
-    **dict.fromkeys(("generator", "seed"), _NO_DROPOUT),
+    "score": "it is an argument of mf.compile and mf.attention",
+    **dict.fromkeys(("generator", "seed"), "it is an argument of each call: attn(q, k, v, seed=...)"),
     "dtype": f"{_NEEDLESS}: cast q, k and v, or use autocast",
 }
 """What other attentions call their arguments -> what to write here."""
@@ -111,7 +111,7 @@ MASKS: Final = {
     "BlockMask": "mf.from_flex(block_mask)",
     "CausalBias": f"{_CAUSAL_MASK}, with {_BOTTOM} if it is aligned to the lower right",
     "LowerTriangularMask": _CAUSAL_MASK,
-    "LowerTriangularMaskWithTensorBias": f"{_CAUSAL_MASK}; biases are not supported yet",
+    "LowerTriangularMaskWithTensorBias": f"{_CAUSAL_MASK}, and its bias as score=mf.scores.bias(x)",
     "LowerTriangularFromBottomRightMask": f"{_CAUSAL_MASK} with {_BOTTOM}",
     "LowerTriangularFromBottomRightLocalAttentionMask": f"mf.sliding_window(left) with {_BOTTOM}",
     "LocalAttentionFromBottomRightMask": f"mf.sliding_window(left, right) with {_BOTTOM}",

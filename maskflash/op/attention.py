@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Final, Literal, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import autograd, cache, checking
 from maskflash.op.analyse import Analysis
-from maskflash.op.spec import Backend, Spec
+from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
+from maskflash.scores.lifting import Lifted
+from maskflash.scores.score import Score, own_arguments
+from maskflash.scores.seeds import probability, seed_of
 
 if TYPE_CHECKING:
     from maskflash.backends.triton.signature import PassName
@@ -27,6 +30,15 @@ if TYPE_CHECKING:
 
 BackendChoice = Literal["auto", "cpu", "triton"]
 
+
+class _Dropped(NamedTuple):
+    """The dropout of a call: its probability, and its seed where there is any."""
+
+    p: float = 0.0
+    seed: Tensor | None = None
+
+
+_KEPT: Final = _Dropped()
 _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
 
@@ -38,7 +50,9 @@ class Attention:
     attention ops together, and made again when a table has been written to.
 
     Attributes:
-        mask: which pairs may attend.
+        mask: which pairs may attend; where a score function hides pairs, joined with those that it leaves.
+        name: of the mask as it was given.
+        score: how strongly they attend; None for the scaled products themselves.
         scale: factor of the scores; None for 1/sqrt(D).
         block_size: (bq, bkv), a tile in tokens.
         backend: as asked for.
@@ -56,7 +70,12 @@ class Attention:
         deterministic: bool,
         tune: bool = False,
         check: bool = False,
+        score: Score | None = None,
     ) -> None:
+        self.name = mask.name
+        self.score = score
+        if score is not None:
+            mask = mask & Lifted(score)
         self.mask = mask
         self.scale = scale
         self.block_size = block_size
@@ -75,6 +94,9 @@ class Attention:
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
         sinks: Tensor | None = None,
+        dropout_p: float = 0.0,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
         return_lse: Literal[False] = False,
         **mask_args: Any,
     ) -> Tensor: ...
@@ -96,10 +118,13 @@ class Attention:
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
         sinks: Tensor | None = None,
+        dropout_p: float = 0.0,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
         return_lse: bool = False,
         **mask_args: Any,
     ) -> Any:
-        """Attend: out = softmax(scale · q kᵀ over the visible keys) v.
+        """Attend: out = softmax(score(scale · q kᵀ) over the visible keys) v.
 
         Under autocast q, k and v are cast as for torch's own attention. torch.compile takes the call whole.
 
@@ -113,14 +138,19 @@ class Attention:
                 longer, whose start is out of reach.
             sinks: floating tensor (Hq,), for each head the score of one more key whose value is 0, which every row
                 sees: it takes a share of the softmax and adds nothing. -inf is none.
+            dropout_p: probability of dropping a pair's weight, 0 <= dropout_p < 1; the others are divided by
+                1 - dropout_p, and lse stays what it is without. Which pairs are kept is a function of the seed and the
+                pair's position alone: see docs/numerics.md.
+            generator: draws the seed; None for torch's own.
+            seed: an int, or an int64 tensor of one element, instead of one that is drawn.
             return_lse: also return the log-sum-exp of the scores, the sink's among them.
-            **mask_args: the mask's own arguments.
+            **mask_args: the mask's own arguments, and the score function's.
 
         Returns:
             out: (B, Hq, Sq, Dv) in q's dtype; 0 in rows that see nothing.
             lse: if asked for, (B, Hq, Sq), natural logarithm of summed exponentials of scaled scores, float32
-            (float64 for float64), -inf (or the sink) in rows that see nothing. Both are differentiable in q, k, v and
-            sinks.
+            (float64 for float64), -inf (or the sink) in rows that see nothing. Both are differentiable in q, k, v,
+            sinks and what floating-point tensors the score function looks up.
 
         Raises:
             ArgumentError: shapes, devices or ranges that don't fit.
@@ -134,8 +164,12 @@ class Attention:
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
+        dropout = _KEPT
+        if dropout_p != 0.0 or generator is not None or seed is not None:
+            dropout = _dropout(dropout_p, generator, seed, q.device)
+        plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
-        if not (is_seen or self.check):
+        if plain and not (is_seen or self.check):
             stamp = self.mask.look()
             name = self._name(q, k, v, q_offset, kv_offset, sinks, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
@@ -144,7 +178,7 @@ class Attention:
             if sinks is not None:
                 qkv.check_sinks(sinks, q)
             sizes = self._sizes(q, k, q_offset, kv_offset)
-            spec = self._spec(sizes, q.shape[3], sinks, mask_args, stamp, check=self.check)
+            spec = self._spec(sizes, q, sinks, mask_args, stamp, dropout, check=self.check)
             try:
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
@@ -160,13 +194,13 @@ class Attention:
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
                 cache.note(name, [*self.mask.held(), *tensors], spec, sizes)
-        if not return_lse and sinks is None:
+        if plain and not return_lse and sinks is None:
             scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
             at_once: Tensor | None = autograd.at_once(analysis, scale, q, k, v)
             if at_once is not None:
                 return at_once
         if spec is None:
-            spec = self._spec(self._sizes(q, k, q_offset, kv_offset), q.shape[3], sinks, mask_args, stamp)
+            spec = self._spec(self._sizes(q, k, q_offset, kv_offset), q, sinks, mask_args, stamp)
         out, lse = autograd.attend(analysis, spec, q, k, v)
         return (out, autograd.natural(spec, lse)) if return_lse else out
 
@@ -263,10 +297,11 @@ class Attention:
     def _spec(
         self,
         sizes: Sizes,
-        head_dim: int,
+        q: Tensor,
         sinks: Tensor | None,
         mask_args: dict[str, Any],
         stamp: int | None = None,
+        dropout: _Dropped = _KEPT,
         *,
         check: bool = False,
     ) -> Spec:
@@ -275,9 +310,25 @@ class Attention:
         slots, params, tables = self._bound(sizes, mask_args, stamp)
         if check:
             self._check(slots, tables, sizes)
-        scale = int(head_dim) ** -0.5 if self.scale is None else self.scale
+        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
         offsets = sizes.q_offset, sizes.kv_offset
-        return Spec.make(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend)
+        scored = self._scored(sizes, q.dtype, mask_args)
+        return Spec.make(
+            *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
+            seed=dropout.seed,
+            dropout_p=dropout.p,
+        )
+
+    def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
+        """The score function in a call."""
+        if self.score is None:
+            return UNSCORED
+        slots, params, tables = self.score.at(dtype).bind(sizes, own_arguments(self.score, mask_args))
+        if slots.expr.is_score:
+            return UNSCORED
+        qkv.same_device(sizes.device, [*zip(slots.names, tables, strict=True)])
+        learning = torch.is_grad_enabled()
+        return Scored(slots.text, params, tables, [learning and table.requires_grad for table in tables])
 
     def _bound(
         self, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None
@@ -339,7 +390,7 @@ class Attention:
         problem = self.mask.at_call("Attention.explain", q_len, kv_len, call).tiled(self.block_size)
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
-        return Explanation(self.mask.name, problem, cache.of_problem(problem, backend), backend, why)
+        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why)
 
     def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
         """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
@@ -449,4 +500,14 @@ class Attention:
         return chosen
 
     def __repr__(self) -> str:
-        return f"Attention({self.mask.name}, backend={self.backend!r}, block_size={self.block_size})"
+        score = "" if self.score is None else f", score={self.score.name}"
+        return f"Attention({self.name}{score}, backend={self.backend!r}, block_size={self.block_size})"
+
+
+def _dropout(p: Any, generator: Any, seed: Any, device: torch.device) -> _Dropped:
+    """What a caller says of dropout, checked; a seed is drawn only where something is dropped."""
+    p = probability("attention", p)
+    if seed is None and p == 0:
+        return _KEPT
+    found = seed_of("attention", seed, generator, device)
+    return _Dropped(p, found) if p else _KEPT

@@ -223,7 +223,10 @@ def found(spec: Spec, q: Tensor, k: Tensor) -> Analysis:
     """The analysis of a call, made now or found."""
     if checking.ALWAYS:
         checking.check("attention", _named(spec))
-    return cache.find(spec, Sizes.of(q, k))
+    sizes = Sizes.of(q, k)
+    analysis = cache.find(spec, sizes)
+    cache.check_reads(spec, sizes)
+    return analysis
 
 
 def _named(spec: Spec) -> list[tuple[str, Tensor]]:

@@ -20,6 +20,7 @@ from maskflash.ground.identity import Watch, owner, state
 from maskflash.op import checking
 from maskflash.op.analyse import Analysis, analyse
 from maskflash.op.spec import Backend, Spec
+from maskflash.scores import reads
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
 MEMORY: Final = 1 << 30  # bytes of them; the latest stays, however large
@@ -39,6 +40,8 @@ _lock = threading.RLock()  # of all that is kept here; nobody holds it while a m
 _entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 _names: OrderedDict[Hashable, tuple[Hashable, Watch]] = OrderedDict()
 """Keys of entries by their other names: calls like one before, and the storages that backward is given."""
+_sound: OrderedDict[Hashable, Watch] = OrderedDict()
+"""Calls whose score function was found to look up what is there."""
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
 
@@ -88,11 +91,38 @@ def note(name: Hashable, tensors: Iterable[Tensor], spec: Spec, sizes: Sizes) ->
     _name(name, _key(spec, sizes), Watch(tensors))
 
 
+def check_reads(spec: Spec, sizes: Sizes) -> None:
+    """Check that what a spec's score looks up is there, unless a call like this one was found to be right.
+
+    Raises:
+        MaskIndexError: a visible pair looks up what a table doesn't have.
+    """
+    if not spec.score:
+        return
+    # Numbers in a floating-point table change with each step of training, and decide nothing here.
+    whole = [table for table in spec.score_tables if not table.is_floating_point()]
+    shapes = tuple([table.shape for table in spec.score_tables])
+    decides = tuple([_identity(table, saved=False) for table in whole])
+    key = _key(spec, sizes), spec.score, *spec.score_params, shapes, decides
+    known = _sound.get(key)
+    if known is not None and not known.expired():
+        return
+    score = spec.strength.score
+    assert score is not None, "its text is not empty"
+    reads.check(spec.problem(sizes), score.expr, score.inputs)
+    with _lock:
+        watch = Watch(owner(x) for x in (*whole, *spec.of_mask) if x is not None and not x.is_inference())
+        _sound[key] = watch
+        while len(_sound) > _MOST_NAMES:
+            _sound.popitem(last=False)
+
+
 def invalidate(expressions: set[str] | None = None) -> None:
     """Forget the analyses of these expressions (canonical texts), or all; and what was copied or seen of any table."""
     copies.forget()
     checking.forget()
     with _lock:
+        _sound.clear()
         for key in list(_entries):
             if expressions is None or (isinstance(key, tuple) and key[0] in expressions):
                 _forget(key)

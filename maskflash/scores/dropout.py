@@ -8,13 +8,15 @@ first of Philox4x32-10. A pair then costs one product and one comparison:
     column word  C = likewise with counter (kv, h, b, 1)
     kept         R * C >= round(p * 2^32) - 2^31, product and comparison in int32, which wraps
 
-Why a product suffices. Both words are odd, and odd numbers are a group under multiplication mod 2^32. So in every row
-and every column, and for any two pairs, products are as independent as the words are. What is left to fear is
-structure over many rows and columns, which is what the singular values of the matrix of kept pairs show. They are the
-Fourier coefficients of an interval over that group, and the Polya-Vinogradov inequality bounds each by 22 / 2^16 of the
-matrix's side. A matrix of independent pairs has singular values up to 2 / sqrt(side): more, up to millions of tokens. A
-mixer of xors, shifts and products costs three times as much, and no test here tells it apart; xor and one product cost
-more than the product, and fail those tests.
+Why a product suffices. Both words are odd, and odd numbers are a group under multiplication mod 2^32. So the products
+in one row, or in one column, are as independent as the words are, and so are any two that share neither. What is left
+to fear is structure over many rows and columns, which the singular values of the matrix of kept pairs would show. They
+are Fourier coefficients of an interval over that group: at most 22 / 2^15 of the matrix's side by the Polya-Vinogradov
+inequality, and an eighth of that where they were computed, for moduli of 16 to 24 bits. Independent pairs have up to
+2 sqrt(p (1 - p) / side), which is more for any number of tokens below 780,000 (by the bound) at p = 0.1.
+
+A mixer of xors, shifts and products costs almost three times as much, and no test here tells the two apart. An xor and
+one product cost more than a product alone, and fail these tests.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011; docs/numerics.md has test vectors.
 """

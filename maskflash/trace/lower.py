@@ -23,6 +23,8 @@ from types import (
 )
 from typing import Any
 
+import torch
+
 from maskflash.trace import hooks
 from maskflash.trace.branches import explore
 from maskflash.trace.builtin_calls import draw_of, extreme_of, id_, isinstance_, print_, telling, type_
@@ -86,6 +88,12 @@ def call(function: Any) -> Any:
     tracer = active()
     if tracer is None or not callable(function):
         return function
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        tracer.fail(
+            f"calls `{owner.__name__}.apply`, whose own derivative can't be followed",
+            "Write what its forward computes: the derivative is found from that.",
+        )
     if draw := draw_of(function):
         return lambda *args, **kwargs: tracer.fail_draw(draw)
     if isinstance(function, (type, *_IN_C)):

@@ -24,6 +24,8 @@ _INDEX_FIX = "Index the tensor with b, h, q or kv, one index per dimension."
 def apply(tracer: Tracer, op: str, *operands: object) -> Symbol:
     """Record an operation on symbols, numbers and 0-dim tensors, under torch's promotion rules."""
     operation = OPERATIONS[op]
+    if operation.inexact and not tracer.role.scores:
+        tracer.fail_inexact(op)
     masks = operation.fixes == "mask"
     fixed = (masks, bool(operation.fixes))
     args = [position(tracer, operand, place, fixed[place]) for place, operand in enumerate(operands)]
@@ -200,6 +202,8 @@ class Symbol(_StandIn):
     def __pow__(self, exponent: object) -> Symbol:
         most = 3 if self.dtype.is_floating_point else 8  # torch multiplies floats out only so far
         if not isinstance(exponent, int) or not 0 < exponent <= most or self.dtype == torch.bool:
+            if self.tracer.role.scores:
+                return apply(self.tracer, "pow", self, exponent)
             self.tracer.fail(
                 "raises to a power", "Exponents may be 1 to 8 on integers and 1 to 3 on floats; else multiply."
             )
@@ -210,6 +214,9 @@ class Symbol(_StandIn):
         root = self ** (exponent // 2)
         return apply(self.tracer, "mul", root, root)  # a square, which is never negative
 
+    def __rpow__(self, base: object) -> Symbol:
+        return apply(self.tracer, "pow", base, self) if self.tracer.role.scores else self._concrete()
+
     def _concrete(self, *_: object) -> NoReturn:
         self.tracer.fail(
             "needs a concrete value",
@@ -218,7 +225,7 @@ class Symbol(_StandIn):
         )
 
     __int__ = __float__ = __index__ = __complex__ = __iter__ = __len__ = __array__ = __format__ = _concrete
-    __round__ = __trunc__ = __floor__ = __ceil__ = __rpow__ = __matmul__ = __setitem__ = _concrete
+    __round__ = __trunc__ = __floor__ = __ceil__ = __matmul__ = __setitem__ = _concrete
 
     def __hash__(self) -> int:
         self.tracer.fail("uses an index as a key", "Look it up in a tensor instead of a dict, set or cache.")

@@ -125,6 +125,12 @@ def _keeps_one_element(sizes: tuple[Any, ...], kwargs: Mapping[str, Any]) -> boo
 
 
 def _unsupported(tracer: Tracer, what: str) -> NoReturn:
+    if tracer.role.scores:
+        tracer.fail(
+            f"uses {what}, which has no derivative here",
+            "Scores may use arithmetic, look-ups, where, min/max/clamp/abs, rounding, and exp, log, tanh, sigmoid, "
+            "pow, sqrt, sin, cos and erf.",
+        )
     tracer.fail(
         f"uses {what}, which has no meaning in a mask expression",
         "Masks may use arithmetic, comparisons, look-ups, where, min/max/clamp/abs and rounding.",
@@ -171,6 +177,16 @@ def _divide(tracer: Tracer, x: object, y: object, *, rounding_mode: str | None =
     return apply(tracer, {None: "truediv", "floor": "floordiv", "trunc": "truncdiv"}[rounding_mode], x, y)
 
 
+def _softplus(tracer: Tracer, x: object, beta: float = 1, threshold: float = 20) -> Symbol:
+    scaled = apply(tracer, "mul", x, beta)
+    small = apply(tracer, "truediv", apply(tracer, "log1p", apply(tracer, "exp", scaled)), beta)
+    return _where(tracer, apply(tracer, "gt", scaled, threshold), x, small)
+
+
+def _float_power(tracer: Tracer, x: object, exponent: object) -> Symbol:
+    return apply(tracer, "pow", _cast(tracer, x, torch.float64), exponent)
+
+
 def _logical(op: str) -> Callable[..., Symbol]:
     def connect(tracer: Tracer, x: object, *y: object) -> Symbol:
         return apply(tracer, op, truth(tracer, x), *(truth(tracer, operand) for operand in y))
@@ -213,6 +229,11 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     **{"any": lambda t, x: truth(t, x), "all": lambda t, x: truth(t, x), "size": lambda t, x: torch.Size(())},
     **{"dim": lambda t, x: 0, "numel": lambda t, x: 1, "__getitem__": lambda t, x, index: x[index]},
     **{"is_floating_point": lambda t, x: x.dtype.is_floating_point},
+    **{"masked_fill": lambda t, x, hidden, value: _where(t, hidden, value, x)},
+    **{"relu": lambda t, x: _where(t, apply(t, "gt", x, 0), x, 0)},
+    **{"silu": lambda t, x: apply(t, "mul", x, apply(t, "sigmoid", x)), "softplus": _softplus},
+    **{"logsigmoid": lambda t, x: apply(t, "neg", _softplus(t, apply(t, "neg", x)))},
+    **{"reciprocal": lambda t, x: apply(t, "truediv", 1.0, x), "float_power": _float_power},
 }
 _METHOD_NAMES = {"where": "x.where"}  # x.where(condition, y) is torch.where(condition, x, y)
 _METHODS = frozenset((*_NAMES, *_SAME, *_SHAPES, *_CASTS, *_CONCRETE, *_SPECIAL))

@@ -1,4 +1,4 @@
-"""A mask predicate and its run-time arguments -> an expression and what fills its slots.
+"""A mask predicate or a score function, and its run-time arguments -> an expression and what fills its slots.
 
 Source: symbolic execution (King, 1976); operators are recorded on stand-ins for b, h, q and kv, short-circuit
 connectives are lowered from the syntax tree, and statement-level branches run once per outcome and are merged.
@@ -22,7 +22,6 @@ from torch import Tensor
 from maskflash.errors import ArgumentError, ArgumentTypeError, MaskTraceError
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr, Node, Source
-from maskflash.expr.ops import INDEX_VARIABLES
 from maskflash.expr.simplify import simplify
 from maskflash.ground.names import instead_of
 from maskflash.trace import torch_calls
@@ -30,7 +29,7 @@ from maskflash.trace.branches import explore_all
 from maskflash.trace.lower import lower, python_code
 from maskflash.trace.paths import FEW_PATHS, MAX_PATHS, Apart, RaisesInBranch, TooManyPaths, Unrepeatable
 from maskflash.trace.symbols import Symbol, Table, element, is_bool, symbol, truth
-from maskflash.trace.tracer import ACTIVE, Argument, Captured, Sources, TorchCalls, Tracer, View, active
+from maskflash.trace.tracer import ACTIVE, MASK, Argument, Captured, Role, Sources, TorchCalls, Tracer, View, active
 
 MaskArg = Tensor | int | float | bool
 
@@ -83,38 +82,42 @@ def _table(captured: Mapping[str, Any], table: Tensor | Argument | View) -> Any:
     return captured[table] if isinstance(table, Captured) else table
 
 
-def keyword_arguments(predicate: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a predicate's keyword-only parameters; its positional ones must be b, h, q, kv, by place."""
-    name = _home(predicate).function
+def keyword_arguments(predicate: Callable[..., Any], role: Role = MASK) -> tuple[str, ...]:
+    """Names of a function's keyword-only parameters; its positional ones must be those of its role, by place."""
+    name, takes = _home(predicate).function, len(role.takes)
     try:
         parameters = list(inspect.signature(predicate).parameters.values())
     except (TypeError, ValueError):
-        fix = instead_of(predicate) or "; pass a function f(b, h, q, kv)"
-        raise ArgumentTypeError(f"mask: predicate is a {type(predicate).__name__}{fix}") from None
+        fix = instead_of(predicate) or f"; pass a function f({', '.join(role.takes)})"
+        raise ArgumentTypeError(f"{role.name[2:]} is a {type(predicate).__name__}{fix}") from None
     required = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for place, p in enumerate(required) if place < 4 or p.default is p.empty]
-    if len(required) != 4 and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
+    required = [p for place, p in enumerate(required) if place < takes or p.default is p.empty]
+    if len(required) != takes and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
         got = ", ".join(p.name for p in parameters)
         fix = (
-            "Score functions are not supported yet; one that only hides is a mask: return where it keeps the score."
-            if required and required[0].name.startswith("score")
-            else "Take all four, also those you don't use; put run-time tensors after a `*`: "
-            "def packed(b, h, q, kv, *, doc)."
+            "A score function is given as `score=`: mf.compile(mask, score=...)."
+            if not role.scores and required and required[0].name.startswith("score")
+            else "Take all of them, also those you don't use; put run-time tensors after a `*`: "
+            f"def packed({', '.join(role.takes)}, *, doc)."
         )
-        raise ArgumentError(f"{name}: a mask predicate takes (b, h, q, kv), got ({got}). {fix}")
+        raise ArgumentError(f"{name}: {role.name} takes ({', '.join(role.takes)}), got ({got}). {fix}")
     return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
 
 
 def trace(
-    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg] | None = None, sources: Sources | None = None
+    predicate: Callable[..., Any],
+    mask_args: Mapping[str, MaskArg] | None = None,
+    sources: Sources | None = None,
+    role: Role = MASK,
 ) -> Traced:
-    """Run a predicate on symbols and return what it computes.
+    """Run a function on symbols and return what it computes.
 
     Args:
-        predicate: `f(b, h, q, kv, *, ...) -> bool`; plain Python over ints, closures and tensors.
+        predicate: `f(b, h, q, kv, *, ...) -> bool`, or what its role says; plain Python over numbers and tensors.
         mask_args: a value for each keyword-only parameter. Tensors become tables by name: their contents, and
             unless the predicate asks for it their shape, do not enter the expression. Numbers become params.
         sources: captured values that are read again at each call; they fill slots by name. Others are kept.
+        role: what the function is to be.
 
     Raises:
         MaskTraceError: something that can't be an expression, with file, line and the fix.
@@ -124,9 +127,9 @@ def trace(
     attempt = torch.compiler.disable(_attempt) if "torch._dynamo" in sys.modules else _attempt
     sources = Sources() if sources is None else sources
     try:
-        traced: Traced = attempt(predicate, mask_args, sources)
+        traced: Traced = attempt(predicate, mask_args, sources, role)
     except RecursionError:
-        traced = _deeper(lambda: attempt(predicate, mask_args, sources), _home(predicate))
+        traced = _deeper(lambda: attempt(predicate, mask_args, sources, role), _home(predicate))
     return traced
 
 
@@ -157,26 +160,28 @@ _QUICK: Final = (_Effort(), _Effort((float,)))  # Python may have to compute wit
 _THOROUGH: Final = (_Effort((float,), True), _Effort((int, float), True))
 
 
-def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources) -> Traced:
+def _attempt(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources, role: Role) -> Traced:
     kinds = set(map(type, mask_args.values()))
     for how in _QUICK if float in kinds else _QUICK[:1]:
         with contextlib.suppress(Exception, TooManyPaths):  # it may lie on a path that the values of constants rule out
-            return _trace(predicate, mask_args, sources, how)
+            return _trace(predicate, mask_args, sources, role, how)
     has_integers = any(isinstance(value, int) for value in mask_args.values())
     for how in _THOROUGH:
         try:
-            return _trace(predicate, mask_args, sources, how)
+            return _trace(predicate, mask_args, sources, role, how)
         except _Raises as raised:  # perhaps for other integers than these, as in `if n < 1: raise`
             if int in how.fixed or not has_integers:
                 raise raised.refusal from raised.__cause__
     raise AssertionError("the last one returns or raises")
 
 
-def _trace(predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources, how: _Effort) -> Traced:
+def _trace(
+    predicate: Callable[..., Any], mask_args: Mapping[str, MaskArg], sources: Sources, role: Role, how: _Effort
+) -> Traced:
     apart: set[CodeType] = set()
     while True:
         try:
-            return _trace_once(predicate, mask_args, sources, how, apart)
+            return _trace_once(predicate, mask_args, sources, role, how, apart)
         except Apart as found:
             apart.add(found.code)
 
@@ -185,21 +190,26 @@ def _trace_once(
     predicate: Callable[..., Any],
     mask_args: Mapping[str, MaskArg],
     sources: Sources,
+    role: Role,
     how: _Effort,
     apart: set[CodeType],
 ) -> Traced:
     home = _home(predicate)
     calls = TorchCalls(torch_calls.call, torch_calls.method)
     limit = MAX_PATHS if how.use_values else FEW_PATHS
-    tracer = Tracer(home, _trace_once.__code__, limit, how.use_values, calls, sources, apart)
-    indices = [Symbol(tracer, tracer.builder.add(name, dtype=torch.int64)) for name in INDEX_VARIABLES]
+    tracer = Tracer(home, _trace_once.__code__, limit, how.use_values, calls, sources, apart, role)
+    dtypes = (role.dtype if name == "score" else torch.int64 for name in role.takes)
+    indices = [
+        Symbol(tracer, tracer.builder.add(name, dtype=dtype)) for name, dtype in zip(role.takes, dtypes, strict=True)
+    ]
+    as_result = _as_score if role.scores else _as_truth
     keywords = {name: _argument(tracer, name, value, how.fixed) for name, value in mask_args.items()}
     lowered = lower(predicate)
     outer = active()
     ACTIVE.tracer = tracer
     try:
         with torch_calls.CapturedTensors(tracer):
-            result = explore_all(tracer, lambda: _as_truth(tracer, lowered(*indices, **keywords)))
+            result = explore_all(tracer, lambda: as_result(tracer, lowered(*indices, **keywords)))
     except TooManyPaths:
         if not how.use_values:
             raise
@@ -218,7 +228,7 @@ def _trace_once(
     finally:
         ACTIVE.tracer = outer
         tracer.tells = True
-    expr = simplify(tracer.builder.finish(truth(tracer, result).position))
+    expr = simplify(tracer.builder.finish(result.position))
     function = python_code(predicate)
     names = [tracer.label(place) or _table_name(table, place, function) for place, table in enumerate(tracer.tables)]
     return compact(expr, tracer.params, tracer.tables, names, frozenset(tracer.specialised))
@@ -250,8 +260,8 @@ class _Raises(Exception):
         code = f'"{source.text}" ' if source.text else ""
         said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         self.refusal = MaskTraceError(
-            f"{source}: {code}raises in a branch that some pairs may take ({said}). A mask can't raise for single "
-            "pairs: return False for those, and check tensors and arguments before."
+            f"{source}: {code}raises in a branch that some pairs may take ({said}). It can't raise for single pairs: "
+            f"return {'score' if tracer.role.scores else 'False'} for those, and check tensors and arguments before."
         )
 
 
@@ -263,6 +273,22 @@ def _as_truth(tracer: Tracer, value: object) -> Symbol:
     kind = str(value.dtype) if isinstance(value, Symbol) else type(value).__name__
     fix = "Is a `return` missing?" if value is None else "Compare, and return the truth: `return x > 0`."
     raise MaskTraceError(f"{tracer.home}: a mask predicate returns True or False, got {kind}. {fix}")
+
+
+def _as_score(tracer: Tracer, value: object) -> Symbol:
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = symbol(tracer, value)
+    real = type(value) is float or (isinstance(value, Symbol) and value.dtype.is_floating_point)
+    if not real:
+        kind = str(value.dtype) if isinstance(value, Symbol) else type(value).__name__
+        fix = "Is a `return` missing?" if value is None else "Return a float, such as `score + bias[q]`."
+        if kind in ("bool", "torch.bool"):
+            fix = "What returns a truth is a mask; a score that hides pairs returns float('-inf') for them."
+        raise MaskTraceError(f"{tracer.home}: a score function returns a float, got {kind}. {fix}")
+    found, dtype = symbol(tracer, value), tracer.role.dtype
+    if found.dtype == dtype and not found.node.weak:
+        return found
+    return Symbol(tracer, tracer.record("cast", found.position, dtype=dtype, weak=False))
 
 
 def compact(

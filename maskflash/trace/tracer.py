@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskflash.errors import MaskTraceError
 from maskflash.expr.nodes import Builder, Node, Source, operand_dtype, result_type
-from maskflash.expr.ops import COMPARISONS
+from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES
 from maskflash.trace.frames import UserCode
 from maskflash.trace.paths import Apart, Paths, TooManyPaths, Unrepeatable
 
@@ -90,6 +90,28 @@ class TorchCalls(NamedTuple):
     method: Callable[[Any, str], Any]
 
 
+class Role(NamedTuple):
+    """What a function is to be.
+
+    Attributes:
+        takes: its positional arguments.
+        name: what messages call it.
+        dtype: of what it returns: bool of a mask; of a score that of the score it takes.
+    """
+
+    takes: tuple[str, ...]
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is a score function: it may compute what masks may not."""
+        return self.dtype.is_floating_point
+
+
+MASK: Final = Role(INDEX_VARIABLES, "a mask predicate", torch.bool)
+
+
 class Write(NamedTuple):
     """A change of something that the user's code holds: a list, an object, a cell, an iterator."""
 
@@ -102,7 +124,8 @@ class Tracer:
     """The state of one trace.
 
     Attributes:
-        home: where the predicate is defined.
+        home: where the function is defined.
+        role: what it is a function of, and for.
         code: where it stands.
         builder: the expression so far.
         paths: its undecided branches.
@@ -126,8 +149,10 @@ class Tracer:
         torch_calls: TorchCalls,
         sources: Sources,
         apart: Collection[CodeType],
+        role: Role,
     ) -> None:
         self.home = home
+        self.role = role
         self.code = UserCode(home, entry)
         self.sources = sources
         self.builder = Builder()
@@ -343,6 +368,13 @@ class Tracer:
         """End the trace: what is raised here is raised again at the end, if the user's code catches it."""
         self.failure = self.failure or problem
         raise problem
+
+    def fail_inexact(self, op: str) -> NoReturn:
+        """Raise MaskTraceError for an operation whose last bit depends on the machine."""
+        self.fail(
+            f"uses `{op}`, whose last bit is another on each machine, and a mask is the same everywhere",
+            "Compute it beforehand, into a table that the mask looks up.",
+        )
 
     def fail_member(self) -> NoReturn:
         """Raise MaskTraceError for a search in a tensor."""

@@ -114,7 +114,8 @@ INTEGERS = ("add", "sub", "mul", "min", "max", "bitand", "bitor", "bitxor")
 DIVISIONS = ("floordiv", "mod", "truncdiv", "fmod")
 ON_REALS = ("add", "sub", "mul", "truediv", "min", "max")
 ROUNDING = ("floor", "ceil", "trunc", "round")
-EVERY_OP = set(OPERATIONS) - {"kv", "q", "b", "h", "const", "param"}
+EVERY_OP = {name for name, op in OPERATIONS.items() if not op.inexact}
+EVERY_OP -= {"kv", "q", "b", "h", "const", "param", "score"}
 
 
 class Draw:

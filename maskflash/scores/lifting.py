@@ -1,0 +1,194 @@
+"""A score function that hides pairs -> a mask of the pairs that it leaves, and a score function for those.
+
+    where(doc[q] == doc[kv], score + slope * (kv - q), -inf)
+
+    mask    doc[q] == doc[kv]               whole tiles are skipped
+    score   score + slope * (kv - q)        an additive score
+
+A pair whose score is -inf gets no weight, as one that a mask hides. So -inf is followed through the program, from where
+it is written to where it ends up, as long as the conditions on its way don't look at the score.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from maskflash.expr.nodes import Builder, Expr, Node, parse
+from maskflash.expr.ops import OPERATIONS
+from maskflash.expr.simplify import simplify
+from maskflash.functions.function import Function
+from maskflash.functions.sizes import Sizes
+from maskflash.functions.slots import Slots, aside
+from maskflash.functions.traces import Reading
+from maskflash.masks.mask import Mask
+from maskflash.trace.trace import Traced, compact
+
+ALWAYS: Final = parse("const=True:bool~()")
+
+
+class Split(NamedTuple):
+    """A score's program in two; slots are those of the whole.
+
+    Attributes:
+        mask: where it is not -inf; None where that takes no look at the pair.
+        rest: equal to the whole wherever the mask shows the pair.
+    """
+
+    mask: Expr | None
+    rest: Expr
+
+
+class Lifted(Mask):
+    """The pairs that a score function leaves.
+
+    Attributes:
+        score: the function.
+    """
+
+    def __init__(self, score: Function) -> None:
+        super().__init__(f"what {score.name} leaves", score.keywords, score.defaults, score.implied_names)
+        self.score = score
+
+    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
+        """Not to be called: it is known by the score function's trace."""
+        raise NotImplementedError
+
+    def trace(self, mask_args: dict[str, Any]) -> Traced:
+        """The condition, out of the score function's trace."""
+        traced = self.score.slots(mask_args)[0].traced
+        found = lift(traced.expr).mask
+        if found is None:
+            found = ALWAYS
+        return compact(found, traced.params, traced.tables, traced.names, traced.specialised)
+
+    def implied(self, sizes: Sizes) -> dict[str, int]:
+        """See `Function.implied`."""
+        return self.score.implied(sizes)
+
+    @property
+    def followed(self) -> bool:
+        """See `Function.followed`."""
+        return self.score.followed
+
+    def look(self) -> int:
+        """See `Function.look`."""
+        return self.score.look()
+
+    def reading(self) -> Reading:
+        """See `Function.reading`."""
+        return self.score.reading()
+
+    def read(self) -> dict[str, Any]:
+        """See `Function.read`."""
+        return self.score.read()
+
+    def held(self) -> tuple[Tensor, ...]:
+        """See `Function.held`."""
+        return self.score.held()
+
+
+@lru_cache(maxsize=256)
+def lift(expr: Expr) -> Split:
+    """What of a score's program is a mask."""
+    lifter = _Lifter(expr)
+    hidden, rest = lifter.found()
+    if hidden is None:
+        return Split(None, expr)
+    return Split(simplify(lifter.finish(lifter.add("not", hidden))), simplify(lifter.finish(rest)))
+
+
+@aside
+def remainder(slots: Slots) -> Slots | None:
+    """The slots of a score function without what of it is a mask; None where nothing is."""
+    return _remainder(slots)
+
+
+@lru_cache(maxsize=256)
+def _remainder(slots: Slots) -> Slots | None:
+    traced = slots.traced
+    mask, rest = lift(traced.expr)
+    if mask is None:
+        return None
+    return Slots.of(compact(rest, traced.params, traced.tables, traced.names, traced.specialised))
+
+
+class _Lifter(Builder):
+    """Follows -inf through a program.
+
+    Attributes:
+        whole: for each node, the node itself.
+        rest: for each node, what it is where nothing is hidden.
+        hidden: for each node, the truth of its being -inf; None where it never is as far as this can tell.
+    """
+
+    def __init__(self, expr: Expr) -> None:
+        super().__init__()
+        self._expr = expr
+        self.whole: list[int] = []
+        self.rest: list[int] = []
+        self.hidden: list[int | None] = []
+        self._scored: list[bool] = []  # whether a node depends on the score, or is inexact
+
+    def found(self) -> tuple[int | None, int]:
+        """Where the whole is -inf, and what it is elsewhere."""
+        for position, node in enumerate(self._expr.nodes):
+            self.whole.append(self._copied(position, node, [self.whole[arg] for arg in node.args]))
+            inexact = node.op == "score" or OPERATIONS[node.op].inexact
+            self._scored.append(inexact or any([self._scored[arg] for arg in node.args]))
+            hidden, rest = self._followed(position, node)
+            self.hidden.append(hidden)
+            self.rest.append(self.whole[-1] if hidden is None else rest)
+        return self.hidden[-1], self.rest[-1]
+
+    def _followed(self, position: int, node: Node) -> tuple[int | None, int]:
+        """Where a node is -inf, and what it is elsewhere."""
+        hidden = [self.hidden[arg] for arg in node.args]
+        rest = [self.rest[arg] for arg in node.args]
+        nowhere = None, self.whole[-1]
+        if node.op == "const" and node.value == -math.inf:
+            return self.const(True), self.whole[-1]
+        if not any(place is not None for place in hidden):
+            return nowhere
+        match node.op:
+            case "select":
+                return self._chosen(node, hidden, rest)
+            case "add" | "min":
+                return self._either(hidden), self._copied(position, node, rest)
+            case "sub" if hidden[1] is None:
+                return hidden[0], self._copied(position, node, rest)
+            case "cast" if node.dtype.is_floating_point:
+                return hidden[0], self._copied(position, node, rest)
+            case "mul" | "truediv" if hidden[1] is None and self._positive(node.args[1]):
+                return hidden[0], self._copied(position, node, rest)
+            case "mul" if hidden[0] is None and self._positive(node.args[0]):
+                return hidden[1], self._copied(position, node, rest)
+        return nowhere
+
+    def _chosen(self, node: Node, hidden: list[int | None], rest: list[int]) -> tuple[int | None, int]:
+        condition = node.args[0]
+        if self._scored[condition]:
+            return None, self.whole[-1]
+        test, never = self.whole[condition], self.const(False)
+        ways = [never if place is None else place for place in hidden[1:]]
+        found = self.add("select", test, *ways, dtype=torch.bool, weak=False)
+        always = [self.nodes[place].op == "const" and self.nodes[place].value is True for place in ways]
+        if always[0] or always[1]:
+            return found, rest[2] if always[0] else rest[1]
+        return found, self.add("select", test, *rest[1:], dtype=node.dtype, weak=node.weak)
+
+    def _either(self, hidden: list[int | None]) -> int:
+        places = [place for place in hidden if place is not None]
+        return places[0] if len(places) == 1 else self.add("or", *places)
+
+    def _positive(self, arg: int) -> bool:
+        node = self._expr.nodes[arg]
+        return node.op == "const" and 0 < float(node.value or 0) < math.inf
+
+    def _copied(self, position: int, node: Node, args: list[int]) -> int:
+        source = self._expr.source(position)
+        return self.add(node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value, source=source)
