@@ -27,7 +27,8 @@ def apply(tracer: Tracer, op: str, *operands: object) -> Symbol:
     if operation.inexact and not tracer.role.scores:
         tracer.fail_inexact(op)
     masks = operation.fixes == "mask"
-    fixed = (masks, bool(operation.fixes))
+    real = op == "truediv" and tracer.role.scores  # its divisor, a cap or a temperature, decides nothing
+    fixed = (masks, bool(operation.fixes) and not real)
     args = [position(tracer, operand, place, fixed[place]) for place, operand in enumerate(operands)]
     if masks and tracer.builder.nodes[args[0]].op == "const":
         args.reverse()  # bit masks on the right

@@ -81,7 +81,11 @@ def test_what_is_added_to_is_neither_read_nor_written_meanwhile(kind, lines):
 
 
 def test_other_atomic_operations_are_refused():
-    for other, message in ((".relaxed.max.u64", "max"), (".relaxed.add.f32", "atomic"), (".acq_rel.add.u64", "acq_rel")):
+    for other, message in (
+        (".relaxed.max.u64", "max"),
+        (".relaxed.add.f32", "atomic"),
+        (".acq_rel.add.u64", "acq_rel"),
+    ):
         with pytest.raises(Unsupported, match=message):
             launch([*WIDE, ADD.replace(".relaxed.add.u64", other)], np.zeros(1, np.uint64))
 

@@ -86,7 +86,6 @@ class Writer:
         lines: statements by group.
         groups: of each node.
         names: of each node's value.
-        places: of look-ups, by position: their indices, and the conditions that those are in range.
     """
 
     what = "mask"
@@ -105,7 +104,6 @@ class Writer:
         self.tables = tables
         self.narrow = narrow
         self.remarks = remarks
-        self.places: dict[int, tuple[list[str], list[str]]] = {}
         self.natural = ("b", "h") if negative_kv else ("b", "h", "kv")  # indices that are never negative
         own, other = "[:, None]", "[None, :]"
         self.expand: dict[Group, str] = {"rows": other if transposed else own, "columns": own if transposed else other}
@@ -325,7 +323,7 @@ class Writer:
 
     def _lookup(self, node: Node, name: str, group: Group) -> str:
         kind, table = self.tables[node.slot], f"{self.prefix}t{node.slot}"
-        places, indices, inside = [], [], []
+        places, inside = [], []
         for axis, arg in enumerate(node.args):
             size = self._number(f"{table}_size{axis}")
             index = self.value(arg, torch.int64, group, typed=True)
@@ -335,11 +333,12 @@ class Writer:
                 self.lines[group].append(f"{name}_{axis} = tl.where({index} < 0, {index} + {size}, {index})")
                 index = f"{name}_{axis}"
                 inside.append(f"({index} >= 0) & ({index} < {size})")
-            indices.append(index)
             places.append(f" + {index}.to(tl.int64) * {table}_stride{axis}")
-        self.places[self._place] = indices, inside
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        text = f"tl.load({table}{''.join(places)}{mask})"
+        return self._loaded(kind, f"tl.load({table}{''.join(places)}{mask})")
+
+    def _loaded(self, kind: TableKind, text: str) -> str:
+        """What a table has in memory, as the program has it."""
         if kind.dtype == torch.bool:  # bytes in memory
             return f"{text} != 0"
         return f"{text}.to({self._type(torch.int64)})" if kind.dtype == torch.int64 and self.narrow else text

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -36,14 +36,14 @@ class Lookup:
         slot: of the table.
         derivative: of the value in what is read, an expression that broadcasts to the tile.
         group: what the index depends on, and so its shape.
-        place: of what is read, in a dense table: an expression.
+        pointer: to where a dense table `sums*` has what is read: an expression.
         inside: whether the index is in range: an expression; empty for a table without dimensions.
     """
 
     slot: int
     derivative: str
     group: Group
-    place: str
+    pointer: str
     inside: str
 
 
@@ -100,6 +100,14 @@ def emit_score(
     )
 
 
+class _Index(NamedTuple):
+    """An index of a look-up, in the shape of its own group."""
+
+    group: Group
+    text: str
+    inside: str
+
+
 class _Writer(Writer):
     """Attributes of its own: `functions`, those that were called."""
 
@@ -111,7 +119,9 @@ class _Writer(Writer):
         self.functions: set[str] = set()
         self._exact = deciding(kind.expr)  # derivatives follow, at positions of their own
         self._summed &= self._exact
-        self._converted_once: set[str] = set()
+        self._near = kind.near
+        self._indices: dict[int, list[_Index]] = {}
+        self._written_once: set[str] = set()
 
     def write_all(self, roots: Iterable[int]) -> None:
         """Append the statements of what these nodes need."""
@@ -135,22 +145,63 @@ class _Writer(Writer):
         converted = super().value(position, dtype, "once")
         if converted == name:
             return name
-        name = f"{name}_{str(dtype).removeprefix('torch.')}"
-        if name not in self._converted_once:
-            self._converted_once.add(name)
-            self.lines["once"].append(f"{name} = {converted}")
-        return name
+        return self._once(f"{name}_{str(dtype).removeprefix('torch.')}", converted)
 
     def lookup(self, position: int, derivative: int) -> Lookup:
         """A look-up that was written, and its derivative."""
-        node = self.expr.nodes[position]
-        indices, inside = self.places[position]
-        place = ""
-        for axis, index in enumerate(indices):
-            index += ".to(tl.int64)"
-            place = f"({place}) * {SCORE}t{node.slot}_size{axis} + {index}" if place else index
-        found = self.value(derivative, torch.float32, "pairs")
-        return Lookup(node.slot, found, self.groups[position], place or "0", " & ".join(inside))
+        node, group = self.expr.nodes[position], self.groups[position]
+        sizes = [f"{SCORE}t{node.slot}_size{axis}" for axis in range(len(node.args))]
+        steps = [" * ".join(sizes[axis + 1 :]) or "1" for axis in range(len(sizes))]
+        pointer = self._pointer(f"{SCORE}x{position}_g", f"sums{node.slot}", steps, self._indices[position], group)
+        inside = " & ".join(self._shaped(index.inside, index.group, group) for index in self._indices[position])
+        return Lookup(node.slot, self.value(derivative, torch.float32, "pairs"), group, pointer, inside)
+
+    def _lookup(self, node: Node, name: str, group: Group) -> str:
+        """As a mask's; but what rows and columns have to do with the place is found once for each of them."""
+        table = f"{self.prefix}t{node.slot}"
+        indices = self._indices[self._place] = [
+            self._index(arg, f"{name}_{axis}", self._number(f"{table}_size{axis}"))
+            for axis, arg in enumerate(node.args)
+        ]
+        steps = [f"{table}_stride{axis}" for axis in range(len(indices))]
+        inside = " & ".join(self._shaped(index.inside, index.group, group) for index in indices)
+        pointer = self._pointer(f"{name}_t", table, steps, indices, group)
+        mask = f", mask={inside}, other=0" if inside else ""
+        return self._loaded(self.tables[node.slot], f"tl.load({pointer}{mask})")
+
+    def _index(self, arg: int, name: str, size: str) -> _Index:
+        """An index that counts from a table's start, and whether it is in range."""
+        group = self.groups[arg]
+        index = self.value(arg, torch.int64, group, typed=True)
+        if self.expr.nodes[arg].op in self.natural:
+            return _Index(group, index, f"({index} < {size})")
+        self.lines[group].append(f"{name} = tl.where({index} < 0, {index} + {size}, {index})")
+        return _Index(group, name, f"(({name} >= 0) & ({name} < {size}))")
+
+    def _pointer(self, name: str, table: str, steps: list[str], indices: list[_Index], group: Group) -> str:
+        """Where a look-up's elements are: one address for the kernel, and offsets in as few bits as hold them."""
+        offsets = []
+        for axis, (index, step) in enumerate(zip(indices, steps, strict=True)):
+            if index.group == "once":
+                table = self._once(f"{name}{axis}", f"{table} + {index.text}.to(tl.int64) * {step}")
+            elif self._near:
+                step = self._once(f"{name}{axis}_32", f"({step}).to(tl.int32)") if step != "1" else step
+                self.lines[index.group].append(f"{name}{axis} = {index.text}.to(tl.int32) * {step}")
+                offsets.append(self._shaped(f"{name}{axis}", index.group, group))
+            else:
+                self.lines[index.group].append(f"{name}{axis} = {index.text}.to(tl.int64) * {step}")
+                offsets.append(self._shaped(f"{name}{axis}", index.group, group))
+        return f"{table} + ({' + '.join(offsets)})" if offsets else table
+
+    def _shaped(self, text: str, own: Group, group: Group) -> str:
+        return text + self.expand[own] if group == "pairs" and own in self.expand else text
+
+    def _once(self, name: str, text: str) -> str:
+        """A name for what is computed once in a kernel."""
+        if name not in self._written_once:
+            self._written_once.add(name)
+            self.lines["once"].append(f"{name} = {text}")
+        return name
 
     def _real(self, position: int, name: str, group: Group, dtype: torch.dtype, x: str, y: str) -> str:
         node = self.expr.nodes[position]

@@ -107,12 +107,13 @@ class Launcher:
     def __post_init__(self) -> None:
         interval, dims = self.plan.intervals is not None, (self.q.shape[3], self.v.shape[3])
         score, dropout = self.strength.score, self.strength.dropout
-        kind = None if score is None else score_kind(score, self.plan.extents)
+        sizes = {"b": (0, self.q.shape[0] - 1), "h": (0, self.q.shape[1] - 1)}
+        kind = None if score is None else score_kind(score, {**self.plan.extents, **sizes})
         self.special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
         self._of_strength = {} if score is None else score_values(score)
         if dropout is not None:
-            sizes = *self.q.shape[:3], self.v.shape[2]
-            self._of_strength |= dropout_values(dropout, *sizes)
+            batch, heads, q_len, _ = self.q.shape
+            self._of_strength |= dropout_values(dropout, batch, heads, q_len, self.v.shape[2])
 
     def run(self, pass_name: PassName, own: dict[str, Any]) -> None:
         """Run a pass with the tile that `tile_choice` has for it, or the next smaller one that fits the device.
@@ -183,8 +184,10 @@ class Launcher:
     def case(self, pass_name: PassName) -> Case:
         """What the tile of a pass is chosen for."""
         dims = self.q.shape[3], self.v.shape[3]
-        mask, strength = self.special.mask, self.special.strength
-        return Case(self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size, mask, strength)
+        special = self.special
+        of_pairs = 0 if special.score is None else special.score.of_pairs
+        kind = self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size
+        return Case(*kind, special.mask, special.strength, of_pairs)
 
     def _special(self, pass_name: PassName) -> Specialisation:
         """What the text of one pass depends on: the tables that learn are the business of `dtables` alone."""

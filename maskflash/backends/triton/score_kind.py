@@ -32,10 +32,17 @@ def score_kind(score: BoundScore, extents: Mapping[str, Reach]) -> ScoreKind:
         expr,
         tuple(map(TableKind.of, tables)),
         narrow=found is not None and max(found, *sizes, 0) < 2**31,
+        near=all(_reach(table) < 2**31 for table in tables),
         q_offsets=isinstance(score.q_offset, Tensor),
         kv_offsets=isinstance(score.kv_offset, Tensor),
         negative_kv=extents["kv"][0] < 0,
     )
+
+
+def _reach(table: Tensor) -> int:
+    """How far apart, in elements, a table's places are; also if it were dense."""
+    steps = zip(table.shape, table.stride(), strict=True)
+    return max(table.numel(), sum((size - 1) * abs(step) for size, step in steps))
 
 
 def _ends(expr: Expr, slot: int, table: Tensor) -> Tensor:

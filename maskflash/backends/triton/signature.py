@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal
 
 import torch
 
-from maskflash.expr.nodes import Expr
+from maskflash.expr.nodes import Expr, Node
+from maskflash.expr.ops import INDEX_VARIABLES
 
 PassName = Literal["forward", "delta", "dkdv", "dq", "dtables"]
 PASSES: Final[tuple[PassName, ...]] = ("forward", "delta", "dkdv", "dq")
@@ -36,6 +38,16 @@ class TableKind:
         return cls(table.dtype, table.ndim)
 
 
+@lru_cache(maxsize=256)
+def lookups(expr: Expr) -> tuple[tuple[Node, frozenset[str]], ...]:
+    """An expression's look-ups, each with what its indices depend on, of b, h, q, kv."""
+    reads: list[frozenset[str]] = []
+    for node in expr.nodes:
+        own = {node.op} if node.op in INDEX_VARIABLES else {"q", "kv"} if node.op == "score" else set()
+        reads.append(frozenset(own).union(*(reads[arg] for arg in node.args)))
+    return tuple((node, reads[n]) for n, node in enumerate(expr.nodes) if node.op == "lookup")
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreKind:
     """What a kernel's text depends on of a score; what its params and tables hold is not among it.
@@ -45,6 +57,7 @@ class ScoreKind:
         tables: the kind of each of its tables.
         wanted: for each of them, whether its gradient is; all False but in `dtables`.
         narrow: its 64-bit integers fit 32 bits.
+        near: so do places in its tables, counted from where those of a head begin.
         q_offsets: its q_offset is a tensor.
         kv_offsets: its kv_offset is a tensor.
         negative_kv: column numbers may be below 0.
@@ -54,9 +67,15 @@ class ScoreKind:
     tables: tuple[TableKind, ...] = ()
     wanted: tuple[bool, ...] = ()
     narrow: bool = True
+    near: bool = True
     q_offsets: bool = False
     kv_offsets: bool = False
     negative_kv: bool = False
+
+    @property
+    def of_pairs(self) -> int:
+        """How many look-ups it has for each pair."""
+        return sum("q" in reads and "kv" in reads for _, reads in lookups(self.expr))
 
     @property
     def learned(self) -> tuple[int, ...]:

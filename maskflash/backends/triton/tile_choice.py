@@ -35,6 +35,7 @@ class Case:
         block_size: of the map.
         mask: the mask as the kernel has it.
         strength: likewise the score, and whether there is dropout; empty without both.
+        of_pairs: look-ups that the score has for each pair.
     """
 
     device: torch.device
@@ -44,6 +45,7 @@ class Case:
     block_size: tuple[int, int]
     mask: str
     strength: str = ""
+    of_pairs: int = 0
 
     @property
     def key(self) -> list[str]:
@@ -88,7 +90,8 @@ def listed(case: Case) -> Tile:
     """The table's tile."""
     device = case.device
     shared_limit = gpu.shared_limit(device)
-    return choose(gpu.arch(device), case.pass_name, case.dtype, max(case.dims), case.block_size, shared_limit)
+    kind = gpu.arch(device), case.pass_name, case.dtype, max(case.dims), case.block_size
+    return choose(*kind, shared_limit, case.of_pairs)
 
 
 def remember(case: Case, tile: Tile, *, measured: bool = False) -> Choice:
