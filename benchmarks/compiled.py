@@ -120,6 +120,8 @@ MASKS: Final = ("interval", "causal document", "flashmask")  # the last two by t
 
 
 SCORES: Final = ("alibi", "soft-cap", "relative bias", "pair bias", "dropout")
+LEARNED: Final = ("alibi", "relative bias", "pair bias")
+OF_PAIRS: Final = {"relative bias": 1, "pair bias": 1}  # numbers that a score looks up for each pair
 
 
 def _score(case: Case) -> ScoreKind | None:

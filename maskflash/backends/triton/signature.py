@@ -39,7 +39,7 @@ class TableKind:
 
 
 @lru_cache(maxsize=256)
-def lookups(expr: Expr) -> tuple[tuple[Node, frozenset[str]], ...]:
+def _lookups(expr: Expr) -> tuple[tuple[Node, frozenset[str]], ...]:
     """An expression's look-ups, each with what its indices depend on, of b, h, q, kv."""
     reads: list[frozenset[str]] = []
     for node in expr.nodes:
@@ -74,8 +74,8 @@ class ScoreKind:
 
     @property
     def of_pairs(self) -> int:
-        """How many look-ups it has for each pair."""
-        return sum("q" in reads and "kv" in reads for _, reads in lookups(self.expr))
+        """How many real numbers it looks up for each pair."""
+        return sum(node.dtype.is_floating_point and {"q", "kv"} <= reads for node, reads in _lookups(self.expr))
 
     @property
     def learned(self) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class Case:
         block_size: of the map.
         mask: the mask as the kernel has it.
         strength: likewise the score, and whether there is dropout; empty without both.
-        of_pairs: look-ups that the score has for each pair.
+        of_pairs: real numbers that the score looks up for each pair.
     """
 
     device: torch.device

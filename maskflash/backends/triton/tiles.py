@@ -195,10 +195,10 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     """An estimate, from above, of the shared memory of one program.
 
     What it holds throughout, the buffers of the two tensors it walks over, P and dS on their way to a product, the
-    mask's look-ups, and those of a score for each pair, of float32. Hopper's products read their buffers while the
-    next are filled, so there every stage has one; before, one less. Without a pipeline a tile that is used both ways
-    round is there twice. On AMD's GPUs what a program holds lies in registers, and passes through the buffers' memory
-    on the way there.
+    mask's look-ups, and those of a score for each pair, of float32, in every stage but one. Hopper's products read
+    their buffers while the next are filled, so there every stage has one; before, one less. Without a pipeline a tile
+    that is used both ways round is there twice. On AMD's GPUs what a program holds lies in registers, and passes
+    through the buffers' memory on the way there.
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
     held = own if pass_name == "forward" else 2 * own
@@ -207,7 +207,7 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)
     rows = max(held, buffers * walked) if isinstance(arch, str) else held + buffers * walked
     weights = (2 if pass_name == "dkdv" else 1) * tile.block_m * tile.block_n
-    looked_up = 4 * of_pairs * tile.block_m * tile.block_n * (buffers // 2)
+    looked_up = 4 * of_pairs * tile.block_m * tile.block_n * (tile.stages - 1)
     return itemsize * (rows * dims + weights) + looked_up + _MASK_BYTES
 
 
