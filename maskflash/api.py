@@ -11,12 +11,14 @@ from maskflash.errors import ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.ground.names import instead_of, unexpected
-from maskflash.masks.dense import dense_mask
+from maskflash.masks.dense import FloatMask, dense_mask
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
-from maskflash.op.attention import Attention, BackendChoice
-from maskflash.scores.score import ScoreLike, as_score
+from maskflash.op.asking import BackendChoice
+from maskflash.op.attention import Attention
+from maskflash.scores.presets import bias
+from maskflash.scores.score import Score, ScoreLike, as_score
 
 _FULL: Final = Predicate(
     lambda b, h, q, kv: True, "full()", traced=False
@@ -39,7 +41,8 @@ def compile(
 
     Args:
         mask: a predicate `f(b, h, q, kv) -> bool`, a preset, or masks combined with & | ^ ~; or a tensor of bool as
-            torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all.
+            torch's attention takes it, (q_len, kv_len) or (batch, heads, q_len, kv_len) where 1 serves all. One of
+            floats is added to the scores, and hides where it is -inf or a dtype's lowest number.
         score: how strongly a visible pair attends: a function `f(score, b, h, q, kv) -> float` of the scaled product, a
             preset of `mf.scores`, or several that are applied in turn.
         scale: positive factor of the scores, from 2**-64 to 2**64; None for 1/sqrt(D).
@@ -73,10 +76,9 @@ def compile(
     tune = arguments.flag("compile", "tune", tune)
     check = arguments.flag("compile", "check", check)
     factor = None if scale is None else arguments.scale("compile", scale)
-    whole = _as_mask("compile", mask)
+    whole, strength = _given("compile", mask, score)
     if not (whole.keywords or whole.implied_names):
         whole.slots({})
-    strength = None if score is None else as_score("compile", score)
     return Attention(whole, factor, size, backend, deterministic, tune, check, strength)
 
 
@@ -146,9 +148,10 @@ def attention(
         >>> attention(q, k, v, mf.causal() & mf.document([200, 312])).shape
         torch.Size([1, 4, 512, 64])
     """
+    whole, strength = (_FULL, score) if mask is None else _given("attention", mask, score)
     attn = compile(
-        _FULL if mask is None else _as_mask("attention", mask),
-        score=score,
+        whole,
+        score=strength,
         scale=scale,
         block_size=block_size,
         backend=backend,
@@ -178,6 +181,16 @@ def invalidate() -> None:
         False
     """
     cache.invalidate()
+
+
+def _given(operation: str, mask: Any, score: Any) -> tuple[Mask, Score | None]:
+    """A mask and a score function as callers give them; a floating tensor is both."""
+    strength = None if score is None else as_score(operation, score)
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        whole = dense_mask(operation, mask, FloatMask)
+        added = bias(mask)
+        return whole, added if strength is None else as_score(operation, (strength, added))
+    return _as_mask(operation, mask), strength
 
 
 def _as_mask(operation: str, value: Any) -> Mask:

@@ -28,7 +28,7 @@ from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.masks.sight import Sight
-from maskflash.op.attention import BackendChoice
+from maskflash.op.asking import BackendChoice
 from maskflash.scores import seeds
 from maskflash.scores.dropout import keep
 from maskflash.scores.score import Score, ScoreLike, as_score, own_arguments
@@ -161,7 +161,9 @@ def assert_matches_dense(
     tensors = (*(() if strength is None else strength.held()), *args.values())
     learned = {id(x): x for x in tensors if isinstance(x, Tensor) and x.requires_grad}
     lengths = shape.batch, shape.heads, shape.q_len, shape.kv_len
-    kept = dropout_keep(seed, dropout_p, *lengths, **offsets).to(device) / (1 - dropout_p) if dropout_p else None
+    kept = (
+        dropout_keep(seed, dropout_p, *lengths, q_offset, kv_offset).to(device) / (1 - dropout_p) if dropout_p else None
+    )
     call = DenseCall(q, k, v, dense, factor, dout, dlse, sinks, bound, tuple(learned.values()), kept)
     exact, plain = call.results(torch.float64), call.results(dtype, backwards=True)
     terms = call.terms(exact)

@@ -56,10 +56,11 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
-        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views", "run"),
+        *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
+        *("work", "programs", "sums", "engine", "run"),
     ],
     "backends/triton": [
         *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),
@@ -75,6 +76,9 @@ ORDER = {
         "autograd",
         "flops",
         "sharding",
+        "asking",
+        "ahead",
+        "inside",
         "attention",
     ],
     "flashmask": ["paper", "call"],

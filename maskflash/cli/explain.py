@@ -17,7 +17,7 @@ def run(args: Namespace) -> int:
     seen = subject(args)
     itemsize = getattr(torch, args.dtype).itemsize
     with terminal.working(f"analysing {seen.mask}"):
-        attn = mf.compile(seen.mask, block_size=args.block_size or 128)
+        attn = mf.compile(seen.mask, score=seen.score, block_size=args.block_size or 128)
         explained = attn.explain(seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads, device=device(args))
         moved = predict(
             explained.analysis.block_map,

@@ -1,7 +1,8 @@
-"""The text of a mask, such as "causal & document(300, 500, 224)" -> a mask, and the tokens it speaks of.
+"""The text of a mask, such as "causal & document(300, 500, 224)" -> a mask, and the tokens it speaks of; of scores too.
 
     mask    =  preset | preset(argument, ...) | mask & mask | mask | mask | mask ^ mask | ~mask | (mask)
     argument = value | name=value
+    score   =  preset | preset(argument, ...) | score, score          applied in turn
     value   =  integer | True | False | None | "text" | [value, ...] | (value, ...) | [value, ...] * integer
 
 Python's parser reads the text and its tree is walked: nothing is evaluated, and what isn't listed here is an error that
@@ -17,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from maskflash import presets
+from maskflash import presets, scores
 from maskflash.errors import ArgumentError, MaskflashError
 from maskflash.masks.mask import Mask
+from maskflash.scores.score import Score, as_score
 
 _JOINS: Final[dict[type[ast.operator], Callable[[Mask, Mask], Mask]]] = {
     ast.BitAnd: operator.and_,
@@ -42,8 +44,12 @@ PRESETS: Final[dict[str, Callable[..., Mask]]] = {
 }
 
 
+SCORES: Final = ("softcap", "alibi", "temperature")
+"""Score functions of numbers alone; the others look tensors up, which a text has none of."""
+
+
 class MaskSyntaxError(ArgumentError):
-    """A mask's text says nothing; the text has the column, and a line that points at it."""
+    """A mask's, or a score's, text says nothing; the text has the column, and a line that points at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +86,31 @@ def parse(text: str) -> Written:
         _refuse(line, 0, 1, "this is nested too deeply")
 
 
+def parse_score(text: str) -> Score:
+    """Read a score function's text, of one preset or of several that are applied in turn.
+
+    Raises:
+        MaskSyntaxError: what is wrong, and where.
+
+    Example:
+        >>> parse_score("softcap(20), alibi")
+        softcap(20), alibi()
+    """
+    line = " ".join(text.split())
+    reader, tree = _Reader(line), _tree(line)
+    parts = tree.elts if isinstance(tree, ast.Tuple) else [tree]
+    return as_score("--score", [reader.score(part) for part in parts])
+
+
 def _tree(line: str) -> ast.expr:
     try:
         return ast.parse(line, mode="eval").body
     except SyntaxError as error:
         if not error.offset:
-            _refuse(line, len(line), 1, "this can't be read as a mask: it ends where one is expected")
-        _refuse(line, error.offset - 1, 1, f"this can't be read as a mask: {error.msg}")
+            _refuse(line, len(line), 1, "this can't be read: it ends too soon")
+        _refuse(line, error.offset - 1, 1, f"this can't be read: {error.msg}")
     except (ValueError, MemoryError):  # a null byte; parentheses beyond what the parser holds
-        _refuse(line, 0, 1, "this can't be read as a mask")
+        _refuse(line, 0, 1, "this can't be read")
 
 
 class _Reader:
@@ -112,6 +134,26 @@ class _Reader:
             case ast.BoolOp() | ast.UnaryOp(op=ast.Not()):
                 self._refuse(node, "masks are joined by & | ^ ~, not by and, or, not")
         self._refuse(node, f"expected a mask, such as causal or document(300, 500), got {self._source(node)}")
+
+    def score(self, node: ast.expr) -> Score:
+        """A score function's preset."""
+        match node:
+            case ast.Name(id=name):
+                args: list[Any] = []
+                named: dict[str, Any] = {}
+            case ast.Call(func=ast.Name(id=name), args=given, keywords=keywords):
+                args = [self._value(arg) for arg in given]
+                named = {keyword.arg or "**": self._value(keyword.value) for keyword in keywords}
+            case _:
+                self._refuse(node, f"expected a score, such as softcap(20), got {self._source(node)}")
+        if name not in SCORES:
+            why = "looks a tensor up: write file.py:function" if name in scores.__all__ else "is no preset of scores"
+            self._refuse(node, f"{name!r} {why}; there are {', '.join(SCORES)}")
+        try:
+            found: Score = getattr(scores, name)(*args, **named)
+        except (MaskflashError, TypeError, ValueError) as error:
+            self._refuse(node, str(error))
+        return found
 
     def _preset(self, node: ast.expr, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Written:
         called = node.func if isinstance(node, ast.Call) else node

@@ -1,4 +1,4 @@
-"""MASK on the command line, a preset expression or file.py:function -> a mask and the lengths to look at it with."""
+"""MASK and SCORE on the command line, presets or file.py:function -> what is meant, and its lengths."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
-from maskflash.cli.expression import Written, parse
+from maskflash.api import compile
+from maskflash.cli.expression import Written, parse, parse_score
 from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError, MaskflashError
+from maskflash.functions.function import Function
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask
+from maskflash.scores.score import Score, as_score
 
 _IN_FILE: Final = re.compile(r"(?P<file>.+\.py):(?P<name>\w+)")
 TOKENS: Final = 4096  # where neither the mask nor the options say how many
@@ -25,17 +28,24 @@ TOKENS: Final = 4096  # where neither the mask nor the options say how many
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A mask, and the sizes of the attention call it is for."""
+    """A mask, perhaps with a score function, and the sizes of the attention call they are for."""
 
     mask: Mask
+    score: Score | None
     q_len: int
     kv_len: int
     batch: int
     heads: int
 
+    @property
+    def visible(self) -> Mask:
+        """The mask, and what the score function leaves of it."""
+        return self.mask if self.score is None else compile(self.mask, score=self.score).mask
+
     def block_map(self, block_size: tuple[int, int]) -> BlockMap:
-        """The mask's map."""
-        return self.mask.block_map(self.q_len, self.kv_len, batch=self.batch, heads=self.heads, block_size=block_size)
+        """The map of what is visible."""
+        sizes = {"batch": self.batch, "heads": self.heads}
+        return self.visible.block_map(self.q_len, self.kv_len, **sizes, block_size=block_size)
 
     def dense(self, device: torch.device) -> Tensor:
         """(B, H, q_len, kv_len) bool, every pair; B or H is 1 where the mask does not look at it."""
@@ -46,7 +56,12 @@ class Subject:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data."""
-        return {"mask": self.mask.name, **{name: getattr(self, name) for name in ("q_len", "kv_len", "batch", "heads")}}
+        score = {} if self.score is None else {"score": self.score.name}
+        return {
+            "mask": self.mask.name,
+            **score,
+            **{name: getattr(self, name) for name in ("q_len", "kv_len", "batch", "heads")},
+        }
 
 
 def subject(args: Namespace) -> Subject:
@@ -58,7 +73,8 @@ def subject(args: Namespace) -> Subject:
     """
     written = load(args.mask)
     q_len = args.q_len or args.kv_len or written.tokens or TOKENS
-    return Subject(written.mask, q_len, args.kv_len or q_len, args.batch, args.heads)
+    score = None if getattr(args, "score", None) is None else load_score(args.score)
+    return Subject(written.mask, score, q_len, args.kv_len or q_len, args.batch, args.heads)
 
 
 def device(args: Namespace) -> torch.device:
@@ -75,10 +91,44 @@ def device(args: Namespace) -> torch.device:
 def load(text: str) -> Written:
     """A mask from its text: file.py:function where it looks like one, else an expression of presets."""
     found = _IN_FILE.fullmatch(text.strip())
-    return parse(text) if found is None else Written(_from_file(Path(found["file"]), found["name"]), None)
+    return parse(text) if found is None else Written(_mask_from(Path(found["file"]), found["name"]), None)
 
 
-def _from_file(path: Path, name: str) -> Mask:
+def load_score(text: str) -> Score:
+    """A score function from its text, likewise."""
+    found = _IN_FILE.fullmatch(text.strip())
+    if found is None:
+        return parse_score(text)
+    value = as_score("--score", _value(Path(found["file"]), found["name"]))
+    _refuse_arguments(text, value, ("score", "b", "h", "q", "kv"))
+    return value
+
+
+def _mask_from(path: Path, name: str) -> Mask:
+    value = _value(path, name)
+    if not callable(value):
+        raise ArgumentTypeError(
+            f"{path}:{name} is a {type(value).__name__}, expected a mask or a function f(b, h, q, kv) -> bool"
+        )
+    found = mask(value)
+    _refuse_arguments(f"{path}:{name}", found, ("b", "h", "q", "kv"))
+    return found
+
+
+def _refuse_arguments(text: str, found: Function, takes: tuple[str, ...]) -> None:
+    """An error for a function with arguments of its own that have no default."""
+    missing = [key for key in found.keywords if key not in found.defaults]
+    if missing:
+        name, indices = text.rpartition(":")[2], ", ".join(takes)
+        given = ", ".join(f"{key}={key}" for key in missing)
+        raise ArgumentTypeError(
+            f"{text} needs {', '.join(missing)}, which the command line can't pass; define a function that does,"
+            f" as def with_arguments({indices}): return {name}({indices}, {given})"
+        )
+
+
+def _value(path: Path, name: str) -> Any:
+    """What a file defines by a name."""
     if not path.is_file():
         raise ArgumentError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -97,17 +147,4 @@ def _from_file(path: Path, name: str) -> Mask:
         masks = [key for key, value in vars(module).items() if isinstance(value, Mask)]
         known = f"; its masks are {', '.join(masks)}" if masks else ""
         raise ArgumentError(f"{path} has no {name!r}{known}")
-    value = getattr(module, name)
-    if not callable(value):
-        raise ArgumentTypeError(
-            f"{path}:{name} is a {type(value).__name__}, expected a mask or a function f(b, h, q, kv) -> bool"
-        )
-    found = mask(value)
-    missing = [key for key in found.keywords if key not in found.defaults]
-    if missing:
-        given = ", ".join(f"{key}={key}" for key in missing)
-        raise ArgumentTypeError(
-            f"{path}:{name} needs {', '.join(missing)}, which the command line can't pass; define a function that does,"
-            f" as def with_arguments(b, h, q, kv): return {name}(b, h, q, kv, {given})"
-        )
-    return found
+    return getattr(module, name)

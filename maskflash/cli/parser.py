@@ -72,9 +72,20 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
         'maskflash show "causal & document([4096] * 256)" --html packed.html',
         "maskflash show masks.py:packed --block-size 64 --json",
     )
+    _with_score(show)
     show.add_argument("--png", metavar="FILE", help="also draw the mask and its tiles with matplotlib")
     show.add_argument(
         "--html", metavar="FILE", help="also write the explorer, a page to zoom and ask: it needs nothing but a browser"
+    )
+
+
+def _with_score(command: argparse.ArgumentParser) -> None:
+    """The option of a score function."""
+    command.add_argument(
+        "--score",
+        metavar="SCORE",
+        help='a score function: softcap(20), alibi, temperature(0.5), several as "softcap(20), alibi", or '
+        "file.py:function; what it hides counts as hidden",
     )
 
 
@@ -87,7 +98,9 @@ def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
         "of it runs, and a prediction of the memory traffic beside dense attention's.",
         'maskflash explain "causal & document(300, 500, 224)"',
         'maskflash explain "sliding_window(512)" --head-dim 128 --fast-memory 228',
+        'maskflash explain causal --score "softcap(20)"',
     )
+    _with_score(explain)
     _of_call(explain)
     explain.add_argument(
         "--fast-memory",
@@ -131,6 +144,7 @@ def _warm(commands: Commands[argparse.ArgumentParser]) -> None:
         nargs="*",
     )
     warm.set_defaults(heads=2)
+    _with_score(warm)
     warm.add_argument(
         "--kv-heads", type=_count, metavar="N", help="heads of k and v (default: as many as queries', and one for all)"
     )

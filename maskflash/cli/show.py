@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
         terminal.print_json(_facts(seen, block_map, drawn, tokens) | written)
         return 0
     console = terminal.console()
-    console.print(f"{seen.mask}: {seen.q_len:,} queries x {seen.kv_len:,} keys\n")
+    console.print(f"{seen.visible}: {seen.q_len:,} queries x {seen.kv_len:,} keys\n")
     if drawn.kinds.size:
         console.print(terminal.picture(drawn, terminal.encoding()), f" one cell is {tokens[0]} x {tokens[1]} tokens\n")
     rows, columns = block_map.block_size
@@ -57,7 +57,7 @@ def figure(seen: Subject, block_map: BlockMap) -> Figure:
     from maskflash import visualize
 
     rows, columns = block_map.block_size
-    panels: dict[str, Mask | BlockMap] = {f"{seen.mask}": seen.mask, f"tiles of {rows} x {columns}": block_map}
+    panels: dict[str, Mask | BlockMap] = {f"{seen.visible}": seen.visible, f"tiles of {rows} x {columns}": block_map}
     return visualize.side_by_side(panels, seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads)
 
 
@@ -79,7 +79,7 @@ def _explorer(seen: Subject, block_map: BlockMap, path: str) -> None:
     from maskflash import visualize
 
     visualize.explorer(
-        seen.mask,
+        seen.visible,
         seen.q_len,
         seen.kv_len,
         path=path,

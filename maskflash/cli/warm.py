@@ -88,7 +88,7 @@ def _warm(share: Share) -> Warmed:
     if args.arch:
         gpu.compile_only(int(args.arch.removeprefix("sm_")))
     seen = subject(args)
-    attn = mf.compile(seen.mask, block_size=args.block_size or 128, backend="triton")
+    attn = mf.compile(seen.mask, score=seen.score, block_size=args.block_size or 128, backend="triton")
     with gpu.asked_for() as kernels:
         for kv_heads in {args.kv_heads} if args.kv_heads else {seen.heads, 1}:
             attn.warm(

@@ -80,7 +80,7 @@ class Derivatives:
 @lru_cache(maxsize=256)
 def differentiate(expr: Expr) -> Derivatives:
     """The derivatives of a score's expression, whose value is a real number."""
-    writer = _Writer(expr)
+    writer = _Differentiator(expr)
     nodes, value = expr.nodes, len(expr.nodes) - 1
     adjoints: dict[int, int] = {value: writer.number(1.0, value)}
     for position in range(value, -1, -1):
@@ -100,7 +100,7 @@ def differentiate(expr: Expr) -> Derivatives:
     return Derivatives(whole, value, slopes[0] if slopes else None, lookups)
 
 
-class _Writer(Builder):
+class _Differentiator(Builder):
     """Appends derivatives to a program."""
 
     def __init__(self, expr: Expr) -> None:

@@ -12,7 +12,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
-from maskflash.op.attention import BackendChoice
+from maskflash.op.asking import BackendChoice
 from maskflash.presets import basic
 
 

@@ -63,7 +63,7 @@ class Recorded(Function):
         return type(self), (self.name, self.keywords, self.defaults, self.traces.records(self.reading()), self.fits)
 
 
-class Written(Function):
+class WrittenFunction(Function):
     """A function given by Python code; traced at once unless it has arguments, whose kinds only a call tells.
 
     Attributes:
@@ -151,7 +151,7 @@ class Written(Function):
             return _untraced, (type(self), self.function, self.name, self.fits)
         return self.recorded, self._recorded()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Written:
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrittenFunction:
         """Itself where its function is found by name or captures nothing that is copied; else one of the copies."""
         if self._importable() is not None:
             return self
@@ -176,7 +176,9 @@ class Written(Function):
         return found if found is self or found is self.function else None
 
 
-def _untraced(kind: type[Written], function: Callable[..., Any], name: str, fits: Fits | None) -> Written:
+def _untraced(
+    kind: type[WrittenFunction], function: Callable[..., Any], name: str, fits: Fits | None
+) -> WrittenFunction:
     """One whose function may not be ready to run: what it captures is still being made."""
     return kind(function, name, fits, traced=False)
 

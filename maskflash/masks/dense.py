@@ -1,4 +1,4 @@
-"""A boolean tensor, as torch's attention takes one, -> a mask that looks it up."""
+"""A tensor as torch's attention takes one -> a mask that looks it up: where it is True, or is not as low as can be."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class DenseMask(Mask):
 
     def __init__(self, operation: str, tensor: Tensor) -> None:
         arguments.held(operation, "mask", tensor, on_meta=True)
-        if tensor.dtype != torch.bool:
+        if not self._takes(tensor.dtype):
             fix = (
-                "; one that is added to the scores is `mask == 0` if it holds 0 and -inf, else it has no form here"
+                "; one that is added to the scores is the whole mask, or score=mf.scores.bias(x) beside another one"
                 if tensor.dtype.is_floating_point
                 else "; pass mask.bool() if nonzero means visible"
             )
@@ -55,6 +55,10 @@ class DenseMask(Mask):
         self._layout = tensor.shape, tensor.stride()
         self._looks = 0
 
+    @staticmethod
+    def _takes(dtype: torch.dtype) -> bool:
+        return dtype == torch.bool
+
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """The tensor's entry."""
         layout = _layout("mask", self.tensor)
@@ -63,7 +67,7 @@ class DenseMask(Mask):
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """One look-up; tensors that look at the same indices are traced once."""
         layout = _layout("mask", self.tensor)
-        traced = _trace(layout.looks_at)
+        traced = _trace(layout.looks_at, self.tensor.dtype)
         name = Captured("@mask")
         part = layout.of(self.tensor)
         view = View(name, tuple(part.shape), part.stride(), 0)
@@ -99,6 +103,28 @@ class DenseMask(Mask):
         return {}
 
 
+class FloatMask(DenseMask):
+    """A floating tensor that torch would add to the scores, as a mask: the pair is hidden where it is as low as can be.
+
+    That is -inf, or the lowest number of bfloat16 or below, which libraries write in its place; of float16 its own
+    lowest. A row of such numbers alone sees nothing here.
+    """
+
+    @staticmethod
+    def _takes(dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point
+
+    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
+        """Whether the tensor's entry leaves the pair visible."""
+        return _is_shown(super().__call__(b, h, q, kv), self.tensor.dtype)
+
+
+def _is_shown(entry: Any, dtype: torch.dtype) -> Any:
+    """Whether a number that is added to a score leaves anything of it; NaN does."""
+    lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
+    return not entry <= lowest
+
+
 class _Layout(NamedTuple):
     """Which of b, h, q and kv a tensor looks at, and the part of it that has an entry for each."""
 
@@ -132,10 +158,10 @@ def _layout(operation: str, tensor: Tensor) -> _Layout:
     return layout
 
 
-def dense_mask(operation: str, tensor: Tensor) -> DenseMask:
+def dense_mask(operation: str, tensor: Tensor, kind: type[DenseMask] = DenseMask) -> DenseMask:
     """A tensor as a mask, with a warning the first time that there are better ways to write one."""
     global _warned
-    mask = DenseMask(operation, tensor)
+    mask = kind(operation, tensor)
     if not _warned:
         _warned = True
         warnings.warn(
@@ -150,10 +176,15 @@ def dense_mask(operation: str, tensor: Tensor) -> DenseMask:
 _warned = False
 
 
-@lru_cache(maxsize=16)
-def _trace(looks_at: tuple[str, ...]) -> Traced:
-    table = torch.zeros((1,) * len(looks_at), dtype=torch.bool)
-    return replace(trace(lambda b, h, q, kv: _look_up(table, looks_at, b, h, q, kv)), names=("mask",))
+@lru_cache(maxsize=64)
+def _trace(looks_at: tuple[str, ...], dtype: torch.dtype) -> Traced:
+    table = torch.zeros((1,) * len(looks_at), dtype=dtype)
+
+    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        entry = _look_up(table, looks_at, b, h, q, kv)
+        return entry if dtype == torch.bool else _is_shown(entry, dtype)
+
+    return replace(trace(mask), names=("mask",))
 
 
 def _look_up(table: Tensor, looks_at: tuple[str, ...], *indices: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from maskflash.errors import ArgumentTypeError
-from maskflash.functions.written import Recorded, Written
+from maskflash.functions.written import Recorded, WrittenFunction
 from maskflash.masks.mask import Mask
 
 MaskLike = Mask | Callable[..., Any]
@@ -20,7 +20,7 @@ class RecordedMask(Recorded, Mask):
     """A mask that came out of a pickle without its function."""
 
 
-class Predicate(Written, Mask):
+class Predicate(WrittenFunction, Mask):
     """A mask given by a function."""
 
     recorded = RecordedMask

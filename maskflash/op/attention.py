@@ -3,86 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, overload
+from typing import Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
 
-from maskflash.analysis.problem import Problem
-from maskflash.errors import ArgumentError, BackendError, MaskIndexError
+from maskflash.errors import MaskIndexError
 from maskflash.functions.sizes import Sizes
-from maskflash.functions.slots import Slots
 from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
 from maskflash.ground.transfer import capturing
-from maskflash.masks.mask import Mask
-from maskflash.masks.sight import Sight
-from maskflash.op import autograd, cache, checking
+from maskflash.op import autograd, cache
+from maskflash.op.ahead import Ahead
 from maskflash.op.analyse import Analysis
-from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
-from maskflash.scores.lifting import Lifted
-from maskflash.scores.score import Score, own_arguments
+from maskflash.op.asking import KEPT, Dropped
+from maskflash.op.inside import Inside
+from maskflash.op.spec import Spec
 from maskflash.scores.seeds import probability, seed_of
 
-if TYPE_CHECKING:
-    from maskflash.backends.triton.signature import PassName
-    from maskflash.op.explain import Explanation
-
-BackendChoice = Literal["auto", "cpu", "triton"]
-
-
-class _Dropped(NamedTuple):
-    """The dropout of a call: its probability, and its seed where there is any."""
-
-    p: float = 0.0
-    seed: Tensor | None = None
-
-
-_KEPT: Final = _Dropped()
 _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
-_BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
 
 
-class Attention:
+class Attention(Ahead, Inside):
     """Attention under one mask: call it with q, k and v.
 
     It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
     attention ops together, and made again when a table has been written to.
-
-    Attributes:
-        mask: which pairs may attend; where a score function hides pairs, joined with those that it leaves.
-        name: of the mask as it was given.
-        score: how strongly they attend; None for the scaled products themselves.
-        scale: factor of the scores; None for 1/sqrt(D).
-        block_size: (bq, bkv), a tile in tokens.
-        backend: as asked for.
-        deterministic: same inputs, same bits. Both backends always are.
-        tune: measure tiles at the first call of a kind (triton only).
-        check: read every table at every call, to find writes that torch doesn't see.
     """
-
-    def __init__(
-        self,
-        mask: Mask,
-        scale: float | None,
-        block_size: tuple[int, int],
-        backend: BackendChoice,
-        deterministic: bool,
-        tune: bool = False,
-        check: bool = False,
-        score: Score | None = None,
-    ) -> None:
-        self.name = mask.name
-        self.score = score
-        if score is not None:
-            mask = mask & Lifted(score)
-        self.mask = mask
-        self.scale = scale
-        self.block_size = block_size
-        self.backend = backend
-        self.deterministic = deterministic
-        self.tune = tune
-        self.check = check or checking.ALWAYS
 
     @overload
     def __call__(
@@ -164,7 +111,7 @@ class Attention:
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
-        dropout = _KEPT
+        dropout = KEPT
         if dropout_p != 0.0 or generator is not None or seed is not None:
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
@@ -203,49 +150,6 @@ class Attention:
             spec = self._spec(self._sizes(q, k, q_offset, kv_offset), q, sinks, mask_args, stamp)
         out, lse = autograd.attend(analysis, spec, q, k, v)
         return (out, autograd.natural(spec, lse)) if return_lse else out
-
-    def source(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        pass_name: PassName = "forward",
-        q_offset: int | Tensor = 0,
-        kv_offset: int | Tensor = 0,
-        **mask_args: Any,
-    ) -> str:
-        """The Triton text that a call with these tensors runs on a GPU; it can be had without one.
-
-        Args:
-            q: as in a call.
-            k: as in a call.
-            v: as in a call.
-            pass_name: "forward", "delta", "dkdv" or "dq".
-            q_offset: as in a call.
-            kv_offset: as in a call.
-            **mask_args: the mask's own arguments.
-
-        Raises:
-            BackendError: the mask uses an operation that Triton can't express exactly.
-
-        Example:
-            >>> import maskflash as mf
-            >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
-            >>> text = mf.compile(lambda b, h, q, kv: (q ^ kv) & 3 == 0).source(q, k, v)
-            >>> [line.strip() for line in text.splitlines() if "x2 =" in line][0]
-            'x2 = q[:, None] ^ kv[None, :]'
-        """
-        from maskflash.analysis.classify import classify
-        from maskflash.backends.triton import run as triton
-        from maskflash.backends.triton.signature import PASSES
-
-        qkv.check(q, k, v)
-        arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
-        if q.is_meta:
-            raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
-        problem = self._problem(self._sizes(q, k, q_offset, kv_offset), mask_args)
-        return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
 
     def _name(
         self,
@@ -288,73 +192,6 @@ class Attention:
             *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *mask_args, *given),
         )
 
-    def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
-        """The sizes of a call; its tensors are checked already, its offsets here."""
-        batch = q.shape[0]
-        rows = arguments.offset("attention", "q_offset", q_offset, batch)
-        return Sizes.of(q, k, rows, arguments.offset("attention", "kv_offset", kv_offset, batch))
-
-    def _spec(
-        self,
-        sizes: Sizes,
-        q: Tensor,
-        sinks: Tensor | None,
-        mask_args: dict[str, Any],
-        stamp: int | None = None,
-        dropout: _Dropped = _KEPT,
-        *,
-        check: bool = False,
-    ) -> Spec:
-        """What a call asks for, its arguments checked and bound."""
-        backend = self._backend_for(sizes.device)
-        slots, params, tables = self._bound(sizes, mask_args, stamp)
-        if check:
-            self._check(slots, tables, sizes)
-        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
-        offsets = sizes.q_offset, sizes.kv_offset
-        scored = self._scored(sizes, q.dtype, mask_args)
-        return Spec.make(
-            *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
-            seed=dropout.seed,
-            dropout_p=dropout.p,
-        )
-
-    def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
-        """The score function in a call."""
-        if self.score is None:
-            return UNSCORED
-        slots, params, tables = self.score.at(dtype).bind(sizes, own_arguments(self.score, mask_args))
-        if slots.expr.is_score:
-            return UNSCORED
-        qkv.same_device(sizes.device, [*zip(slots.names, tables, strict=True)])
-        learning = torch.is_grad_enabled()
-        return Scored(slots.text, params, tables, [learning and table.requires_grad for table in tables])
-
-    def _bound(
-        self, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None
-    ) -> tuple[Slots, list[int], list[Tensor]]:
-        """The mask's expression, and its numbers and tables in a call."""
-        slots, params, tables = self.mask.bind(sizes, mask_args, stamp)
-        named = [*zip(slots.names, tables, strict=True), *sizes.offset_tensors]
-        if named:
-            qkv.same_device(sizes.device, named)
-        return slots, params, tables
-
-    def _check(self, slots: Slots, tables: list[Tensor], sizes: Sizes) -> None:
-        """See `checking.check`."""
-        if not torch.compiler.is_compiling():
-            checking.check("attention", [*zip(slots.names, tables, strict=True), *sizes.offset_tensors])
-        elif not checking.ALWAYS:
-            torch._dynamo.graph_break(
-                "attention: check=True looks at tables in Python, which torch.compile can't take in; set "
-                "MASKFLASH_CHECK=1, with which compiled graphs check too"
-            )
-
-    def _problem(self, sizes: Sizes, mask_args: dict[str, Any]) -> Problem:
-        """The mask at the sizes of a call, with the user's own lines."""
-        self._bound(sizes, mask_args)
-        return Sight.of(self.mask, sizes, mask_args).tiled(self.block_size)
-
     def _tune(self, analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
         from maskflash.backends.triton import run as triton
@@ -362,56 +199,6 @@ class Attention:
         assert isinstance(analysis.plan, triton.DevicePlan), "the backend's own"
         problem = spec.problem(Sizes.of(q, k))
         triton.tune(analysis.plan, problem, q.detach(), k.detach(), v.detach(), spec.strength)
-
-    def explain(self, q_len: int, kv_len: int, **call: Any) -> Explanation:
-        """What was decided for these lengths, and why: str() for people, .to_dict() for tools.
-
-        Args:
-            q_len: rows in tokens.
-            kv_len: columns in tokens.
-            **call: batch, heads, q_offset, kv_offset, device (where a call would run) and the mask's own arguments:
-                see `Mask.at`.
-
-        Example:
-            >>> import maskflash as mf
-            >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))  # doctest: +ELLIPSIS
-            sliding_window(256)
-              visible            ((q - 256) <= kv) and (kv <= q)
-              rows of column j   [j, j + 257)
-              reads              q, kv: one block map for all batch rows and heads
-              tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
-              decided            1024 tiles by formulas
-              backend            cpu, since the tensors are on cpu
-              forward float32    ... dense calls, ... masked, 0 gathered, ... pairs, in float32
-              ...
-        """
-        from maskflash.op.explain import Explanation
-
-        problem = self.mask.at_call("Attention.explain", q_len, kv_len, call).tiled(self.block_size)
-        backend = self._backend_for(problem.device)
-        why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
-        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why)
-
-    def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
-        """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
-
-        It needs no q, k or v, so it can run in a thread while the step before is computed.
-
-        Args:
-            q_len: rows in tokens.
-            kv_len: columns in tokens.
-            **call: as in `explain`; of tables the very tensors of the calls.
-
-        Raises:
-            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
-
-        Example:
-            >>> import maskflash as mf
-            >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
-            >>> attn.prepare(512, 512)
-        """
-        problem = self.mask.at_call("Attention.prepare", q_len, kv_len, call).tiled(self.block_size)
-        cache.of_problem(problem, self._backend_for(problem.device))
 
     def warm(
         self,
@@ -484,30 +271,15 @@ class Attention:
         """
         cache.invalidate(self.mask.traces.texts)
 
-    def _backend_for(self, device: torch.device) -> Backend:
-        chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
-        if chosen is None or (chosen == "cpu" and device.type != "cpu"):
-            raise BackendError(
-                f"attention: tensors are on {device.type}, expected "
-                f"{'cpu' if chosen else ' or '.join(_BACKENDS)}; move q, k and v"
-            )
-        if chosen == "triton":
-            from maskflash.backends.triton import run as triton
-
-            problem = triton.unavailable(device)
-            if problem is not None:
-                raise BackendError(f"attention: the triton backend can't run here: {problem}")
-        return chosen
-
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score.name}"
         return f"Attention({self.name}{score}, backend={self.backend!r}, block_size={self.block_size})"
 
 
-def _dropout(p: Any, generator: Any, seed: Any, device: torch.device) -> _Dropped:
+def _dropout(p: Any, generator: Any, seed: Any, device: torch.device) -> Dropped:
     """What a caller says of dropout, checked; a seed is drawn only where something is dropped."""
     p = probability("attention", p)
     if seed is None and p == 0:
-        return _KEPT
+        return KEPT
     found = seed_of("attention", seed, generator, device)
-    return _Dropped(p, found) if p else _KEPT
+    return Dropped(p, found) if p else KEPT

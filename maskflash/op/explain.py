@@ -43,6 +43,7 @@ class Explanation:
     analysis: Analysis
     backend: str
     why: str
+    score: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data; `passes` says what the backend runs for each."""
@@ -65,6 +66,7 @@ class Explanation:
             "evaluated_for": self._obstacle() if analysis.decided["elements"] else None,
             "backend": self.backend,
             "why": self.why,
+            "score": self.score,
             "kernel": _kernel(analysis.plan),
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
             "passes": _passes(analysis.plan),
@@ -120,6 +122,7 @@ class Explanation:
             "tiles": f"{tiles} of {rows} x {columns} tokens ({100 * facts['sparsity']:.1f} % skipped)",
             "decided": _decided(facts["decided"]),
             **({"evaluated for": facts["evaluated_for"]} if facts["evaluated_for"] else {}),
+            **_score(self.score),
             "backend": f"{self.backend}, {self.why}",
             **({"kernel": _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
@@ -132,6 +135,14 @@ def _decided(decided: dict[str, int]) -> str:
             return f"{decided[decider]} tiles by {how}"
     bounds, samples, elements = (decided[kind] for kind in ("bounds", "samples", "elements"))
     return f"{bounds} tiles by bounds, {samples} by samples, {elements} element by element"
+
+
+def _score(facts: dict[str, Any] | None) -> dict[str, str]:
+    """A score function as people read of it."""
+    if facts is None:
+        return {}
+    lifted = {"lifted": f"{facts['lifted']}: as a mask"} if facts["lifted"] else {}
+    return {"score": facts["value"], "class": f"{facts['class']}, since {facts['why']}", **lifted}
 
 
 def _sentence(facts: dict[str, int | str]) -> str:

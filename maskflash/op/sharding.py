@@ -32,11 +32,13 @@ def forward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> 
 
 
 def backward(cls: Any, op: Any, types: Any, args: Sequence[Any], kwargs: Any) -> Any:
-    """dq, dk and dv, laid out as q is; dsinks as the sinks are."""
+    """dq, dk and dv, laid out as q is; those of sinks and of a score's tables as these are."""
     q, k, v = args[2:5]
     *found, dsinks, dtables = _on_parts(op, args[:7], (q, k, v), args[7:], (q.shape, k.shape, v.shape))
-    sinks = Spec.from_op(*args[7:]).sinks
-    return *found, dsinks if sinks is None else _of_sinks(dsinks, sinks, q), dtables
+    spec = Spec.from_op(*args[7:])
+    learned = [table for table, wanted in zip(spec.score_tables, spec.learned, strict=True) if wanted]
+    summed = [_summed(part, table, q, by_head=False) for part, table in zip(dtables, learned, strict=True)]
+    return *found, dsinks if spec.sinks is None else _summed(dsinks, spec.sinks, q, by_head=True), summed
 
 
 def _on_parts(op: Any, tensors: Sequence[Any], qkv: Sequence[Any], mask: Sequence[Any], shapes: Sequence[Any]) -> Any:
@@ -101,14 +103,23 @@ def _whole(x: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], shape
     return DTensor.from_local(x, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def _of_sinks(part: Tensor, sinks: Tensor, q: Tensor) -> Tensor:
-    """The gradient of the sinks, laid out as they are, from that of the heads and batch rows of q on this rank."""
+def _summed(part: Tensor, like: Tensor, q: Tensor, *, by_head: bool) -> Tensor:
+    """A gradient, laid out as what it is of, from that of the heads and batch rows of q on this rank.
+
+    Args:
+        part: this rank's: of the heads that it holds if `by_head`, else of all that there is.
+        like: what it is the gradient of.
+        q: whose layout says what ranks hold.
+        by_head: whether there is one number for each query head.
+    """
     if not isinstance(q, DTensor):
         return part
-    laid_out = [Shard(0) if p.is_shard(1) else Partial() if p.is_shard(0) else Replicate() for p in q.placements]
+    of_head: Placement = Shard(0) if by_head else Partial()
+    laid_out = [of_head if p.is_shard(1) else Partial() if p.is_shard(0) else Replicate() for p in q.placements]
+    shape, stride = like.shape, torch.empty(like.shape, device="meta").stride()
     with torch.no_grad():
-        found = DTensor.from_local(part, q.device_mesh, laid_out, run_check=False, shape=sinks.shape, stride=(1,))
-        return found.redistribute(placements=sinks.placements) if isinstance(sinks, DTensor) else found.full_tensor()
+        found = DTensor.from_local(part, q.device_mesh, laid_out, run_check=False, shape=shape, stride=stride)
+        return found.redistribute(placements=like.placements) if isinstance(like, DTensor) else found.full_tensor()
 
 
 def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, ...]) -> Spec:
@@ -119,13 +130,22 @@ def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, .
         return spec
     rows, of_heads = (_held(q.shape[dim], dim, q.device_mesh, placements) for dim in (0, 1))
     firsts = {"b": rows.start, "h": of_heads.start}
-    shifts = {name: first for name, first in firsts.items() if first and name in expression(spec.expr).reads}
-    if shifts:
-        text = _shifted(spec.expr, tuple(shifts), len(spec.params))
-        spec = spec._replace(expr=text, params=[*spec.params, *shifts.values()])
+    text, params = _from(firsts, spec.expr, spec.params)
+    spec = spec._replace(expr=text, params=params)
+    if spec.score:
+        text, params = _from(firsts, spec.score, spec.score_params)
+        spec = spec._replace(score=text, score_params=params)
+    if spec.seed is not None:
+        spec = spec._replace(seed=torch.cat((spec.seed, spec.seed.new_tensor([rows.start, of_heads.start]))))
     q_offsets, kv_offsets = (x if x is None else x[rows.start : rows.stop] for x in (spec.q_offsets, spec.kv_offsets))
     sinks = None if spec.sinks is None else spec.sinks[of_heads.start : of_heads.stop]
     return spec._replace(q_offsets=q_offsets, kv_offsets=kv_offsets, sinks=sinks)
+
+
+def _from(firsts: dict[str, int], text: str, params: Sequence[int]) -> tuple[str, Sequence[int]]:
+    """A function's text and params where b and h begin elsewhere than at 0."""
+    shifts = {name: first for name, first in firsts.items() if first and name in expression(text).reads}
+    return (_shifted(text, tuple(shifts), len(params)), [*params, *shifts.values()]) if shifts else (text, params)
 
 
 def _held(size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> range:
@@ -147,7 +167,7 @@ def _all_of(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _shifted(text: str, names: tuple[str, ...], slot: int) -> str:
-    """A mask's text with params, from this slot on, added to these indices."""
+    """A function's text with params, from this slot on, added to these indices."""
     expr, builder = expression(text), Builder()
     places: list[int] = []
     for node in expr.nodes:

@@ -43,9 +43,11 @@ def words(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> 
     Returns:
         (batch, heads, q_len) and (batch, heads, kv_len), int32, odd, on the device of the seed.
     """
-    seed = dropout.seed.reshape(1)
+    seed, first = dropout.seed[:1], dropout.seed[1:]
     b = torch.arange(batch, device=seed.device)[:, None, None]
     h = torch.arange(heads, device=seed.device)[:, None]
+    if len(first):
+        b, h = b + first[0], h + first[1]
     rows, columns = _positions(dropout.q_offset, q_len, seed), _positions(dropout.kv_offset, kv_len, seed)
     positions = torch.cat([x.expand(batch, 1, -1) for x in (rows, columns)], 2)
     side = (torch.arange(q_len + kv_len, device=seed.device) >= q_len).long()

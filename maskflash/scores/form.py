@@ -33,11 +33,14 @@ class Form:
         factor: what the score is multiplied by, an expression of b, h and q alone, or of b, h and kv alone; None for 1,
             and in the general class.
         bias: what is added, an expression of the pair; None for 0, and in the general class.
+        obstacle: in the general class, the position of the first node that isn't linear in the score; None where the
+            factor depends on rows and columns.
     """
 
     kind: Kind
     factor: Expr | None = None
     bias: Expr | None = None
+    obstacle: int | None = None
 
     @property
     def of_columns(self) -> bool:
@@ -55,9 +58,10 @@ class _Linear(NamedTuple):
 @lru_cache(maxsize=256)
 def form_of(expr: Expr) -> Form:
     """The class of a score's expression."""
-    found = _Parts(expr).linear()
+    parts = _LinearParts(expr)
+    found = parts.linear()
     if found is None:
-        return Form("general")
+        return Form("general", obstacle=parts.reached)
     builder, (factor, bias) = found
     of_factor = None if factor is None else builder.finish(factor)
     if of_factor is not None and not (of_factor.reads <= _OF_ROWS or of_factor.reads <= _OF_COLUMNS):
@@ -66,7 +70,7 @@ def form_of(expr: Expr) -> Form:
     return Form("folded" if of_bias is None else "additive", of_factor, of_bias)
 
 
-class _Parts(Builder):
+class _LinearParts(Builder):
     """Rewrites a program as factor * score + bias."""
 
     def __init__(self, expr: Expr) -> None:
@@ -74,6 +78,11 @@ class _Parts(Builder):
         self._expr = expr
         self._places: list[int] = []  # of nodes without the score; -1 for others
         self._linear: list[_Linear | None] = []  # of nodes with it; None for others
+
+    @property
+    def reached(self) -> int:
+        """How many nodes have been rewritten: where they stop being linear."""
+        return len(self._linear)
 
     def linear(self) -> tuple[Builder, _Linear] | None:
         """The whole, and what its positions are in; None if it isn't linear in the score."""

@@ -6,12 +6,14 @@
     score   score + slope * (kv - q)        an additive score
 
 A pair whose score is -inf gets no weight, as one that a mask hides. So -inf is followed through the program, from where
-it is written to where it ends up, as long as the conditions on its way don't look at the score.
+it is written to where it ends up, as long as the conditions on its way don't look at the score. It may be read from a
+table too: such a table is looked up by the mask, if it has holes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -25,6 +27,8 @@ from maskflash.functions.function import Function
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots, aside
 from maskflash.functions.traces import Reading
+from maskflash.ground import arguments
+from maskflash.ground.identity import Watch, owner
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, compact
 
@@ -48,11 +52,13 @@ class Lifted(Mask):
 
     Attributes:
         score: the function.
+        holes: whether its tables may hold -inf.
     """
 
-    def __init__(self, score: Function) -> None:
+    def __init__(self, score: Function, *, holes: bool = False) -> None:
         super().__init__(f"what {score.name} leaves", score.keywords, score.defaults, score.implied_names)
         self.score = score
+        self.holes = holes
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
         """Not to be called: it is known by the score function's trace."""
@@ -61,7 +67,7 @@ class Lifted(Mask):
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The condition, out of the score function's trace."""
         traced = self.score.slots(mask_args)[0].traced
-        found = lift(traced.expr).mask
+        found = lift(traced.expr, holes=self.holes).mask
         if found is None:
             found = ALWAYS
         return compact(found, traced.params, traced.tables, traced.names, traced.specialised)
@@ -93,13 +99,40 @@ class Lifted(Mask):
 
 
 @lru_cache(maxsize=256)
-def lift(expr: Expr) -> Split:
-    """What of a score's program is a mask."""
-    lifter = _Lifter(expr)
+def lift(expr: Expr, *, holes: bool = False) -> Split:
+    """What of a score's program is a mask; with `holes`, -inf in tables too, which then stays in the rest."""
+    lifter = _Lifter(expr, holes)
     hidden, rest = lifter.found()
     if hidden is None:
         return Split(None, expr)
     return Split(simplify(lifter.finish(lifter.add("not", hidden))), simplify(lifter.finish(rest)))
+
+
+def has_holes(tables: Sequence[Tensor]) -> bool:
+    """Whether a table holds -inf; those that are learned are not looked into, nor what a graph has no values of."""
+    if torch.compiler.is_compiling():
+        return False
+    return any([table.is_floating_point() and not table.requires_grad and _is_hollow(table) for table in tables])
+
+
+def _is_hollow(table: Tensor) -> bool:
+    """Whether a table holds -inf: looked into once for each state of it."""
+    if arguments.without_data(table):
+        return False
+    if table.is_inference():
+        return bool(torch.isneginf(table).any())
+    place = table.untyped_storage()._cdata, table.storage_offset(), table.shape, table.stride(), table.dtype
+    known = _known.get(place)
+    if known is None or known[0] != table._version or known[2].expired():
+        known = _known[place] = table._version, bool(torch.isneginf(table).any()), Watch([owner(table)])
+        while len(_known) > _MOST:
+            _known.pop(next(iter(_known)), None)
+    return known[1]
+
+
+_known: dict[tuple[Any, ...], tuple[int, bool, Watch]] = {}
+"""By the place of a table in memory: its version then, whether it held -inf, and what tells that it is gone."""
+_MOST: Final = 256
 
 
 @aside
@@ -126,9 +159,10 @@ class _Lifter(Builder):
         hidden: for each node, the truth of its being -inf; None where it never is as far as this can tell.
     """
 
-    def __init__(self, expr: Expr) -> None:
+    def __init__(self, expr: Expr, holes: bool) -> None:
         super().__init__()
         self._expr = expr
+        self._holes = holes
         self.whole: list[int] = []
         self.rest: list[int] = []
         self.hidden: list[int | None] = []
@@ -152,6 +186,8 @@ class _Lifter(Builder):
         nowhere = None, self.whole[-1]
         if node.op == "const" and node.value == -math.inf:
             return self.const(True), self.whole[-1]
+        if node.op == "lookup" and self._holes and node.dtype.is_floating_point:
+            return self.add("eq", self.whole[-1], self.const(-math.inf)), self.whole[-1]
         if not any(place is not None for place in hidden):
             return nowhere
         match node.op:

@@ -220,7 +220,7 @@ def buckets(count: int, bidirectional: bool, max_distance: int) -> Tensor:
         )
     far = torch.log(distance.float() / exact) / torch.log(torch.tensor(max_distance / exact)) * (count - exact)
     far = (exact + far.clamp(min=0).long()).clamp(max=count - 1)
-    return first.add(torch.where(distance < exact, distance, far))
+    return first + torch.where(distance < exact, distance, far)
 
 
 class _PaperAlibi(Score):
@@ -265,4 +265,5 @@ def _floats(operation: str, name: str, value: Any, *ranks: int) -> Tensor:
     if value.ndim not in ranks:
         expected = " or ".join(map(str, ranks))
         raise ArgumentError(f"{operation}: {name} has shape {tuple(value.shape)}, expected {expected} dimensions")
-    return value
+    floats: Tensor = value
+    return floats

@@ -91,12 +91,12 @@ def _inside(score: Expr) -> Expr | None:
 
     The sizes of all tables, one after the other, are its params after those of the score.
     """
-    writer = _Writer(score)
+    writer = _Insides(score)
     found = writer.found()
     return None if found is None else simplify(writer.finish(found))
 
 
-class _Writer(Builder):
+class _Insides(Builder):
     """Writes, for each node of a score, the truth of all being there that it is made of."""
 
     def __init__(self, score: Expr) -> None:

@@ -16,7 +16,7 @@ import torch
 from maskflash.errors import ArgumentTypeError
 from maskflash.functions.function import Bound, Function
 from maskflash.functions.sizes import Fits, Sizes
-from maskflash.functions.written import Recorded, Written
+from maskflash.functions.written import Recorded, WrittenFunction
 from maskflash.masks.mask import Mask
 from maskflash.scores.lifting import remainder
 from maskflash.trace.tracer import Role
@@ -41,7 +41,7 @@ class RecordedScore(Recorded):
         return self
 
 
-class Score(Written):
+class Score(WrittenFunction):
     """How strongly a query attends to a key that it sees: see `score`.
 
     Attributes:

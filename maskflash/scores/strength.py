@@ -51,7 +51,7 @@ class Dropout:
 
     Attributes:
         p: the probability of being dropped, 0 < p < 1.
-        seed: int64, one element, on the device of the call.
+        seed: int64, on the device of the call: (1,), or (3,) with the first batch row and head of a part of a call.
         q_offset: as of a score.
         kv_offset: as of a score.
     """

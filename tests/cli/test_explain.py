@@ -46,3 +46,31 @@ def test_what_cannot_be_explained_is_status_2(capsys, monkeypatch, arguments, sa
     found = capsys.readouterr()
     assert found.out == ""
     assert said in found.err
+
+
+def test_a_score_is_explained_and_what_it_hides_is_hidden(capsys, tmp_path):
+    path = tmp_path / "functions.py"
+    path.write_text("def near(score, b, h, q, kv):\n    return score if q - kv < 100 else float('-inf')\n", "utf-8")
+    assert cli.main(["explain", "causal", "--score", f"{path}:near", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["score"]["lifted"] == "(q - kv) < 100"
+    assert facts["tiles"] == mf.sliding_window(99).block_map(4096, 4096).counts
+    assert cli.main(["show", "causal", "--score", f"{path}:near", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tiles"] == facts["tiles"]
+    assert cli.main(["explain", "causal", "--score", "softcap(20), alibi", "--heads", "8"]) == 0
+    assert "class              general, since tanh(score / 20.0) is not linear in the score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bias(3)", "column 1: 'bias' looks a tensor up: write file.py:function; there are softcap"),
+        ("softcap", "column 1: softcap() missing"),
+        ("causal", "column 1: 'causal' is no preset of scores"),
+        ("softcap(20) & alibi", "column 1: expected a score, such as softcap(20)"),
+        ("softcap(-1)", "column 1: softcap: cap is -1.0, expected a finite positive number"),
+    ],
+)
+def test_what_is_no_score_is_status_2(capsys, text, said):
+    assert cli.main(["explain", "causal", "--score", text]) == 2
+    assert said in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 import maskflash as mf
 from maskflash.op import flops
+from maskflash.op.spec import Spec
 
 FORWARD, BACKWARD = torch.ops.maskflash.forward, torch.ops.maskflash.backward
 doc = torch.arange(300) // 90
@@ -106,7 +107,7 @@ def arguments(mask, tensors):
     """What the op is given for a mask without tables."""
     slots, values = mask.slots({})
     params, _ = slots.filled(values, torch.device("cpu"))
-    return [], params, 0, None, 0, None, None, 1.0, slots.text, (128, 128), "cpu"
+    return Spec.make(slots.text, params, [], 0, 0, None, 1.0, (128, 128), "cpu")
 
 
 def test_an_exported_program_is_counted():

@@ -138,6 +138,30 @@ def test_sinks_are_those_of_the_rank_s_heads(world, placements):
         torch.testing.assert_close(given[3].grad.to_local(), held(truth, mesh, laid_out))
 
 
+@pytest.mark.parametrize("placements", [[Shard(0)], [Shard(1)], [Replicate()]], ids=["batch", "heads", "replicated"])
+def test_scores_and_dropout_are_those_of_the_whole_call_s_pairs(world, placements):
+    """What a table learns on a rank is a part, to be summed over the ranks."""
+    table = torch.randn(4, 4, 30, requires_grad=True)
+
+    def biased(score, b, h, q, kv):
+        return score + table[b, h, kv] * (q - kv)
+
+    whole = [x.requires_grad_() for x in tensors()]
+    given = {"score": biased, "dropout_p": 0.4, "seed": 5}
+    expected = mf.attention(*whole, by_both, **given)
+    truth = torch.autograd.grad(expected.square().sum(), table)[0]
+    for rank in range(2):
+        mesh = world(rank, 2)
+        parts = [spread(x.detach(), mesh, placements).requires_grad_() for x in whole]
+        out = mf.attention(*parts, by_both, **given)
+        torch.testing.assert_close(out.to_local(), held(expected, mesh, placements).detach())
+        if placements != [Replicate()]:  # needs a sum over ranks, and what is sent here never arrives
+            continue
+        out.square().sum().to_local().backward()
+        torch.testing.assert_close(table.grad, truth)
+        table.grad = None
+
+
 @given(mask=mf.testing.masks(), shape=mf.testing.shapes(), b=st.integers(0, 3), h=st.integers(0, 3))
 @settings(max_examples=30)
 def test_a_shifted_mask_is_the_mask_of_shifted_indices(mask, shape, b, h):

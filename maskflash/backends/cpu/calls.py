@@ -149,6 +149,10 @@ class Band:
         """Bands of one kind are slices of one matrix; two edges that move fix its width, one edge doesn't."""
         return self.start_step, self.stop_step, self.width if self.start_step == self.stop_step else 0
 
+    def mean_width(self, rows: int) -> float:
+        """How many columns each of so many rows sees, on average."""
+        return self.width + (self.stop_step - self.start_step) * (rows - 1) / 2
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Intervals:

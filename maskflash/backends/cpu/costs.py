@@ -34,6 +34,7 @@ class Costs:
         masked: efficiency of a call with a mask, relative to one without.
         rows: ascending row counts; rates[i] holds from rows[i] on.
         rates: pairs per unit of cost.
+        tiled: a call is computed tile by tile, without tiles that nobody sees: nothing is gained by cutting it.
     """
 
     native: bool
@@ -42,6 +43,7 @@ class Costs:
     masked: float
     rows: tuple[int, ...]
     rates: tuple[float, ...]
+    tiled: bool = False
 
     def rate(self, rows: float) -> float:
         """Efficiency of a call of so many rows."""
@@ -54,6 +56,8 @@ class Costs:
 
     def of_causal(self, size: int) -> float:
         """Cost of one call of size x size under the kernel's own causal flag, in pairs."""
+        if self.tiled:
+            return self.of(size, size / 2, masked=True)
         # The kernel leaves out whole key blocks only: row r is computed up to the next multiple of _KEY_BLOCK.
         whole, rest = divmod(size, _KEY_BLOCK)
         pairs = _KEY_BLOCK**2 * whole * (whole + 1) / 2 + rest * size
@@ -104,6 +108,8 @@ _FLOAT32: Final[dict[str, dict[Pass, Costs]]] = {
 # repacked. Not measured on the machine that the table above comes from, which has no 16-bit products.
 _NATIVE_AMX: Final = Costs(True, 3500, 20, 1.0, (1, 16, 64, 128, 256, 512, 1024), (0.1, 0.5, 1.2, 1.6, 2.1, 2.5, 2.9))
 _NATIVE_AVX512: Final = Costs(True, 2500, 10, 1.0, (1, 32, 192, 768), (0.1, 0.6, 0.8, 0.86))
+TILED: Final = Costs(False, 20_000, 10, 0.97, (1, 8, 32, 64), (0.1, 0.4, 0.8, 1.0), tiled=True)
+"""Calls by our own tiles, in either pass: many short operations each."""
 
 
 def candidates(pass_: Pass, dtype: torch.dtype) -> tuple[Costs, ...]:

@@ -79,6 +79,8 @@ def cost_of(call: Call, costs: Costs) -> float:
     """Predicted cost of one call, in pairs."""
     if isinstance(call.mask, Causal):
         return costs.of_causal(len(call.rows))
+    if costs.tiled and isinstance(call.mask, Band):
+        return costs.of(len(call.rows), call.mask.mean_width(len(call.rows)), masked=True)
     blocks = call.rows.total // len(call.rows)
     return blocks * costs.of(len(call.rows), len(call.columns), masked=call.mask is not None)
 
@@ -136,10 +138,17 @@ class Segment(NamedTuple):
         """Whether every row sees every column."""
         return self.start_step == self.stop_step == 0
 
+    @property
+    def band(self) -> Band:
+        """What masks it, if it is no rectangle."""
+        return Band(self.start_step, self.stop_step, self.stop - self.start)
+
     def cost(self, costs: Costs) -> float:
         """Predicted cost of the segment as one call."""
         if self.is_causal:
             return costs.of_causal(self.rows)
+        if costs.tiled and not self.is_rectangle:
+            return costs.of(self.rows, self.band.mean_width(self.rows), masked=True)
         return costs.of(self.rows, self.width, masked=not self.is_rectangle)
 
     def between(self, low: int, high: int) -> Segment:
@@ -151,7 +160,7 @@ class Segment(NamedTuple):
 def _cut(segment: Segment, costs: Costs) -> list[Segment]:
     """The segment in about equal parts: few calls and long rows against the corners masked away."""
     rows = segment.rows
-    if segment.is_rectangle or rows <= min(_HEIGHTS):
+    if segment.is_rectangle or rows <= min(_HEIGHTS) or costs.tiled:
         return [segment]
     best, best_cost = [0], segment.cost(costs)
     if not segment.is_causal and _band_bytes(segment, rows) > _MAX_BAND_BYTES:
@@ -280,4 +289,4 @@ def _single_call(segment: Segment) -> Call:
         return Call(rows, columns, Causal())
     if segment.is_rectangle:
         return Call(rows, columns, None)
-    return Call(rows, columns, Band(segment.start_step, segment.stop_step, segment.stop - segment.start))
+    return Call(rows, columns, segment.band)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.rows import Evaluate
-from maskflash.backends.cpu.calls import Band, Bits, Call, Intervals
+from maskflash.backends.cpu.calls import Band, Bits, Call, Causal, Intervals
 from maskflash.ground.copies import lasting
 
 _MAX_KEPT_PAIRS: Final = 1 << 16  # of one call whose matrix is kept
@@ -78,8 +78,29 @@ class Masks:
             if mask.packed is not None:
                 packed = mask.packed
                 return self._keep(call, dtype, lambda: spread(packed, columns, dtype))
-            return additive(self._evaluated(mask, call), dtype)
+            return additive(self._evaluated(mask, call.rows.tokens(), call.columns.tokens()), dtype)
         return None
+
+    def tile(self, call: Call, rows: slice, columns: slice) -> Tensor | None:
+        """A part of the call's mask: float32 (rows, columns) of 0 and -inf; None where all of it is visible.
+
+        The first of the columns is a multiple of 8 where the mask has bits.
+        """
+        mask = call.mask
+        if mask is None:
+            return None
+        if not isinstance(mask, Bits):
+            start, stop = (x[rows] for x in ends(mask, len(call.rows)))
+            if int(start.max()) <= columns.start and int(stop.min()) >= columns.stop:
+                return None
+            x = torch.arange(columns.start, columns.stop)
+            visible = (x >= start[:, None]) & (x < stop[:, None])
+        elif mask.packed is not None:
+            bytes_ = slice(columns.start // 8, -(-columns.stop // 8))
+            return spread(mask.packed[rows, bytes_], columns.stop - columns.start, torch.float32)
+        else:
+            visible = self._evaluated(mask, call.rows.tokens()[rows], call.columns.tokens()[columns])
+        return additive(visible, torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -104,12 +125,29 @@ class Masks:
                 self._kept[key] = make()
         return self._kept[key]
 
-    def _evaluated(self, mask: Bits, call: Call) -> Tensor:
-        """The call's visible pairs: (R, S) bool."""
+    def _evaluated(self, mask: Bits, rows: Tensor, columns: Tensor) -> Tensor:
+        """Which of these tokens see which: (R, S) bool."""
         assert self.evaluate is not None, "plan() keeps the mask of a plan that has bits to evaluate"
-        q, kv = call.rows.tokens()[:, None], call.columns.tokens()
-        visible = self.evaluate(torch.tensor(mask.b), torch.tensor(mask.h), q, kv)
-        return visible.expand(len(call.rows), len(call.columns))
+        visible = self.evaluate(torch.tensor(mask.b), torch.tensor(mask.h), rows[:, None], columns)
+        return visible.expand(len(rows), len(columns))
+
+
+def reach(call: Call, rows: slice) -> tuple[int, int]:
+    """The columns of a call from the first to one past the last that some of its rows see; all where it has bits."""
+    if call.mask is None or isinstance(call.mask, Bits):
+        return 0, len(call.columns)
+    start, stop = ends(call.mask, len(call.rows))
+    return int(start[rows].min()), int(stop[rows].max())
+
+
+def ends(mask: Causal | Band | Intervals, rows: int) -> tuple[Tensor, Tensor]:
+    """The first column that each row sees, and one past the last: (rows,) each."""
+    if isinstance(mask, Intervals):
+        return mask.start[:, 0], mask.stop[:, 0]
+    t = torch.arange(rows, dtype=torch.int32)
+    if isinstance(mask, Causal):
+        return torch.zeros_like(t), t + 1
+    return mask.start_step * t, mask.width + mask.stop_step * t
 
 
 def band_matrix(band: Band, height: int, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ from maskflash.analysis.rows import Evaluate, Strip, row_spans
 from maskflash.analysis.runs import IntArray
 from maskflash.analysis.seen import Seen
 from maskflash.backends.cpu.calls import Bits, Call
-from maskflash.backends.cpu.costs import TABLE_WORK, Costs, Pass, candidates
+from maskflash.backends.cpu.costs import TABLE_WORK, TILED, Costs, Pass, candidates
 from maskflash.backends.cpu.cover import cost_of, cover_segments, find_segments
 from maskflash.backends.cpu.layers import Layers
 from maskflash.backends.cpu.matrices import Masks
@@ -45,6 +45,7 @@ class Plan:
     strips: dict[tuple[int, int], list[Call]]
     _masks: Masks = field(init=False)
     _schedules: dict[tuple[Pass, torch.dtype, int], Schedule] = field(default_factory=dict)
+    _tiled: dict[Pass, Schedule] = field(default_factory=dict)
     _soles: dict[tuple[torch.dtype, int], Call | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +70,17 @@ class Plan:
                 found = self._schedules[key] = min(allowed, key=lambda s: s.cost)
                 self._masks.expect(found.all_calls())
         return found
+
+    def tiled(self, pass_: Pass) -> Schedule:
+        """The calls of one pass by our own tiles, for any dtype and work."""
+        if pass_ not in self._tiled:
+            with lasting():
+                self._tiled[pass_] = self._made(pass_, TILED)
+        return self._tiled[pass_]
+
+    def tile(self, call: Call, rows: slice, columns: slice) -> Tensor | None:
+        """A part of the call's mask, see `Masks.tile`."""
+        return self._masks.tile(call, rows, columns)
 
     def sole(self, dtype: torch.dtype, work: int) -> Call | None:
         """The call that computes all rows of everything, if it is the cheapest way of both passes in this dtype.

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from maskflash.backends.cpu import engine
 from maskflash.backends.cpu.calls import Blocks, Call, Causal
 from maskflash.backends.cpu.plan import Plan, plan
 from maskflash.backends.cpu.schedules import Schedule
 from maskflash.backends.cpu.threads import WORKERS, Job
-from maskflash.backends.cpu.views import Views, batch_rows, shared, units
+from maskflash.backends.cpu.views import Views, batch_rows, prepared, shared, units
 from maskflash.backends.merge import merge_into
 from maskflash.backends.sinks import add_sinks, gradient
 from maskflash.scores.strength import Gradients, Strength
@@ -50,10 +51,15 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
     total = _lse_dtype(q.dtype)
     if batch * heads * q_len == 0:
         return q.new_zeros(batch, heads, q_len, v_head_dim), q.new_zeros((batch, heads, q_len), dtype=total)
+    if strength.score is not None or strength.dropout is not None:
+        out, lse = engine.forward(plan, q, k, v, strength)
+        if sinks is not None:
+            add_sinks(out, lse, sinks)
+        return _as(out, q.dtype), lse
     schedule = plan.schedule("forward", q.dtype, plan.work(batch, heads, max(head_dim, v_head_dim)))
     compute = q.dtype if schedule.native else torch.float32
     width = max(head_dim, v_head_dim)
-    inputs = _prepared(q, compute, width), _prepared(k, compute, width), _prepared(v, compute, width)
+    inputs = prepared(q, compute, width), prepared(k, compute, width), prepared(v, compute, width)
     if schedule.only is not None and heads == k.shape[1]:
         out, lse = _attend(plan, schedule.only, *inputs, scale)
         out = out if width == v_head_dim else out[..., :v_head_dim]
@@ -96,7 +102,7 @@ def sole_call(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Call | None:
 def attend(plan: Plan, call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The `out` of `forward` by its sole call, through operations that torch can differentiate, the kernel once."""
     if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-        q, k, v = (_prepared(x, x.dtype, x.shape[3]) for x in (q, k, v))
+        q, k, v = (prepared(x, x.dtype, x.shape[3]) for x in (q, k, v))
     return _attend(plan, call, q, k, v, scale)[0]
 
 
@@ -132,7 +138,14 @@ def backward(
     dk, dv = (torch.zeros(x.shape, dtype=total) for x in (k, v))
     if lse.numel() == 0:
         dsinks = None if sinks is None else torch.zeros_like(sinks)
-        return Gradients(torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks)
+        score = strength.score
+        learned = () if score is None else zip(score.inputs.tables, score.wanted, strict=True)
+        tables = tuple(torch.zeros(table.shape, dtype=table.dtype) for table, wanted in learned if wanted)
+        return Gradients(torch.zeros(q.shape, dtype=q.dtype), dk.to(k.dtype), dv.to(k.dtype), dsinks, tables)
+    if strength.score is not None or strength.dropout is not None:
+        delta = _delta(dout, dlse, out, total)
+        found = engine.backward(plan, dout, delta, q, k, v, lse, strength)
+        return found if sinks is None else found._replace(sinks=gradient(sinks, lse, delta))
     dsinks = None if sinks is None else gradient(sinks, lse, _delta(dout, dlse, out, total))
     work = plan.work(q.shape[0], q.shape[1], max(q.shape[3], v.shape[3]))
     schedule = plan.schedule("backward", q.dtype, work)
@@ -147,7 +160,7 @@ def backward(
         dout = torch.cat((dout.to(total), torch.ones_like(dlse, dtype=total)[..., None]), dim=3)
         out = torch.cat((out.to(total), -dlse.to(total)[..., None]), dim=3)
         v = pad(v, (0, 1))
-    inputs = tuple(_prepared(x, total, width) for x in (q, k, v, dout, out))
+    inputs = tuple(prepared(x, total, width) for x in (q, k, v, dout, out))
 
     def make(call: Call, views: Views) -> None:
         qs, ks, vs, douts, outs, lses, dqs, dks, dvs = views
@@ -202,19 +215,6 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
-    """Brings x to the compute dtype, `width` wide, with rows that are dense and don't overlap.
-
-    The kernel reads garbage from rows that are not dense, and is 15x slower on rows closer than their width, such as
-    those of an expanded tensor; all other strides it takes as they are.
-    """
-    x = _as(x, dtype)
-    if x.shape[3] < width:
-        x = pad(x, (0, width - x.shape[3]))
-    stride = x.stride()
-    return x if stride[3] == 1 and stride[2] >= width else x.clone(memory_format=torch.contiguous_format)
 
 
 def _make(each: Each, plan: Plan, schedule: Schedule, tensors: tuple[Tensor, ...]) -> None:

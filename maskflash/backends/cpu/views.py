@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Views = list[Tensor]
 
@@ -49,3 +51,16 @@ def batch_rows(views: Views) -> list[Views]:
 def shared(x: Tensor, q: Tensor) -> Tensor:
     """K or V seen by all the heads of its group, without a copy."""
     return x if x.shape[:2] == q.shape[:2] else x.expand(*q.shape[:2], -1, -1)
+
+
+def prepared(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """Brings x to the compute dtype, `width` wide, with rows that are dense and don't overlap.
+
+    The kernel reads garbage from rows that are not dense, and is 15x slower on rows closer than their width, such as
+    those of an expanded tensor; all other strides it takes as they are.
+    """
+    x = x if x.dtype == dtype else x.to(dtype)
+    if x.shape[3] < width:
+        x = pad(x, (0, width - x.shape[3]))
+    stride = x.stride()
+    return x if stride[3] == 1 and stride[2] >= width else x.clone(memory_format=torch.contiguous_format)

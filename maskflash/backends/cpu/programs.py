@@ -1,0 +1,269 @@
+"""A score's program -> its values tile by tile; what depends on kv - q alone is computed once per diagonal.
+
+    kv - q of a tile            its diagonals                    the same as a view, rows from the last to the first
+     5  6  7  8                                                   3  4  5  6
+     4  5  6  7                 3  4  5  6  7  8                  4  5  6  7      strides (1, 1)
+     3  4  5  6                                                   5  6  7  8
+
+So a relative bias costs an addition per pair, whatever its buckets are. Tiles have their rows in that order throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from maskflash.expr.evaluate import Inputs, compute_several
+from maskflash.expr.nodes import Builder, Expr, Node
+
+_BOUNDED: Final = frozenset(
+    (
+        *(
+            "b",
+            "h",
+            "q",
+            "kv",
+            "score",
+            "const",
+            "param",
+            "lookup",
+            "cast",
+            "select",
+            "add",
+            "sub",
+            "mul",
+            "neg",
+            "abs",
+        ),
+        *("min", "max", "floor", "ceil", "trunc", "round", "tanh", "sigmoid", "erf", "sin", "cos", "atan"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "bitand", "bitor", "bitxor", "bitnot", "shl", "shr"),
+        *("floordiv", "mod", "truncdiv"),
+    )
+)
+"""Operations whose results are finite where their operands are, and no larger than float32 holds in any use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Several roots of an expression, in two parts.
+
+    Attributes:
+        diagonal: what depends on pairs by kv - q alone, and is used elsewhere; None for nothing.
+        diagonals: its roots.
+        expr: the rest. It reads the roots of `diagonal` as tables without an index, numbered after its own.
+        roots: its roots, those that were asked for.
+    """
+
+    diagonal: Expr | None
+    diagonals: tuple[int, ...]
+    expr: Expr
+    roots: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def program_of(expr: Expr, roots: tuple[int, ...], tables: int, *, by_diagonals: bool) -> Program:
+    """Some roots of an expression, ready to be computed.
+
+    Args:
+        expr: a score's program, with or without its derivatives.
+        roots: positions.
+        tables: how many it has.
+        by_diagonals: whether tiles are of neighbouring rows and columns, so that they have diagonals.
+    """
+    nodes = expr.nodes
+    of_diagonals = diagonal_nodes(expr) if by_diagonals else frozenset()
+    needed = _needed(expr, roots, of_diagonals)
+    hoisted = sorted(needed & of_diagonals)
+    read = {
+        position: Node("lookup", (), nodes[position].dtype, nodes[position].weak, tables + number)
+        for number, position in enumerate(hoisted)
+    }
+    rest, places = part_of(expr, roots, read)
+    diagonal, diagonals = part_of(expr, hoisted) if hoisted else (None, ())
+    return Program(diagonal, diagonals, rest, places)
+
+
+@lru_cache(maxsize=256)
+def diagonal_nodes(expr: Expr) -> frozenset[int]:
+    """The nodes whose values differ between pairs of one b and h by kv - q alone, and do differ."""
+    reads: list[str] = []  # "", "q", "kv", "diagonal" or "pair"
+    moves: list[str] = []  # "q" or "kv" where it is that plus what is the same for all pairs, else ""
+    for node in expr.nodes:
+        args = [reads[arg] for arg in node.args]
+        moving = [moves[arg] for arg in node.args]
+        move = ""
+        if node.op in ("q", "kv"):
+            read = move = node.op
+        elif node.op == "score":
+            read = "pair"
+        elif node.op == "sub" and set(moving) == {"q", "kv"} and not node.dtype.is_floating_point:
+            read = "diagonal"
+        else:
+            different = set(args) - {""}
+            read = different.pop() if len(different) == 1 else "pair" if different else ""
+            if node.op in ("add", "sub") and not node.dtype.is_floating_point and args[-1] == "":
+                move = moving[0]
+            elif node.op == "add" and not node.dtype.is_floating_point and args[0] == "":
+                move = moving[1]
+        reads.append(read)
+        moves.append(move)
+    return frozenset(position for position, read in enumerate(reads) if read == "diagonal")
+
+
+def part_of(expr: Expr, roots: Sequence[int], read: Mapping[int, Node] | None = None) -> tuple[Expr, tuple[int, ...]]:
+    """The part of an expression that these roots need, and where they are in it; some nodes may be read instead."""
+    read = read or {}
+    builder, places = Builder(), dict[int, int]()
+    for position in sorted(_needed(expr, roots, read)):
+        node = read.get(position, expr.nodes[position])
+        args = () if position in read else tuple(places[arg] for arg in node.args)
+        places[position] = builder.add(node.op, *args, dtype=node.dtype, weak=node.weak, value=node.value)
+    return Expr(tuple(builder.nodes)), tuple(places[root] for root in roots)
+
+
+def _needed(expr: Expr, roots: Sequence[int], ends: Container[int]) -> set[int]:
+    """What roots are computed from, not looking below some nodes."""
+    needed, stack = set[int](), list(roots)
+    while stack:
+        position = stack.pop()
+        if position not in needed:
+            needed.add(position)
+            stack += () if position in ends else expr.nodes[position].args
+    return needed
+
+
+def is_bounded(expr: Expr, inputs: Inputs) -> bool:
+    """Whether what hidden pairs compute is finite, so that adding -inf hides them: the operations and tables say so."""
+
+    def divides_well(node: Node) -> bool:
+        by = expr.nodes[node.args[1]]
+        return by.op in ("const", "param") and abs(by.number(inputs.params)) > 1e-30
+
+    if not all(n.op in _BOUNDED or (n.op == "truediv" and divides_well(n)) for n in expr.nodes):
+        return False
+    if not all(abs(param) < 1e30 for param in inputs.params):
+        return False
+    used = {n.slot for n in expr.nodes if n.op == "lookup"}
+    tables = [table for slot, table in enumerate(inputs.tables) if slot in used and table.is_floating_point()]
+    return all(_within(table) for table in tables if table.numel())
+
+
+def _within(table: Tensor) -> bool:
+    low, high = torch.aminmax(table)
+    return bool(low > -1e30) and bool(high < 1e30)  # not NaN either
+
+
+@dataclass(slots=True, eq=False)
+class Pairs:
+    """The pairs of some heads of one batch row, within the rows and columns of one call.
+
+    Attributes:
+        inputs: values of the program's slots.
+        batch_row: b.
+        heads: the query heads.
+        rows: token numbers of the call's rows, with their offset.
+        columns: likewise.
+    """
+
+    inputs: Inputs
+    batch_row: int
+    heads: range
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def lowest(self) -> int:
+        """The least kv - q."""
+        first, last = self.columns[0].item(), self.rows[-1].item()
+        return int(first - last)
+
+    @property
+    def diagonals(self) -> int:
+        """How many there are."""
+        return len(self.rows) + len(self.columns) - 1
+
+    def first_diagonal(self, rows: slice, columns: slice) -> int:
+        """Which one is that of a tile's last row and first column."""
+        return len(self.rows) - rows.stop + columns.start
+
+    def indices(self, q: Tensor, kv: Tensor) -> dict[str, Tensor]:
+        """b, h, q and kv: (1, 1, 1), (heads, 1, 1), (1, rows, 1) and (1, 1, columns)."""
+        h = torch.arange(self.heads.start, self.heads.stop)[:, None, None]
+        return {"b": torch.full((1, 1, 1), self.batch_row), "h": h, "q": q[None, :, None], "kv": kv[None, None]}
+
+    def of_diagonals(self, expr: Expr, roots: Sequence[int]) -> list[Tensor]:
+        """What an expression is on each diagonal: (heads or 1, 1, diagonals or 1) each."""
+        kv = torch.arange(self.lowest, self.lowest + self.diagonals)
+        return compute_several(expr, self.inputs, self.indices(torch.zeros(1, dtype=torch.int64), kv), roots, look_up)[
+            0
+        ]
+
+    def with_diagonals(self, program: Program) -> Values:
+        """A program whose diagonals are computed."""
+        if program.diagonal is None:
+            return Values(self, program, [])
+        found = self.of_diagonals(program.diagonal, program.diagonals)
+        return Values(self, program, [x.expand(-1, -1, self.diagonals).contiguous() for x in found])
+
+
+@dataclass(slots=True, eq=False)
+class Values:
+    """A program on the pairs of a call, tile by tile.
+
+    Attributes:
+        pairs: the pairs.
+        program: what is computed.
+        diagonals: values of its diagonal part, (heads or 1, 1, diagonals) each.
+    """
+
+    pairs: Pairs
+    program: Program
+    diagonals: list[Tensor]
+
+    def of(self, rows: slice, columns: slice, score: Tensor) -> list[Tensor]:
+        """The program's roots on a tile, in shapes that broadcast to it, rows from the last to the first.
+
+        Args:
+            rows: of the call.
+            columns: of the call.
+            score: (heads, rows, columns), rows from the last to the first.
+        """
+        pairs, (_, height, width) = self.pairs, score.shape
+        given = pairs.indices(pairs.rows[rows].flip(0), pairs.columns[columns])
+        given["score"] = score
+        first = pairs.first_diagonal(rows, columns)
+        views = [
+            x.as_strided((x.shape[0], height, width), (x.shape[2], 1, 1), int(x.storage_offset()) + first)
+            for x in self.diagonals
+        ]
+        inputs = replace(pairs.inputs, tables=(*pairs.inputs.tables, *views)) if views else pairs.inputs
+        return compute_several(self.program.expr, inputs, given, self.program.roots, look_up)[0]
+
+
+def look_up(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, None]:
+    """Reads a table without asking what the indices are: hidden pairs may have any, and read anything."""
+    if not indices:
+        return table, None
+    if not table.numel():
+        return table.new_zeros(()), None
+    place, last = (
+        linear(indices, table.shape, table.stride()),
+        sum((size - 1) * stride for size, stride in zip(table.shape, table.stride(), strict=True)),
+    )
+    flat = table.as_strided((last + 1,), (1,), int(table.storage_offset()))
+    return flat.index_select(0, place.reshape(-1)).view(place.shape), None
+
+
+def linear(indices: Sequence[Tensor], shape: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Where elements lie in memory: indices into it, in bounds whatever they are; negative ones count from the end."""
+    place: Tensor | None = None
+    for index, size, stride in zip(indices, shape, strides, strict=True):
+        inside = torch.where(index < 0, index + size, index).clamp_(0, size - 1) * stride
+        place = inside if place is None else place + inside
+    assert place is not None, "a table has dimensions"
+    return place

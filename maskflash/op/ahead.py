@@ -1,0 +1,116 @@
+"""An attention op and lengths -> what can be had before a call: explanations, kernels' text, analyses, warm kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from maskflash.errors import ArgumentError
+from maskflash.ground import arguments, qkv
+from maskflash.op import cache
+from maskflash.op.asking import Asking
+from maskflash.scores.told import told
+
+if TYPE_CHECKING:
+    from maskflash.backends.triton.signature import PassName
+    from maskflash.op.explain import Explanation
+
+
+class Ahead(Asking):
+    """What an attention op tells, or does, ahead of a call."""
+
+    def source(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        pass_name: PassName = "forward",
+        q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
+        **mask_args: Any,
+    ) -> str:
+        """The Triton text that a call with these tensors runs on a GPU; it can be had without one.
+
+        Args:
+            q: as in a call.
+            k: as in a call.
+            v: as in a call.
+            pass_name: "forward", "delta", "dkdv" or "dq".
+            q_offset: as in a call.
+            kv_offset: as in a call.
+            **mask_args: the mask's own arguments.
+
+        Raises:
+            BackendError: the mask uses an operation that Triton can't express exactly.
+
+        Example:
+            >>> import maskflash as mf
+            >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
+            >>> text = mf.compile(lambda b, h, q, kv: (q ^ kv) & 3 == 0).source(q, k, v)
+            >>> [line.strip() for line in text.splitlines() if "x2 =" in line][0]
+            'x2 = q[:, None] ^ kv[None, :]'
+        """
+        from maskflash.analysis.classify import classify
+        from maskflash.backends.triton import run as triton
+        from maskflash.backends.triton.signature import PASSES
+
+        qkv.check(q, k, v)
+        arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
+        if q.is_meta:
+            raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
+        problem = self._problem(self._sizes(q, k, q_offset, kv_offset), mask_args)
+        return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
+
+    def explain(self, q_len: int, kv_len: int, **call: Any) -> Explanation:
+        """What was decided for these lengths, and why: str() for people, .to_dict() for tools.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device (where a call would run) and the mask's own arguments:
+                see `Mask.at`.
+
+        Example:
+            >>> import maskflash as mf
+            >>> print(mf.compile(mf.sliding_window(256)).explain(4096, 4096))  # doctest: +ELLIPSIS
+            sliding_window(256)
+              visible            ((q - 256) <= kv) and (kv <= q)
+              rows of column j   [j, j + 257)
+              reads              q, kv: one block map for all batch rows and heads
+              tiles              31 full, 62 partial, 931 skip of 128 x 128 tokens (90.9 % skipped)
+              decided            1024 tiles by formulas
+              backend            cpu, since the tensors are on cpu
+              forward float32    ... dense calls, ... masked, 0 gathered, ... pairs, in float32
+              ...
+        """
+        from maskflash.op.explain import Explanation
+
+        sight = self.mask.at_call("Attention.explain", q_len, kv_len, call)
+        problem = sight.tiled(self.block_size)
+        backend = self._backend_for(problem.device)
+        why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
+        score = None if self.score is None else told(self.score, sight.sizes, sight.mask_args)
+        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why, score)
+
+    def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
+        """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.
+
+        It needs no q, k or v, so it can run in a thread while the step before is computed.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: as in `explain`; of tables the very tensors of the calls.
+
+        Raises:
+            MaskIndexError: the mask reads a table out of range, or divides by zero, where no guard excludes it.
+
+        Example:
+            >>> import maskflash as mf
+            >>> attn = mf.compile(mf.causal() & mf.document([200, 312]))
+            >>> attn.prepare(512, 512)
+        """
+        problem = self.mask.at_call("Attention.prepare", q_len, kv_len, call).tiled(self.block_size)
+        cache.of_problem(problem, self._backend_for(problem.device))

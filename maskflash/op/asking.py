@@ -1,0 +1,157 @@
+"""A mask, a score function, and how to run them -> the spec of each call, its arguments checked and bound."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskflash.analysis.problem import Problem
+from maskflash.errors import BackendError
+from maskflash.functions.sizes import Sizes
+from maskflash.functions.slots import Slots
+from maskflash.ground import arguments, qkv
+from maskflash.masks.mask import Mask
+from maskflash.masks.sight import Sight
+from maskflash.op import checking
+from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
+from maskflash.scores.lifting import Lifted, has_holes
+from maskflash.scores.score import Score, own_arguments
+
+BackendChoice = Literal["auto", "cpu", "triton"]
+
+_BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
+
+
+class Dropped(NamedTuple):
+    """The dropout of a call: its probability, and its seed where there is any."""
+
+    p: float = 0.0
+    seed: Tensor | None = None
+
+
+KEPT: Final = Dropped()
+
+
+class Asking:
+    """What all parts of an attention op share: what was compiled, and what a call with it asks for.
+
+    Attributes:
+        mask: which pairs may attend; where a score function hides pairs, joined with those that it leaves.
+        name: of the mask as it was given.
+        score: how strongly they attend; None for the scaled products themselves.
+        scale: factor of the scores; None for 1/sqrt(D).
+        block_size: (bq, bkv), a tile in tokens.
+        backend: as asked for.
+        deterministic: same inputs, same bits. Both backends always are.
+        tune: measure tiles at the first call of a kind (triton only).
+        check: read every table at every call, to find writes that torch doesn't see.
+    """
+
+    def __init__(
+        self,
+        mask: Mask,
+        scale: float | None,
+        block_size: tuple[int, int],
+        backend: BackendChoice,
+        deterministic: bool,
+        tune: bool = False,
+        check: bool = False,
+        score: Score | None = None,
+    ) -> None:
+        self.name = mask.name
+        self.score = score
+        if score is not None:
+            self._with_holes = mask & Lifted(score, holes=True)
+            mask = mask & Lifted(score)
+        self.mask = mask
+        self.scale = scale
+        self.block_size = block_size
+        self.backend = backend
+        self.deterministic = deterministic
+        self.tune = tune
+        self.check = check or checking.ALWAYS
+
+    def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
+        """The sizes of a call; its tensors are checked already, its offsets here."""
+        batch = q.shape[0]
+        rows = arguments.offset("attention", "q_offset", q_offset, batch)
+        return Sizes.of(q, k, rows, arguments.offset("attention", "kv_offset", kv_offset, batch))
+
+    def _spec(
+        self,
+        sizes: Sizes,
+        q: Tensor,
+        sinks: Tensor | None,
+        mask_args: dict[str, Any],
+        stamp: int | None = None,
+        dropout: Dropped = KEPT,
+        *,
+        check: bool = False,
+    ) -> Spec:
+        """What a call asks for, its arguments checked and bound."""
+        backend = self._backend_for(sizes.device)
+        scored = self._scored(sizes, q.dtype, mask_args)
+        mask = self._with_holes if has_holes(scored.tables) else self.mask
+        slots, params, tables = self._bound(mask, sizes, mask_args, stamp)
+        if check:
+            self._check(slots, tables, sizes)
+        scale = int(q.shape[3]) ** -0.5 if self.scale is None else self.scale
+        offsets = sizes.q_offset, sizes.kv_offset
+        return Spec.make(
+            *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
+            seed=dropout.seed,
+            dropout_p=dropout.p,
+        )
+
+    def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
+        """The score function in a call."""
+        if self.score is None:
+            return UNSCORED
+        slots, params, tables = self.score.at(dtype).bind(sizes, own_arguments(self.score, mask_args))
+        if slots.expr.is_score:
+            return UNSCORED
+        qkv.same_device(sizes.device, [*zip(slots.names, tables, strict=True)])
+        learning = torch.is_grad_enabled()
+        return Scored(slots.text, params, tables, [learning and table.requires_grad for table in tables])
+
+    def _bound(
+        self, mask: Mask, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None
+    ) -> tuple[Slots, list[int], list[Tensor]]:
+        """A mask's expression, and its numbers and tables in a call."""
+        slots, params, tables = mask.bind(sizes, mask_args, stamp)
+        named = [*zip(slots.names, tables, strict=True), *sizes.offset_tensors]
+        if named:
+            qkv.same_device(sizes.device, named)
+        return slots, params, tables
+
+    def _check(self, slots: Slots, tables: list[Tensor], sizes: Sizes) -> None:
+        """See `checking.check`."""
+        if not torch.compiler.is_compiling():
+            checking.check("attention", [*zip(slots.names, tables, strict=True), *sizes.offset_tensors])
+        elif not checking.ALWAYS:
+            torch._dynamo.graph_break(
+                "attention: check=True looks at tables in Python, which torch.compile can't take in; set "
+                "MASKFLASH_CHECK=1, with which compiled graphs check too"
+            )
+
+    def _problem(self, sizes: Sizes, mask_args: dict[str, Any]) -> Problem:
+        """The mask at the sizes of a call, with the user's own lines."""
+        self._bound(self.mask, sizes, mask_args)
+        return Sight.of(self.mask, sizes, mask_args).tiled(self.block_size)
+
+    def _backend_for(self, device: torch.device) -> Backend:
+        chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
+        if chosen is None or (chosen == "cpu" and device.type != "cpu"):
+            raise BackendError(
+                f"attention: tensors are on {device.type}, expected "
+                f"{'cpu' if chosen else ' or '.join(_BACKENDS)}; move q, k and v"
+            )
+        if chosen == "triton":
+            from maskflash.backends.triton import run as triton
+
+            problem = triton.unavailable(device)
+            if problem is not None:
+                raise BackendError(f"attention: the triton backend can't run here: {problem}")
+        return chosen
