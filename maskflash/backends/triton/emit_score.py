@@ -151,7 +151,7 @@ class _Writer(Writer):
         """A look-up that was written, and its derivative."""
         node, group = self.expr.nodes[position], self.groups[position]
         sizes = [f"{SCORE}t{node.slot}_size{axis}" for axis in range(len(node.args))]
-        steps = [" * ".join(sizes[axis + 1 :]) or "1" for axis in range(len(sizes))]
+        steps = [" * ".join(sizes[axis + 1 :]) or "tl.full((), 1, tl.int64)" for axis in range(len(sizes))]
         pointer = self._pointer(f"{SCORE}x{position}_g", f"sums{node.slot}", steps, self._indices[position], group)
         inside = " & ".join(self._shaped(index.inside, index.group, group) for index in self._indices[position])
         return Lookup(node.slot, self.value(derivative, torch.float32, "pairs"), group, pointer, inside)
@@ -180,17 +180,15 @@ class _Writer(Writer):
 
     def _pointer(self, name: str, table: str, steps: list[str], indices: list[_Index], group: Group) -> str:
         """Where a look-up's elements are: one address for the kernel, and offsets in as few bits as hold them."""
-        offsets = []
+        wide, offsets = f".to(tl.int{32 if self._near else 64})", []
         for axis, (index, step) in enumerate(zip(indices, steps, strict=True)):
             if index.group == "once":
                 table = self._once(f"{name}{axis}", f"{table} + {index.text}.to(tl.int64) * {step}")
-            elif self._near:
-                step = self._once(f"{name}{axis}_32", f"({step}).to(tl.int32)") if step != "1" else step
-                self.lines[index.group].append(f"{name}{axis} = {index.text}.to(tl.int32) * {step}")
-                offsets.append(self._shaped(f"{name}{axis}", index.group, group))
-            else:
-                self.lines[index.group].append(f"{name}{axis} = {index.text}.to(tl.int64) * {step}")
-                offsets.append(self._shaped(f"{name}{axis}", index.group, group))
+                continue
+            if self._near:
+                step = self._once(f"{name}{axis}_32", f"({step}).to(tl.int32)")
+            self.lines[index.group].append(f"{name}{axis} = {index.text}{wide} * {step}")
+            offsets.append(self._shaped(f"{name}{axis}", index.group, group))
         return f"{table} + ({' + '.join(offsets)})" if offsets else table
 
     def _shaped(self, text: str, own: Group, group: Group) -> str:

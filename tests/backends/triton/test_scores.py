@@ -156,7 +156,7 @@ def test_what_hidden_pairs_read_and_compute_reaches_nothing(device, poison):
         inputs = [q, *(x.detach().masked_fill(hidden[:, None], fill).requires_grad_() for x in (k, v))]
 
         def score(s, b, h, q, kv):
-            return s * 2 / (1 + (q >= kv) - (kv > q)) + filled[q, kv] * torch.log(q - kv + 1.0)
+            return s * 2 / (1 + (q >= kv) - (kv > q)) + filled[q, kv] * torch.rsqrt(q - kv + 1.0)
 
         return run(mask, *inputs, (filled,), score=score)
 
