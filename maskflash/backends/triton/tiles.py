@@ -150,7 +150,7 @@ def choose(
     """The table's tile, shrunk to divide the block map's and to fit the device's shared memory.
 
     A score's look-ups for each pair hold registers and, as tiles of float32 on their way, shared memory: with them
-    a kernel takes the next smaller tile.
+    kernels take steps half as long where those are longer than 32 tokens.
 
     Args:
         arch: of the device; see the table's families.
@@ -180,8 +180,9 @@ def choose(
         _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
     )
     tile = replace(tile, block_m=block_m, block_n=block_n)
-    if of_pairs:
-        tile = shrunk(pass_name, tile) or tile
+    walked = "block_m" if pass_name == "dkdv" else "block_n"
+    if of_pairs and getattr(tile, walked) > 32:
+        tile = replace(tile, **{walked: getattr(tile, walked) // 2})
     limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
     while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim, of_pairs) > limit:
         smaller = shrunk(pass_name, tile)
