@@ -44,7 +44,7 @@ def scores(batch, heads, dtype=torch.float32, seed=0):
         "pairs": lambda score, b, h, q, kv: score + pairs[b, h, q, kv],
         "relations": lambda score, b, h, q, kv: score * slope[h] + buckets[relation[b, q, kv], h] * torch.sin(score),
         "hides": lambda score, b, h, q, kv: torch.where(score < 0.3, score, -torch.inf) + warm[h, kv],
-        "faults where hidden": lambda score, b, h, q, kv: torch.tanh(score) + torch.sqrt(q - kv + 1),
+        "faults where hidden": lambda score, b, h, q, kv: torch.tanh(score * torch.sqrt(q - kv + 1)),
     }
 
 
@@ -170,6 +170,14 @@ def test_a_row_whose_values_are_all_minus_infinity_sees_nothing():
         assert (lse[:, :, ::3] == -torch.inf).all()
         assert (gradients[0][:, :, ::3] == 0).all()
         assert not any(x.isnan().any() for x in (out, *gradients))
+
+
+def test_merging_parts_that_saw_nothing():
+    nothing, some = -torch.inf, 0.5
+    out, lse = torch.tensor([[0.0], [0.0], [3.0]]), torch.tensor([nothing, nothing, some])
+    engine.merge_some(out, lse, torch.tensor([[0.0], [7.0], [0.0]]), torch.tensor([nothing, some, nothing]))
+    assert out.tolist() == [[0], [7], [3]]
+    assert lse.tolist() == [nothing, some, some]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
