@@ -179,8 +179,8 @@ class Pairs:
     @property
     def lowest(self) -> int:
         """The least kv - q."""
-        first, last = self.columns[0].item(), self.rows[-1].item()
-        return int(first) - int(last)
+        low: int = self.columns[0].tolist() - self.rows[-1].tolist()
+        return low
 
     @property
     def diagonals(self) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.backends.cpu import biases, engine, work
+from maskflash.backends.cpu import biases, engine, softmax, work
 from maskflash.testing import Shape, assert_matches_dense
 
 LEN = 300
@@ -175,7 +175,7 @@ def test_a_row_whose_values_are_all_minus_infinity_sees_nothing():
 def test_merging_parts_that_saw_nothing():
     nothing, some = -torch.inf, 0.5
     out, lse = torch.tensor([[0.0], [0.0], [3.0]]), torch.tensor([nothing, nothing, some])
-    engine.merge_some(out, lse, torch.tensor([[0.0], [7.0], [0.0]]), torch.tensor([nothing, some, nothing]))
+    softmax.merge_some(out, lse, torch.tensor([[0.0], [7.0], [0.0]]), torch.tensor([nothing, some, nothing]))
     assert out.tolist() == [[0], [7], [3]]
     assert lse.tolist() == [nothing, some, some]
 
@@ -185,13 +185,13 @@ def test_exponentials_are_good_to_the_last_bits(dtype):
     x = torch.linspace(-60, 0, 4096, dtype=dtype)
     exact = x.double().exp()
     found = x.clone()
-    engine.exponentials(found)
+    softmax.exponentials(found)
     assert ((found - exact).abs() <= torch.finfo(dtype).eps).all()
     assert ((found / exact - 1).abs() <= torch.finfo(dtype).eps * (1 + x.abs())).all()
     probabilities = x.clone()
-    engine.probabilities(probabilities)
+    softmax.probabilities(probabilities)
     torch.testing.assert_close(probabilities, x.exp(), rtol=torch.finfo(dtype).eps, atol=0)
-    for function in (engine.exponentials, engine.probabilities):
+    for function in (softmax.exponentials, softmax.probabilities):
         extremes = torch.tensor([-torch.inf, -1e30, -800, torch.nan], dtype=dtype)
         function(extremes)
         assert extremes.tolist()[:3] == [0, 0, 0]
