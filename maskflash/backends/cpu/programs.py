@@ -180,8 +180,7 @@ class Pairs:
     @property
     def lowest(self) -> int:
         """The least kv - q."""
-        first, last = self.columns[0].item(), self.rows[-1].item()
-        return int(first) - int(last)
+        return int(self.columns[0]) - int(self.rows[-1])
 
     @property
     def diagonals(self) -> int:
@@ -190,7 +189,7 @@ class Pairs:
 
     def first_diagonal(self, rows: slice, columns: slice) -> int:
         """Which one is that of a tile's last row and first column."""
-        return len(self.rows) - rows.stop + columns.start
+        return len(self.rows) - int(rows.stop) + int(columns.start)
 
     def indices(self, q: Tensor, kv: Tensor) -> dict[str, Tensor]:
         """b, h, q and kv: (1, 1, 1), (heads, 1, 1), (1, rows, 1) and (1, 1, columns)."""

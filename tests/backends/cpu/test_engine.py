@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.backends.cpu import biases, engine, work
+from maskflash.backends.cpu import biases, engine, softmax, work
 from maskflash.testing import Shape, assert_matches_dense
 
 LEN = 300
@@ -44,7 +44,7 @@ def scores(batch, heads, dtype=torch.float32, seed=0):
         "pairs": lambda score, b, h, q, kv: score + pairs[b, h, q, kv],
         "relations": lambda score, b, h, q, kv: score * slope[h] + buckets[relation[b, q, kv], h] * torch.sin(score),
         "hides": lambda score, b, h, q, kv: torch.where(score < 0.3, score, -torch.inf) + warm[h, kv],
-        "faults where hidden": lambda score, b, h, q, kv: torch.tanh(score) + torch.sqrt(q - kv + 1),
+        "faults where hidden": lambda score, b, h, q, kv: torch.tanh(score * torch.sqrt(q - kv + 1)),
     }
 
 
@@ -172,18 +172,26 @@ def test_a_row_whose_values_are_all_minus_infinity_sees_nothing():
         assert not any(x.isnan().any() for x in (out, *gradients))
 
 
+def test_merging_parts_that_saw_nothing():
+    nothing, some = -torch.inf, 0.5
+    out, lse = torch.tensor([[0.0], [0.0], [3.0]]), torch.tensor([nothing, nothing, some])
+    softmax.merge_some(out, lse, torch.tensor([[0.0], [7.0], [0.0]]), torch.tensor([nothing, some, nothing]))
+    assert out.tolist() == [[0], [7], [3]]
+    assert lse.tolist() == [nothing, some, some]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponentials_are_good_to_the_last_bits(dtype):
     x = torch.linspace(-60, 0, 4096, dtype=dtype)
     exact = x.double().exp()
     found = x.clone()
-    engine.exponentials(found)
+    softmax.exponentials(found)
     assert ((found - exact).abs() <= torch.finfo(dtype).eps).all()
     assert ((found / exact - 1).abs() <= torch.finfo(dtype).eps * (1 + x.abs())).all()
     probabilities = x.clone()
-    engine.probabilities(probabilities)
+    softmax.probabilities(probabilities)
     torch.testing.assert_close(probabilities, x.exp(), rtol=torch.finfo(dtype).eps, atol=0)
-    for function in (engine.exponentials, engine.probabilities):
+    for function in (softmax.exponentials, softmax.probabilities):
         extremes = torch.tensor([-torch.inf, -1e30, -800, torch.nan], dtype=dtype)
         function(extremes)
         assert extremes.tolist()[:3] == [0, 0, 0]
