@@ -79,8 +79,11 @@ def test_paddle_s_own_defaults_are_taken():
 
 
 def test_what_it_returns():
-    out = mf.flashmask_attention(Q, KV, KV, ENDS, causal=True, dropout=0.1, training=False, softmax_scale=0.3)
+    value = torch.randn(KV.shape)
+    given = {"causal": True, "softmax_scale": 0.3}
+    out = mf.flashmask_attention(Q, KV, value, ENDS, dropout=0.5, training=False, **given)
     assert out.shape == Q.shape and out.dtype == Q.dtype
+    assert torch.equal(out, mf.flashmask_attention(Q, KV, value, ENDS, **given))
 
 
 @pytest.mark.parametrize(

@@ -300,3 +300,15 @@ def test_a_mask_of_floats_is_a_mask_and_a_bias(lowest):
     model.double()
     truth = {"logits": model(ids, attention_mask=added.double().masked_fill(hidden, -torch.inf)).logits.detach()}
     assert_within_budget(results[NAME], truth, results["eager"], results[DENSE])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at masks
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "GPT2LMHeadModel"])
+def test_a_compiled_model_learns_and_drops_the_same(name):
+    given, model = GIVEN[name](), build(name).train()
+    expected = seeded(model, NAME, given)
+    torch.manual_seed(5)
+    model.zero_grad()
+    torch.compile(model, backend="eager")(**given).loss.backward()
+    gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    assert all(torch.equal(x, expected[name]) for name, x in gradients.items())
