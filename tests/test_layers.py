@@ -60,7 +60,7 @@ ORDER = {
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
-        *("work", "programs", "sums", "engine", "run"),
+        *("work", "programs", "values", "biases", "sums", "engine", "run"),
     ],
     "backends/triton": [
         *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),
@@ -82,7 +82,7 @@ ORDER = {
         "attention",
     ],
     "flashmask": ["paper", "call"],
-    "integrations": ["closures", "transformers"],
+    "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
     "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "bench", "warm", "doctor"],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],

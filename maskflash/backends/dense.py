@@ -77,8 +77,10 @@ class DenseCall:
         return {"out": out.detach(), "lse": lse.detach(), **gradients}
 
     def _scorer(self, score: BoundScore, dtype: torch.dtype, backwards: bool) -> Callable[[Tensor], Tensor]:
-        """The score's program, all its real numbers in one dtype."""
-        expr, inputs, pairs = _retyped(score.expr, dtype), _in_dtype(score.inputs, dtype), self._pairs(score)
+        """The score's program, in one dtype throughout; a plain computation's as it is, if it is of this dtype."""
+        expr, inputs, pairs = score.expr, score.inputs, self._pairs(score)
+        if not (backwards and expr.nodes[-1].dtype == dtype):
+            expr, inputs = _retyped(expr, dtype), _in_dtype(inputs, dtype)
         if backwards:
             pairs["kv"] = pairs["kv"].flip(-1)
         return lambda products: compute(expr, inputs, {**pairs, "score": products})[0].expand(products.shape)

@@ -35,8 +35,8 @@ DERIVATIVES: Final[dict[str, tuple[str, ...]]] = {
     "abs": ("select gt x 0 1 select lt x 0 -1 0",),
     "min": _TIES["lt"],
     "max": _TIES["gt"],
-    "mod": ("1", "neg floor truediv x y"),
-    "fmod": ("1", "neg trunc truediv x y"),
+    "mod": ("1", "neg round truediv sub x r y"),
+    "fmod": ("1", "neg round truediv sub x r y"),
     "sqrt": ("truediv 0.5 r",),
     "rsqrt": ("mul -0.5 mul r mul r r",),
     "exp": ("r",),
@@ -52,7 +52,7 @@ DERIVATIVES: Final[dict[str, tuple[str, ...]]] = {
     "cos": ("neg sin x",),
     "tan": ("add 1 mul r r",),
     "atan": ("truediv 1 add 1 mul x x",),
-    "pow": ("mul y pow x sub y 1", "select eq x 0 0 mul r log x"),
+    "pow": ("select eq y 0 0 mul y pow x sub y 1", "select eq x 0 0 mul r log x"),
 }
 """For each operand the derivative of the result, in the words of `nodes.py`: x and y are the operands, r the result."""
 
@@ -82,13 +82,14 @@ def differentiate(expr: Expr) -> Derivatives:
     """The derivatives of a score's expression, whose value is a real number."""
     writer = _Differentiator(expr)
     nodes, value = expr.nodes, len(expr.nodes) - 1
+    learned = _learned(expr)
     adjoints: dict[int, int] = {value: writer.number(1.0, value)}
     for position in range(value, -1, -1):
         adjoint, node = adjoints.get(position), nodes[position]
-        if adjoint is None or not node.args or node.op == "lookup":
+        if adjoint is None or node.op == "lookup":
             continue
         for place, arg in enumerate(node.args):
-            if not nodes[arg].dtype.is_floating_point or nodes[arg].op in ("const", "param"):
+            if not learned[arg]:
                 continue
             part = writer.handed_on(position, place, adjoint)
             if part is not None:
@@ -98,6 +99,15 @@ def differentiate(expr: Expr) -> Derivatives:
     lookups = tuple((n, adjoints[n]) for n, node in enumerate(nodes) if node.op == "lookup" and n in adjoints)
     whole = Expr(tuple(writer.nodes), tuple(writer.sources))
     return Derivatives(whole, value, slopes[0] if slopes else None, lookups)
+
+
+def _learned(expr: Expr) -> list[bool]:
+    """For each node whether it is a real number that depends on the score or on what is looked up."""
+    learned: list[bool] = []
+    for node in expr.nodes:
+        depends = node.op in ("score", "lookup") or any([learned[arg] for arg in node.args])
+        learned.append(depends and node.dtype.is_floating_point)
+    return learned
 
 
 class _Differentiator(Builder):

@@ -74,7 +74,7 @@ def compute_several(
     values: list[Tensor | None] = []
     faults: list[Tensor] = []
     for position, node in enumerate(expr.nodes):
-        value, fault = _compute(node, expr, values, inputs, pairs, look_up or _lookup)
+        value, fault = compute_node(node, expr, values, inputs, pairs, look_up or _lookup)
         if fault is not None:
             faults.append(fault)
         values.append(value)
@@ -109,7 +109,7 @@ def reached(expr: Expr, always: Sequence[Tensor], maybe: Sequence[Tensor]) -> li
     return [true if here is None else here for here in reach]
 
 
-def _compute(
+def compute_node(
     node: Node,
     expr: Expr,
     values: Sequence[Tensor | None],
@@ -169,7 +169,7 @@ def every_value(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> tupl
     values: list[Tensor] = []
     faults: list[Tensor | None] = []
     for node in expr.nodes:
-        value, fault = _compute(node, expr, values, inputs, pairs, _lookup)
+        value, fault = compute_node(node, expr, values, inputs, pairs, _lookup)
         values.append(value)
         faults.append(fault)
     return values, faults

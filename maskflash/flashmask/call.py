@@ -14,6 +14,7 @@ from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
 from maskflash.op.asking import BackendChoice
 from maskflash.presets import basic
+from maskflash.scores.seeds import probability
 
 
 def flashmask_attention(
@@ -49,13 +50,14 @@ def flashmask_attention(
                 else,   n = 2: i >= v0 or i < v1
                 else,   n = 4: v0 <= i < v1 or v2 <= i < v3
             Numbers beyond the rows are clipped; an interval that ends before it starts hides nothing.
-        dropout: 0, or any with training=False.
+        dropout: probability of dropping a weight, less than 1; any with training=False, which drops none. The seed is
+            drawn from torch's default generator: what `mf.attention` keeps with `dropout_p=`, this does.
         causal: row i sees the columns j <= i + Skv - Sq: aligned to the bottom right.
         window_size: instead of vectors: row i sees from `left` columns before to `right` after its own, i + Skv - Sq,
             both ends included. One number is for both sides, None stands for a side without an end; with causal, right
             counts as 0.
         return_softmax_lse: also return the log-sum-exp.
-        return_seed_offset: False: without dropout there is no random number to repeat.
+        return_seed_offset: False: Paddle's generators are not there; torch.manual_seed repeats what is dropped.
         fixed_seed_offset: None, likewise.
         rng_name: "", likewise.
         training: whether dropout applies.
@@ -104,10 +106,7 @@ def flashmask_attention(
     training = arguments.flag(operation, "training", training)
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ArgumentTypeError(f"{operation}: dropout is {dropout!r}, expected a number from 0 to 1")
-    if dropout and training:
-        raise ArgumentError(
-            f"{operation}: dropout is {dropout}, expected 0: maskflash has none; or pass training=False"
-        )
+    dropout_p = probability(operation, dropout, "dropout") if training else 0.0
     q_len, kv_len, heads, kv_heads = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
     mask: Mask | None = _CAUSAL if causal else None
     offset = kv_len - q_len  # aligned to the bottom right, as column intervals are by themselves
@@ -136,6 +135,7 @@ def flashmask_attention(
         scale=softmax_scale,
         backend=backend,
         q_offset=offset,
+        dropout_p=dropout_p,
         return_lse=True,
     )
     out = out.transpose(1, 2)
@@ -159,9 +159,9 @@ def _sides(name: str, window_size: int | tuple[int | None, int | None]) -> tuple
     return left, right
 
 
-_NO_RANDOM_NUMBERS: Final = "there is no dropout, so no random numbers are drawn"
+_OTHER_NUMBERS: Final = "dropout's seed is torch's; torch.manual_seed repeats it, and mf.attention takes seed="
 _WITHOUT: Final = {
-    **dict.fromkeys(("return_seed_offset", "fixed_seed_offset", "rng_name"), _NO_RANDOM_NUMBERS),
+    **dict.fromkeys(("return_seed_offset", "fixed_seed_offset", "rng_name"), _OTHER_NUMBERS),
     "block_mask": "tiles without a visible pair are found from the vectors, and skipped; what only it hides is a mask "
     "to join, ColumnIntervals.from_flashmask(vectors, causal) & mf.mask(lambda b, h, q, kv: ...)",
 }

@@ -60,7 +60,7 @@ PEERS: Final = {
     "window_size": _WINDOW,
     "softmax_scale": "scale=",
     "softcap": "score=mf.scores.softcap(cap)",
-    "alibi_slopes": "score=mf.scores.alibi(slopes)",
+    "alibi_slopes": "score=mf.scores.alibi(slopes, symmetric=True)",
     "return_attn_probs": _LSE,
     "return_softmax_lse": "return_lse=True",
     **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens_q", "cu_seq_lens_k"), _DOCUMENTS),

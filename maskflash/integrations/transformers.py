@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.integrations.closures import Unknown, lifted
+from maskflash.integrations.layers import score_of
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.presets.basic import causal
@@ -41,8 +42,6 @@ _WITHOUT_EFFECT: Final = frozenset(  # what layers are handed, and what the mask
     )
 )
 _FIXES: Final = {
-    "dropout": "set the config's attention dropout to 0",
-    "softcap": "use eager or flex_attention",
     "output_attentions": "use eager to look at attention weights",
 }
 
@@ -242,6 +241,8 @@ def attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention, as Transformers' attention interface asks for it.
@@ -251,12 +252,16 @@ def attention_forward(
         query: (B, Hq, Sq, D).
         key: (B, Hkv, Skv, D); Hkv divides Hq.
         value: (B, Hkv, Skv, Dv).
-        attention_mask: what `layer_mask` made, or the user's own dense mask, (B or 1, Hq or 1, Sq, Skv) bool; None
-            where the model made none.
+        attention_mask: what `layer_mask` made, or a dense mask, the user's or the model's own, (B, Hq, Sq, Skv) or
+            1 in place of any: bool, or what is added to the scores, where -inf and the dtype's lowest
+            number hide a pair; None where the model made none.
         scaling: factor of the scores; None for 1/sqrt(D).
-        dropout: 0.
+        dropout: probability of dropping a weight while the layer is trained; the seed is drawn from torch's default
+            generator.
         is_causal: what None means for the mask; the module's own where left out.
         s_aux: (Hq,), attention sinks.
+        softcap: scores are softcap · tanh(score / softcap); None for the scores themselves.
+        position_bias: floating (B, Hq, Sq, Skv), or 1 in place of any, added to the scores. It gets its gradient.
         **asked: what else the model wants.
 
     Returns:
@@ -265,7 +270,7 @@ def attention_forward(
     Raises:
         ArgumentError: the model asks for what maskflash doesn't compute, by name.
     """
-    for name, wish in {"dropout": dropout or None, **asked}.items():
+    for name, wish in asked.items():
         if wish is not None and wish is not False and name not in _WITHOUT_EFFECT:
             raise ArgumentError(
                 f"{_HERE}: {type(module).__name__} asks for {name}, which maskflash doesn't compute; "
@@ -275,8 +280,22 @@ def attention_forward(
     mask, (q_offset, kv_offset), mask_args = _mask_of(module, attention_mask, is_causal, lengths)
     if asked.get("cu_seq_lens_q") is not None or asked.get("cu_seq_lens_k") is not None:
         _check_documents(module, attention_mask, asked.get("cu_seq_lens_q"), asked.get("cu_seq_lens_k"))
+    shape = (lengths[0], query.shape[1], *lengths[1:])
+    layer = f"{_HERE}: {type(module).__name__}"
+    score, score_args = score_of(softcap, position_bias, shape, (q_offset, kv_offset), layer)
     out = attention(
-        query, key, value, mask, scale=scaling, q_offset=q_offset, kv_offset=kv_offset, sinks=s_aux, **mask_args
+        query,
+        key,
+        value,
+        mask,
+        score=score,
+        scale=scaling,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        sinks=s_aux,
+        dropout_p=dropout if module.training else 0.0,  # as eager does, whatever the model passes
+        **mask_args,
+        **score_args,
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -308,7 +327,7 @@ def _mask_of(
 
 
 def _check_dense(module: nn.Module, given: Any) -> None:
-    """A user's own mask of all pairs is taken as torch's attention takes it: bool, True where a pair is visible."""
+    """A mask of all pairs is taken as torch's attention takes it: bool, or floats that are added."""
     if not isinstance(given, Tensor) or given.ndim != 4:
         got = f"a tensor of {given.ndim} dimensions" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise ArgumentTypeError(
@@ -316,11 +335,10 @@ def _check_dense(module: nn.Module, given: Any) -> None:
             "pass the model its padding as (batch, tokens), documents as position_ids, a mask of all pairs as (batch, "
             "1, queries, keys) of bool, or None"
         )
-    if given.dtype != torch.bool:
+    if given.dtype != torch.bool and not given.is_floating_point():
         raise ArgumentTypeError(
             f"{_HERE}: {type(module).__name__} has a mask of {given.dtype}, expected torch.bool, True where a pair is "
-            "visible. If it is yours and holds 0 and -inf, pass mask == 0; if the model makes it to add it to its "
-            "scores, use another attn_implementation for this model"
+            "visible, or floats that are added to the scores"
         )
 
 

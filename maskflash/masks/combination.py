@@ -19,7 +19,7 @@ from maskflash.trace.combine import Join, combine
 from maskflash.trace.trace import Traced
 from maskflash.trace.tracer import Captured
 
-SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^"}
+SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^", "and": "and"}
 _LONGEST_NAME: Final = 1000  # characters
 
 Step = Mask | Join
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Combination(Mask):
-    """Masks joined by a connective; both sides are always reached, as under Python's `&`.
+    """Masks joined by a connective; both sides are always reached, as under Python's `&`, but those of "and".
 
     Attributes:
         op: the connective, as expressions have it.
@@ -142,7 +142,7 @@ def connect(op: str, x: Any, *others: Any) -> Any:
     match op:
         case "not":
             return x ^ True
-        case "bitand":
+        case "bitand" | "and":
             return x & others[0]
         case "bitor":
             return x | others[0]

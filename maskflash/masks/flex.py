@@ -56,6 +56,8 @@ def from_flex(block_mask: BlockMask) -> Mask:
     Where the lists are those of mask_mod, as `create_block_mask` makes them, the mask is mask_mod itself. Without
     torch.compile, FlexAttention looks at mask_mod alone, whatever the lists say.
 
+    A score_mod is no part of a BlockMask. It is a score function as it is: `attention(q, k, v, mask, score=score_mod)`.
+
     Args:
         block_mask: with a mask_mod that can be traced, and tensors on one device.
 

@@ -20,7 +20,6 @@ from maskflash.ground.identity import Watch, owner, state
 from maskflash.op import checking
 from maskflash.op.analyse import Analysis, analyse
 from maskflash.op.spec import Backend, Spec
-from maskflash.scores import reads
 
 CAPACITY: Final = 64  # analyses; the least recently used goes first
 MEMORY: Final = 1 << 30  # bytes of them; the latest stays, however large
@@ -107,6 +106,8 @@ def check_reads(spec: Spec, sizes: Sizes) -> None:
     known = _sound.get(key)
     if known is not None and not known.expired():
         return
+    from maskflash.scores import reads
+
     score = spec.strength.score
     assert score is not None, "its text is not empty"
     reads.check(spec.problem(sizes), score.expr, score.inputs)

@@ -10,13 +10,14 @@ first of Philox4x32-10. A pair then costs one product and one comparison:
 
 Why a product suffices. Both words are odd, and odd numbers are a group under multiplication mod 2^32. So the products
 in one row, or in one column, are as independent as the words are, and so are any two that share neither. What is left
-to fear is structure over many rows and columns, which the singular values of the matrix of kept pairs would show. They
-are Fourier coefficients of an interval over that group: at most 22 / 2^15 of the matrix's side by the Polya-Vinogradov
-inequality, and an eighth of that where they were computed, for moduli of 16 to 24 bits. Independent pairs have up to
-2 sqrt(p (1 - p) / side), which is more for any number of tokens below 780,000 (by the bound) at p = 0.1.
+to fear is structure over many rows and columns. In the matrix of all words it shows in the singular values, which are
+the Fourier coefficients of an interval over that group: at most 22 / 2^15 of the matrix's side by the Polya-Vinogradov
+inequality (a sixth to an eighth of the bound where they were computed at p = 0.5, for moduli of 16, 20 and 24 bits).
+The matrix of a call is a random part of that one. Independent pairs of its size have singular values of up to
+2 sqrt(p (1 - p) / side) by chance alone, which at p = 0.1 is more than the bound for up to 780,000 tokens.
 
-A mixer of xors, shifts and products costs almost three times as much, and no test here tells the two apart. An xor and
-one product cost more than a product alone, and fail these tests.
+A mixer of xors, shifts and products takes 1.6 to 2.8 times as long (docs/decisions/0033), and passes the same tests of
+tests/scores. An xor and one product take about as long as a product, and fail four of them.
 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011; docs/numerics.md has test vectors.
 """
@@ -71,9 +72,9 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _WORD) - _SIGN
 
 
-def kept(rows: Tensor, columns: Tensor, threshold: int) -> Tensor:
-    """Whether each pair of a row (..., Q) and a column (..., KV) is kept: (..., Q, KV) bool."""
-    return rows[..., :, None] * columns[..., None, :] >= threshold
+def kept(rows: Tensor, columns: Tensor, threshold: int, out: Tensor | None = None) -> Tensor:
+    """Whether each pair of a row (..., Q) and a column (..., KV) is kept: (..., Q, KV) bool, or 1 and 0 in `out`."""
+    return torch.ge(rows[..., :, None] * columns[..., None, :], threshold, out=out)
 
 
 def keep(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:

@@ -10,7 +10,9 @@ Tensors are looked up where they are: what requires gradients gets them, and may
 
 from __future__ import annotations
 
-from typing import Any, Final
+import functools
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +22,24 @@ from maskflash.functions.sizes import Fits, Sizes
 from maskflash.ground import arguments
 from maskflash.scores.score import Score
 
+_Preset = TypeVar("_Preset", bound=Callable[..., Score])
+
 _POWER: Final = "call.power"  # of two, the largest up to the number of heads: nobody can pass such a name
 
 
+def _preset(make: _Preset) -> _Preset:
+    """A function that makes score functions that are pickled by what they were made of."""
+
+    @functools.wraps(make)
+    def preset(*args: Any, **options: Any) -> Score:
+        found = make(*args, **options)
+        found.made = functools.partial(preset, **options), args
+        return found
+
+    return preset  # type: ignore[return-value]
+
+
+@_preset
 def softcap(cap: float) -> Score:
     """Scores that never leave (-cap, cap): cap · tanh(score / cap).
 
@@ -41,6 +58,7 @@ def softcap(cap: float) -> Score:
     return Score(softcap, f"softcap({cap:g})")
 
 
+@_preset
 def alibi(slopes: Tensor | None = None, *, symmetric: bool = False) -> Score:
     """Attention with linear biases: score + slope[h] · (kv - q); symmetric: score - slope[h] · |q - kv|.
 
@@ -65,6 +83,7 @@ def alibi(slopes: Tensor | None = None, *, symmetric: bool = False) -> Score:
     return Score(both_ways if symmetric else alibi, name, Fits(heads=len(slope)))
 
 
+@_preset
 def distance_decay(rate: Tensor) -> Score:
     """Scores that fall with the distance, both ways: score - rate[h] · |q - kv|.
 
@@ -79,6 +98,7 @@ def distance_decay(rate: Tensor) -> Score:
     return Score(distance_decay, f"distance_decay({len(rates)} rates)", Fits(heads=len(rates)))
 
 
+@_preset
 def bias(x: Tensor) -> Score:
     """A number for each pair: score + x[b, h, q, kv], of absolute positions.
 
@@ -97,6 +117,7 @@ def bias(x: Tensor) -> Score:
     return Score(bias, f"bias({' x '.join(map(str, x.shape))})", fits)
 
 
+@_preset
 def key_bias(x: Tensor) -> Score:
     """A number for each key, such as its importance: score + x[b, h, kv].
 
@@ -110,6 +131,7 @@ def key_bias(x: Tensor) -> Score:
     return keys
 
 
+@_preset
 def relative_table(table: Tensor) -> Score:
     """A number for each distance up to a length: score + table[h, clamp(kv - q, 1 - L, L - 1) + L - 1].
 
@@ -136,6 +158,7 @@ def relative_table(table: Tensor) -> Score:
     return Score(relative_table, name, Fits(heads=table.shape[0] if per_head else None))
 
 
+@_preset
 def relative_bias(table: Tensor, *, bidirectional: bool = True, max_distance: int = 128) -> Score:
     """T5's position bias: score + table[bucket(kv - q), h]; near distances have buckets of their own.
 
@@ -159,6 +182,7 @@ def relative_bias(table: Tensor, *, bidirectional: bool = True, max_distance: in
     return Score(relative_bias, name, Fits(heads=table.shape[1]))
 
 
+@_preset
 def temperature(x: Tensor | float) -> Score:
     """Sharper or flatter rows: score · x.
 
@@ -182,6 +206,7 @@ def temperature(x: Tensor | float) -> Score:
     return Score(per_head, name, Fits(heads=table.shape[0]))
 
 
+@_preset
 def forget_gate(log_f: Tensor) -> Score:
     """What each token forgets of those before it: score + C[b, h, q] - C[b, h, kv], where C sums log_f up.
 

@@ -10,6 +10,7 @@ is a mask in its own right, whose tiles must all be full. No pair is looked at w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -64,8 +65,10 @@ def _fail(problem: Problem, kinds: torch.Tensor, score: Expr, inputs: Inputs) ->
     row, column = (~problem.visible(*place, q, kv)).nonzero()[0].tolist()
     pairs = problem.indices(*place, q[row], kv[column])
     tables = tuple(table.detach().cpu() for table in inputs.tables)
-    raise_if_reached(score, Inputs(inputs.params, tables), {**pairs, "score": torch.zeros(())})
-    raise MaskIndexError(f"attention: the score function reads outside of a table at {pairs}")
+    for value in (0.0, math.inf, -math.inf):  # conditions on the score guard nothing
+        raise_if_reached(score, Inputs(inputs.params, tables), {**pairs, "score": torch.tensor(value)})
+    at = ", ".join(f"{name}={int(index)}" for name, index in pairs.items())
+    raise MaskIndexError(f"the score function reads an index that a table doesn't have at {at}")
 
 
 def _unless_hidden(problem: Problem, inside: Expr, inputs: Inputs) -> tuple[Expr, Inputs]:

@@ -7,6 +7,7 @@ f(score, b, h, q, kv)      what the softmax is taken of, wherever the mask shows
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -45,7 +46,9 @@ class Score(WrittenFunction):
     """How strongly a query attends to a key that it sees: see `score`.
 
     Attributes:
+        parts: what it applies in turn, if it is several.
         double: the same for float64 q, k and v.
+        made: what makes a preset, and of what.
     """
 
     recorded = RecordedScore
@@ -56,13 +59,14 @@ class Score(WrittenFunction):
         name: str | None = None,
         fits: Fits | None = None,
         *,
-        parts: tuple[Function, ...] = (),
+        parts: tuple[Score, ...] = (),
         dtype: torch.dtype = torch.float32,
         traced: bool = True,
     ) -> None:
         super().__init__(function, name, fits, role=ROLES[dtype], traced=False)
-        self.parts = parts
+        self.parts: tuple[Score, ...] = parts
         self.implied_names = tuple(dict.fromkeys(name for part in parts for name in part.implied_names))
+        self.made: tuple[Callable[..., Score], tuple[Any, ...]] | None = None
         self.double = self
         if dtype == torch.float32:
             self.double = Score(function, name, fits, parts=parts, dtype=torch.float64, traced=False)
@@ -75,6 +79,21 @@ class Score(WrittenFunction):
         for part in self.parts:
             found |= part.implied(sizes)
         return found
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Presets are made again; several that are applied in turn are pickled one by one where they have functions."""
+        if self.made is not None:
+            return self.made
+        kinds = [part.__reduce__()[0] for part in self.parts]
+        if self.parts and self.recorded not in kinds:
+            return _chained, (self.parts,)
+        return super().__reduce__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WrittenFunction:
+        if not self.parts:
+            return super().__deepcopy__(memo)
+        parts = copy.deepcopy(self.parts, memo)
+        return self if parts is self.parts else _chained(parts)
 
     def at(self, dtype: torch.dtype) -> Score:
         """The function as calls with q, k and v of a dtype need it."""

@@ -114,17 +114,22 @@ def merge(tracer: Tracer, condition: int, x: Any, y: Any, code: CodeType | None 
 def joined(tracer: Tracer, op: str, args: list[int], code: CodeType | None, *condition: int) -> Symbol:
     """A node that is one of two, as it is; CannotMerge if no dtype holds both."""
     kinds = [tracer.builder.nodes[arg] for arg in args]
-    dtype = common_dtype(*kinds)
+    dtype = common_dtype(tracer, *kinds)
     if dtype is None:
         raise CannotMerge
     weak = kinds[0].weak and kinds[1].weak
     place = tracer.record(op, *condition, *args, dtype=dtype, weak=weak)
-    tracer.either(place, args, code)
+    if not dtype.is_floating_point:
+        tracer.either(place, args, code)
     return Symbol(tracer, place)
 
 
-def common_dtype(x: Node, y: Node) -> torch.dtype | None:
+def common_dtype(tracer: Tracer, x: Node, y: Node) -> torch.dtype | None:
     """The dtype that holds the values of two kinds; None if there is none, or theirs are better kept apart."""
+    if tracer.role.scores:  # as in torch.where, a number is of the kind of what stands beside it
+        for number, other in ((x, y), (y, x)):
+            if number.weak and number.dtype != torch.bool and other.dtype.is_floating_point:
+                return other.dtype
     if x.dtype == y.dtype and (x.weak == y.weak or not x.dtype.is_floating_point):
         return x.dtype
     return torch.promote_types(x.dtype, y.dtype) if {x.dtype, y.dtype} <= _WIDE else None

@@ -37,7 +37,7 @@ def extreme_of(op: str, builtin: Callable[..., Any]) -> Callable[..., Any]:
             return builtin(x, y)
         code = pick.__code__
         args = [position(tracer, value, place) for place, value in enumerate((x, y))]
-        dtype = common_dtype(*(tracer.builder.nodes[arg] for arg in args))
+        dtype = common_dtype(tracer, *(tracer.builder.nodes[arg] for arg in args))
         if dtype is None or dtype.is_floating_point or code in tracer.apart:  # one of the two as it is, also beside NaN
             return if_(y < x if op == "min" else y > x, lambda: y, lambda: x)
         return joined(tracer, op, args, code)

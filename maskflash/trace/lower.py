@@ -128,7 +128,10 @@ _RUNTIME: dict[str, Any] = {
     **{f"__mf_{name}": getattr(hooks, f"{name}_") for name in ("not", "if", "in", "not_in", "is", "is_not")},
     **{f"__mf_{hook.__name__}": hook for hook in (hooks.chain, hooks.operate, hooks.attribute, call)},
     **{f"__mf_{hook.__name__}": hook for hook in (hooks.written, hooks.rebinds, hooks.iterated)},
-    **{f"__mf_{name}": getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "mul")},
+    **{
+        f"__mf_{name}": getattr(operator, name)
+        for name in ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "mul", "truediv")
+    },
 }
 _BUILTINS: dict[Any, Any] = {
     **{any: functools.partial(hooks.all_of, "or"), all: functools.partial(hooks.all_of, "and"), bool: hooks.truth_of},

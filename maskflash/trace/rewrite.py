@@ -36,7 +36,7 @@ from weakref import WeakKeyDictionary
 HOOKS = tuple(
     f"__mf_{name}"
     for name in str.split("""
-        and or not chain if in not_in call lt le gt ge eq ne is is_not operate read attribute add sub mul
+        and or not chain if in not_in call lt le gt ge eq ne is is_not operate read attribute add sub mul truediv
         written rebinds iterated
     """)
 )  # free variables of rewritten code
@@ -47,7 +47,12 @@ _COMPARISONS: dict[type[ast.cmpop], str] = {
     **{ast.In: "__mf_in", ast.NotIn: "__mf_not_in"},
 }
 _NUMERIC = {ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq}
-_ARITHMETIC: dict[type[ast.operator], str] = {ast.Add: "__mf_add", ast.Sub: "__mf_sub", ast.Mult: "__mf_mul"}
+_ARITHMETIC: dict[type[ast.operator], str] = {
+    ast.Add: "__mf_add",
+    ast.Sub: "__mf_sub",
+    ast.Mult: "__mf_mul",
+    ast.Div: "__mf_truediv",
+}
 _FUTURE = functools.reduce(operator.or_, (getattr(__future__, n).compiler_flag for n in __future__.all_feature_names))
 _TYPE_PARAMS = "type_params" in ast.FunctionDef._fields  # Python 3.12
 

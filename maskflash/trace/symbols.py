@@ -16,7 +16,6 @@ from maskflash.trace.frames import asks_for_class
 from maskflash.trace.tracer import Tracer
 
 _INT64 = torch.iinfo(torch.int64)
-_INDEX_FIX = "Index the tensor with b, h, q or kv, one index per dimension."
 
 # Recording
 
@@ -27,8 +26,8 @@ def apply(tracer: Tracer, op: str, *operands: object) -> Symbol:
     if operation.inexact and not tracer.role.scores:
         tracer.fail_inexact(op)
     masks = operation.fixes == "mask"
-    real = op == "truediv" and tracer.role.scores  # its divisor, a cap or a temperature, decides nothing
-    fixed = (masks, bool(operation.fixes) and not real)
+    quotient = op == "truediv" and tracer.role.scores and isinstance(operands[1], Symbol)  # of a cap, say
+    fixed = (masks, bool(operation.fixes) and not quotient)
     args = [position(tracer, operand, place, fixed[place]) for place, operand in enumerate(operands)]
     if masks and tracer.builder.nodes[args[0]].op == "const":
         args.reverse()  # bit masks on the right
@@ -84,7 +83,7 @@ def position(tracer: Tracer, value: object, place: int, structural: bool = False
     if isinstance(value, Tensor) and value.ndim == 0:
         return element(tracer, tracer.table(value), value.dtype, ()).position
     if isinstance(value, (Tensor, Table)):
-        tracer.fail(f"computes with a whole tensor of shape {tuple(value.shape)}", _INDEX_FIX)
+        tracer.fail(f"computes with a whole tensor of shape {tuple(value.shape)}", tracer.index_fix)
     if value is None:
         tracer.fail("computes with None", "Is a `return` missing in a helper function?")
     tracer.fail(f"computes with a {type(value).__name__}", "Use numbers, tensors and the indices b, h, q, kv.")
@@ -331,7 +330,7 @@ class Table(_StandIn):
         return found
 
     def _whole(self, *_: object) -> NoReturn:
-        self.tracer.fail(f"uses a tensor with {self.ndim} of its dimensions not indexed", _INDEX_FIX)
+        self.tracer.fail(f"uses a tensor with {self.ndim} of its dimensions not indexed", self.tracer.index_fix)
 
     def __iter__(self) -> NoReturn:
         self.tracer.fail("loops over the contents of a tensor", "Index it with q or kv instead.")
@@ -348,10 +347,9 @@ class Table(_StandIn):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        self.tracer.fail(
-            f"asks a whole tensor for `.{name}`, which needs a concrete value",
-            "Index the tensor with q or kv first, or compute it before the call and pass it in.",
-        )
+        before = "Index the tensor with q or kv first, or compute it before the call and pass it in."
+        fix = self.tracer.index_fix if self.tracer.role.scores else before
+        self.tracer.fail(f"asks a whole tensor for `.{name}`, which needs a concrete value", fix)
 
 
 # What they pass for
@@ -400,5 +398,5 @@ for _name, _row in REFLECTED.items():
     setattr(Table, f"__r{_name}__", Table._whole)
     if _name != "truediv":
         setattr(Symbol, f"__r{_name}__", _reflected(_row.name))
-for _name in ("invert", "bool", "int", "float", "index", "divmod", "rdivmod", "pow"):
+for _name in ("invert", "bool", "int", "float", "index", "divmod", "rdivmod", "pow", "rpow", "matmul", "rmatmul"):
     setattr(Table, f"__{_name}__", Table._whole)

@@ -35,6 +35,7 @@ _NAMES = {
 }
 _SWAPPED = {f"__r{name}__": row.name for name, row in REFLECTED.items() if name != "truediv"} | {"rsub": "sub"}
 _SAME = frozenset(("clone", "detach", "contiguous", "cpu", "positive", "__pos__"))
+_STOPPING = frozenset(("detach", "detach_"))
 _SHAPES = frozenset(("squeeze", "view", "reshape", "expand"))
 _CASTS = {
     **{"long": torch.int64, "int": torch.int32, "short": torch.int16, "char": torch.int8, "byte": torch.uint8},
@@ -69,6 +70,7 @@ def method(owner: Symbol, name: str) -> Any:
     if name == "T":
         return owner
     if name not in _METHODS:
+        _check_in_place(owner.tracer, name)
         _unsupported(owner.tracer, f"`.{name}`")
     return partial(_call_method, owner, _METHOD_NAMES.get(name, name))
 
@@ -89,6 +91,9 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
         tracer.fail_member()
     if "out" in kwargs:
         tracer.fail("writes to a tensor", "Use the function's result instead of `out=`.")
+    _check_in_place(tracer, name)
+    if name in _STOPPING and tracer.role.scores:
+        _fail_stopped(tracer)
     args, kwargs = _positional(args, kwargs)
     plain = not kwargs
     if name in _NAMES and len(args) == _NAMES[name].arity and plain:
@@ -106,6 +111,8 @@ def _dispatch(tracer: Tracer, name: str, args: tuple[Any, ...], kwargs: Mapping[
             raise
         except (TypeError, KeyError):  # other arguments than ours
             pass
+    if any(isinstance(value, Table) or (isinstance(value, Tensor) and value.ndim) for value in args):
+        tracer.fail(f"uses `{name}` on a whole tensor", tracer.index_fix)
     known = name in _NAMES or name in _SPECIAL or name in _SHAPES
     _unsupported(tracer, f"`{name}`" + " with these arguments" * known)
 
@@ -122,6 +129,18 @@ def _positional(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple
 
 def _keeps_one_element(sizes: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return not kwargs and all(size in ((), []) if isinstance(size, (tuple, list)) else False for size in sizes)
+
+
+def _check_in_place(tracer: Tracer, name: str) -> None:
+    if name.endswith("_") and not name.endswith("__"):
+        tracer.fail("writes to a tensor", f"Use what `{name[:-1]}` returns instead of `{name}`.")
+
+
+def _fail_stopped(tracer: Tracer) -> NoReturn:
+    tracer.fail(
+        "keeps a gradient from what it computes with",
+        "Detach tensors before, outside of the score function; what depends on the score has its derivative.",
+    )
 
 
 def _unsupported(tracer: Tracer, what: str) -> NoReturn:
@@ -168,9 +187,14 @@ def _where(tracer: Tracer, condition: object, x: object, y: object) -> Symbol:
 
 def _clamp(tracer: Tracer, value: object, min: object = None, max: object = None) -> Symbol:
     found = symbol(tracer, value)
-    if min is not None:
-        found = apply(tracer, "max", found, min)
-    return found if max is None else apply(tracer, "min", found, max)
+    for op, beyond, limit in (("max", "lt", min), ("min", "gt", max)):
+        if limit is None:
+            continue
+        if tracer.role.scores and found.dtype.is_floating_point:  # torch's derivative at the limit is that inside
+            found = _where(tracer, apply(tracer, beyond, found, limit), limit, found)
+        else:
+            found = apply(tracer, op, found, limit)
+    return found
 
 
 def _divide(tracer: Tracer, x: object, y: object, *, rounding_mode: str | None = None) -> Symbol:
@@ -181,6 +205,15 @@ def _softplus(tracer: Tracer, x: object, beta: float = 1, threshold: float = 20)
     scaled = apply(tracer, "mul", x, beta)
     small = apply(tracer, "truediv", apply(tracer, "log1p", apply(tracer, "exp", scaled)), beta)
     return _where(tracer, apply(tracer, "gt", scaled, threshold), x, small)
+
+
+def _out_of_place(compute: Callable[[Tracer, object], Symbol]) -> Callable[..., Symbol]:
+    def applied(tracer: Tracer, x: object, inplace: bool = False) -> Symbol:
+        if inplace:
+            tracer.fail("writes to a tensor", "Use the function's result instead of `inplace=`.")
+        return compute(tracer, x)
+
+    return applied
 
 
 def _float_power(tracer: Tracer, x: object, exponent: object) -> Symbol:
@@ -230,9 +263,9 @@ _SPECIAL: dict[str, Callable[..., Any]] = {
     **{"dim": lambda t, x: 0, "numel": lambda t, x: 1, "__getitem__": lambda t, x, index: x[index]},
     **{"is_floating_point": lambda t, x: x.dtype.is_floating_point},
     **{"masked_fill": lambda t, x, hidden, value: _where(t, hidden, value, x)},
-    **{"relu": lambda t, x: _where(t, apply(t, "gt", x, 0), x, 0)},
-    **{"silu": lambda t, x: apply(t, "mul", x, apply(t, "sigmoid", x)), "softplus": _softplus},
-    **{"logsigmoid": lambda t, x: apply(t, "neg", _softplus(t, apply(t, "neg", x)))},
+    **{"relu": _out_of_place(lambda t, x: _where(t, apply(t, "gt", x, 0), x, 0)), "softplus": _softplus},
+    **{"silu": _out_of_place(lambda t, x: apply(t, "mul", x, apply(t, "sigmoid", x)))},
+    **{"log_sigmoid": lambda t, x: apply(t, "neg", _softplus(t, apply(t, "neg", x)))},
     **{"reciprocal": lambda t, x: apply(t, "truediv", 1.0, x), "float_power": _float_power},
 }
 _METHOD_NAMES = {"where": "x.where"}  # x.where(condition, y) is torch.where(condition, x, y)
@@ -264,6 +297,8 @@ class CapturedTensors(TorchFunctionMode):
         if tracer_of(args, kwargs) is not None:
             return call(self.tracer, func, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if name in _STOPPING and self.tracer.role.scores:
+            _fail_stopped(self.tracer)
         if name == "__getitem__" and _is_element(*args):  # out of range, perhaps, on a path that is never taken
             return _look_up(self.tracer, *args)
         if name in _METADATA or name == "__get__":

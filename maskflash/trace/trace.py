@@ -94,9 +94,12 @@ def keyword_arguments(predicate: Callable[..., Any], role: Role = MASK) -> tuple
     required = [p for place, p in enumerate(required) if place < takes or p.default is p.empty]
     if len(required) != takes and not any(p.kind == p.VAR_POSITIONAL for p in parameters):
         got = ", ".join(p.name for p in parameters)
+        first = [p.name for p in required[:1]]
         fix = (
             "A score function is given as `score=`: mf.compile(mask, score=...)."
-            if not role.scores and required and required[0].name.startswith("score")
+            if not role.scores and first and first[0].startswith("score")
+            else "A mask is given first: mf.compile(mask, score=...)."
+            if role.scores and first == ["b"]
             else "Take all of them, also those you don't use; put run-time tensors after a `*`: "
             f"def packed({', '.join(role.takes)}, *, doc)."
         )
@@ -255,6 +258,9 @@ class _Raises(Exception):
 
     def __init__(self, tracer: Tracer, error: BaseException) -> None:
         super().__init__()
+        if isinstance(error, MaskTraceError):
+            self.refusal = error
+            return
         tracer.tells = True  # what is raised may show symbols
         source = tracer.code.source_of(error)
         code = f'"{source.text}" ' if source.text else ""

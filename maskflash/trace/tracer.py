@@ -376,6 +376,15 @@ class Tracer:
             "Compute it beforehand, into a table that the mask looks up.",
         )
 
+    @property
+    def index_fix(self) -> str:
+        """What to do instead of computing with whole rows of a tensor."""
+        rows = (
+            " A product of rows, as in `score + (qr[b, h, q] * kr[b, kv]).sum()`, belongs to that of q and k: pass "
+            "`torch.cat([q, qr / scale], -1)` and `torch.cat([k, kr], -1)` as q and k, and give `scale=`."
+        )
+        return "Index the tensor with b, h, q or kv, one index per dimension." + rows * self.role.scores
+
     def fail_member(self) -> NoReturn:
         """Raise MaskTraceError for a search in a tensor."""
         self.fail(

@@ -60,5 +60,5 @@ def test_code_can_be_unrun():
 
 def test_the_pages_are_found():
     with_sessions = {path.name for path in PAGES if blocks(path.read_text(encoding="utf-8"), "pycon")}
-    assert {"pipeline.md", "cookbook.md", "getting-started.md", "troubleshooting.md"} <= with_sessions
+    assert {"pipeline.md", "scores.md", "cookbook.md", "getting-started.md", "troubleshooting.md"} <= with_sessions
     assert {path.name for path in PAGES if blocks(path.read_text(encoding="utf-8"), "python")} >= {"README.md"}

@@ -54,8 +54,8 @@ def masks_of(op, limit):
             yield builder.finish(builder.add("ge", made, against))
 
 
-def test_the_table_has_every_operation():
-    assert set(SAID) == set(OPERATIONS)
+def test_the_table_has_every_operation_of_masks():
+    assert set(SAID) == {row.name for row in OPERATIONS.values() if not row.inexact} - {"score"}
 
 
 @pytest.mark.parametrize("op", sorted(SAID))

@@ -66,7 +66,7 @@ def test_one_operand_settles_a_connective(row):
         assert settled.tolist() == [row.settled] * 2
 
 
-@pytest.mark.parametrize("row", COMPUTED, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in COMPUTED if not row.inexact], ids=lambda row: row.name)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
 def test_triton_has_every_operation_or_refuses_it_by_name(row, dtype):
     builder = Builder()

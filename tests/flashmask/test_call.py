@@ -84,14 +84,38 @@ def test_what_it_returns():
 
 
 @pytest.mark.parametrize(
+    "given", [{"startend_row_indices": ENDS}, {"window_size": 3}, {}], ids=["vectors", "window", "no"]
+)
+def test_dropout_is_that_of_attention(given):
+    """The same pairs are kept as by dropout_p with that seed, whatever causal aligns to."""
+    q, k = torch.randn(2, 6, 4, 8), torch.randn(2, 6 if "startend_row_indices" in given else 9, 2, 8)
+    tensors = [x.requires_grad_() for x in (q, k, torch.randn_like(k))]
+    torch.manual_seed(3)
+    found = mf.flashmask_attention(*tensors, causal=True, dropout=0.4, return_softmax_lse=True, **given)
+    torch.manual_seed(3)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    offset = k.shape[1] - q.shape[1]
+    mask = mf.sliding_window(3) if "window_size" in given else mf.causal()
+    inner = [x.transpose(1, 2) for x in tensors]
+    out, lse = mf.attention(*inner, mask, q_offset=offset, dropout_p=0.4, seed=seed, return_lse=True)
+    assert torch.equal(found[0], out.transpose(1, 2)) and torch.equal(found[1], lse)
+    plain = mf.flashmask_attention(*tensors, causal=True, return_softmax_lse=True, **given)
+    assert not torch.equal(found[0], plain[0])
+    torch.testing.assert_close(found[1], plain[1])
+    gradients = (torch.autograd.grad(x.square().sum(), tensors) for x in (found[0], out))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
     ("args", "options", "message"),
     [
         ((Q[0], KV, KV), {}, r"query has shape \(6, 4, 8\), expected 4 dimensions \(batch, tokens, heads, head_dim\)"),
         ((Q, KV, 3), {}, "value is a int, expected a tensor"),
-        ((Q, KV, KV), {"dropout": 0.1}, "dropout is 0.1, expected 0"),
-        ((Q, KV, KV), {"return_seed_offset": True}, "return_seed_offset is True, expected it left out: there is no"),
-        ((Q, KV, KV), {"fixed_seed_offset": ENDS}, "fixed_seed_offset is a Tensor, expected it left out: there is"),
-        ((Q, KV, KV), {"rng_name": "local"}, "rng_name is 'local', expected it left out: there is no dropout"),
+        ((Q, KV, KV), {"dropout": 1}, "dropout is 1, expected at least 0 and less than 1"),
+        ((Q, KV, KV), {"dropout": -0.1, "training": False}, "dropout is -0.1, expected a number from 0 to 1"),
+        ((Q, KV, KV), {"return_seed_offset": True}, "return_seed_offset is True, expected it left out: dropout's seed"),
+        ((Q, KV, KV), {"fixed_seed_offset": ENDS}, "fixed_seed_offset is a Tensor, expected it left out: dropout's"),
+        ((Q, KV, KV), {"rng_name": "local"}, "rng_name is 'local', expected it left out: dropout's seed is torch's"),
         ((Q, KV, KV, ENDS), {"block_mask": ENDS}, "block_mask is a Tensor, expected it left out: tiles without a"),
         ((Q, KV, KV, ENDS), {"window_size": 3, "causal": True}, "window_size and startend_row_indices"),
         ((Q, KV, KV), {"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\), expected an int or \(left, right\)"),

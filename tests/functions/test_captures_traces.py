@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.masks import predicate as masks_mask
+from maskflash.functions import written
 from tests.functions.capturing import N, pair_by_pair
 
 WINDOW = 5
@@ -17,8 +17,8 @@ DOC = torch.arange(N) // 5
 @pytest.fixture
 def traces(monkeypatch):
     found = []
-    real = masks_mask.trace
-    monkeypatch.setattr(masks_mask, "trace", lambda *args: found.append(args) or real(*args))
+    real = written.trace
+    monkeypatch.setattr(written, "trace", lambda *args: found.append(args) or real(*args))
     return found
 
 

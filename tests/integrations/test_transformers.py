@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, masking_utils
 
 import maskflash as mf
-from maskflash.backends.reference import error_budget
 from maskflash.integrations import closures
 from maskflash.integrations import transformers as integration
 from maskflash.op import analyse, cache
-from tests.integrations.models import BATCH, LAYERS, MODELS, NAME, TOKENS, VOCABULARY, make
+from tests.integrations.models import BATCH, LAYERS, MODELS, NAME, TOKENS, VOCABULARY, assert_within_budget, make
 
 CASES = ["causal", "padded left", "padded right", "packed"]
 CACHES = ["dynamic cache", "static cache"]
@@ -46,14 +45,6 @@ def trained(model, implementation, case):
     out.loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     return {"logits": out.logits.detach()[real], "loss": out.loss.detach(), **gradients}
-
-
-def assert_within_budget(found, exact, *plain):
-    """As near to the truth as twice the worst of plain implementations; eager's float64 is none: its softmax is not."""
-    for name, truth in exact.items():
-        budget = max(error_budget(results[name], truth) for results in plain)
-        error = (found[name].double() - truth).abs().max().item()
-        assert error <= budget, f"{name}: error {error:.3g} exceeds its budget of {budget:.3g}"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -50,7 +50,6 @@ CONFIGS = {
     "ModernBert": {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2},
     "Bart": SEQ2SEQ,
     "Whisper": {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 20, "bos_token_id": 1, "eos_token_id": 2},
-    "T5": {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
     "ViT": VISION,
     "Gemma3": {
         "text_config": {**DECODER, **GEMMA},
@@ -122,13 +121,6 @@ def test_cross_attention_without_padding_sees_all_of_the_encoder():
     model, given = build("BartModel"), {"input_ids": read(padded=False)["input_ids"], **DECODED}
     found, eager, sdpa = (states(model, way, given) for way in (NAME, "eager", "sdpa"))
     assert_as_good(found, states(model.double(), "sdpa", given), eager, sdpa)
-
-
-def test_position_biases_are_refused_by_name():
-    model = build("T5Model")
-    model.set_attn_implementation(NAME)
-    with pytest.raises(mf.ArgumentError, match="T5Attention asks for position_bias"):
-        model(**read(), **DECODED)
 
 
 def gradients(model, implementation):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from maskflash.errors import MaskTraceError
+from maskflash.expr.ops import OPERATIONS
 from maskflash.trace.trace import trace
 from tests.trace.refusals import refuse
 
@@ -269,7 +270,7 @@ def test_writes():
 @pytest.mark.parametrize(
     ("predicate", "name"),
     [
-        (lambda b, h, q, kv: torch.sin(q) > kv, "`sin`"),
+        (lambda b, h, q, kv: torch.sinh(q) > kv, "`sinh`"),
         (lambda b, h, q, kv: q.cumsum(0) > kv, "`.cumsum`"),
         (lambda b, h, q, kv: torch.stack([q, kv]).max() > 3, "`stack`"),
         (lambda b, h, q, kv: q.unsqueeze(0) > kv, "`.unsqueeze`"),
@@ -284,6 +285,13 @@ def test_writes():
 )
 def test_unsupported_functions(predicate, name):
     refuse(predicate, f"uses {name}, which has no meaning in a mask expression", "Masks may use arithmetic")
+
+
+@pytest.mark.parametrize("name", sorted({name for row in OPERATIONS.values() if row.inexact for name in row.called}))
+def test_what_is_another_number_on_each_machine(name):
+    compute = getattr(torch, name)
+    words = (f"uses `{name}`, whose last bit is another on each machine", "Compute it beforehand, into a table")
+    refuse(lambda b, h, q, kv: compute(q / 3) > kv, *words, code="compute(q / 3)")
 
 
 def test_recursion_without_end():

@@ -45,6 +45,12 @@ class Pick:
     def __len__(self) -> int:
         return self.stop - self.start if self.index is None else len(self.index)
 
+    def between(self, low: int, high: int) -> Pick:
+        """Some of its tokens."""
+        if self.index is None:
+            return Pick(self.start + low, self.start + high)
+        return Pick(int(self.index[low]), int(self.index[high - 1]) + 1, self.index[low:high])
+
     @property
     def total(self) -> int:
         """How many tokens there are in all."""
@@ -121,6 +127,11 @@ class Blocks(Pick):
         size = (x.shape[1], self.count, len(self), *x.shape[3:])
         stride = (x.stride(1), self.step * x.stride(2), *x.stride()[2:])
         return x.as_strided(size, stride, int(x.storage_offset()) + self.start * x.stride(2))
+
+    def each(self) -> list[Pick]:
+        """Its slices."""
+        steps = (block * self.step for block in range(self.count))
+        return [Pick(self.start + step, self.stop + step) for step in steps]
 
     def add(self, x: Tensor, part: Tensor) -> None:
         """Adds what the kernel returned, summed over the heads that share it, block by block, since they overlap."""

@@ -34,6 +34,7 @@ class Costs:
         masked: efficiency of a call with a mask, relative to one without.
         rows: ascending row counts; rates[i] holds from rows[i] on.
         rates: pairs per unit of cost.
+        flag: whether triangles get the kernel's own causal flag; a call with a bias can't.
         tiled: a call is computed tile by tile, without tiles that nobody sees: nothing is gained by cutting it.
     """
 
@@ -43,6 +44,7 @@ class Costs:
     masked: float
     rows: tuple[int, ...]
     rates: tuple[float, ...]
+    flag: bool = True
     tiled: bool = False
 
     def rate(self, rows: float) -> float:
@@ -58,6 +60,8 @@ class Costs:
         """Cost of one call of size x size under the kernel's own causal flag, in pairs."""
         if self.tiled:
             return self.of(size, size / 2, masked=True)
+        if not self.flag:
+            return self.of(size, size, masked=True)
         # The kernel leaves out whole key blocks only: row r is computed up to the next multiple of _KEY_BLOCK.
         whole, rest = divmod(size, _KEY_BLOCK)
         pairs = _KEY_BLOCK**2 * whole * (whole + 1) / 2 + rest * size

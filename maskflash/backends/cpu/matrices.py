@@ -90,11 +90,11 @@ class Masks:
         if mask is None:
             return None
         if not isinstance(mask, Bits):
-            start, stop = (x[rows] for x in ends(mask, len(call.rows)))
+            start, stop = ends(mask, rows)
             if int(start.max()) <= columns.start and int(stop.min()) >= columns.stop:
                 return None
-            x = torch.arange(columns.start, columns.stop)
-            visible = (x >= start[:, None]) & (x < stop[:, None])
+            x = torch.arange(columns.start, columns.stop, dtype=torch.int32)
+            visible = (x >= start) & (x < stop)
         elif mask.packed is not None:
             bytes_ = slice(columns.start // 8, -(-columns.stop // 8))
             return spread(mask.packed[rows, bytes_], columns.stop - columns.start, torch.float32)
@@ -134,17 +134,21 @@ class Masks:
 
 def reach(call: Call, rows: slice) -> tuple[int, int]:
     """The columns of a call from the first to one past the last that some of its rows see; all where it has bits."""
-    if call.mask is None or isinstance(call.mask, Bits):
-        return 0, len(call.columns)
-    start, stop = ends(call.mask, len(call.rows))
-    return int(start[rows].min()), int(stop[rows].max())
-
-
-def ends(mask: Causal | Band | Intervals, rows: int) -> tuple[Tensor, Tensor]:
-    """The first column that each row sees, and one past the last: (rows,) each."""
+    mask, columns = call.mask, len(call.columns)
+    if isinstance(mask, Causal):
+        return 0, rows.stop
+    if isinstance(mask, Band):
+        return mask.start_step * rows.start, min(mask.width + mask.stop_step * (rows.stop - 1), columns)
     if isinstance(mask, Intervals):
-        return mask.start[:, 0], mask.stop[:, 0]
-    t = torch.arange(rows, dtype=torch.int32)
+        return int(mask.start[rows].min()), int(mask.stop[rows].max())
+    return 0, columns
+
+
+def ends(mask: Causal | Band | Intervals, rows: slice) -> tuple[Tensor, Tensor]:
+    """The first column that each of these rows sees, and one past the last: (rows, 1) int32 each."""
+    if isinstance(mask, Intervals):
+        return mask.start[rows], mask.stop[rows]
+    t = torch.arange(rows.start, rows.stop, dtype=torch.int32)[:, None]
     if isinstance(mask, Causal):
         return torch.zeros_like(t), t + 1
     return mask.start_step * t, mask.width + mask.stop_step * t

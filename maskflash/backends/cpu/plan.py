@@ -45,6 +45,7 @@ class Plan:
     strips: dict[tuple[int, int], list[Call]]
     _masks: Masks = field(init=False)
     _schedules: dict[tuple[Pass, torch.dtype, int], Schedule] = field(default_factory=dict)
+    _biased: dict[int, Schedule] = field(default_factory=dict)
     _tiled: dict[Pass, Schedule] = field(default_factory=dict)
     _soles: dict[tuple[torch.dtype, int], Call | None] = field(default_factory=dict)
 
@@ -70,6 +71,15 @@ class Plan:
                 found = self._schedules[key] = min(allowed, key=lambda s: s.cost)
                 self._masks.expect(found.all_calls())
         return found
+
+    def biased(self, dtype: torch.dtype, work: int) -> Schedule:
+        """The cheapest calls of forward in float32 or float64, each of which takes a bias."""
+        power = _power(work)
+        if power not in self._biased:
+            with lasting():
+                (costs,) = candidates("forward", dtype)
+                self._biased[power] = self._made("forward", replace(costs.for_work(4**power), flag=False))
+        return self._biased[power]
 
     def tiled(self, pass_: Pass) -> Schedule:
         """The calls of one pass by our own tiles, for any dtype and work."""

@@ -11,7 +11,7 @@ So a relative bias costs an addition per pair, whatever its buckets are. Tiles h
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
@@ -146,7 +146,8 @@ def is_bounded(expr: Expr, inputs: Inputs) -> bool:
 
     if not all(n.op in _BOUNDED or (n.op == "truediv" and divides_well(n)) for n in expr.nodes):
         return False
-    if not all(abs(param) < 1e30 for param in inputs.params):
+    numbers = (*inputs.params, *(node.value for node in expr.nodes if node.op == "const"))
+    if not all(abs(number) < 1e30 for number in numbers if number is not None):
         return False
     used = {n.slot for n in expr.nodes if n.op == "lookup"}
     tables = [table for slot, table in enumerate(inputs.tables) if slot in used and table.is_floating_point()]
@@ -180,7 +181,7 @@ class Pairs:
     def lowest(self) -> int:
         """The least kv - q."""
         first, last = self.columns[0].item(), self.rows[-1].item()
-        return int(first - last)
+        return int(first) - int(last)
 
     @property
     def diagonals(self) -> int:
@@ -202,47 +203,6 @@ class Pairs:
         return compute_several(expr, self.inputs, self.indices(torch.zeros(1, dtype=torch.int64), kv), roots, look_up)[
             0
         ]
-
-    def with_diagonals(self, program: Program) -> Values:
-        """A program whose diagonals are computed."""
-        if program.diagonal is None:
-            return Values(self, program, [])
-        found = self.of_diagonals(program.diagonal, program.diagonals)
-        return Values(self, program, [x.expand(-1, -1, self.diagonals).contiguous() for x in found])
-
-
-@dataclass(slots=True, eq=False)
-class Values:
-    """A program on the pairs of a call, tile by tile.
-
-    Attributes:
-        pairs: the pairs.
-        program: what is computed.
-        diagonals: values of its diagonal part, (heads or 1, 1, diagonals) each.
-    """
-
-    pairs: Pairs
-    program: Program
-    diagonals: list[Tensor]
-
-    def of(self, rows: slice, columns: slice, score: Tensor) -> list[Tensor]:
-        """The program's roots on a tile, in shapes that broadcast to it, rows from the last to the first.
-
-        Args:
-            rows: of the call.
-            columns: of the call.
-            score: (heads, rows, columns), rows from the last to the first.
-        """
-        pairs, (_, height, width) = self.pairs, score.shape
-        given = pairs.indices(pairs.rows[rows].flip(0), pairs.columns[columns])
-        given["score"] = score
-        first = pairs.first_diagonal(rows, columns)
-        views = [
-            x.as_strided((x.shape[0], height, width), (x.shape[2], 1, 1), int(x.storage_offset()) + first)
-            for x in self.diagonals
-        ]
-        inputs = replace(pairs.inputs, tables=(*pairs.inputs.tables, *views)) if views else pairs.inputs
-        return compute_several(self.program.expr, inputs, given, self.program.roots, look_up)[0]
 
 
 def look_up(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, None]:

@@ -7,14 +7,15 @@ backward the *global* out and lse makes each call return its exact share of dq, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from maskflash.backends.cpu import engine
-from maskflash.backends.cpu.calls import Blocks, Call, Causal
+from maskflash.backends.cpu import biases, engine
+from maskflash.backends.cpu.calls import Blocks, Call, Causal, Pick
 from maskflash.backends.cpu.plan import Plan, plan
 from maskflash.backends.cpu.schedules import Schedule
 from maskflash.backends.cpu.threads import WORKERS, Job
@@ -52,7 +53,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
     if batch * heads * q_len == 0:
         return q.new_zeros(batch, heads, q_len, v_head_dim), q.new_zeros((batch, heads, q_len), dtype=total)
     if strength.score is not None or strength.dropout is not None:
-        out, lse = engine.forward(plan, q, k, v, strength)
+        out, lse = _additive(plan, q, k, v, strength) or engine.forward(plan, q, k, v, strength)
         if sinks is not None:
             add_sinks(out, lse, sinks)
         return _as(out, q.dtype), lse
@@ -89,6 +90,60 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
     if sinks is not None:
         add_sinks(out, lse, sinks)
     return _as(out, q.dtype), lse
+
+
+def _additive(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> tuple[Tensor, Tensor] | None:
+    """Forward, without sinks, of factor * score + bias by torch's kernel; None for other scores."""
+    score, total = strength.score, _lse_dtype(q.dtype)
+    if score is None or strength.dropout is not None or score.form.kind == "general":
+        return None
+    form, (batch, heads, q_len), (kv_heads, kv_len) = score.form, q.shape[:3], k.shape[1:3]
+    if form.of_columns and form.factor is not None and "h" in form.factor.reads and kv_heads != heads:
+        return None
+    q, k, v = (_as(x, total) for x in (q, k, v))
+    if form.factor is not None:
+        given = biases.indices(score, batch, heads, (q_len, kv_len))
+        factor = biases.value_of(form.factor, score, given).to(total)
+        q, k = (q, k * factor[..., None]) if form.of_columns else (q * factor.expand(*q.shape[:3])[..., None], k)
+    if form.bias is None:
+        return forward(plan, q, k, v, Strength(strength.scale))
+    found = biases.Biases.of(plan, form.bias, score, kv_len)
+    width, v_head_dim = max(q.shape[3], v.shape[3]), v.shape[3]
+    q, k, v = (prepared(x, total, width) for x in (q, k, v))
+    vector, places = found.along(batch, heads, q_len), found.places(batch, heads)
+    lse = torch.full((batch, heads, q_len), -torch.inf, dtype=total)
+    out = torch.zeros(batch, heads, q_len, v_head_dim, dtype=total)
+
+    def make(call: Call, views: Views) -> None:
+        qs, ks, vs, reversed_k, reversed_v, vectors, *at, outs, lses = views
+        rows, columns = call.rows, call.columns
+        if not found.is_view(call):
+            for part, some in biases.parts(call, qs.shape[0] * qs.shape[1]):
+                matrix = found.matrix(part, some, at, total)
+                kernel(part, part.rows.between(some.start, some.stop), matrix, (qs, ks, vs, outs, lses))
+        elif isinstance(rows, Blocks):  # their keys can't be in another order than they
+            matrix = found.view(call, vectors, total).flip(3)[0, :, None].expand(-1, rows.count, -1, -1)
+            kernel(call, rows, matrix, (qs, ks, vs, outs, lses))
+        else:
+            turned = replace(call, columns=Pick(kv_len - columns.stop, kv_len - columns.start))
+            kernel(turned, rows, found.view(call, vectors, total), (qs, reversed_k, reversed_v, outs, lses))
+
+    def kernel(call: Call, rows: Pick, matrix: Tensor, views: tuple[Tensor, ...]) -> None:
+        qs, ks, vs, outs, lses = views
+        queries = rows.take(qs)
+        keys, values = (shared(call.columns.take(x), queries) for x in (ks, vs))
+        part, part_lse = _kernel(queries, keys, values, 0.0, False, attn_mask=matrix, scale=strength.scale)
+        part = part[..., :v_head_dim]
+        if found.hides:
+            part_lse = part_lse.masked_fill(matrix.amax(3) == -torch.inf, -torch.inf)
+        if call.merges:
+            engine.merge_some(part, part_lse, rows.take(outs), rows.take(lses))
+        rows.put(outs, part)
+        rows.put(lses, part_lse)
+
+    schedule = plan.biased(total, plan.work(batch, heads, width))
+    _make(make, plan, schedule, (q, k, v, k.flip(2), v.flip(2), vector, *places, out, lse))
+    return out, lse
 
 
 def sole_call(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Call | None:

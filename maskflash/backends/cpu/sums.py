@@ -116,7 +116,8 @@ class Sums:
         strides = [1] * table.ndim
         for dim in range(table.ndim - 2, -1, -1):
             strides[dim] = strides[dim + 1] * table.shape[dim + 1]
-        place = linear(indices, table.shape, strides) if indices else torch.zeros(1, 1, 1, dtype=torch.int64)
+        place = linear(indices, table.shape, strides) if indices else torch.zeros((), dtype=torch.int64)
+        place = place.reshape((1,) * (3 - place.ndim) + place.shape)
         same = [dim for dim in range(3) if place.shape[dim] == 1 and terms.shape[dim] > 1]
         terms = (terms.sum(same, keepdim=True) if same else terms).to(found.dtype)
         found.index_add_(0, place.expand(terms.shape).reshape(-1), terms.reshape(-1))

@@ -15,9 +15,9 @@ from maskflash.backends.cpu.calls import Call
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.schedules import Schedule
 
-TILE: Final = 1 << 17  # scores of one tile, of all its heads: what is computed of them stays in cache
+TILE: Final = 1 << 18  # scores of one tile, of all its heads: what is computed of them stays in cache
 WIDTH: Final = 512  # columns of a tile
-_HEIGHT: Final = 128  # rows of a tile, where its heads leave room for as many
+_HEIGHT: Final = 256  # rows of a tile, where its heads leave room for as many
 _MAX_SUMS: Final = 1 << 22  # elements of all lanes' gradients of tables
 
 
@@ -49,7 +49,7 @@ class Work:
 
     def height(self, columns: int) -> int:
         """How many rows its tiles have."""
-        return max(min(TILE // (len(self.heads) * max(min(columns, WIDTH), 64)), 2 * _HEIGHT), 32)
+        return max(min(TILE // (len(self.heads) * max(min(columns, WIDTH), 64)), _HEIGHT), 32)
 
 
 def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor) -> list[Work]:
