@@ -172,6 +172,17 @@ def test_a_slope_without_end_where_the_weight_is_0(device):
     assert all(x.isfinite().all() for x in gradients)
 
 
+@pytest.mark.parametrize("far", [-1e9, -1e30])
+def test_rows_whose_first_values_are_far_below_the_others(device, far):
+    """Whole tiles of such values come first, and some rows have no others."""
+    near = torch.arange(40, device=device) // 16 == 1
+
+    def padded(score, b, h, q, kv):
+        return score + torch.where(near[kv] & (q % 5 != 0), 0.0, far)
+
+    assert_matches_dense(mf.full(), SHAPE, score=padded, block_size=16, backend="triton", device=device)
+
+
 def test_a_sum_that_is_no_number_is_told_by_the_whole_table(device):
     q, k, v = Shape(1, 2, 2, 20, 20).tensors(torch.float32, device=device)
     table, other = random(2, device=device), random(2, device=device)
