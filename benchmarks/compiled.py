@@ -22,8 +22,9 @@ from maskflash.backends.triton import modules
 from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
-from maskflash.backends.triton.signature import PassName, Specialisation, TableKind
+from maskflash.backends.triton.signature import SCORE, PassName, ScoreKind, Specialisation, TableKind
 from maskflash.backends.triton.tiles import Tile
+from maskflash.functions.sizes import Sizes
 
 DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
 BLOCK: Final = 128  # tokens of a block map's tile
@@ -35,7 +36,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v."""
+    """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v, one of SCORES."""
 
     arch: int | str
     pass_name: PassName
@@ -44,6 +45,7 @@ class Case:
     head_dim: int
     v_head_dim: int
     tile: Tile
+    score: str = ""
 
 
 def compile_case(case: Case) -> Any:
@@ -52,7 +54,10 @@ def compile_case(case: Case) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(modules.load(render(_specialisation(case), case.pass_name)), case.pass_name)
+    special = _specialisation(case)
+    function = getattr(modules.load(render(special, case.pass_name)), case.pass_name)
+    tables = special.score.tables if special.score else ()
+    names = {f"{SCORE}t{slot}": kind.dtype for slot, kind in enumerate(tables)}
     kinds, constants, attributes = {}, {}, {}
     values = _constants(case)
     for place, parameter in enumerate(function.params):
@@ -62,7 +67,7 @@ def compile_case(case: Case) -> Any:
         elif parameter.annotation_type:
             kinds[name] = parameter.annotation_type
         else:
-            kinds[name] = _pointer(name, case.bits)
+            kinds[name] = _TABLES[names[name]] if name in names else _pointer(name, case.bits)
             if not parameter.do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if isinstance(case.arch, str):
@@ -114,21 +119,43 @@ def _causal_document(b: Any, h: Any, q: Any, kv: Any, *, doc: Any) -> Any:
 MASKS: Final = ("interval", "causal document", "flashmask")  # the last two by their expressions
 
 
+SCORES: Final = ("alibi", "soft-cap", "relative bias", "pair bias", "dropout")
+LEARNED: Final = ("alibi", "relative bias", "pair bias")
+OF_PAIRS: Final = {"relative bias": 1, "pair bias": 1}  # numbers that a score looks up for each pair
+
+
+def _score(case: Case) -> ScoreKind | None:
+    """A score as its kernels have it; one that looks a number up learns it in `dtables`."""
+    if case.score in ("", "dropout"):
+        return None
+    made = {
+        "alibi": mf.scores.alibi(torch.zeros(2)),
+        "soft-cap": mf.scores.softcap(30.0),
+        "relative bias": mf.scores.relative_bias(torch.zeros(32, 2)),
+        "pair bias": mf.scores.bias(torch.zeros(2, 2, 8, 8)),
+    }[case.score]
+    bound = made.bind(Sizes.checked("gates", 8, 8, batch=2, heads=2), {})
+    learned = tuple(case.pass_name == "dtables" and table.is_floating_point() for table in bound.tables)
+    return ScoreKind(bound.slots.expr, tuple(map(TableKind.of, bound.tables)), learned)
+
+
 def _specialisation(case: Case) -> Specialisation:
     """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
-    paddings = {
+    further = {
         "padded_d": padded(case.head_dim) != case.head_dim,
         "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
+        "score": _score(case),
+        "dropout": case.score == "dropout",
     }
     if case.mask == "interval":
-        return Specialisation(ANY_MASK, interval=True, **paddings)
+        return Specialisation(ANY_MASK, interval=True, **further)
     columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
     made, tables = {
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
     }[case.mask]
     problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
-    return Specialisation(problem.expr, tuple(map(TableKind.of, problem.inputs.tables)), **paddings)
+    return Specialisation(problem.expr, tuple(map(TableKind.of, problem.inputs.tables)), **further)
 
 
 def _constants(case: Case) -> dict[str, Any]:
@@ -137,13 +164,18 @@ def _constants(case: Case) -> dict[str, Any]:
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
-        **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True},
+        **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False},
     }
 
 
+_TABLES: Final = {torch.float32: "*fp32", torch.int64: "*i64"}
+
+
 def _pointer(name: str, bits: int) -> str:
-    if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr"):
+    if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "totals", "factors"):
         return "*fp32"
+    if name.startswith("sums"):
+        return "*i64"
     if name.endswith("_ptr"):
         return {16: "*bf16", 32: "*fp32"}[bits]
     return "*i32"  # the walk over tiles, and the tables of these masks

@@ -1,12 +1,14 @@
 """Rows of the tile table -> real machine code, without a GPU: registers, memory, and what fits a processor.
 
-Every row is compiled for each of three masks, and for head dims that fill it only in part. A row fails the gate when
+Every row is compiled for each of three masks, and for head dims that fill it only in part; with one mask also for score
+functions and dropout, on sm_80, sm_90 and sm_100, in bfloat16. A row fails the gate when
 
 - its loops use local memory: in 16 bits more than one instruction in 25, or in 10 where the tile limits registers; on
   AMD's GPUs any; in float32 on NVIDIA's the kernel may have 600 bytes of it,
 - it misses the matrix cores that it is meant for,
 - it needs more shared memory than its devices have,
-- it is for sm_80 or sm_90, its stages prefetch nothing, and no other program on the multiprocessor computes meanwhile.
+- it is for sm_80 or sm_90, its stages prefetch nothing, and no other program on the multiprocessor computes meanwhile;
+  but for scores with look-ups of pairs, which wait for memory themselves.
 
 Nothing here runs or times a kernel; `benchmarks/sass_model.py` says how fast it may be.
 
@@ -35,7 +37,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import amdgcn
-from benchmarks.compiled import BLOCK, DTYPES, MASKS, Case, arch_name, compile_case, disassemble, in_processes, tool
+from benchmarks.compiled import (
+    BLOCK,
+    DTYPES,
+    LEARNED,
+    MASKS,
+    OF_PAIRS,
+    SCORES,
+    Case,
+    arch_name,
+    compile_case,
+    disassemble,
+    in_processes,
+    tool,
+)
 from benchmarks.processors import AMD_SHARED, PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
 from benchmarks.sass.instructions import local_accesses, loops, parse, products_under_copies
@@ -55,6 +70,7 @@ _PRODUCTS: Final[dict[int | str, tuple[str, ...]]] = {
     "gfx950": ("mfma",),
     "gfx1201": ("wmma",),
 }
+SCORED: Final = (80, 90, 100)
 # By each family of the table.
 SERVED: Final[dict[int | str, tuple[int | str, ...]]] = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,)} | {
     name: (name,) for name in AMD_SHARED
@@ -105,7 +121,8 @@ def faults(case: Case, found: Resources) -> list[str]:
         if found.serialised:
             wrong.append("ptxas serialises wgmma (C7511)")
         # The model says so of these. On 8.6 and 8.9 a tile's products take longer than the copy of the next.
-        if case.arch in (80, 90) and found.under_copies == 0 and found.programs == 1:
+        alone = found.under_copies == 0 and found.programs == 1
+        if case.arch in (80, 90) and alone and not OF_PAIRS.get(case.score):
             wrong.append("its stages prefetch nothing, and its program is alone on the multiprocessor")
     if found.shared > SHARED_LIMITS[case.arch]:
         wrong.append(f"{found.shared} B of shared memory, more than {SHARED_LIMITS[case.arch]}")
@@ -134,7 +151,17 @@ def table_cases(quick: bool) -> list[Case]:
             tile = choose(family, pass_name, DTYPES[bits], max(dims), (BLOCK, BLOCK))
             archs = _archs(family, bits, quick)
             cases += [Case(arch, pass_name, MASKS[number % len(MASKS)], bits, *dims, tile) for arch in archs]
-    return cases
+    return cases + score_cases(quick)
+
+
+def score_cases(quick: bool) -> list[Case]:
+    """The kernels of each score, and of dropout, with one mask; if quick, a few of them."""
+    cases = []
+    for arch, dim, score, pass_name in product(SCORED, (64, 128), SCORES, (*PASSES, "dtables")):
+        if pass_name != "delta" and (pass_name != "dtables" or score in LEARNED):
+            tile = choose(arch, pass_name, DTYPES[16], dim, (BLOCK, BLOCK), None, OF_PAIRS.get(score, 0))
+            cases.append(Case(arch, pass_name, "interval", 16, dim, dim, tile, score))
+    return cases[::17] if quick else cases
 
 
 def _archs(family: int | str, bits: int, quick: bool) -> Sequence[int | str]:
@@ -235,7 +262,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile the tile table for real devices and check what it needs.")
     parser.add_argument("--quick", action="store_true", help="each row of the table once")
     parser.add_argument("--arch", type=_arch, choices=[*PROCESSORS, *AMD_SHARED], action="append", help="90 or gfx942")
-    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
+    parser.add_argument("--pass", dest="passes", choices=(*PASSES, "dtables"), action="append")
+    parser.add_argument("--score", choices=("", *SCORES), action="append", help='"" for none')
     parser.add_argument("--mask", choices=MASKS, action="append")
     parser.add_argument("--bits", type=int, choices=DTYPES, action="append", help="of the dtype")
     parser.add_argument("--dim", type=int, action="append", help="head dim")
@@ -247,9 +275,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"where to store (default, if all ran: {RESULTS})")
     options = parser.parse_args(argv)
-    whole = not any(
-        (options.quick, options.arch, options.passes, options.mask, options.bits, options.dim, options.tile)
-    )
+    chosen = options.arch, options.passes, options.mask, options.bits, options.dim, options.tile, options.score
+    whole = not (options.quick or any(chosen))
     if whole and options.json is None:
         options.json = RESULTS
     return options
@@ -262,22 +289,27 @@ def _arch(text: str) -> int | str:
 def _chosen(options: argparse.Namespace) -> list[Case]:
     cases = table_cases(options.quick)
     wanted = [("arch", options.arch), ("pass_name", options.passes), ("mask", options.mask)]
-    wanted += [("bits", options.bits), ("head_dim", options.dim)]
+    wanted += [("bits", options.bits), ("head_dim", options.dim), ("score", options.score)]
     cases = [case for case in cases if all(not some or getattr(case, name) in some for name, some in wanted)]
     if not options.tile:
         return cases
     tiles = [Tile(*(int(n) for n in text.split(","))) for text in options.tile]
     kinds = dict.fromkeys(
-        (case.arch, case.pass_name, case.mask, case.bits, case.head_dim, case.v_head_dim) for case in cases
+        (case.arch, case.pass_name, case.mask, case.bits, case.head_dim, case.v_head_dim, case.score) for case in cases
     )
-    return [Case(*kind, tile) for kind in kinds for tile in tiles]
+    return [Case(*kind, tile, score) for *kind, score in kinds for tile in tiles]
 
 
 def _line(case: Case) -> str:
     tile = case.tile
     limit = "" if tile.registers is None else f", at most {tile.registers} registers"
     shape = f"({tile.block_m}, {tile.block_n}, {tile.warps} warps, {tile.stages} stages{limit})"
-    return f"{arch_name(case.arch)} {case.pass_name} {case.bits} bits D={_dims(case)} {case.mask} {shape}"
+    return f"{arch_name(case.arch)} {case.pass_name} {case.bits} bits D={_dims(case)} {_what(case)} {shape}"
+
+
+def _what(case: Case) -> str:
+    """The mask, and the score where there is one."""
+    return f"{case.mask}, {case.score}" if case.score else case.mask
 
 
 def _dims(case: Case) -> str:
@@ -297,7 +329,7 @@ def _table(results: Sequence[tuple[Case, Resources | None, list[str]]]) -> Table
             needs = [str(found.registers), str(found.stack), str(found.local), f"{found.shared:,}"]
             needs += [str(found.programs), found.product]
         table.add_row(
-            *(arch_name(case.arch), case.pass_name, str(case.bits), _dims(case), case.mask),
+            *(arch_name(case.arch), case.pass_name, str(case.bits), _dims(case), _what(case)),
             *(f"{tile.block_m} x {tile.block_n}", str(tile.warps), str(tile.stages), *needs),
             style="bold red" if wrong else "",
         )

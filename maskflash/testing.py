@@ -45,6 +45,7 @@ __all__ = [
     "error_budget",
     "masks",
     "reference",
+    "scores",
     "shapes",
 ]
 
@@ -162,7 +163,9 @@ def assert_matches_dense(
     learned = {id(x): x for x in tensors if isinstance(x, Tensor) and x.requires_grad}
     lengths = shape.batch, shape.heads, shape.q_len, shape.kv_len
     kept = (
-        dropout_keep(seed, dropout_p, *lengths, q_offset, kv_offset).to(device) / (1 - dropout_p) if dropout_p else None
+        dropout_keep(seed, dropout_p, *lengths, q_offset, kv_offset).to(device).double() / (1 - dropout_p)
+        if dropout_p
+        else None
     )
     call = DenseCall(q, k, v, dense, factor, dout, dlse, sinks, bound, tuple(learned.values()), kept)
     exact, plain = call.results(torch.float64), call.results(dtype, backwards=True)
@@ -277,6 +280,33 @@ def masks(max_len: int = 64, batch: int = 2, heads: int = 4) -> SearchStrategy[M
         lambda join, x, y: join(x, y), st.sampled_from([operator.and_, operator.or_, operator.xor]), leaves, leaves
     )
     return st.one_of(leaves, joined, joined.map(operator.invert))
+
+
+def scores(
+    max_len: int = 64, batch: int = 2, heads: int = 4, dtype: torch.dtype = torch.float32
+) -> SearchStrategy[Score]:
+    """Random score functions: up to three steps that scale, add or cap, then perhaps one that hides; tables learn.
+
+    Args:
+        max_len: tokens that tables have room for.
+        batch: batch rows that tables have room for.
+        heads: heads that tables have room for.
+        dtype: of the tables.
+    """
+    from hypothesis import strategies as st
+
+    _sizes("scores", 0, max_len=max_len)
+    _sizes("scores", 1, batch=batch, heads=heads)
+    dtype = arguments.dtype("scores", dtype)
+
+    def build(steps: list[Callable[..., Any]], last: Callable[..., Any] | None, seed: int) -> Score:
+        draw = torch.Generator().manual_seed(seed)
+        sizes = (heads,), (batch, max_len), (2 * max_len + 1,)
+        tables = [torch.randn(size, generator=draw).to(dtype).requires_grad_() for size in sizes]
+        return as_score("scores", [step(*tables, max_len) for step in (*steps, last) if step is not None])
+
+    steps = st.lists(st.sampled_from(_STEPS), min_size=1, max_size=3)
+    return st.builds(build, steps, st.sampled_from((None, *_HIDING)), st.integers(0, 2**16))
 
 
 def columns(q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> SearchStrategy[ColumnIntervals]:
@@ -416,4 +446,22 @@ _WRITTEN: Final[tuple[Callable[..., Any], ...]] = (
     lambda ids, marks, spans, n: lambda b, h, q, kv: 0 <= q - kv < spans[h] and ids[b, q] == ids[b, kv],
     lambda ids, marks, spans, n: lambda b, h, q, kv: marks[kv] or q - n <= kv <= q,
     lambda ids, marks, spans, n: _branching(marks, n),
+)
+
+
+_STEPS: Final[tuple[Callable[..., Any], ...]] = (
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score * of_head[h],
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score * (1 + of_token[b, q] / 2),
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score + of_head[h] * (kv - q) / (n + 1),
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score + of_token[b, q] - of_token[b, kv],
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score + of_distance[kv - q + n],
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: 3 * torch.tanh(score / 3),
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: torch.exp(-(score**2)) * of_token[b, kv],
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score if score > 0 else score * of_head[h],
+)
+_HIDING: Final[tuple[Callable[..., Any], ...]] = (
+    lambda of_head, of_token, of_distance, n: lambda score, b, h, q, kv: score if (q + kv) % 5 else -torch.inf,
+    lambda of_head, of_token, of_distance, n: (
+        lambda score, b, h, q, kv: torch.where(kv > q + n // 2, -torch.inf, score)
+    ),
 )

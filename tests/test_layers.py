@@ -60,7 +60,7 @@ ORDER = {
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
-        *("work", "programs", "values", "biases", "sums", "engine", "run"),
+        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "run"),
     ],
     "backends/triton": [
         *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),

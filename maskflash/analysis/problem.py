@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.runs import Runs
-from maskflash.expr.bounds import bounds, largest
+from maskflash.expr.bounds import Reach, bounds, largest
 from maskflash.expr.evaluate import Inputs, evaluate
 from maskflash.expr.intervals import Interval
 from maskflash.expr.nodes import Expr
@@ -106,14 +106,16 @@ class Problem:
     def largest(self, expr: Expr | None = None) -> float:
         """A cap on the 64-bit integers of the mask, or of what is made of it, over all pairs, before any wrapping."""
         expr = self.expr if expr is None else expr
-        found = largest(expr, self.inputs, self._ends())
+        found = largest(expr, self.inputs, self.extents)
         return bounds(expr, self.inputs, self.box()).largest if found is None else found
 
     def box(self) -> dict[str, Interval]:
         """The box of all pairs: the first and the last of each index, offsets included."""
-        return {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in self._ends().items()}
+        return {name: Interval(*torch.tensor(pair, device=self.device)) for name, pair in self.extents.items()}
 
-    def _ends(self) -> dict[str, tuple[int, int]]:
+    @property
+    def extents(self) -> dict[str, Reach]:
+        """For `b`, `h`, `q`, `kv` the first and the last index, offsets included."""
         ends = {name: (0, size - 1) for name, size in (("b", self.batch), ("h", self.heads))}
         ends["q"], ends["kv"] = _extent(self.q_offset, self.q_len), _extent(self.kv_offset, self.kv_len)
         return ends

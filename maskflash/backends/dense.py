@@ -77,7 +77,7 @@ class DenseCall:
         return {"out": out.detach(), "lse": lse.detach(), **gradients}
 
     def _scorer(self, score: BoundScore, dtype: torch.dtype, backwards: bool) -> Callable[[Tensor], Tensor]:
-        """The score's program: as it is where that is meant for this dtype, but for the truth in one dtype throughout."""
+        """The score's program, in one dtype throughout; a plain computation's as it is, if it is of this dtype."""
         expr, inputs, pairs = score.expr, score.inputs, self._pairs(score)
         if not (backwards and expr.nodes[-1].dtype == dtype):
             expr, inputs = _retyped(expr, dtype), _in_dtype(inputs, dtype)

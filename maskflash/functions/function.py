@@ -105,6 +105,10 @@ class Function:
         """The expression for arguments like these, made now; what is captured comes into its slots by name."""
         raise NotImplementedError
 
+    def plain(self, traced: Traced) -> Slots:
+        """A trace as plain data."""
+        return Slots.of(traced)
+
     def implied(self, sizes: Sizes) -> dict[str, int]:
         """The values of `implied_names` in a call.
 
@@ -235,14 +239,14 @@ class Function:
         case = now.structure, kinds
         names = self.traces.depend(case, open_names(kinds) & traced.specialised)
         values = {**given, **now.slots}
-        self.traces.keep(case, tuple((x, exact_of(x, values[x])) for x in names), Slots.of(traced))
+        self.traces.keep(case, tuple((x, exact_of(x, values[x])) for x in names), self.plain(traced))
 
     def _unfollowed(self, given: dict[str, Any]) -> Slots:
         traced = self.trace(given)
         kinds = tuple(kind_of(name, value) for name, value in given.items())
         exact = tuple((name, exact_of(name, given[name])) for name in sorted(open_names(kinds)))
         self.traces.unfollowed = Record(kinds, exact, traced)
-        return Slots.of(traced)
+        return self.plain(traced)
 
     def traced(self, given: dict[str, Any]) -> Traced:
         """The trace for checked arguments, with what is captured now in its slots."""

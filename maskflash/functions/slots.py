@@ -33,6 +33,7 @@ class Slots:
         tables: for each table slot a tensor, or the name of what fills it, or a view of that.
         names: what the user calls each table.
         traced: the trace itself.
+        rest: what is left of it where a part is used elsewhere; None for all of it.
     """
 
     text: str
@@ -40,16 +41,18 @@ class Slots:
     tables: tuple[Tensor | str | View, ...]
     names: tuple[str, ...]
     traced: Traced
+    rest: Slots | None = None
 
     @staticmethod
-    def of(traced: Traced) -> Slots:
+    def of(traced: Traced, rest: Traced | None = None) -> Slots:
         """A trace as plain data; from now on its expression is found by its text."""
         text = traced.expr.text
         _remember(text, traced.expr)
         params = tuple(
             str(x) if isinstance(x, str) else bits_of(x) if isinstance(x, float) else x for x in traced.params
         )
-        return Slots(text, params, tuple(map(_plain, traced.tables)), traced.names, traced)
+        left = None if rest is None else Slots.of(rest)
+        return Slots(text, params, tuple(map(_plain, traced.tables)), traced.names, traced, left)
 
     @property
     def expr(self) -> Expr:

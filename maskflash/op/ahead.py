@@ -10,6 +10,7 @@ from maskflash.errors import ArgumentError
 from maskflash.ground import arguments, qkv
 from maskflash.op import cache
 from maskflash.op.asking import Asking
+from maskflash.scores.seeds import probability
 from maskflash.scores.told import told
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Ahead(Asking):
         pass_name: PassName = "forward",
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
+        dropout_p: float = 0.0,
         **mask_args: Any,
     ) -> str:
         """The Triton text that a call with these tensors runs on a GPU; it can be had without one.
@@ -37,13 +39,14 @@ class Ahead(Asking):
             q: as in a call.
             k: as in a call.
             v: as in a call.
-            pass_name: "forward", "delta", "dkdv" or "dq".
+            pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn.
             q_offset: as in a call.
             kv_offset: as in a call.
-            **mask_args: the mask's own arguments.
+            dropout_p: as in a call.
+            **mask_args: the mask's own arguments, and the score function's.
 
         Raises:
-            BackendError: the mask uses an operation that Triton can't express exactly.
+            BackendError: the mask or the score uses an operation that Triton can't express as it should.
 
         Example:
             >>> import maskflash as mf
@@ -57,11 +60,16 @@ class Ahead(Asking):
         from maskflash.backends.triton.signature import PASSES
 
         qkv.check(q, k, v)
-        arguments.choice("Attention.source", "pass_name", pass_name, PASSES)
+        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, "dtables"))
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
-        problem = self._problem(self._sizes(q, k, q_offset, kv_offset), mask_args)
-        return triton.source(problem, classify(problem), q.shape[3], v.shape[3], pass_name)
+        p = probability("Attention.source", dropout_p)
+        sizes = self._sizes(q, k, q_offset, kv_offset)
+        problem = self._problem(sizes, mask_args)
+        dims, score = (q.shape[3], v.shape[3]), self._score_in(sizes, q.dtype, mask_args)
+        if pass_name == "dtables" and not (score is not None and any(score.wanted)):
+            raise ArgumentError("Attention.source: pass_name is 'dtables', but no table of a score requires gradients")
+        return triton.source(problem, classify(problem), *dims, pass_name, score, dropout=p > 0)
 
     def explain(self, q_len: int, kv_len: int, **call: Any) -> Explanation:
         """What was decided for these lengths, and why: str() for people, .to_dict() for tools.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.errors import BackendError
+from maskflash.expr.evaluate import Inputs
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
 from maskflash.ground import arguments, qkv
@@ -19,6 +20,7 @@ from maskflash.op import checking
 from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
+from maskflash.scores.strength import BoundScore
 
 BackendChoice = Literal["auto", "cpu", "triton"]
 
@@ -107,7 +109,7 @@ class Asking:
         )
 
     def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
-        """The score function in a call."""
+        """The score function in a call, as specs have it."""
         if self.score is None:
             return UNSCORED
         slots, params, tables = self.score.at(dtype).bind(sizes, own_arguments(self.score, mask_args))
@@ -116,6 +118,15 @@ class Asking:
         qkv.same_device(sizes.device, [*zip(slots.names, tables, strict=True)])
         learning = torch.is_grad_enabled()
         return Scored(slots.text, params, tables, [learning and table.requires_grad for table in tables])
+
+    def _score_in(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> BoundScore | None:
+        """The same with the user's own lines; None where there is none."""
+        scored = self._scored(sizes, dtype, mask_args)
+        if self.score is None or not scored.text:
+            return None
+        expr = self.score.at(dtype).bind(sizes, own_arguments(self.score, mask_args)).slots.expr
+        inputs = Inputs(expr.decoded(scored.params), tuple(scored.tables))
+        return BoundScore(expr, inputs, tuple(scored.learned), sizes.q_offset, sizes.kv_offset)
 
     def _bound(
         self, mask: Mask, sizes: Sizes, mask_args: dict[str, Any], stamp: int | None = None

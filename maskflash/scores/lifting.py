@@ -25,7 +25,6 @@ from maskflash.expr.ops import OPERATIONS
 from maskflash.expr.simplify import simplify
 from maskflash.functions.function import Function
 from maskflash.functions.sizes import Sizes
-from maskflash.functions.slots import Slots, aside
 from maskflash.functions.traces import Reading
 from maskflash.ground import arguments
 from maskflash.ground.identity import Watch, owner
@@ -135,19 +134,12 @@ _known: dict[tuple[Any, ...], tuple[int, bool, Watch]] = {}
 _MOST: Final = 256
 
 
-@aside
-def remainder(slots: Slots) -> Slots | None:
-    """The slots of a score function without what of it is a mask; None where nothing is."""
-    return _remainder(slots)
-
-
-@lru_cache(maxsize=256)
-def _remainder(slots: Slots) -> Slots | None:
-    traced = slots.traced
+def remainder(traced: Traced) -> Traced | None:
+    """The trace of a score function without what of it is a mask; None where nothing is."""
     mask, rest = lift(traced.expr)
     if mask is None:
         return None
-    return Slots.of(compact(rest, traced.params, traced.tables, traced.names, traced.specialised))
+    return compact(rest, traced.params, traced.tables, traced.names, traced.specialised)
 
 
 class _Lifter(Builder):

@@ -17,9 +17,11 @@ import torch
 from maskflash.errors import ArgumentTypeError
 from maskflash.functions.function import Bound, Function
 from maskflash.functions.sizes import Fits, Sizes
+from maskflash.functions.slots import Slots
 from maskflash.functions.written import Recorded, WrittenFunction
 from maskflash.masks.mask import Mask
 from maskflash.scores.lifting import remainder
+from maskflash.trace.trace import Traced
 from maskflash.trace.tracer import Role
 
 TAKES: Final = ("score", "b", "h", "q", "kv")
@@ -99,10 +101,14 @@ class Score(WrittenFunction):
         """The function as calls with q, k and v of a dtype need it."""
         return self.double if dtype == torch.float64 else self
 
+    def plain(self, traced: Traced) -> Slots:
+        """A trace as plain data, and what is left of it without what is a mask: see `lifting`."""
+        return Slots.of(traced, remainder(traced))
+
     def bind(self, sizes: Sizes, given: dict[str, Any], stamp: int | None = None) -> Bound:
-        """The function in a call, without what of it is a mask: see `lifting`."""
+        """The function in a call, without what of it is a mask."""
         bound = super().bind(sizes, given, stamp)
-        slots = remainder(bound.slots)
+        slots = bound.slots.rest
         if slots is None:
             return bound
         values = {**self.reading().slots, **self.defaults, **given, **self.implied(sizes)}

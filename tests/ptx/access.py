@@ -58,6 +58,26 @@ def build_st(statement: Statement, scope: Scope) -> Action:
     return run
 
 
+def build_atom(statement: Statement, scope: Scope) -> Action:
+    """Add integers in global memory, in any order: what was there before, the result, is in nobody's hands.
+
+    Nothing is written to its register: who looks there finds what the program had left.
+    """
+    *words, kind = statement.words[1:]
+    only(statement, tuple(words), {"global", "gpu", "relaxed", "add"})
+    if not {"global", "add"} <= set(words) or kind not in ("u32", "u64", "s32"):
+        raise Unsupported("an atomic operation other than an integer's addition in global memory")
+    size = size_of(kind)
+    address, active = scope.address(statement.operands[1], 8), scope.active(statement)
+    read = scope.read(statement.operands[2], f"u{8 * size}")
+
+    def run(threads: Threads) -> None:
+        values = np.broadcast_to(read(threads), threads.count)
+        threads.launch.memory.add(address(threads), active(threads), values, size)
+
+    return run
+
+
 def _form(statement: Statement) -> tuple[str, str, int]:
     """The space that an instruction is about, its type and how many numbers."""
     *words, kind = statement.words[1:]

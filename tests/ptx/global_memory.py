@@ -18,7 +18,8 @@ import numpy as np
 from tests.ptx.faults import Fault
 from tests.ptx.values import UNSIGNED, Array
 
-FOREIGN, READY, EMPTY, WRITTEN = range(4)  # not the tensor's; with a value; without; written by this launch
+# Not the tensor's; with a value; without; written by this launch; added to by it.
+FOREIGN, READY, EMPTY, WRITTEN, ADDED = range(5)
 _ALIGNED: Final = 256
 _SPACING: Final = 36  # bits
 
@@ -91,7 +92,7 @@ class GlobalMemory:
             places = self._places(buffer, address, some, count * size)
             states = _rows(buffer.state, count, size)[places[some]]
             if (states != _all(READY, size)).any():
-                self._refuse_load(buffer, places, some, count * size)
+                self._refuse(buffer, places, some, count * size, "a load from", (READY,))
             found = _rows(buffer.data, count, size)[places]
             out = found if some.all() else np.where(some[:, None], found, out)
         return out
@@ -110,6 +111,9 @@ class GlobalMemory:
             if (before == FOREIGN).any():
                 row = int((before == FOREIGN).any(1).argmax())
                 raise Fault("global foreign", f"a store to {self._spot(buffer, places[row], count * size)}")
+            if (before == ADDED).any():
+                row = int((before == ADDED).any(1).argmax())
+                raise Fault("global race", f"a store to {self._spot(buffer, places[row], count * size)}, added to here")
             again = (before == WRITTEN).any(1)
             if again.any() and (data[places] != new)[again].any():
                 spot = self._spot(buffer, places[int(again.argmax())], count * size)
@@ -118,6 +122,21 @@ class GlobalMemory:
             if (data[places] != new).any():
                 raise Fault("global double write", f"threads of one store write different values to {buffer.name}")
             states[places] = _all(WRITTEN, size)
+
+    def add(self, address: Array, active: Array, values: Array, size: int) -> None:
+        """Add unsigned numbers (threads,) of `size` bytes, any number of them to a place; sums wrap.
+
+        Raises:
+            Fault: the place is no tensor's, misaligned, or holds no value or one that this launch stored.
+        """
+        for buffer, some in self._parts(address, active):
+            places = self._places(buffer, address, some, size)
+            states, data = _rows(buffer.state, 1, size)[:, 0], _rows(buffer.data, 1, size)[:, 0]
+            before = states[places[some]]
+            if ((before != _all(READY, size)) & (before != _all(ADDED, size))).any():
+                self._refuse(buffer, places, some, size, "an addition to", (READY, ADDED))
+            np.add.at(data, places[some], values[some])
+            states[places[some]] = _all(ADDED, size)
 
     def _parts(self, address: Array, active: Array) -> Iterator[tuple[Buffer, Array]]:
         """Active threads by buffer; nearly always they are all in one."""
@@ -142,17 +161,25 @@ class GlobalMemory:
             raise Fault(kind, f"{what}, address {at % nbytes} mod {nbytes}, thread {int(wrong.argmax())}")
         return np.asarray(offset // nbytes)
 
-    def _refuse_load(self, buffer: Buffer, places: Array, some: Array, nbytes: int) -> None:
-        states = buffer.state.reshape(-1, nbytes)[places]
-        place = int((some & (states != READY).any(1)).argmax())
-        worst = int(states[place][states[place] != READY][0])
-        kind = {FOREIGN: "global foreign", EMPTY: "global uninitialised", WRITTEN: "global race"}[worst]
-        why = {FOREIGN: "not the tensor's", EMPTY: "never written", WRITTEN: "written by this very launch"}[worst]
-        raise Fault(kind, f"a load from {self._spot(buffer, places[place], nbytes)}, which is {why}")
+    def _refuse(
+        self, buffer: Buffer, places: Array, some: Array, nbytes: int, what: str, fine: tuple[int, ...]
+    ) -> None:
+        wrong = ~np.isin(buffer.state.reshape(-1, nbytes)[places], fine)
+        place = int((some & wrong.any(1)).argmax())
+        kind, why = _WRONG[int(buffer.state.reshape(-1, nbytes)[places[place]][wrong[place]][0])]
+        raise Fault(kind, f"{what} {self._spot(buffer, places[place], nbytes)}, which is {why}")
 
     @staticmethod
     def _spot(buffer: Buffer, place: int, nbytes: int) -> str:
         return f"{nbytes} bytes at {buffer.name} + {int(place) * nbytes - buffer.lead}"
+
+
+_WRONG: Final = {
+    FOREIGN: ("global foreign", "not the tensor's"),
+    EMPTY: ("global uninitialised", "never written"),
+    WRITTEN: ("global race", "written by this very launch"),
+    ADDED: ("global race", "added to by this very launch"),
+}
 
 
 def _rows(array: Array, count: int, size: int) -> Array:

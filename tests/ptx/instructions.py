@@ -15,6 +15,7 @@ INSTRUCTIONS: Final[dict[str, Callable[[Statement, Scope], Action]]] = {
     "mov": arithmetic.build_mov,
     "ld": access.build_ld,
     "st": access.build_st,
+    "atom": access.build_atom,
     "cp.async": access.build_cp_async,
     "cp.async.commit_group": access.build_commit,
     "cp.async.wait_group": access.build_wait,

@@ -56,6 +56,40 @@ def test_a_parameter_may_be_read_in_part():
     assert out[0] == 7
 
 
+ADD = "atom.global.gpu.relaxed.add.u64 %rd9, [%rd1 + 0], %rd6;"
+WIDE = [*START, "cvt.u64.u32 %rd6, %r1;"]
+
+
+def test_additions_to_one_place_are_all_counted_and_wrap():
+    sums = np.array([2**64 - 5, 7], np.uint64)
+    launch([*WIDE, "setp.lt.u32 %p1, %r1, 40;", f"@%p1 {ADD}"], sums, threads=64, grid=3)
+    assert sums.tolist() == [3 * sum(range(40)) - 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("global race", [*WIDE, ADD, "ld.global.b64 %rd7, [%rd1];"]),
+        ("global race", [*WIDE, ADD, "st.global.b64 [%rd1], %rd6;"]),
+        ("global race", [*WIDE, "mov.b64 %rd6, 1;", "st.global.b64 [%rd1], %rd6;", ADD]),
+        ("global bounds", [*WIDE, ADD.replace("+ 0", "+ 16")]),
+        ("global alignment", [*WIDE, ADD.replace("+ 0", "+ 4")]),
+    ],
+)
+def test_what_is_added_to_is_neither_read_nor_written_meanwhile(kind, lines):
+    fault(kind, lines, np.zeros(2, np.uint64))
+
+
+def test_other_atomic_operations_are_refused():
+    for other, message in (
+        (".relaxed.max.u64", "max"),
+        (".relaxed.add.f32", "atomic"),
+        (".acq_rel.add.u64", "acq_rel"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            launch([*WIDE, ADD.replace(".relaxed.add.u64", other)], np.zeros(1, np.uint64))
+
+
 def test_memory_beyond_a_tensor():
     message = fault("global bounds", [*EACH, "ld.global.b32 %r4, [%rd3];"], np.zeros(31, np.uint32))
     assert "4 bytes at p0 + 124 of 124" in message
@@ -249,7 +283,7 @@ def test_matrices_that_are_stored_can_be_loaded(turned):
         "ld.global.b32 %r1, [%rd2 + %r3];",
         "ld.param.b32 %r1, [q0];",
         "st.relaxed.global.b32 [%rd2], %r1;",
-        "atom.global.add.u32 %r1, [%rd2], %r3;",
+        "red.global.add.u32 [%rd2], %r3;",
         "cp.async.bulk.tensor.2d.shared::cluster.global [%r1], [%rd2, {%r3, %r4}], [%r5];",
         "cp.async.cg.shared.global [%r1], [%rd2], 4;",
         "ldmatrix.sync.aligned.m16n16.x1.shared.b8 {%r1}, [%r2];",

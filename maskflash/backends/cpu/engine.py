@@ -21,12 +21,12 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 from maskflash.backends.cpu.calls import Band, Call, Causal
 from maskflash.backends.cpu.matrices import reach
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.programs import Pairs, is_bounded, program_of
+from maskflash.backends.cpu.softmax import exponentials, hide, merge_some, probabilities
 from maskflash.backends.cpu.sums import CallSums, Sums, is_one, readings
 from maskflash.backends.cpu.threads import WORKERS, Job
 from maskflash.backends.cpu.values import Values
@@ -179,31 +179,6 @@ class _Tile:
         return dropout.kept(rows, of_columns, dropout.threshold(self.problem.strength.dropout.p), out=found)
 
 
-def hide(values: Tensor, hidden: Tensor, *, bounded: bool, out: Tensor) -> Tensor:
-    """The values, and -inf for hidden pairs."""
-    if bounded:
-        return torch.add(values, hidden, out=out)
-    return out.copy_(values).masked_fill_(hidden < 0, -torch.inf)
-
-
-def exponentials(x: Tensor) -> None:
-    """exp(x) in place, x not above 0.
-
-    By exp2, which is twice as fast, and does not slow down 4 to 40 times where the result underflows. What the product
-    is rounded by is a factor of |x| units in exp(x): at most 0.4 units of 1.
-    """
-    x.mul_(1 / math.log(2)).exp2_()
-
-
-def probabilities(x: Tensor) -> None:
-    """exp(x) in place, x not above 0, 0 where that underflows; to the last bit, which gradients of long rows need.
-
-    Torch's exp slows down 4 to 40 times where its result underflows: there it gets something else.
-    """
-    tiny = torch.finfo(x.dtype).tiny
-    threshold_(x.clamp_min_(math.log(tiny) + 1).exp_(), 4 * tiny, 0.0)
-
-
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> tuple[Tensor, Tensor]:
     """Block-sparse attention without sinks: see `run.forward`. Both results are of the dtype that is computed in."""
     problem = Problem.of(plan, strength, q, k, v, backward=False)
@@ -271,13 +246,6 @@ def _forward(problem: Problem, work: Work, call: Call, some: slice, out: Tensor,
             merge_some(by_head, part_lse, outs.index_select(1, tokens), lses.index_select(1, tokens))
         outs.index_copy_(1, tokens, by_head)
         lses.index_copy_(1, tokens, part_lse)
-
-
-def merge_some(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge one more part into out (..., D) and lse (...), in place; either may have seen nothing."""
-    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -torch.inf, 0.0)
-    out.lerp_(part, weight[..., None])
-    torch.logaddexp(lse, part_lse, out=lse)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -146,7 +146,8 @@ def is_bounded(expr: Expr, inputs: Inputs) -> bool:
 
     if not all(n.op in _BOUNDED or (n.op == "truediv" and divides_well(n)) for n in expr.nodes):
         return False
-    if not all(abs(param) < 1e30 for param in inputs.params):
+    numbers = (*inputs.params, *(node.value for node in expr.nodes if node.op == "const"))
+    if not all(abs(number) < 1e30 for number in numbers if number is not None):
         return False
     used = {n.slot for n in expr.nodes if n.op == "lookup"}
     tables = [table for slot, table in enumerate(inputs.tables) if slot in used and table.is_floating_point()]
@@ -179,8 +180,7 @@ class Pairs:
     @property
     def lowest(self) -> int:
         """The least kv - q."""
-        first, last = self.columns[0].item(), self.rows[-1].item()
-        return int(first) - int(last)
+        return int(self.columns[0]) - int(self.rows[-1])
 
     @property
     def diagonals(self) -> int:
@@ -189,7 +189,7 @@ class Pairs:
 
     def first_diagonal(self, rows: slice, columns: slice) -> int:
         """Which one is that of a tile's last row and first column."""
-        return len(self.rows) - rows.stop + columns.start
+        return len(self.rows) - int(rows.stop) + int(columns.start)
 
     def indices(self, q: Tensor, kv: Tensor) -> dict[str, Tensor]:
         """b, h, q and kv: (1, 1, 1), (heads, 1, 1), (1, rows, 1) and (1, 1, columns)."""

@@ -18,6 +18,7 @@ from maskflash.backends.cpu import biases, engine
 from maskflash.backends.cpu.calls import Blocks, Call, Causal, Pick
 from maskflash.backends.cpu.plan import Plan, plan
 from maskflash.backends.cpu.schedules import Schedule
+from maskflash.backends.cpu.softmax import merge_some
 from maskflash.backends.cpu.threads import WORKERS, Job
 from maskflash.backends.cpu.views import Views, batch_rows, prepared, shared, units
 from maskflash.backends.merge import merge_into
@@ -137,7 +138,7 @@ def _additive(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -
         if found.hides:
             part_lse = part_lse.masked_fill(matrix.amax(3) == -torch.inf, -torch.inf)
         if call.merges:
-            engine.merge_some(part, part_lse, rows.take(outs), rows.take(lses))
+            merge_some(part, part_lse, rows.take(outs), rows.take(lses))
         rows.put(outs, part)
         rows.put(lses, part_lse)
 

@@ -71,21 +71,26 @@ def emit(
     Raises:
         BackendError: an operation that has no exact counterpart in Triton.
     """
-    writer = _Writer(expr, tables, narrow, transposed, negative_kv, remarks)
-    if narrow:  # numbers arrive in 64 bits, whatever their value, so that none is compiled in
-        sizes = (f"t{slot}_size{axis}" for slot, kind in enumerate(tables) for axis in range(kind.ndim))
-        whole = (slot for slot in range(expr.slots("param")) if slot not in expr.real_params)
-        numbers = [*(f"p{slot}" for slot in whole), *sizes]
-        writer.lines["once"] += [f"{name}_32 = {name}.to(tl.int32)" for name in numbers]
-    writer.lines["once"] += [
-        f"p{slot}_real = p{slot}.to(tl.int64).to(tl.float64, bitcast=True)" for slot in sorted(expr.real_params)
-    ]
+    writer = Writer(expr, tables, narrow, transposed, negative_kv, remarks)
     for position in range(len(expr.nodes)):
         writer.write(position)
     return Emitted(writer.lines, writer.value(len(expr.nodes) - 1, torch.bool, "pairs"))
 
 
-class _Writer:
+class Writer:
+    """Writes a program's nodes in order.
+
+    Attributes:
+        what: it is, for people.
+        prefix: of its names.
+        lines: statements by group.
+        groups: of each node.
+        names: of each node's value.
+    """
+
+    what = "mask"
+    prefix = ""
+
     def __init__(
         self,
         expr: Expr,
@@ -109,6 +114,19 @@ class _Writer:
         self._divides = any(node.op in ("truediv", "truncdiv") for node in expr.nodes)
         self._said: dict[Group, str] = {}
         self._place = 0  # of the node that is being written
+        self._numbers()
+
+    def _numbers(self) -> None:
+        """Numbers arrive in 64 bits, whatever their value, so that none is compiled in."""
+        own, expr, once = self.prefix, self.expr, self.lines["once"]
+        if self.narrow:
+            sizes = (f"{own}t{slot}_size{axis}" for slot, kind in enumerate(self.tables) for axis in range(kind.ndim))
+            whole = (slot for slot in range(expr.slots("param")) if slot not in expr.real_params)
+            numbers = [*(f"{own}p{slot}" for slot in whole), *sizes]
+            once += [f"{name}_32 = {name}.to(tl.int32)" for name in numbers]
+        for slot in sorted(expr.real_params):
+            param = f"{own}p{slot}"
+            once.append(f"{param}_real = {param}.to(tl.int64).to(tl.float64, bitcast=True)")
 
     def write(self, position: int) -> None:
         """Append the statements of one node; constants and indices need none."""
@@ -116,14 +134,15 @@ class _Writer:
         group = self._group(node)
         self.groups.append(group)
         if node.op in ("b", "h", "q", "kv"):
-            self.names.append(node.op)
+            self.names.append(self.prefix + node.op)
         elif node.op == "const":
             self.names.append("")  # written where it is used, in the dtype it is used in
         elif node.op == "param":
             real = node.dtype.is_floating_point
-            self.names.append(f"p{node.value}_real" if real else self._number(f"p{node.value}"))
+            param = f"{self.prefix}p{node.value}"
+            self.names.append(f"{param}_real" if real else self._number(param))
         else:
-            name = f"x{position}"
+            name = f"{self.prefix}x{position}"
             if self.remarks:
                 self._remark(position, group)
             text = self._lookup(node, name, group) if node.op == "lookup" else self._computed(position, name, group)
@@ -260,8 +279,8 @@ class _Writer:
         kind, source = str(dtype).removeprefix("torch."), self.expr.source(self._place)
         where = f", in {source}" if source else ""
         return BackendError(
-            f"the triton backend has no exact `{op}` for {kind}{where}; compute it outside the mask, into a table that "
-            "the mask looks up"
+            f"the triton backend has no exact `{op}` for {kind}{where}; compute it outside the {self.what}, into a "
+            f"table that the {self.what} looks up"
         )
 
     def _shift(self, node: Node, dtype: torch.dtype, x: str, y: str) -> str:
@@ -303,11 +322,10 @@ class _Writer:
         return text if node.op in COMPARISONS or node.dtype in wide else f"({text}).to({self._type(node.dtype)})"
 
     def _lookup(self, node: Node, name: str, group: Group) -> str:
-        slot = int(node.value or 0)
-        kind = self.tables[slot]
+        kind, table = self.tables[node.slot], f"{self.prefix}t{node.slot}"
         places, inside = [], []
         for axis, arg in enumerate(node.args):
-            size = self._number(f"t{slot}_size{axis}")
+            size = self._number(f"{table}_size{axis}")
             index = self.value(arg, torch.int64, group, typed=True)
             if self.expr.nodes[arg].op in self.natural:  # these are never negative
                 inside.append(f"({index} < {size})")
@@ -315,9 +333,12 @@ class _Writer:
                 self.lines[group].append(f"{name}_{axis} = tl.where({index} < 0, {index} + {size}, {index})")
                 index = f"{name}_{axis}"
                 inside.append(f"({index} >= 0) & ({index} < {size})")
-            places.append(f" + {index}.to(tl.int64) * t{slot}_stride{axis}")
+            places.append(f" + {index}.to(tl.int64) * {table}_stride{axis}")
         mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
-        text = f"tl.load(t{slot}{''.join(places)}{mask})"
+        return self._loaded(kind, f"tl.load({table}{''.join(places)}{mask})")
+
+    def _loaded(self, kind: TableKind, text: str) -> str:
+        """What a table has in memory, as the program has it."""
         if kind.dtype == torch.bool:  # bytes in memory
             return f"{text} != 0"
         return f"{text}.to({self._type(torch.int64)})" if kind.dtype == torch.int64 and self.narrow else text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Final
 
@@ -11,23 +11,34 @@ from torch import Tensor
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import modules, tile_choice
-from maskflash.backends.triton.layout import UNIT, padded
+from maskflash.backends.triton.layout import UNIT, dropout_values, padded, score_values
 from maskflash.backends.triton.plan import DevicePlan
 from maskflash.backends.triton.render import render
-from maskflash.backends.triton.signature import PassName, Specialisation, TableKind, signature
+from maskflash.backends.triton.score_kind import score_kind
+from maskflash.backends.triton.signature import PassName, ScoreKind, Specialisation, TableKind, signature
 from maskflash.backends.triton.tile_choice import Case
 from maskflash.backends.triton.tiles import Tile, candidates, shrunk
 from maskflash.errors import BackendError
 from maskflash.expr.nodes import parse
+from maskflash.scores.strength import Strength
 
 ANY_MASK: Final = parse("const=True:bool~()")  # of kernels that have no mask's expression
 
 
-def specialisation(problem: Problem, interval: bool, narrow: bool, dim: int, v_dim: int) -> Specialisation:
+def specialisation(
+    problem: Problem,
+    interval: bool,
+    narrow: bool,
+    dim: int,
+    v_dim: int,
+    score: ScoreKind | None = None,
+    dropout: bool = False,
+) -> Specialisation:
     """What the text of a call's kernels depends on, given head dims that are whole vectors."""
     padded_d, padded_dv = dim != padded(dim), v_dim != padded(v_dim)
     if interval:
-        return Specialisation(ANY_MASK, interval=True, padded_d=padded_d, padded_dv=padded_dv)
+        special = Specialisation(ANY_MASK, interval=True, padded_d=padded_d, padded_dv=padded_dv)
+        return replace(special, score=score, dropout=dropout)
     q_offsets, kv_offset = isinstance(problem.q_offset, Tensor), problem.kv_offset
     kv_offsets = isinstance(kv_offset, Tensor)
     return Specialisation(
@@ -39,6 +50,8 @@ def specialisation(problem: Problem, interval: bool, narrow: bool, dim: int, v_d
         negative_kv=isinstance(kv_offset, Tensor) or kv_offset < 0,
         padded_d=padded_d,
         padded_dv=padded_dv,
+        score=score,
+        dropout=dropout,
     )
 
 
@@ -76,6 +89,7 @@ class Launcher:
         q: (B, Hq, Sq, D) as laid out.
         k: (B, Hkv, Skv, D) as laid out.
         v: (B, Hkv, Skv, Dv) as laid out.
+        strength: how strongly pairs attend.
         tuning: measure tiles first, and keep the fastest.
         special: what the text of its kernels depends on.
     """
@@ -85,12 +99,21 @@ class Launcher:
     q: Tensor
     k: Tensor
     v: Tensor
+    strength: Strength
     tuning: bool = False
     special: Specialisation = field(init=False)
+    _of_strength: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         interval, dims = self.plan.intervals is not None, (self.q.shape[3], self.v.shape[3])
-        self.special = specialisation(self.problem, interval, self.plan.narrow, *dims)
+        score, dropout = self.strength.score, self.strength.dropout
+        sizes = {"b": (0, self.q.shape[0] - 1), "h": (0, self.q.shape[1] - 1)}
+        kind = None if score is None else score_kind(score, {**self.plan.extents, **sizes})
+        self.special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
+        self._of_strength = {} if score is None else score_values(score)
+        if dropout is not None:
+            batch, heads, q_len, _ = self.q.shape
+            self._of_strength |= dropout_values(dropout, batch, heads, q_len, self.v.shape[2])
 
     def run(self, pass_name: PassName, own: dict[str, Any]) -> None:
         """Run a pass with the tile that `tile_choice` has for it, or the next smaller one that fits the device.
@@ -99,7 +122,7 @@ class Launcher:
             pass_name: which.
             own: arguments of its kernel, by name, that other passes don't have or have otherwise; see `launch`.
         """
-        self.plan.keep(self.problem)
+        self.plan.keep(self.problem, self.strength)
         case = self.case(pass_name)
         if self.tuning:
             self._tune(case, own)
@@ -131,11 +154,12 @@ class Launcher:
             tiles, per_line, steps = -(-q_len // tile.block_m), rows // tile.block_m, columns // tile.block_n
         own_batch, own_heads, *_ = self.problem.shape
         with gpu.current(self.q.device):
-            kernel(self.special, pass_name).launch(
+            kernel(self._special(pass_name), pass_name).launch(
                 tiles * batch * heads // own.get("part", 1),
                 tile,
                 **own,
                 **self.plan.mask(self.problem),
+                **self._of_strength,
                 **self.plan.walked(transposed, tiles, per_line),
                 **{"tiles_n" if transposed else "tiles_m": tiles},
                 map_b=own_heads if own_batch > 1 else 0,
@@ -160,7 +184,18 @@ class Launcher:
     def case(self, pass_name: PassName) -> Case:
         """What the tile of a pass is chosen for."""
         dims = self.q.shape[3], self.v.shape[3]
-        return Case(self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size, self.special.mask)
+        special = self.special
+        of_pairs = 0 if special.score is None else special.score.of_pairs
+        kind = self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size
+        return Case(*kind, special.mask, special.strength, of_pairs)
+
+    def _special(self, pass_name: PassName) -> Specialisation:
+        """What the text of one pass depends on: the tables that learn are the business of `dtables` alone."""
+        score = self.special.score
+        if score is None or pass_name != "dtables":
+            return self.special
+        assert self.strength.score is not None, "what the kind is of"
+        return replace(self.special, score=replace(score, wanted=self.strength.score.wanted))
 
     def _tune(self, case: Case, own: dict[str, Any]) -> None:
         """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""

@@ -1,4 +1,4 @@
-"""Tensors of a call, and the values of a mask's slots -> arguments of the kernels."""
+"""Tensors of a call, and the values of a mask's and a score's slots -> arguments of the kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from maskflash.analysis.problem import Problem
+from maskflash.backends.triton.signature import SCORE
+from maskflash.expr.evaluate import Inputs
+from maskflash.expr.nodes import Expr
+from maskflash.scores.dropout import threshold, words
+from maskflash.scores.strength import BoundScore, Dropout
 
 UNIT: Final = 8  # elements: head dims and strides are multiples of it, so that the compiler loads whole vectors
 ALIGNMENT: Final = 16  # bytes of a vector
@@ -76,14 +81,33 @@ def padded(dim: int) -> int:
 
 def mask_values(problem: Problem) -> dict[str, Any]:
     """Offsets, params, and each table with its sizes and strides, as arguments: see `signature`."""
-    found: dict[str, Any] = {"q_offset": _dense(problem.q_offset), "kv_offset": _dense(problem.kv_offset)}
-    for slot, value in enumerate(problem.expr.coded(problem.inputs.params)):
-        found[f"p{slot}"] = value
-    for slot, table in enumerate(problem.inputs.tables):
-        found[f"t{slot}"] = table.view(torch.uint8) if table.dtype == torch.bool else table  # bytes in memory
+    return _values(problem.expr, problem.inputs, problem.q_offset, problem.kv_offset)
+
+
+def score_values(score: BoundScore) -> dict[str, Any]:
+    """The same of a score."""
+    return _values(score.expr, score.inputs, score.q_offset, score.kv_offset, SCORE)
+
+
+def dropout_values(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> dict[str, Any]:
+    """What kernels decide by which pairs they keep."""
+    rows, columns = words(dropout, batch, heads, q_len, kv_len)
+    limit = threshold(dropout.p)
+    return {"row_words": rows, "column_words": columns, "threshold": limit, "kept_scale": 1 / (1 - dropout.p)}
+
+
+def _values(
+    expr: Expr, inputs: Inputs, q_offset: int | Tensor, kv_offset: int | Tensor, prefix: str = ""
+) -> dict[str, Any]:
+    found: dict[str, Any] = {f"{prefix}q_offset": _dense(q_offset), f"{prefix}kv_offset": _dense(kv_offset)}
+    for slot, value in enumerate(expr.coded(inputs.params)):
+        found[f"{prefix}p{slot}"] = value
+    for slot, table in enumerate(inputs.tables):
+        name = f"{prefix}t{slot}"
+        found[name] = table.view(torch.uint8) if table.dtype == torch.bool else table  # bytes in memory
         for axis, (size, step) in enumerate(zip(table.shape, table.stride(), strict=True)):
-            found[f"t{slot}_size{axis}"] = size
-            found[f"t{slot}_stride{axis}"] = step
+            found[f"{name}_size{axis}"] = size
+            found[f"{name}_stride{axis}"] = step
     return found
 
 

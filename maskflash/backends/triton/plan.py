@@ -14,7 +14,9 @@ from maskflash.analysis.seen import Seen
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.layout import mask_values
 from maskflash.backends.triton.walks import Walk, Walks, seen, split_runs
+from maskflash.expr.bounds import Reach
 from maskflash.ground.transfer import Upload, capturing
+from maskflash.scores.strength import Strength
 
 # What CUDA graphs read, by the identity of all parts. A graph holds addresses alone, and nobody tells when the last one
 # is gone, so a plan that one has recorded lives as long as the process; it is here once, however often it is recorded.
@@ -31,6 +33,7 @@ class DevicePlan:
         intervals: what each row sees, see `intervals.py`; None where kernels compute the mask's expression.
         rows: the map's rows, for forward and dQ.
         columns: the map's columns, for dK and dV.
+        extents: for `b`, `h`, `q`, `kv` the first and the last index, offsets included.
     """
 
     device: torch.device
@@ -38,6 +41,7 @@ class DevicePlan:
     intervals: Tensor | None
     rows: Walks
     columns: Walks
+    extents: dict[str, Reach]
     _seen: dict[bool, Tensor | None]
     _made: Upload
     _orders: dict[tuple[bool, int, int], tuple[Upload, dict[str, Tensor]]] = field(default_factory=dict)
@@ -75,10 +79,10 @@ class DevicePlan:
         self._made.lend()
         return self._seen[rows]
 
-    def keep(self, problem: Problem) -> None:
+    def keep(self, problem: Problem, strength: Strength) -> None:
         """Keep the plan and the tables for good where the current stream records a CUDA graph."""
         if capturing(self.device):
-            tables = problem.inputs.tables
+            tables = problem.inputs.tables + (() if strength.score is None else strength.score.inputs.tables)
             _captured[id(self), *map(id, tables)] = self, tables
 
     @property
@@ -114,4 +118,5 @@ def plan(found: Seen, device: torch.device) -> DevicePlan:
     )
     of_rows, of_columns, interval = (None if x is None else next(arrived) for x in further)
     known = {True: of_rows, False: of_columns}
-    return DevicePlan(device, found.largest < 2**31, interval, rows, columns, known, made)
+    extents = found.problem.extents
+    return DevicePlan(device, found.largest < 2**31, interval, rows, columns, extents, known, made)

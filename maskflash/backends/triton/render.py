@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maskflash.backends.triton.emit import emit
+from maskflash.backends.triton.emit_score import emit_score
 from maskflash.backends.triton.signature import PassName, Specialisation, signature
 from maskflash.errors import BackendError
 
@@ -25,9 +26,12 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
             in its file, or to another one, and nothing is compiled again.
 
     Raises:
-        BackendError: the mask uses an operation that Triton can't express exactly.
+        BackendError: the mask uses an operation that Triton can't express exactly; or the score, where it decides
+            what must be exact.
     """
     template = _environment().get_template(f"{pass_name}.py.jinja")
+    transposed = pass_name == "dkdv"
+    score = {"backward": pass_name != "forward", "transposed": transposed, "remarks": remarks}
     return template.render(
         special=special,
         signature=signature(special, pass_name),
@@ -36,10 +40,11 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
             special.expr,
             special.tables,
             narrow=special.narrow,
-            transposed=pass_name == "dkdv",
+            transposed=transposed,
             negative_kv=special.negative_kv,
             remarks=remarks,
         ),
+        score=emit_score(special.score, **score) if special.score else None,
     )
 
 

@@ -5,13 +5,15 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
+    learned     what a score's tables learn
 
-Forward is one kernel, backward three: delta, then dK and dV, then dQ.
+Forward is one kernel, backward three: delta, then dK and dV, then dQ; and one more where a score's tables learn.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -26,11 +28,13 @@ from maskflash.backends.triton.device import unavailable
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.launch import ANY_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
+from maskflash.backends.triton.learned import table_gradients, untouched
 from maskflash.backends.triton.plan import DevicePlan, plan
 from maskflash.backends.triton.render import render
+from maskflash.backends.triton.score_kind import score_kind
 from maskflash.backends.triton.signature import PassName, Specialisation
 from maskflash.backends.triton.tiles import DELTA
-from maskflash.scores.strength import Gradients, Strength
+from maskflash.scores.strength import BoundScore, Gradients, Strength
 
 __all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
 
@@ -38,11 +42,24 @@ _LOG2E: Final = 1.4426950408889634
 _NO_MASK: Final = Specialisation(ANY_MASK)  # of delta, which looks at no pair
 
 
-def source(problem: Problem, seen: Seen, head_dim: int, v_head_dim: int, pass_name: PassName) -> str:
+def source(
+    problem: Problem,
+    seen: Seen,
+    head_dim: int,
+    v_head_dim: int,
+    pass_name: PassName,
+    score: BoundScore | None = None,
+    *,
+    dropout: bool = False,
+) -> str:
     """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
-    interval = intervals(seen) is not None
-    special = specialisation(problem, interval, seen.largest < 2**31, whole(head_dim), whole(v_head_dim))
-    return render(special, pass_name, remarks=True)
+    interval, dims = intervals(seen) is not None, (whole(head_dim), whole(v_head_dim))
+    kind = None if score is None else score_kind(score, problem.extents)
+    if kind is not None and score is not None and pass_name == "dtables":
+        kind = replace(kind, wanted=score.wanted)
+    return render(
+        specialisation(problem, interval, seen.largest < 2**31, *dims, kind, dropout), pass_name, remarks=True
+    )
 
 
 def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> None:
@@ -51,7 +68,7 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, st
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     q, k, v = laid_out(q, k, v)
-    if not tile_choice.find(Launcher(plan, problem, q, k, v).case("forward")).measured:
+    if not tile_choice.find(Launcher(plan, problem, q, k, v, strength).case("forward")).measured:
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 
@@ -97,10 +114,10 @@ def forward(
         "lse_ptr": lse,
         "sinks_ptr": lse if sinks is None else sinks,
         "HAS_SINKS": sinks is not None,
-        "qk_scale": scale * _LOG2E,
+        **({"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}),
         "share": gpu.heads_in_cache(q.device, head_bytes, heads // kv_heads, batch * heads),
     }
-    Launcher(plan, problem, q, k, v, tuning).run("forward", own)
+    Launcher(plan, problem, q, k, v, strength, tuning).run("forward", own)
     return cut(out, v_dim), lse
 
 
@@ -134,28 +151,29 @@ def backward(
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        Gradients, shaped and typed like what they are of. No atomics: the same inputs give the same bits.
+        Gradients, shaped and typed like what they are of; the same inputs give the same bits.
     """
     scale, sinks = strength.scale, strength.sinks
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
     if min(q.numel(), k.numel()) == 0:
         delta = None if dlse is None else dlse * -_LOG2E  # out is 0
         dsinks = None if sinks is None or delta is None else gradient(sinks, lse / _LOG2E, delta)
-        return Gradients(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks)
+        dq, dk, dv = map(torch.zeros_like, (q, k, v))
+        return Gradients(dq, dk, dv, dsinks, untouched(strength.score))
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, dout = without_hidden(plan.seen(rows=True), q, dout)
     blind = lse == -math.inf
     lse = lse.masked_fill(blind, math.inf)  # so that p = exp(s - lse) is 0
     dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     q, k, v, dout, out = laid_out(q, k, v, dout, out)
-    launcher = Launcher(plan, problem, q, k, v, tuning)
+    launcher = Launcher(plan, problem, q, k, v, strength, tuning)
     delta = _delta(out, dout, dlse)
     both = {
         **addressed(q=q, k=k, v=v, dout=dout),
         "lse_ptr": lse,
         "delta_ptr": delta,
         "scale": scale,
-        "qk_scale": scale * _LOG2E,
+        **({"qk_scale": scale * _LOG2E} if strength.score is None else {}),
     }
     group, token_bytes = heads // kv_heads, (q.shape[3] + v.shape[3]) * q.element_size()
 
@@ -169,8 +187,9 @@ def backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     share = gpu.heads_in_cache(q.device, kv_len * token_bytes, group, batch * heads)
     launcher.run("dq", {**both, **addressed(dq=dq), "share": share})
+    tables = table_gradients(launcher, strength.score, {**both, "share": share})
     dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf) / _LOG2E, delta)
-    return Gradients(cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks)
+    return Gradients(cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks, tables)
 
 
 def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:

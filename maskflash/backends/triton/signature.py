@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal
 
 import torch
 
-from maskflash.expr.nodes import Expr
+from maskflash.expr.nodes import Expr, Node
+from maskflash.expr.ops import INDEX_VARIABLES
 
-PassName = Literal["forward", "delta", "dkdv", "dq"]
+PassName = Literal["forward", "delta", "dkdv", "dq", "dtables"]
 PASSES: Final[tuple[PassName, ...]] = ("forward", "delta", "dkdv", "dq")
+"""Those of every mask; `dtables` is for scores that learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,51 @@ class TableKind:
     def of(cls, table: torch.Tensor) -> TableKind:
         """The kind of a table."""
         return cls(table.dtype, table.ndim)
+
+
+@lru_cache(maxsize=256)
+def _lookups(expr: Expr) -> tuple[tuple[Node, frozenset[str]], ...]:
+    """An expression's look-ups, each with what its indices depend on, of b, h, q, kv."""
+    reads: list[frozenset[str]] = []
+    for node in expr.nodes:
+        own = {node.op} if node.op in INDEX_VARIABLES else {"q", "kv"} if node.op == "score" else set()
+        reads.append(frozenset(own).union(*(reads[arg] for arg in node.args)))
+    return tuple((node, reads[n]) for n, node in enumerate(expr.nodes) if node.op == "lookup")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreKind:
+    """What a kernel's text depends on of a score; what its params and tables hold is not among it.
+
+    Attributes:
+        expr: the score's program.
+        tables: the kind of each of its tables.
+        wanted: for each of them, whether its gradient is; all False but in `dtables`.
+        narrow: its 64-bit integers fit 32 bits.
+        near: so do places in its tables, counted from where those of a head begin.
+        q_offsets: its q_offset is a tensor.
+        kv_offsets: its kv_offset is a tensor.
+        negative_kv: column numbers may be below 0.
+    """
+
+    expr: Expr
+    tables: tuple[TableKind, ...] = ()
+    wanted: tuple[bool, ...] = ()
+    narrow: bool = True
+    near: bool = True
+    q_offsets: bool = False
+    kv_offsets: bool = False
+    negative_kv: bool = False
+
+    @property
+    def of_pairs(self) -> int:
+        """How many real numbers it looks up for each pair."""
+        return sum(node.dtype.is_floating_point and {"q", "kv"} <= reads for node, reads in _lookups(self.expr))
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """The slots whose gradients are wanted."""
+        return tuple(slot for slot, wanted in enumerate(self.wanted) if wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +97,8 @@ class Specialisation:
         negative_kv: column numbers may be below 0: kv_offset is, or is a tensor.
         padded_d: the head dim of q and k is no power of two (at least 16).
         padded_dv: the head dim of v is no power of two (at least 16).
+        score: what becomes of scaled products; None where they stay what they are.
+        dropout: some probabilities are dropped.
     """
 
     expr: Expr
@@ -60,11 +110,19 @@ class Specialisation:
     negative_kv: bool = False
     padded_d: bool = False
     padded_dv: bool = False
+    score: ScoreKind | None = None
+    dropout: bool = False
 
     @property
     def mask(self) -> str:
         """The mask as the kernel has it: what measured tiles hold for."""
         return "interval" if self.interval else self.expr.text
+
+    @property
+    def strength(self) -> str:
+        """Likewise the score, and whether there is dropout; empty without both."""
+        score = "" if self.score is None else self.score.expr.text
+        return f"{score} dropout" if self.dropout else score
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +145,27 @@ class Parameter:
         return self.kind in ("pointer", "constant")
 
 
+SCORE: Final = "s_"
+"""What names of a score's values begin with, so that they are not the mask's."""
+_DROPOUT: Final = [
+    [Parameter("row_words", "pointer"), Parameter("column_words", "pointer")],
+    [Parameter("threshold", "i32"), Parameter("kept_scale", "fp32")],
+]
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
     "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
+    "dtables": ("q k v dout", "lse delta", "scale", "batch heads group share q_len kv_len tiles_m"),
 }
 
 
 def signature(special: Specialisation, pass_name: PassName) -> list[list[Parameter]]:
     """The arguments of a pass's kernel, line by line as its text has them."""
     strided, contiguous, reals, integers = (names.split() for names in _OWN[pass_name])
+    if special.score and pass_name != "delta":
+        reals = ["scale"]  # what a score is given is in natural units
     lines = [
         _line("pointer", (f"{tensor}_ptr" for tensor in (*strided, *contiguous))),
         *(_line("i64", (f"{tensor}_{dimension}" for dimension in "bhs")) for tensor in strided),
@@ -116,9 +183,11 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
             ),
             _line("i32", ["map_b", "map_h"]),
             *_of_mask(special),
+            *(_of_score(special.score, pass_name) if special.score else []),
+            *(_DROPOUT if special.dropout else []),
             _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", "ROWS", "SUB")),
             _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
-            _line("constant", ["HAS_SINKS"] if pass_name == "forward" else []),
+            _line("constant", {"forward": ["HAS_SINKS"], "dtables": ["MEASURE"]}.get(pass_name, [])),
         ]
     return [line for line in lines if line]
 
@@ -127,22 +196,34 @@ def _of_mask(special: Specialisation) -> list[list[Parameter]]:
     """How a mask comes: as its rows' intervals, or as what its expression reads."""
     if special.interval:
         return [_line("pointer", ["intervals"])]
-    offsets = [
-        Parameter("q_offset", "view" if special.q_offsets else "i64"),
-        Parameter("kv_offset", "view" if special.kv_offsets else "i64"),
+    return [_offsets(special), *arguments_of(special.expr, special.tables)]
+
+
+def _of_score(score: ScoreKind, pass_name: PassName) -> list[list[Parameter]]:
+    """How a score comes: as a mask does, under names of its own; and where what it learns is summed."""
+    lines = [_offsets(score, SCORE), *arguments_of(score.expr, score.tables, SCORE)]
+    if pass_name == "dtables":
+        lines.append(_line("pointer", ("totals", "factors", *(f"sums{slot}" for slot in score.learned))))
+    return lines
+
+
+def _offsets(found: Specialisation | ScoreKind, prefix: str = "") -> list[Parameter]:
+    return [
+        Parameter(f"{prefix}q_offset", "view" if found.q_offsets else "i64"),
+        Parameter(f"{prefix}kv_offset", "view" if found.kv_offsets else "i64"),
     ]
-    return [offsets, *mask_arguments(special.expr, special.tables)]
 
 
-def mask_arguments(expr: Expr, tables: Sequence[TableKind]) -> list[list[Parameter]]:
+def arguments_of(expr: Expr, tables: Sequence[TableKind], prefix: str = "") -> list[list[Parameter]]:
     """What an expression reads: its params on one line, then each table with its sizes and strides.
 
     All params are integers: a float comes as its 64 bits (`Expr.coded`).
     """
-    lines = [_line("i64", (f"p{slot}" for slot in range(expr.slots("param"))))]
+    lines = [_line("i64", (f"{prefix}p{slot}" for slot in range(expr.slots("param"))))]
     for slot, kind in enumerate(tables):
-        numbers = (f"t{slot}_{what}{axis}" for axis in range(kind.ndim) for what in ("size", "stride"))
-        lines.append([Parameter(f"t{slot}", "view"), *_line("i64", numbers)])
+        table = f"{prefix}t{slot}"
+        numbers = (f"{table}_{what}{axis}" for axis in range(kind.ndim) for what in ("size", "stride"))
+        lines.append([Parameter(table, "view"), *_line("i64", numbers)])
     return lines
 
 

@@ -25,7 +25,18 @@ _MOST: Final = 1024  # choices held; the oldest goes first, and costs a look at 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What a tile is chosen for: a pass on a device, the call's dtype, its (D, Dv), the map's tile, the mask's text."""
+    """What a tile is chosen for.
+
+    Attributes:
+        device: where the kernel runs.
+        pass_name: which.
+        dtype: of the call.
+        dims: its (D, Dv).
+        block_size: of the map.
+        mask: the mask as the kernel has it.
+        strength: likewise the score, and whether there is dropout; empty without both.
+        of_pairs: real numbers that the score looks up for each pair.
+    """
 
     device: torch.device
     pass_name: PassName
@@ -33,6 +44,8 @@ class Case:
     dims: tuple[int, int]
     block_size: tuple[int, int]
     mask: str
+    strength: str = ""
+    of_pairs: int = 0
 
     @property
     def key(self) -> list[str]:
@@ -45,6 +58,7 @@ class Case:
             str(self.dims),
             str(self.block_size),
             self.mask,
+            *([self.strength] if self.strength else []),
         ]
 
 
@@ -76,7 +90,8 @@ def listed(case: Case) -> Tile:
     """The table's tile."""
     device = case.device
     shared_limit = gpu.shared_limit(device)
-    return choose(gpu.arch(device), case.pass_name, case.dtype, max(case.dims), case.block_size, shared_limit)
+    kind = gpu.arch(device), case.pass_name, case.dtype, max(case.dims), case.block_size
+    return choose(*kind, shared_limit, case.of_pairs)
 
 
 def remember(case: Case, tile: Tile, *, measured: bool = False) -> Choice:

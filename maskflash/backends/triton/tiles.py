@@ -145,8 +145,12 @@ def choose(
     head_dim: int,
     block_size: tuple[int, int],
     shared_limit: int | None = None,
+    of_pairs: int = 0,
 ) -> Tile:
     """The table's tile, shrunk to divide the block map's and to fit the device's shared memory.
+
+    A score's look-ups for each pair hold registers and, as tiles of float32 on their way, shared memory: with them
+    kernels take steps half as long where those are longer than 32 tokens.
 
     Args:
         arch: of the device; see the table's families.
@@ -155,12 +159,14 @@ def choose(
         head_dim: the larger of D and DV.
         block_size: (bq, bkv) of the block map.
         shared_limit: bytes that one program may have; None for what the family's devices have.
+        of_pairs: look-ups that a score has for each pair.
 
     Raises:
         BackendError: an architecture that no family serves, a dtype or head dim that no row serves, or a block size
             that is no multiple of 16.
     """
     family = _family(arch)
+    pass_name = "dq" if pass_name == "dtables" else pass_name  # its products, and nothing to hold for them
     tiles = _TABLE[family].get((pass_name, 8 * dtype.itemsize), {})
     fitting = [dim for dim in sorted(tiles) if dim >= head_dim]
     if not fitting:
@@ -174,8 +180,11 @@ def choose(
         _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
     )
     tile = replace(tile, block_m=block_m, block_n=block_n)
+    walked = "block_m" if pass_name == "dkdv" else "block_n"
+    if of_pairs and getattr(tile, walked) > 32:
+        tile = replace(tile, **{walked: getattr(tile, walked) // 2})
     limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
-    while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim) > limit:
+    while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim, of_pairs) > limit:
         smaller = shrunk(pass_name, tile)
         if smaller is None:
             break  # an estimate from above: the launch will tell
@@ -183,13 +192,14 @@ def choose(
     return tile
 
 
-def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, head_dim: int) -> int:
+def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, head_dim: int, of_pairs: int = 0) -> int:
     """An estimate, from above, of the shared memory of one program.
 
-    What it holds throughout, the buffers of the two tensors it walks over, P and dS on their way to a product, and the
-    mask's look-ups. Hopper's products read their buffers while the next are filled, so there every stage has one;
-    before, one less. Without a pipeline a tile that is used both ways round is there twice. On AMD's GPUs what a
-    program holds lies in registers, and passes through the buffers' memory on the way there.
+    What it holds throughout, the buffers of the two tensors it walks over, P and dS on their way to a product, the
+    mask's look-ups, and those of a score for each pair, of float32, in every stage but one. Hopper's products read
+    their buffers while the next are filled, so there every stage has one; before, one less. Without a pipeline a tile
+    that is used both ways round is there twice. On AMD's GPUs what a program holds lies in registers, and passes
+    through the buffers' memory on the way there.
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
     held = own if pass_name == "forward" else 2 * own
@@ -198,7 +208,8 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)
     rows = max(held, buffers * walked) if isinstance(arch, str) else held + buffers * walked
     weights = (2 if pass_name == "dkdv" else 1) * tile.block_m * tile.block_n
-    return itemsize * (rows * dims + weights) + _MASK_BYTES
+    looked_up = 4 * of_pairs * tile.block_m * tile.block_n * (tile.stages - 1)
+    return itemsize * (rows * dims + weights) + looked_up + _MASK_BYTES
 
 
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles

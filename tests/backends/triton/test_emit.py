@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from maskflash.backends.triton import modules
 from maskflash.backends.triton.emit import GROUPS, emit
-from maskflash.backends.triton.signature import TableKind, mask_arguments
+from maskflash.backends.triton.signature import TableKind, arguments_of
 from maskflash.errors import BackendError
 from maskflash.expr.bounds import bounds
 from maskflash.expr.evaluate import Inputs, evaluate
@@ -48,7 +48,7 @@ def tile(out, b: "i64", h: "i64", {arguments}SIDE: tl.constexpr):
 
 def kernel_text(expr, kinds, narrow, transposed):
     emitted = emit(expr, kinds, narrow=narrow, transposed=transposed)
-    arguments = (argument for line in mask_arguments(expr, kinds) for argument in line)
+    arguments = (argument for line in arguments_of(expr, kinds) for argument in line)
     return KERNEL.format(
         arguments="".join(f"{argument.text}, " for argument in arguments),
         integer="tl.int32" if narrow else "tl.int64",
@@ -114,7 +114,8 @@ INTEGERS = ("add", "sub", "mul", "min", "max", "bitand", "bitor", "bitxor")
 DIVISIONS = ("floordiv", "mod", "truncdiv", "fmod")
 ON_REALS = ("add", "sub", "mul", "truediv", "min", "max")
 ROUNDING = ("floor", "ceil", "trunc", "round")
-EVERY_OP = set(OPERATIONS) - {"kv", "q", "b", "h", "const", "param"}
+EVERY_OP = {name for name, op in OPERATIONS.items() if not op.inexact}
+EVERY_OP -= {"kv", "q", "b", "h", "const", "param", "score"}
 
 
 class Draw:

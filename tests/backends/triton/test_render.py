@@ -5,6 +5,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ import torch
 from jinja2 import UndefinedError
 
 import maskflash as mf
+from maskflash.analysis.classify import classify
 from maskflash.backends.triton import render as rendering
 from maskflash.backends.triton import run
 from maskflash.backends.triton.render import render, template_folder
-from maskflash.backends.triton.signature import PASSES, Specialisation, TableKind, signature
+from maskflash.backends.triton.signature import PASSES, ScoreKind, Specialisation, TableKind, signature
+from maskflash.expr.evaluate import Inputs
+from maskflash.functions.sizes import Sizes
+from maskflash.scores.strength import BoundScore
 from maskflash.trace.trace import trace
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -25,10 +30,10 @@ def golden_masks():
     spec = importlib.util.spec_from_file_location("golden_masks", GOLDEN / "masks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.MASKS
+    return module.MASKS, module.SCORES
 
 
-MASKS = golden_masks()
+MASKS, SCORES = golden_masks()
 KEPT = [
     *(("interval", pass_name) for pass_name in ("forward", "dkdv", "dq")),
     *((name, "forward") for name in MASKS),
@@ -36,6 +41,7 @@ KEPT = [
     ("causal", "dkdv"),
     ("columns", "dkdv"),
 ]
+KEPT_SCORES = [("softcap", "forward"), ("softcap", "dkdv"), ("relative", "dtables")]
 
 
 @pytest.mark.parametrize(("name", "pass_name"), KEPT)
@@ -49,6 +55,26 @@ def test_the_text_is_the_golden_one(request, monkeypatch, name, pass_name):
     if name != "interval":
         monkeypatch.setattr(run, "intervals", lambda found: None)
     text = mf.compile(MASKS.get(name, mf.causal())).source(x, x, x, pass_name=pass_name, **given)
+    compare_golden(request, name, pass_name, text)
+
+
+def bound(name):
+    """A kept score in a call."""
+    score, given = SCORES[name]
+    slots, params, tables = score.bind(Sizes.checked("test", 1024, 1024, batch=2, heads=4), given)
+    inputs = Inputs(slots.expr.decoded(params), tuple(tables))
+    return BoundScore(slots.expr, inputs, tuple(table.requires_grad for table in tables))
+
+
+@pytest.mark.parametrize(("name", "pass_name"), KEPT_SCORES)
+def test_the_text_of_a_score_is_the_golden_one(request, name, pass_name):
+    """Among causal pairs, which come as intervals; with dropout where it is soft-capped."""
+    problem = mf.causal().at(1024, 1024, batch=2, heads=4).tiled((128, 128))
+    call = problem, classify(problem), 64, 64, pass_name, bound(name)
+    compare_golden(request, name, pass_name, run.source(*call, dropout=name == "softcap"))
+
+
+def compare_golden(request, name, pass_name, text):
     text = re.sub(r"(\.py):\d+\)", r"\1)", text)  # the lines of masks move with whatever stands above them
     path = GOLDEN / f"{name}.{pass_name}.txt"
     if request.config.getoption("--update-golden"):
@@ -58,7 +84,9 @@ def test_the_text_is_the_golden_one(request, monkeypatch, name, pass_name):
 
 
 def test_no_golden_file_is_left_over():
-    assert {path.name for path in GOLDEN.glob("*.txt")} == {f"{name}.{pass_name}.txt" for name, pass_name in KEPT}
+    assert {path.name for path in GOLDEN.glob("*.txt")} == {
+        f"{name}.{pass_name}.txt" for name, pass_name in KEPT + KEPT_SCORES
+    }
 
 
 EVERYTHING = trace(
@@ -88,6 +116,24 @@ def test_every_flag_gives_whole_python(pass_name, flag, others):
         assert "\n\n\n" not in text.split("@triton.jit")[-1]
         assert text.endswith("\n")
     assert (texts[0] == texts[1]) == (pass_name == "delta"), "a flag that changes nothing compiles twice for nothing"
+
+
+@pytest.mark.parametrize("pass_name", [*PASSES, "dtables"])
+@pytest.mark.parametrize("flag", ["narrow", "near", "q_offsets", "kv_offsets", "negative_kv"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_every_flag_of_a_score_gives_whole_python(pass_name, flag, dropout):
+    expr, kinds = bound("relative").expr, (TableKind(torch.float32, 2),)
+    wanted = (pass_name == "dtables",)
+    for value in (False, True):
+        for mask in (special(), Specialisation(EVERYTHING, KINDS, interval=True)):
+            chosen = replace(mask, score=ScoreKind(expr, kinds, wanted, **{flag: value}), dropout=dropout)
+            text = render(chosen, pass_name)
+            kernel = ast.parse(text).body[-1]
+            arguments = [argument for line in signature(chosen, pass_name) for argument in line]
+            assert [arg.arg for arg in kernel.args.args] == [argument.name for argument in arguments]
+            assert not any(mark in text for mark in ("{%", "{{", "}}", "\n\n\n\n"))
+            assert not any(line != line.rstrip() for line in text.split("\n"))
+            assert "\n\n\n" not in text.split("@triton.jit")[-1]
 
 
 @pytest.mark.parametrize("pass_name", PASSES)

@@ -1,5 +1,6 @@
 """The table of tiles: every case has a row, and what `choose` gives divides the blocks and fits the device."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -86,6 +87,19 @@ def test_shrinking_ends_at_the_smallest_tile():
         tile, steps = smaller, steps + 1
     assert (tile.block_m, tile.block_n, tile.stages) == (16, 16, 1)
     assert steps == 8
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_look_ups_of_pairs_take_shorter_steps_and_count_as_shared_memory(arch):
+    for pass_name, dim in product(PASSES, (64, 128)):
+        plain, biased = (choose(arch, pass_name, torch.bfloat16, dim, (128, 128), None, n) for n in (0, 1))
+        walked = "block_m" if pass_name == "dkdv" else "block_n"
+        steps = getattr(plain, walked)
+        assert biased == replace(plain, **{walked: steps // 2 if steps > 32 else steps})
+        tiles = 4 * biased.block_m * biased.block_n * (biased.stages - 1)
+        sizes = [shared_bytes(arch, pass_name, biased, 2, dim, n) for n in (0, 1, 2)]
+        assert [n - sizes[0] for n in sizes] == [0, tiles, 2 * tiles]
+    assert choose(arch, "dtables", torch.bfloat16, 64, (128, 128)) == choose(arch, "dq", torch.bfloat16, 64, (128, 128))
 
 
 @pytest.mark.parametrize("pass_name", PASSES)

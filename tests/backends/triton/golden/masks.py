@@ -1,4 +1,4 @@
-"""Masks whose kernels are kept as text beside this file. Their line numbers are in it: append, don't insert."""
+"""Masks and scores whose kernels are text beside this file. Their line numbers are in it: append, don't insert."""
 
 import torch
 
@@ -26,4 +26,22 @@ MASKS = {
     "natten": mf.natten(32, 32, 7, 7),
     "per_head": per_head,
     "columns": mf.ColumnIntervals(*torch.zeros(4, 1024, dtype=torch.int32), causal=True),
+}
+
+
+@mf.score
+def softcap(score, b, h, q, kv, *, cap):
+    """Scores that never leave (-cap, cap)."""
+    return cap * torch.tanh(score / cap)
+
+
+@mf.score
+def relative(score, b, h, q, kv, *, table):
+    """A bias that each head learns for each distance."""
+    return score + table[h, q - kv]
+
+
+SCORES = {
+    "softcap": (softcap, {"cap": 30.0}),
+    "relative": (relative, {"table": torch.zeros(4, 1024, requires_grad=True)}),
 }
