@@ -72,14 +72,13 @@ def score_of(
     return _BIASED[one_b, one_h, one_q, one_kv], {"bias": bias, "row": offsets[0], "column": offsets[1]}
 
 
-def with_sinks(out: Tensor, lse: Tensor, sinks: Any, layer: str) -> Tensor:
+def with_sinks(found: tuple[Tensor, Tensor], sinks: Any, layer: str) -> Tensor:
     """Attention in which each row has one more score, of a key whose value is 0.
 
     The row's weights then add up to exp(lse) / (exp(lse) + exp(sink)).
 
     Args:
-        out: (B, Hq, Sq, Dv), without them.
-        lse: (B, Hq, Sq), likewise.
+        found: out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), without them.
         sinks: floating (B, Hq, Sq, 1), or 1 in place of any.
         layer: for messages.
 
@@ -89,6 +88,7 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Any, layer: str) -> Tensor:
     """
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
         raise ArgumentTypeError(f"{layer} has a {type(sinks).__name__} as sinks, expected a floating tensor")
+    out, lse = found
     shape = (*lse.shape, 1)
     if sinks.ndim != 4 or any(size not in (1, needed) for size, needed in zip(sinks.shape, shape, strict=True)):
         raise ArgumentError(f"{layer} has sinks of shape {tuple(sinks.shape)}, expected {shape}, or 1 in place of any")

@@ -300,7 +300,7 @@ def attention_forward(
         **mask_args,
         **score_args,
     )
-    out: Tensor = found if sinks is None else with_sinks(*found, sinks, layer)
+    out: Tensor = found if sinks is None else with_sinks(found, sinks, layer)
     return out.transpose(1, 2).contiguous(), None
 
 
