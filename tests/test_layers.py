@@ -63,8 +63,8 @@ ORDER = {
         *("work", "softmax", "programs", "values", "biases", "sums", "engine", "run"),
     ],
     "backends/triton": [
-        *("signature", "emit", "render", "tiles", "modules", "device", "tile_choice", "walks", "layout", "intervals"),
-        *("plan", "launch", "run"),
+        *("signature", "score_kind", "emit", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),
+        *("walks", "layout", "intervals", "plan", "launch", "learned", "run"),
     ],
     "op": [
         "spec",

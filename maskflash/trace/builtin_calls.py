@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
 from maskflash.trace.branches import common_dtype, joined
 from maskflash.trace.hooks import if_, is_, iterated, written
-from maskflash.trace.symbols import Symbol, Table, fail_type, position, stands_for
+from maskflash.trace.symbols import Symbol, Table, apply, fail_type, position, stands_for
 from maskflash.trace.tracer import Tracer, active
 
 _CHANGES: Final = frozenset(
@@ -83,6 +84,34 @@ def print_(*values: Any, **options: Any) -> None:
     finally:
         if tracer is not None:
             tracer.tells = False
+
+
+def of_math(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of Python's `math`, of numbers; of a symbol in a score function it is torch's."""
+
+    def computed(*args: Any) -> Any:
+        symbols = [arg for arg in args if isinstance(arg, Symbol)]
+        if not (symbols and symbols[0].tracer.role.scores):
+            return function(*args)
+        return apply(symbols[0].tracer, op, *args)
+
+    return computed
+
+
+def of_log(x: Any, base: Any = None) -> Any:
+    """`math.log`, also to a base."""
+    if base is None:
+        return of_math("log", math.log)(x)
+    if not (isinstance(x, Symbol) or isinstance(base, Symbol)):
+        return math.log(x, base)
+    return of_log(x) / of_log(base)
+
+
+MATH: Final = {
+    **{name: name for name in ("exp", "exp2", "expm1", "log2", "log1p", "sqrt", "tanh", "sin", "cos", "tan", "atan")},
+    **{"erf": "erf", "pow": "pow", "fabs": "abs"},
+}
+"""Functions of `math` by the operations that they are."""
 
 
 def telling(tracer: Tracer, function: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import math
 import operator
 from collections.abc import Callable
 from types import (
@@ -27,7 +28,18 @@ import torch
 
 from maskflash.trace import hooks
 from maskflash.trace.branches import explore
-from maskflash.trace.builtin_calls import draw_of, extreme_of, id_, isinstance_, print_, telling, type_
+from maskflash.trace.builtin_calls import (
+    MATH,
+    draw_of,
+    extreme_of,
+    id_,
+    isinstance_,
+    of_log,
+    of_math,
+    print_,
+    telling,
+    type_,
+)
 from maskflash.trace.frames import OWN
 from maskflash.trace.paths import CannotMerge
 from maskflash.trace.rewrite import HOOKS, rewritten
@@ -138,5 +150,7 @@ _BUILTINS: dict[Any, Any] = {
     **{min: extreme_of("min", builtins.min), max: extreme_of("max", builtins.max)},
     **{isinstance: isinstance_, type: type_, id: id_, print: print_},
     **{map: lambda function, *items: map(call(function), *items)},
+    **{getattr(math, name): of_math(op, getattr(math, name)) for name, op in MATH.items()},
+    math.log: of_log,
 }
 assert {*_RUNTIME, "__mf_read"} == set(HOOKS)

@@ -131,7 +131,10 @@ def test_names_of_other_libraries_are_answered_by_what_to_write_here(name):
         ("window_size", "mf.sliding_window(left, right)"),
         ("softmax_scale", "scale="),
         ("startend_row_indices", "mf.ColumnIntervals.from_flashmask(indices, causal)"),
-        *((name, "not yet: ") for name in ("dropout_p", "softcap", "score_mod", "alibi_slopes")),
+        ("dropout_p", "attn(q, k, v, dropout_p=...)"),
+        ("softcap", "score=mf.scores.softcap(cap)"),
+        ("score_mod", "a score_mod as it is"),
+        ("block_table", "not yet: "),
     ],
 )
 def test_the_commonest_names_have_their_own_answers(name, answer):

@@ -56,7 +56,7 @@ class _Buffers:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Problem:
+class Tiling:
     """What one pass computes.
 
     Attributes:
@@ -80,7 +80,7 @@ class Problem:
     edges: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def of(plan: Plan, strength: Strength, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Problem:
+    def of(plan: Plan, strength: Strength, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Tiling:
         """That of tensors of any dtype and strides."""
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
         bounded, words, score = True, None, strength.score
@@ -90,7 +90,7 @@ class Problem:
             batch, heads, q_len, _ = q.shape
             words = dropout.words(strength.dropout, batch, heads, q_len, k.shape[2])
         q, k, v = (prepared(x, total, x.shape[3]) for x in (q, k, v))
-        return Problem(plan, strength, q, k, v, bounded, words)
+        return Tiling(plan, strength, q, k, v, bounded, words)
 
     @property
     def keep(self) -> float:
@@ -115,7 +115,7 @@ def is_dense(call: Call) -> bool:
 class _Tile:
     """Some rows and columns of a call, as its job computes them."""
 
-    def __init__(self, problem: Problem, work: Work, call: Call, values: Values | None, first: int) -> None:
+    def __init__(self, problem: Tiling, work: Work, call: Call, values: Values | None, first: int) -> None:
         self.problem, self.work, self.call = problem, work, call
         self.values, self.first = values, first  # of the rows that `values` has
         self.buffers = _Buffers(problem.q.dtype)
@@ -181,7 +181,7 @@ class _Tile:
 
 def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> tuple[Tensor, Tensor]:
     """Block-sparse attention without sinks: see `run.forward`. Both results are of the dtype that is computed in."""
-    problem = Problem.of(plan, strength, q, k, v, backward=False)
+    problem = Tiling.of(plan, strength, q, k, v, backward=False)
     batch, heads, q_len = q.shape[:3]
     out = torch.zeros(batch, heads, q_len, v.shape[3], dtype=problem.q.dtype)
     lse = torch.full((batch, heads, q_len), -torch.inf, dtype=problem.q.dtype)
@@ -201,12 +201,12 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
     return out, lse
 
 
-def _forward_all(problem: Problem, work: Work, out: Tensor, lse: Tensor) -> None:
+def _forward_all(problem: Tiling, work: Work, out: Tensor, lse: Tensor) -> None:
     for call in work.calls:
         _forward(problem, work, call, slice(0, len(call.rows)), out, lse)
 
 
-def _forward(problem: Problem, work: Work, call: Call, some: slice, out: Tensor, lse: Tensor) -> None:
+def _forward(problem: Tiling, work: Work, call: Call, some: slice, out: Tensor, lse: Tensor) -> None:
     """Some rows of a call, into these rows of out and lse."""
     score = problem.strength.score
     values = None if score is None else problem.values(work, call, some, score.expr, (len(score.expr.nodes) - 1,))
@@ -284,7 +284,7 @@ def backward(
         lse: with sinks in it.
         strength: as in forward.
     """
-    problem = Problem.of(plan, strength, q, k, v, backward=True)
+    problem = Tiling.of(plan, strength, q, k, v, backward=True)
     total, score = problem.q.dtype, strength.score
     dq, dk, dv = (torch.zeros(x.shape, dtype=total) for x in (q, k, v))
     lse = lse.to(total).masked_fill(lse == -torch.inf, torch.inf)[..., None]
@@ -310,13 +310,13 @@ def backward(
     return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, whole.gradients())
 
 
-def _backward_all(problem: Problem, lane: list[Work], given: _Gradients, sums: Sums) -> None:
+def _backward_all(problem: Tiling, lane: list[Work], given: _Gradients, sums: Sums) -> None:
     for work in lane:
         for call in work.calls:
             _backward(problem, work, call, given, sums)
 
 
-def _backward(problem: Problem, work: Work, call: Call, given: _Gradients, sums: Sums) -> None:
+def _backward(problem: Tiling, work: Work, call: Call, given: _Gradients, sums: Sums) -> None:
     """A call's part of all gradients."""
     score = problem.strength.score
     values: Values | None = None

@@ -27,7 +27,7 @@ _MAX_DOUBLE: Final = 1 << 20  # elements of a table whose gradient is summed in 
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class LearnedLookup:
     """A look-up whose table wants a gradient.
 
     Attributes:
@@ -52,7 +52,7 @@ class Reading:
 
 
 @lru_cache(maxsize=256)
-def readings(expr: Expr, wanted: tuple[bool, ...], *, by_diagonals: bool) -> tuple[Reading, ...]:
+def readings(expr: Expr, wanted: tuple[bool, ...], *, by_diagonals: bool) -> tuple[LearnedLookup, ...]:
     """The look-ups of a score's program that want a gradient.
 
     Args:
@@ -64,7 +64,7 @@ def readings(expr: Expr, wanted: tuple[bool, ...], *, by_diagonals: bool) -> tup
     nodes = derivatives.expr.nodes
     diagonals = diagonal_nodes(derivatives.expr) if by_diagonals else frozenset[int]()
     return tuple(
-        Reading(
+        LearnedLookup(
             nodes[position].slot,
             None if is_one(derivatives.expr, adjoint) else adjoint,
             nodes[position].args,
@@ -145,7 +145,7 @@ class CallSums:
         total: dtype of terms.
     """
 
-    def __init__(self, sums: Sums, read: Sequence[Reading], pairs: Pairs, expr: Expr, total: torch.dtype) -> None:
+    def __init__(self, sums: Sums, read: Sequence[LearnedLookup], pairs: Pairs, expr: Expr, total: torch.dtype) -> None:
         self._sums, self._read, self._pairs, self._expr = sums, read, pairs, expr
         shape = (len(pairs.heads), 1, pairs.diagonals)
         self._along = [torch.zeros(shape, dtype=total) if reading.diagonal else None for reading in read]
