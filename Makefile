@@ -49,6 +49,7 @@ bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 	$(BIN)/python -m benchmarks.flashmask $(ARGS)
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
 	$(BIN)/python -m benchmarks.flex $(ARGS)
+	$(BIN)/python -m benchmarks.scores $(ARGS)
 	$(BIN)/python -m benchmarks.train_packed $(ARGS)
 
 figures: $(STAMP)  ## run them, store the results and write the docs' tables
@@ -59,6 +60,7 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.flashmask --analysis --json benchmarks/results/cpu/flashmask_analysis.json $(ARGS)
 	$(BIN)/python -m benchmarks.overhead --json benchmarks/results/cpu/overhead.json $(ARGS)
 	$(BIN)/python -m benchmarks.flex --json benchmarks/results/cpu/flex.json $(ARGS)
+	$(BIN)/python -m benchmarks.scores --json benchmarks/results/cpu/scores.json $(ARGS)
 	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, flex, gpu, million, overhead, runner, sass_model, train_packed
+from benchmarks import flashmask, flex, gpu, million, overhead, runner, sass_model, scores, train_packed
 from benchmarks.compiled import arch_name
 from benchmarks.runner import ROOT, Row, Spread
 from maskflash.backends.triton.tiles import ROWS
@@ -35,6 +35,7 @@ _QUESTIONS: Final = {
     "flashmask_analysis": tuple(flashmask.ANALYSIS_TITLES),
     "train_packed": tuple(train_packed.TITLES),
     "flex": tuple(flex.TITLES),
+    "scores": tuple(scores.TITLES),
 }
 
 

@@ -1,7 +1,8 @@
-"""What a layer of Transformers does to its scores -> a score function, and its arguments.
+"""What a layer of Transformers does to its scores -> a score function, and its arguments; sinks of each row.
 
     softcap=50.0           cap * tanh(score / cap)                  Gemma 2, VaultGemma, VideoPrism
     position_bias=tensor   score + tensor[b, h, row, column]        T5 and its kin, Wav2Vec2-Conformer, SeamlessM4T
+    sinks=tensor           one more score for each row, of no key   Inkling 2
 
 A cap and a bias are arguments of functions that are traced once, so that no layer and no step traces again.
 """
@@ -69,3 +70,27 @@ def score_of(
         )
     one_b, one_h, one_q, one_kv = (size == 1 for size in bias.shape)
     return _BIASED[one_b, one_h, one_q, one_kv], {"bias": bias, "row": offsets[0], "column": offsets[1]}
+
+
+def with_sinks(found: tuple[Tensor, Tensor], sinks: Any, layer: str) -> Tensor:
+    """Attention in which each row has one more score, of a key whose value is 0.
+
+    The row's weights then add up to exp(lse) / (exp(lse) + exp(sink)).
+
+    Args:
+        found: out (B, Hq, Sq, Dv) and lse (B, Hq, Sq), without them.
+        sinks: floating (B, Hq, Sq, 1), or 1 in place of any.
+        layer: for messages.
+
+    Raises:
+        ArgumentError: sinks of another shape.
+        ArgumentTypeError: sinks that are no floating tensor.
+    """
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise ArgumentTypeError(f"{layer} has a {type(sinks).__name__} as sinks, expected a floating tensor")
+    out, lse = found
+    shape = (*lse.shape, 1)
+    if sinks.ndim != 4 or any(size not in (1, needed) for size, needed in zip(sinks.shape, shape, strict=True)):
+        raise ArgumentError(f"{layer} has sinks of shape {tuple(sinks.shape)}, expected {shape}, or 1 in place of any")
+    share = torch.sigmoid(lse[..., None] - sinks)
+    return (out * share).to(out.dtype)

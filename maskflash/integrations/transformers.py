@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.integrations.closures import Unknown, lifted
-from maskflash.integrations.layers import score_of
+from maskflash.integrations.layers import score_of, with_sinks
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.presets.basic import causal
@@ -243,6 +243,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
     """A layer's attention, as Transformers' attention interface asks for it.
@@ -260,6 +261,7 @@ def attention_forward(
             generator.
         is_causal: what None means for the mask; the module's own where left out.
         s_aux: (Hq,), attention sinks.
+        sinks: (B, Hq, Sq, 1) or 1 in place of any, likewise, but each row's own.
         softcap: scores are softcap · tanh(score / softcap); None for the scores themselves.
         position_bias: floating (B, Hq, Sq, Skv), or 1 in place of any, added to the scores. It gets its gradient.
         **asked: what else the model wants.
@@ -283,7 +285,7 @@ def attention_forward(
     shape = (lengths[0], query.shape[1], *lengths[1:])
     layer = f"{_HERE}: {type(module).__name__}"
     score, score_args = score_of(softcap, position_bias, shape, (q_offset, kv_offset), layer)
-    out = attention(
+    found: Any = attention(
         query,
         key,
         value,
@@ -294,9 +296,11 @@ def attention_forward(
         kv_offset=kv_offset,
         sinks=s_aux,
         dropout_p=dropout if module.training else 0.0,  # as eager does, whatever the model passes
+        return_lse=sinks is not None,
         **mask_args,
         **score_args,
     )
+    out: Tensor = found if sinks is None else with_sinks(found, sinks, layer)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -19,6 +19,7 @@ from benchmarks import (
     packed_model,
     report,
     runner,
+    scores,
     train_packed,
     workloads,
 )
@@ -126,6 +127,12 @@ def test_flashmask_analysis_fills_every_row(capsys):
     total = next(row for row in rows if row.case == "all of these")
     assert total.theirs.p50 == pytest.approx(sum(r.theirs.p50 for r in rows[:4:2]))
     assert "a quick run" in capsys.readouterr().out
+
+
+def test_scores_fill_their_rows(capsys):
+    rows = scores.main(["--quick", "--no-flex"])
+    assert_plausible([row for row in rows if row.unit == "s"], ("alone", "dense"))
+    assert [row.measure for row in rows if row.unit == "B"] == ["peak memory"]
 
 
 def test_flex_fills_its_row(capsys):

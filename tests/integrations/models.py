@@ -51,6 +51,7 @@ def dense_forward(
     s_aux=None,
     softcap=None,
     position_bias=None,
+    sinks=None,
     is_causal=None,
     **_,
 ):
@@ -68,9 +69,10 @@ def dense_forward(
     scores = scores if position_bias is None else scores + position_bias
     if mask.is_floating_point():
         scores, mask = scores + mask, mask > torch.finfo(torch.float32).min
-    sinks = None if s_aux is None else s_aux[:, None, None]
+    sinks = sinks if s_aux is None else s_aux[:, None, None]
     scores = scores.masked_fill(~mask, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True).clamp(min=-1e30)
+    top = top if sinks is None else torch.maximum(top, sinks.detach())
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True) + (0 if sinks is None else (sinks - top).exp())
     if dropout and module.training:

@@ -27,7 +27,7 @@ def test_what_maskflash_does_not_compute_is_refused_by_name():
         integration.attention_forward(nn.Linear(1, 1), q, k, v, [1])
 
 
-@pytest.mark.parametrize("name", ["sinks", "head_mask", "indices", "cache", "something_new"])
+@pytest.mark.parametrize("name", ["head_mask", "indices", "cache", "something_new"])
 def test_any_other_wish_is_refused_by_name(name):
     q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
     with pytest.raises(mf.ArgumentError, match=f"Linear asks for {name}"):

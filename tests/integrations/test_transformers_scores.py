@@ -6,12 +6,21 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.inkling2.modeling_inkling2 import eager_attention_forward as inkling2_eager
 
 import maskflash as mf
 from maskflash.functions import written
 from maskflash.integrations import layers
 from maskflash.integrations import transformers as integration
-from tests.integrations.models import DENSE, NAME, assert_as_near, assert_within_budget, dropout, randomise
+from tests.integrations.models import (
+    DENSE,
+    NAME,
+    assert_as_near,
+    assert_within_budget,
+    dense_forward,
+    dropout,
+    randomise,
+)
 
 VOCABULARY, TOKENS, IMAGE = 64, 20, 60
 SIZES = {
@@ -303,7 +312,7 @@ def test_a_mask_of_floats_is_a_mask_and_a_bias(lowest):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own look at masks
-@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "Gemma2ForCausalLM"])
 def test_a_compiled_model_learns_and_drops_the_same(name):
     given, model = GIVEN[name](), build(name).train()
     expected = seeded(model, NAME, given)
@@ -312,3 +321,69 @@ def test_a_compiled_model_learns_and_drops_the_same(name):
     torch.compile(model, backend="eager")(**given).loss.backward()
     gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     assert all(torch.equal(x, expected[name]) for name, x in gradients.items())
+
+
+def test_sinks_of_each_row_are_one_more_column():
+    q, k, v = torch.randn(3, 2, 2, 5, 8, dtype=torch.float64).unbind()
+    sinks = torch.randn(2, 2, 5, 1, dtype=torch.float64)
+    found = integration.attention_forward(nn.Linear(1, 1), q, k, v, None, sinks=sinks)[0]
+    scores = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    expected = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("sinks", "error", "message"),
+    [
+        (torch.zeros(2), mf.ArgumentError, r"sinks of shape \(2,\), expected \(1, 2, 4, 1\)"),
+        (torch.zeros(1, 3, 4, 1), mf.ArgumentError, r"sinks of shape \(1, 3, 4, 1\)"),
+        (2.0, mf.ArgumentTypeError, "a float as sinks, expected a floating tensor"),
+    ],
+    ids=["of heads", "heads", "a number"],
+)
+def test_sinks_that_do_not_fit_are_refused(sinks, error, message):
+    q, k, v = torch.randn(3, 1, 2, 4, 8).unbind()
+    with pytest.raises(error, match=message):
+        integration.attention_forward(nn.Linear(1, 1), q, k, v, None, sinks=sinks)
+
+
+CONFIGS["Inkling2TextModel"] = {
+    **{**SIZES, "num_key_value_heads": 2, "head_dim": 8, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2},
+    **{"swa_head_dim": 8, "sliding_window_size": 6, "d_rel": 4, "rel_extent": 8, "n_routed_experts": 2},
+    **{"num_experts_per_tok": 1, "layer_types": ["hybrid_sliding", "hybrid"], "n_layers_per_attn_res_block": 1},
+}
+
+
+def of_a_layer(call, attend, mask, arriving, dtype=torch.float32):
+    """What attention gives in a call of a layer, where something arrives, and its gradients."""
+    (module, q, k, v, _), asked = call
+    given = {"q": q, "k": k, "v": v, "position_bias": asked["position_bias"], "sinks": asked["sinks"]}
+    own = {name: x.detach().to(dtype).requires_grad_() for name, x in given.items()}
+    q, k, v, *_ = own.values()
+    out = attend(module, q, k, v, mask, **{**asked, "position_bias": own["position_bias"], "sinks": own["sinks"]})[0]
+    gradients = torch.autograd.grad(out, tuple(own.values()), arriving.to(dtype))
+    return {"out": (out * (arriving != 0)).detach(), **dict(zip(own, gradients, strict=True))}
+
+
+def test_biases_beside_sinks_of_each_row_are_those_of_eager(monkeypatch):
+    """Inkling2's layers, one by one, since its experts are float32 whatever the model is."""
+    calls = []
+
+    def spy(*args, **asked):
+        calls.append((args, asked))
+        return integration.attention_forward(*args, **asked)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "spy", spy)
+    monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, "spy", integration.layer_mask)
+    model, given = build("Inkling2TextModel"), read("left")
+    model.set_attn_implementation("spy")
+    model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+    assert len(calls) == 2
+    for call in calls:
+        mask = call[0][-1]
+        seen = mask.mask.at(TOKENS, TOKENS, batch=2, **mask.mask_args).dense()
+        added = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        arriving = drawn(2, TOKENS, 4, 8) * seen.any(-1)[:, 0, :, None, None]  # eager differs where a row sees nothing
+        found = of_a_layer(call, integration.attention_forward, mask, arriving)
+        plain = of_a_layer(call, inkling2_eager, added, arriving), of_a_layer(call, dense_forward, seen, arriving)
+        assert_as_near(found, of_a_layer(call, dense_forward, seen, arriving, torch.float64), *plain)

@@ -42,6 +42,7 @@ def scores(device, batch=1, heads=2, room=100):
         "one tensor twice": lambda s, b, h, q, kv: s + tokens[q] * 2.0 - tokens[kv],
         "a number that learns": lambda s, b, h, q, kv: s * torch.sigmoid(cap + s),
         "hidden by value": lambda s, b, h, q, kv: torch.where(ahead[q] | (kv % 3 == 0), s, -math.inf) + slopes[h],
+        "hidden by the score": lambda s, b, h, q, kv: torch.where((s > 1.5) | (kv % 16 == 9) & (q > 15), s, -math.inf),
         "a factor of pairs": lambda s, b, h, q, kv: s * torch.tanh(columns[b, kv] + tokens[q]) + rows[h, q],
         "functions": lambda s, b, h, q, kv: torch.log1p(torch.exp(s)) + torch.erf(s) * torch.atan(s - power),
         "powers": lambda s, b, h, q, kv: torch.abs(s) ** power + s**2 * 0.25 - torch.expm1(-abs(s)),
