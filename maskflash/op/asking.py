@@ -105,7 +105,7 @@ class Asking:
         return Spec.make(
             *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
             seed=dropout.seed,
-            dropout_p=dropout.p,
+            dropout_p=0.0 if dropout.seed is None else dropout.p,  # a float of a module is an input to dynamo
         )
 
     def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:

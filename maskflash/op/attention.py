@@ -41,7 +41,7 @@ class Attention(Ahead, Inside):
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
         sinks: Tensor | None = None,
-        dropout_p: float = 0.0,
+        dropout_p: float = 0,
         generator: torch.Generator | None = None,
         seed: int | Tensor | None = None,
         return_lse: Literal[False] = False,
@@ -65,7 +65,7 @@ class Attention(Ahead, Inside):
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
         sinks: Tensor | None = None,
-        dropout_p: float = 0.0,
+        dropout_p: float = 0,
         generator: torch.Generator | None = None,
         seed: int | Tensor | None = None,
         return_lse: bool = False,
@@ -111,7 +111,7 @@ class Attention(Ahead, Inside):
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
-        dropout = KEPT
+        dropout = KEPT  # the default of dropout_p is an int, since torch.compile would make a float an input
         if dropout_p != 0.0 or generator is not None or seed is not None:
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None

@@ -129,8 +129,9 @@ class _LinearParts(Builder):
         return None
 
     def _scaled(self, node: Node, op: str, x: _Linear, y: int) -> _Linear:
-        factor = self.add(op, self._number(1.0, node) if x.factor is None else x.factor, y)
-        return _Linear(factor, None if x.bias is None else self.add(op, x.bias, y))
+        y = self._wide(y, node)
+        factor = self.add(op, self._number(1.0, node) if x.factor is None else self._wide(x.factor, node), y)
+        return _Linear(factor, None if x.bias is None else self.add(op, self._wide(x.bias, node), y))
 
     def _sum(self, node: Node, places: list[int], x: _Linear | None, y: _Linear | None) -> _Linear:
         minus = node.op == "sub"
@@ -139,7 +140,9 @@ class _LinearParts(Builder):
         if bias_x is None:
             bias = self.add("neg", bias_y) if minus and bias_y is not None else bias_y
         else:
-            bias = bias_x if bias_y is None else self.add(node.op, bias_x, bias_y)
+            bias = bias_x
+            if bias_y is not None:
+                bias = self.add(node.op, self._wide(bias_x, node), self._wide(bias_y, node))
         if x is None or y is None:
             only = y if x is None else x
             assert only is not None, "one of the two has the score in it"
@@ -160,6 +163,13 @@ class _LinearParts(Builder):
 
     def _minus(self, factor: int | None, node: Node) -> int:
         return self._number(-1.0, node) if factor is None else self.add("neg", factor)
+
+    def _wide(self, place: int, node: Node) -> int:
+        """An operand in the dtype of the node that it had its part in: on its own it may be of a narrower one."""
+        dtype = self.nodes[place].dtype
+        if not dtype.is_floating_point or dtype.itemsize >= node.dtype.itemsize:
+            return place
+        return self.add("cast", place, dtype=node.dtype, weak=False)
 
     def _number(self, value: float, node: Node) -> int:
         dtype = node.dtype if node.dtype.is_floating_point else torch.float32

@@ -77,3 +77,19 @@ def test_the_obstacle_is_where_it_stops_being_linear():
     assert expr.nodes[form_of(expr).obstacle].op == "tanh"
     expr = trace(lambda score, b, h, q, kv: score * ROWS[q] * COLUMNS[kv], role=ROLES[torch.float32]).expr
     assert form_of(expr).obstacle is None  # linear, but the factor belongs to neither side
+
+
+def test_parts_are_no_narrower_than_the_score():
+    """Two terms that are added to the score one after the other are not added to each other in their own dtype."""
+    x, y = (torch.linspace(0.1, 3, 7).to(torch.bfloat16) for _ in range(2))
+    for function in (
+        lambda score, b, h, q, kv: score + x[q] + y[kv],
+        lambda score, b, h, q, kv: (score + x[q]) * y[q] * x[q],
+        lambda score, b, h, q, kv: y[kv] - (x[q] - score) / y[q],
+    ):
+        traced = trace(function, role=ROLES[torch.float32])
+        form = form_of(traced.expr)
+        inputs, pairs = Inputs(traced.params, traced.tables), {**indices(), "score": scores(dtype=torch.float32)}
+        bias, factor = (1.0 if part is None else compute(part, inputs, pairs)[0] for part in (form.bias, form.factor))
+        expected = compute(traced.expr, inputs, pairs)[0].expand(SHAPE)
+        torch.testing.assert_close((pairs["score"] * factor + bias).expand(SHAPE), expected)
