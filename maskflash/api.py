@@ -186,7 +186,7 @@ def invalidate() -> None:
 def _given(operation: str, mask: Any, score: Any) -> tuple[Mask, Score | None]:
     """A mask and a score function as callers give them; a floating tensor is both."""
     strength = None if score is None else as_score(operation, score)
-    if isinstance(mask, Tensor) and mask.is_floating_point():
+    if isinstance(mask, Tensor) and mask.is_floating_point() and not instead_of(mask):
         whole = dense_mask(operation, mask, FloatMask)
         added = bias(mask)
         return whole, added if strength is None else as_score(operation, (strength, added))

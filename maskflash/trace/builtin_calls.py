@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
+import torch
+
 from maskflash.trace.branches import common_dtype, joined
 from maskflash.trace.hooks import if_, is_, iterated, written
 from maskflash.trace.symbols import Symbol, Table, apply, fail_type, position, stands_for
@@ -93,9 +95,16 @@ def of_math(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         symbols = [arg for arg in args if isinstance(arg, Symbol)]
         if not (symbols and symbols[0].tracer.role.scores):
             return function(*args)
-        return apply(symbols[0].tracer, op, *args)
+        return apply(symbols[0].tracer, op, *map(_as_float, args))
 
     return computed
+
+
+def _as_float(value: Any) -> Any:
+    """An integer as `math` takes it: a float of 64 bits, which yields to a tensor's dtype."""
+    if not isinstance(value, Symbol) or value.dtype.is_floating_point:
+        return value
+    return Symbol(value.tracer, value.tracer.record("cast", value.position, dtype=torch.float64, weak=True))
 
 
 def of_log(x: Any, base: Any = None) -> Any:

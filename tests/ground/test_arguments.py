@@ -5,6 +5,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,13 +104,13 @@ def test_all_arguments_of_ours_are_kept_from_masks():
         for parameter in inspect.signature(call).parameters.values()
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     }
-    calls_of_ours = (mf.Mask.at_call, mf.Mask.bind)
+    calls_of_ours = (mf.Mask.at_call, mf.Mask.bind, mf.Mask.plain)
     internal = {name for call in calls_of_ours for name in inspect.signature(call).parameters}
     assert taken - internal - {"kinds", "exact", "mask_args"} <= OWN.keys()
     assert {"q_offset", "return_lse", "device", "causal", "tune", "b"} <= taken
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in OWN])
 def test_names_of_other_libraries_are_answered_by_what_to_write_here(name):
     calls = [
         lambda: mf.attention(Q, K, V, mf.causal(), **{name: 1}),
@@ -189,11 +190,21 @@ def test_masks_of_other_libraries_are_answered_by_what_to_write_here(value):
             call()
 
 
+@pytest.mark.parametrize(("name", "of"), [("dropout_p", "compile"), ("seed", "compile"), ("score", "attn")])
+def test_our_own_names_are_answered_where_they_don_t_belong(name, of):
+    calls = {
+        "compile": lambda **given: mf.compile(mf.causal(), **given),
+        "attn": partial(mf.compile(mf.causal()), Q, K, V),
+    }
+    with pytest.raises(mf.ArgumentTypeError, match=re.escape(f"unexpected argument {name!r}; {PEERS[name]}")):
+        calls[of](**{name: 1})
+
+
 def test_a_score_function_is_recognised():
     def alibi(score, b, h, q_idx, kv_idx):
         return score + kv_idx - q_idx
 
-    with pytest.raises(mf.ArgumentError, match=r"^alibi: .*Score functions are not supported yet; .* is a mask"):
+    with pytest.raises(mf.ArgumentError, match=r"^alibi: .* A score function is given as `score=`"):
         mf.compile(alibi)
 
 

@@ -93,7 +93,7 @@ PYTHON = [
     lambda score, b, h, q, kv: score // 2 + score % 1.5,
     lambda score, b, h, q, kv: score * 2.0 ** (-8.0 * (h + 1) / 3) + 2**h,
     lambda score, b, h, q, kv: abs(score) ** 1.5 + abs(score) ** -2 + T[3] ** h,
-    lambda score, b, h, q, kv: 3.0 * math.tanh(score / 3.0) + math.log(1 + abs(q - kv), 2) * math.exp(-h),
+    lambda score, b, h, q, kv: 3.0 * math.tanh(score / 3.0) + math.log(1 + abs(q - kv) * 1.0) * math.exp(-h),
     lambda score, b, h, q, kv: math.sqrt(score * score + 1) + math.log1p(q) * math.pow(0.5, h),
     lambda score, b, h, q, kv: 1.0,
     lambda score, b, h, q, kv: T[q],
