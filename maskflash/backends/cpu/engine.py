@@ -170,6 +170,10 @@ class _Tile:
             edges[key] = found.flip(0)
         return edges[key]
 
+    def add_product(self, total: Tensor, x: Tensor, y: Tensor) -> None:
+        """Add x y to a total: as one term, since adding each of its own to the total rounds twice as much."""
+        total.add_(torch.bmm(x, y, out=self.buffers.take("product", *total.shape)))
+
     def kept(self, tokens: Tensor, columns: slice) -> Tensor | None:
         """1 where dropout keeps a pair and 0 elsewhere, (heads, rows, columns); None without dropout."""
         if self.words is None or self.problem.strength.dropout is None:
@@ -359,7 +363,7 @@ def _backward(problem: Tiling, work: Work, call: Call, given: _Gradients, sums: 
             ds.sub_(delta).mul_(p)
             if kept is not None:
                 p.mul_(kept)
-            dvalues[:, columns].baddbmm_(flat_p.mT, douts)
+            tile.add_product(dvalues[:, columns], flat_p.mT, douts)
             if learned is not None:
                 learned.add(rows, columns, ds, dead, found)
             if constant:
@@ -368,8 +372,8 @@ def _backward(problem: Tiling, work: Work, call: Call, given: _Gradients, sums: 
                 ds.mul_(rest[-1])
                 if dead is not None:
                     ds.masked_fill_(dead, 0.0)
-            part.baddbmm_(flat_ds, tile.keys[:, columns])
-            dkeys[:, columns].baddbmm_(flat_ds.mT, queries)
+            tile.add_product(part, flat_ds, tile.keys[:, columns])
+            tile.add_product(dkeys[:, columns], flat_ds.mT, queries)
         dq = part.mul_(problem.strength.scale).view(len(work.heads), len(tokens), -1)
         work.of_heads(given.dq).index_add_(1, tokens, dq)
     if learned is not None:
