@@ -15,7 +15,7 @@ from maskflash.masks.dense import FloatMask, dense_mask
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
-from maskflash.op.asking import BackendChoice
+from maskflash.op.asking import BackendChoice, asks_for_dropout
 from maskflash.op.attention import Attention
 from maskflash.scores.presets import bias
 from maskflash.scores.score import Score, ScoreLike, as_score
@@ -157,7 +157,7 @@ def attention(
         backend=backend,
         deterministic=deterministic,
     )
-    if dropout_p != 0.0 or generator is not None or seed is not None:
+    if asks_for_dropout(dropout_p, generator, seed):
         mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
     return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, sinks=sinks, return_lse=return_lse, **mask_args)
 
@@ -203,7 +203,7 @@ def _as_mask(operation: str, value: Any) -> Mask:
         )
     foreign = instead_of(value)
     if isinstance(value, Tensor) and not foreign:
-        return dense_mask(operation, value)
+        return dense_mask(operation, value, above=3)
     if not (callable(value) or isinstance(value, str)):
         raise ArgumentTypeError(
             f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "

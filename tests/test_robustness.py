@@ -241,8 +241,13 @@ CAUSAL, ATTN = mf.causal(), mf.compile(mf.causal())
 MAP = CAUSAL.block_map(4, 4, block_size=2)
 VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
-CALL = {"q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "return_lse": (False, FLAG)}
+SEEDS = {"-1", "tensor of one", *SIZES}
+CALL = {
+    **{"q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
+    **{"dropout_p": (0.5, {"0"}), "seed": (1, SEEDS | NONE), "generator": (None, NONE)},
+}
 HOW = {
+    "score": (None, NONE),
     "scale": (0.5, NUMBERS | NONE),
     "block_size": (2, BLOCKS),
     "backend": ("cpu", set()),
@@ -264,7 +269,7 @@ DRAWN = {"ax": (None, NONE), "batch_row": (0, SIZES), "head": (0, SIZES), "legen
 # What each call takes: a right value of each argument, and which of VALUES are right as well.
 CALLS = {
     mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
-    mf.compile: {"mask": (CAUSAL, set()), **HOW, "tune": (False, FLAG)},
+    mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, "tune": (False, FLAG)},
     ATTN: {**QKV, **CALL},
     ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "pass_name": ("dq", set())},
     ATTN.explain: SIZED,
@@ -283,6 +288,7 @@ CALLS = {
     BY_NAME.fingerprint: {"doc": (1, ANYTHING)},
     BY_NAME.dense: {**SIZED, "doc": (1, ANYTHING)},
     mf.mask: {"function": (lambda b, h, q, kv: q >= kv, set())},
+    mf.score: {"function": (lambda score, b, h, q, kv: score, set())},
     mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.invalidate: {},
@@ -323,6 +329,11 @@ CALLS = {
     },
     testing.masks: {"max_len": (4, SIZES), "batch": (1, INTS), "heads": (1, INTS)},
     testing.columns: {"q_len": (4, SIZES), "kv_len": (4, SIZES), "batch": (1, INTS), "heads": (1, INTS)},
+    testing.scores: {"max_len": (4, SIZES), "batch": (1, INTS), "heads": (1, INTS), "dtype": (torch.float32, set())},
+    testing.dropout_keep: {
+        **{"seed": (1, SEEDS), "p": (0.5, {"0"}), "batch": (1, INTS), "heads": (1, INTS)},
+        **{"q_len": (4, SIZES), "kv_len": (4, SIZES), "q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS)},
+    },
     testing.shapes: {"max_len": (4, SIZES), **dict.fromkeys(("max_batch", "max_heads", "max_head_dim"), (4, INTS))},
     testing.reference: {**QKV, "mask": (torch.ones(1, 1, 4, 4, dtype=torch.bool), set()), "scale": (0.5, NUMBERS)},
     testing.error_budget: {"plain": (X, set()), "exact": (X.double(), set()), "dtype": (None, NONE)},
@@ -356,6 +367,7 @@ CASES = [(call, argument) for call, arguments in CALLS.items() for argument in a
     CASES,
     ids=[f"{getattr(call, '__qualname__', 'Attention')}-{argument}" for call, argument in CASES],
 )
+@pytest.mark.filterwarnings("ignore:.*got a dense mask")
 def test_an_argument_of_any_kind_is_right_or_told(call, argument, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # of the explorer
     given = {name: right for name, (right, _) in CALLS[call].items()}

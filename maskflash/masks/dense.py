@@ -158,8 +158,15 @@ def _layout(operation: str, tensor: Tensor) -> _Layout:
     return layout
 
 
-def dense_mask(operation: str, tensor: Tensor, kind: type[DenseMask] = DenseMask) -> DenseMask:
-    """A tensor as a mask, with a warning the first time that there are better ways to write one."""
+def dense_mask(operation: str, tensor: Tensor, kind: type[DenseMask] = DenseMask, *, above: int = 2) -> DenseMask:
+    """A tensor as a mask, with a warning the first time that there are better ways to write one.
+
+    Args:
+        operation: what messages call the call that got it.
+        tensor: of bool, or of floats.
+        kind: as what.
+        above: how many calls of ours are between this one and the user's code.
+    """
     global _warned
     mask = kind(operation, tensor)
     if not _warned:
@@ -168,7 +175,7 @@ def dense_mask(operation: str, tensor: Tensor, kind: type[DenseMask] = DenseMask
             f"{operation}: got a dense mask: every pair of it is kept and read. Write it as a predicate f(b, h, q, "
             "kv), or as a preset such as mf.causal() & mf.document(lengths), and no pair is. (This is said once.)",
             DenseMaskWarning,
-            stacklevel=4,
+            stacklevel=2 + above,
         )
     return mask
 

@@ -49,6 +49,7 @@ class Ahead(Asking):
             BackendError: the mask or the score uses an operation that Triton can't express as it should.
 
         Example:
+            >>> import torch
             >>> import maskflash as mf
             >>> q, k, v = torch.randn(3, 1, 4, 512, 64).unbind()
             >>> text = mf.compile(lambda b, h, q, kv: (q ^ kv) & 3 == 0).source(q, k, v)

@@ -37,6 +37,11 @@ class Dropped(NamedTuple):
 KEPT: Final = Dropped()
 
 
+def asks_for_dropout(p: Any, generator: Any, seed: Any) -> bool:
+    """Whether a call says anything of dropout but that there is none; nothing is checked yet."""
+    return not (generator is None and seed is None and isinstance(p, int | float) and p == 0)
+
+
 class Asking:
     """What all parts of an attention op share: what was compiled, and what a call with it asks for.
 

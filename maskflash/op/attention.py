@@ -16,7 +16,7 @@ from maskflash.ground.transfer import capturing
 from maskflash.op import autograd, cache
 from maskflash.op.ahead import Ahead
 from maskflash.op.analyse import Analysis
-from maskflash.op.asking import KEPT, Dropped
+from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
 from maskflash.op.inside import Inside
 from maskflash.op.spec import Spec
 from maskflash.scores.seeds import probability, seed_of
@@ -112,7 +112,8 @@ class Attention(Ahead, Inside):
             return_lse = arguments.flag("attention", "return_lse", return_lse)
         spec = stamp = name = analysis = None
         dropout = KEPT  # the default of dropout_p is an int, since torch.compile would make a float an input
-        if dropout_p != 0.0 or generator is not None or seed is not None:
+        if asks_for_dropout(dropout_p, generator, seed):
+            qkv.check(q, k, v)
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))

@@ -65,7 +65,7 @@ def step(mask, offset=0, **mask_args):
     q, k, v, dout = (torch.randn(2, 4, 200, 16, device=CUDA) for _ in range(4))
     attn = mf.compile(mask, block_size=32)
     sizes = Sizes.of(q, k, offset)
-    slots, params, tables = attn._bound(sizes, mask_args)
+    slots, params, tables = attn._bound(attn.mask, sizes, mask_args)
     spec = Spec.make(slots.text, params, tables, offset, 0, None, 0.25, (32, 32), "triton")
     out, lse = autograd._forward(q, k, v, *spec)
     autograd._backward(dout, None, q, k, v, out, lse, *spec)

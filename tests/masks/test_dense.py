@@ -65,7 +65,6 @@ Q = torch.zeros(2, 4, 30, 8)
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (torch.zeros(30, 30), mf.ArgumentTypeError, "dtype torch.float32, expected torch.bool; .*mask == 0"),
         (torch.ones(30, 30).int(), mf.ArgumentTypeError, r"dtype torch.int32, expected torch.bool; pass mask.bool\(\)"),
         (torch.ones(30).bool(), mf.ArgumentError, r"shape \(30,\), expected \(q_len, kv_len\)"),
         (torch.ones(30, 29).bool(), mf.ArgumentError, r"shape \(30, 29\), expected \(2, 4, 30, 30\), or 1"),
@@ -75,6 +74,11 @@ Q = torch.zeros(2, 4, 30, 8)
 def test_what_is_no_mask_is_told(mask, error, message):
     with pytest.raises(error, match=f"attention: mask has .*{message}"):
         mf.attention(Q, Q, Q, mask)
+
+
+def test_floats_join_no_other_mask():
+    with pytest.raises(mf.ArgumentTypeError, match=r"mask has dtype torch.float32, expected torch.bool; .*scores.bias"):
+        mf.causal() & torch.zeros(30, 30)
 
 
 def test_an_offset_is_told():

@@ -79,7 +79,7 @@ def test_a_mask_of_a_lambda_is_what_was_recorded():
     assert isinstance(mask, Recorded) and mask.row(9, 20) == [(6, 10)]
     assert "q - 3" in str(mask.why(9, 1)) and mask.why(9, 1).reasons[0].source.filename == __file__
     assert (mask & packed).row(9, 64, doc=DOC) == [(6, 10)]
-    with pytest.raises(mf.ArgumentTypeError, match="a predicate can't call it, since it was pickled without"):
+    with pytest.raises(mf.ArgumentTypeError, match="a function can't call it, since it was pickled without"):
         mf.mask(lambda b, h, q, kv: mask(b, h, q, kv))
     assert isinstance(returned(mf.mask(Window(4))), Recorded)
 

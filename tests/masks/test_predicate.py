@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.masks import predicate as module
+from maskflash.functions import written as module
 from maskflash.masks import sight
 from maskflash.testing import masks
 

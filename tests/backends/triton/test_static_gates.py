@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.compiled import Case
+from benchmarks.compiled import OF_PAIRS, Case
 from benchmarks.processors import AMD_SHARED
 from benchmarks.static_gates import ODD, Resources, faults, table_cases
 from maskflash.backends.triton.signature import PASSES
@@ -67,14 +67,15 @@ def test_the_estimate_of_shared_memory_is_from_above(quick):
         if row["pass_name"] != "delta":
             tile, bytes_each = Tile(**row["tile"]), row["bits"] // 8
             largest = max(row["head_dim"], row["v_head_dim"])
-            estimate = shared_bytes(row["arch"], row["pass_name"], tile, bytes_each, largest)
+            of_pairs = OF_PAIRS.get(row["score"], 0)
+            estimate = shared_bytes(row["arch"], row["pass_name"], tile, bytes_each, largest, of_pairs)
             assert row["shared"] <= estimate, row
 
 
 def test_a_tile_that_is_too_big_is_reported(tmp_path):
     path = tmp_path / "gates.json"
     only = ["--arch", "90", "--pass", "forward", "--mask", "interval", "--bits", "16", "--dim", "128"]
-    done = gates(*only, "--tile", "128,128,4,3", "--json", str(path))
+    done = gates(*only, "--score", "", "--tile", "128,128,4,3", "--json", str(path))
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert done.returncode == 1
     assert row["local"] > 0
