@@ -5,6 +5,7 @@
     python -m benchmarks.fresh memory maskflash TOKENS SEED    bytes that the block map adds to the process's peak
     python -m benchmarks.fresh memory flex TOKENS SEED         the same for FlexAttention
     python -m benchmarks.fresh memory CASE TOKENS SEED         the same for a mask of benchmarks/million.py
+    python -m benchmarks.fresh memory soft-cap TOKENS SEED     the same for a step of attention with that score
 
 CACHE is a folder for maskflash's byte code: an installed package has it, a checkout whose environment forbids writing
 it would compile its sources at every import.
@@ -71,11 +72,15 @@ def _memory(side: str, tokens: int, seed: int) -> float:
     from torch.nn.attention.flex_attention import create_block_mask
 
     import maskflash as mf
-    from benchmarks import million, workloads
+    from benchmarks import million, scores, workloads
 
-    makers = {} if side in ("maskflash", "flex") else {n: million.maker(side, n, seed) for n in (SMALL, tokens)}
+    known = ("maskflash", "flex", "soft-cap")
+    makers = {} if side in known else {n: million.maker(side, n, seed) for n in (SMALL, tokens)}
+    steps = {n: scores.capped_step(n, seed) for n in (SMALL, tokens)} if side == "soft-cap" else {}
 
     def analyse(length: int) -> object:
+        if steps:
+            return steps[length]()
         if makers:
             return makers[length]().block_map(length, length)
         predicate = workloads.document_predicate(workloads.document_ids(length, seed))

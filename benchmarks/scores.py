@@ -5,8 +5,6 @@ Run: python -m benchmarks.scores   (FlexAttention's part needs a C++ compiler)
 
 from __future__ import annotations
 
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import maskflash as mf
-from benchmarks import runner, workloads
+from benchmarks import fresh, runner, workloads
 from benchmarks.runner import Contender, Row
 
 TITLES: Final = {
@@ -92,12 +90,15 @@ def cases() -> list[Case]:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = runner.arguments("Measure score functions, sinks and dropout on the CPU.")
-    parser.add_argument("--peak", type=int, metavar="TOKENS", help="only print the peak memory of one soft-cap step")
+    parser.add_argument(
+        "--others-up-to",
+        type=int,
+        default=TOKENS[-1],
+        metavar="TOKENS",
+        help="leave dense torch and FlexAttention out of longer sequences: they take most of the time",
+    )
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: its compiler takes a while")
     options = parser.parse_args(argv)
-    if options.peak:
-        print(_peak(options.peak))
-        return []
     pairs = 1 if options.quick else options.pairs
     rows: list[Row] = []
     for tokens in (256,) if options.quick else TOKENS:
@@ -105,10 +106,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         for name in ("causal documents", "causal window S/16"):
             for case in cases():
                 rows += _alone(case, name, known[name], tokens, pairs, options.seed)
+                if tokens > options.others_up_to:
+                    continue
                 rows += _beside_dense(case, name, known[name], tokens, min(pairs, DENSE_PAIRS), options.seed)
                 if not options.no_flex:
                     rows += _beside_flex(case, name, known[name], tokens, pairs, options.seed)
-    rows.append(_memory(384 if options.quick else TOKENS[-1], 1 if options.quick else 3))
+    rows.append(_memory(384 if options.quick else TOKENS[-1], options.seed, 1 if options.quick else 3))
     return runner.finish("scores", TITLES, rows, options)
 
 
@@ -195,27 +198,18 @@ def _step(attend: Callable[..., Tensor], work: workloads.Inputs, learned: tuple[
     return run
 
 
-def _memory(tokens: int, samples: int) -> Row:
+def _memory(tokens: int, seed: int, samples: int) -> Row:
     """Peaks of processes of their own."""
-    command = [sys.executable, "-m", "benchmarks.scores", "--peak", str(tokens)]
-    peaks = [
-        float(subprocess.run(command, cwd=runner.ROOT, check=True, capture_output=True, text=True).stdout)
-        for _ in range(samples)
-    ]
-    spread = runner.Spread.of(peaks)
-    return Row(
-        "memory", "soft-cap, causal documents", tokens, "peak memory", "float32", "B", samples, spread, ceiling=PEAK
-    )
+    peaks = runner.Spread.of([fresh.run("memory", "soft-cap", str(tokens), str(seed)) for _ in range(samples)])
+    case = "soft-cap, causal documents"
+    return Row("memory", case, tokens, "peak memory", "float32", "B", samples, peaks, ceiling=PEAK)
 
 
-def _peak(tokens: int) -> float:
-    """Bytes that one step adds to the peak of this process, which has run a small one before."""
+def capped_step(tokens: int, seed: int) -> Contender:
+    """Forward and backward with a soft-cap, under causal documents."""
     case = next(case for case in cases() if case.kind == "soft-cap")
-    for length in (256, tokens):
-        work = workloads.inputs(length, torch.float32, 0)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        _step(_op(case, workloads.masks(length, 0)["causal documents"]), work, ())()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
+    work = workloads.inputs(tokens, torch.float32, seed)
+    return _step(_op(case, workloads.masks(tokens, seed)["causal documents"]), work, ())
 
 
 if __name__ == "__main__":
