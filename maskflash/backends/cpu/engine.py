@@ -190,7 +190,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
     out = torch.zeros(batch, heads, q_len, v.shape[3], dtype=problem.q.dtype)
     lse = torch.full((batch, heads, q_len), -torch.inf, dtype=problem.q.dtype)
     jobs: list[Job] = []
-    for work in works(plan, plan.tiled("forward"), q, k):
+    for work in works(plan, plan.tiled("forward"), q, k, times=2):  # its jobs are rows: heads need not be apart
         if any(call.merges for call in work.calls):  # one after the other
             jobs.append(Job(partial(_forward_all, problem, work, out, lse), work.cost))
             continue

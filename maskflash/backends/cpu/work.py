@@ -31,6 +31,7 @@ class Work:
         kv_heads: the key heads that they read.
         calls: what is computed.
         cost: predicted, in pairs.
+        tile: scores of a tile, of all its heads.
     """
 
     batch_row: int
@@ -38,6 +39,7 @@ class Work:
     kv_heads: range
     calls: list[Call]
     cost: float
+    tile: int
 
     def of_heads(self, x: Tensor) -> Tensor:
         """Its query heads of x (B, Hq, ...)."""
@@ -49,16 +51,25 @@ class Work:
 
     def height(self, columns: int) -> int:
         """How many rows its tiles have."""
-        return max(min(TILE // (len(self.heads) * max(min(columns, WIDTH), 64)), _HEIGHT), 32)
+        return max(min(self.tile // (len(self.heads) * max(min(columns, WIDTH), 64)), _HEIGHT), 32)
 
 
-def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor) -> list[Work]:
-    """All that a schedule computes, for q (B, Hq, Sq, D) and k (B, Hkv, Skv, D)."""
+def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor, *, times: int = 1) -> list[Work]:
+    """All that a schedule computes, for q (B, Hq, Sq, D) and k (B, Hkv, Skv, D).
+
+    Args:
+        plan: of the mask.
+        schedule: its calls.
+        q: or its like.
+        k: or its like.
+        times: how much larger tiles are than usual: of more heads, so that less is asked of Python for each score.
+    """
+    tile = times * TILE
     (batch, heads, q_len), (kv_heads, kv_len) = q.shape[:3], k.shape[1:3]
     own_batch, own_heads = plan.block_map.shape[:2]
     group = heads // kv_heads
     pairs = min(q_len, _HEIGHT) * min(kv_len, WIDTH)
-    step = max(min(TILE // (group * max(pairs, 1)), kv_heads), 1)
+    step = max(min(tile // (group * max(pairs, 1)), kv_heads), 1)
     found: list[Work] = []
     for (b, h), chains in schedule.chains.items():
         for row in [b] if own_batch > 1 else range(batch):
@@ -68,7 +79,7 @@ def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor) -> list[Work]:
                 blocks = [range(low, min(low + step, kv_heads)) for low in range(0, kv_heads, step)]
                 parts = [(range(x.start * group, x.stop * group), x) for x in blocks]
             for of_q, of_kv in parts:
-                found += [Work(row, of_q, of_kv, chain.calls, chain.cost * len(of_q)) for chain in chains]
+                found += [Work(row, of_q, of_kv, chain.calls, chain.cost * len(of_q), tile) for chain in chains]
     return found
 
 
