@@ -86,7 +86,9 @@ def emit_score(
     nodes = derivatives.expr.nodes
     slope = derivatives.slope if backward and not learned else None
     read = [(at, _uncast(derivatives.expr, d)) for at, d in derivatives.lookups if nodes[at].slot in learned]
-    writer = _Writer(kind, derivatives.expr, transposed, remarks)
+    # Derivatives are found by text: the lines may be those of another function that says the same.
+    own = kind.expr.sources and (*kind.expr.sources, *derivatives.expr.sources[len(kind.expr.nodes) :])
+    writer = _Writer(kind, Expr(nodes, own), transposed, remarks)
     writer.write_all((value, *(() if slope is None else (slope,)), *(root for pair in read for root in pair)))
     text = writer.value(value, torch.float32, "pairs", typed=True)
     if writer.groups[value] != "pairs":

@@ -74,6 +74,19 @@ def test_the_text_of_a_score_is_the_golden_one(request, name, pass_name):
     compare_golden(request, name, pass_name, run.source(*call, dropout=name == "softcap"))
 
 
+def test_remarks_are_of_the_function_that_was_given():
+    def first(score, b, h, q, kv):
+        return 7 * torch.tanh(score / 7)
+
+    def second(score, b, h, q, kv):
+        return 7 * torch.tanh(score / 7)
+
+    q, k, v = torch.zeros(3, 1, 1, 128, 16).unbind()
+    for score, other in ((first, "second"), (second, "first")):
+        text = mf.compile(mf.causal(), score=score).source(q, k, v)
+        assert f"# {score.__name__} (test_render.py" in text and f"# {other} (" not in text
+
+
 def compare_golden(request, name, pass_name, text):
     text = re.sub(r"(\.py):\d+\)", r"\1)", text)  # the lines of masks move with whatever stands above them
     path = GOLDEN / f"{name}.{pass_name}.txt"
