@@ -155,6 +155,10 @@ def test_scores_and_dropout_are_those_of_the_whole_call_s_pairs(world, placement
         parts = [spread(x.detach(), mesh, placements).requires_grad_() for x in whole]
         out = mf.attention(*parts, by_both, **given)
         torch.testing.assert_close(out.to_local(), held(expected, mesh, placements).detach())
+        replicated = spread(table.detach(), mesh, [Replicate()])
+        fixed = mf.attention(*parts, by_both, **{**given, "score": mf.scores.bias(replicated[:, :, None])})
+        plain = mf.attention(*whole, by_both, **{**given, "score": mf.scores.bias(table.detach()[:, :, None])})
+        torch.testing.assert_close(fixed.to_local(), held(plain, mesh, placements).detach())
         if placements != [Replicate()]:  # needs a sum over ranks, and what is sent here never arrives
             continue
         out.square().sum().to_local().backward()
