@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from maskflash.errors import ArgumentTypeError
 from maskflash.expr.nodes import Builder, Expr, Node, parse
 from maskflash.expr.ops import OPERATIONS
 from maskflash.expr.simplify import simplify
@@ -60,8 +61,10 @@ class Lifted(Mask):
         self.holes = holes
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
-        """Not to be called: it is known by the score function's trace."""
-        raise NotImplementedError
+        """Nothing to call: it is known by the score function's trace."""
+        raise ArgumentTypeError(
+            f"{self.name}: a function can't call it; combine masks with & | ^ ~, or give the score function to compile"
+        )
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The condition, out of the score function's trace."""

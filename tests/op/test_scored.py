@@ -98,6 +98,14 @@ def test_another_rule_in_the_closure_hides_other_pairs():
     torch.testing.assert_close(attn(q, k, v), mf.attention(q, k, v, mf.causal()))
 
 
+def test_a_function_can_t_call_the_mask_of_an_op_with_a_score():
+    attn = mf.compile(mf.causal(), score=near)
+    joined = attn.mask & mf.document([30, 40])
+    assert joined.row(35, 70) == [(30, 36)]
+    with pytest.raises(mf.ArgumentTypeError, match=r"what near leaves: a function can't call it; combine masks with &"):
+        mf.mask(lambda b, h, q, kv: attn.mask(b, h, q, kv))
+
+
 # What others see
 
 
