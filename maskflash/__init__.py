@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
+    from maskflash.forms.flex import from_flex
+    from maskflash.forms.row_intervals import RowIntervals
     from maskflash.masks.compare import Comparison, equivalent, implies
-    from maskflash.masks.flex import from_flex
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
     from maskflash.op.explain import Explanation
@@ -63,6 +64,7 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "RowIntervals",
     "Score",
     "Sight",
     "UnsupportedMask",
@@ -98,11 +100,12 @@ _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.op.explain",
+    "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
-    "from_flex": "maskflash.masks.flex",
+    "from_flex": "maskflash.forms.flex",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
 }

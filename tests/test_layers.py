@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 # folder that it is in. Others may import none of it.
 ORDER = {
     "": [
-        *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets", "scores", "backends", "op"),
+        *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
+        *("forms", "scores", "backends", "op"),
         "api",
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
@@ -44,18 +45,18 @@ ORDER = {
         *(
             "lines",
             "sight",
+            "exports",
             "mask",
             "combination",
             "predicate",
             "dense",
             "columns",
-            "convert",
             "compare",
             "why",
-            "flex",
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
+    "forms": ["flashmask", "flex", "row_intervals"],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
@@ -93,8 +94,11 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
     *(
         (f"masks/{asked}.py", f"masks/{name}")
         for asked in ("sight", "mask")
-        for name in ("mask", "combination", "predicate", "dense", "columns", "convert", "why", "flex")
+        for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
+    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals")),
+    ("masks/exports.py", "masks/columns"),
+    ("masks/exports.py", "forms/row_intervals"),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),
     *(

@@ -277,6 +277,7 @@ CALLS = {
     CAUSAL.dense: SIZED,
     CAUSAL.block_map: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_flashmask: {**SIZED, "causal": (None, NONE | FLAG)},
+    CAUSAL.to_row_intervals: SIZED,
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},

@@ -14,15 +14,13 @@ from maskflash.functions.function import Function
 from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
+from maskflash.masks.exports import Exports
 from maskflash.masks.lines import Line
 from maskflash.masks.sight import Sight
 from maskflash.trace.tracer import Argument
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
     from maskflash.analysis.block_map import BlockMap
-    from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.why import Why
 
 Joinable = Callable[..., Any] | Tensor
@@ -31,7 +29,7 @@ Joinable = Callable[..., Any] | Tensor
 _OF_CALL: Final = ("batch", "heads", "q_offset", "kv_offset", "device")  # what `Mask.at` takes beside lengths
 
 
-class Mask(Function):
+class Mask(Function, Exports):
     """Which query may see which key.
 
     Masks combine with one another, with predicates and with tensors of bool by `&`, `|`, `^` and `~`; keyword arguments
@@ -205,56 +203,6 @@ class Mask(Function):
                 doc[q] == doc[kv]: 1 != 0
         """
         return self._around("Mask.why", {"b": b, "h": h, "q": q, "kv": kv}, call).why(q, kv, b=b, h=h)
-
-    def to_flashmask(self, q_len: int, kv_len: int, *, causal: bool | None = None, **call: Any) -> ColumnIntervals:
-        """FlashMask's vectors for this mask: found from its boundary, never from all pairs.
-
-        They are for the rows of the query tensor itself, whatever the offsets, and have one batch row where the mask
-        does not look at b; likewise with heads.
-
-        Args:
-            q_len: rows in tokens.
-            kv_len: columns in tokens.
-            causal: whether the vectors come with causal=True (aligned to the bottom right); None where the mask hides
-                all that causal hides.
-            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
-
-        Returns:
-            The same mask as column intervals; its `startend_row_indices` is what FlashMask takes.
-
-        Raises:
-            UnsupportedMask: a column hides more than two runs of rows (three with causal); the first such column.
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-
-        Example:
-            >>> from maskflash import mask
-            >>> mask(lambda b, h, q, kv: kv <= q < kv + 2).to_flashmask(4, 4).startend_row_indices[0, 0, :, 0]
-            tensor([2, 3, 4, 4], dtype=torch.int32)
-        """
-        return self.at_call("Mask.to_flashmask", q_len, kv_len, call).to_flashmask(causal)
-
-    def to_block_mask(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockMask:
-        """FlexAttention's BlockMask of this mask, at the cost of a block map: for its kernel, without its wait.
-
-        Args:
-            q_len: rows in tokens, at least 1.
-            kv_len: columns in tokens, at least 1.
-            block_size: tokens per tile, one number or (q_tokens, kv_tokens).
-            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
-
-        Returns:
-            What `create_block_mask` would make: the same full and partial tiles, and a mask_mod for the latter.
-
-        Raises:
-            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
-
-        Example:
-            >>> from maskflash import mask
-            >>> flex = mask(lambda b, h, q, kv: q >= kv).to_block_mask(512, 512)
-            >>> flex.kv_num_blocks.tolist(), flex.full_kv_num_blocks.tolist()
-            ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
-        """
-        return self.at_call("Mask.to_block_mask", q_len, kv_len, call).to_block_mask(block_size)
 
     def fingerprint(self, **mask_args: Any) -> str:
         """A hash of what the mask is: the same in every process, and for every mask of the same structure.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from maskflash.analysis.block_map import BlockMap
+    from maskflash.forms.row_intervals import RowIntervals
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.mask import Mask
     from maskflash.masks.why import Why
@@ -145,7 +146,7 @@ class Sight:
         Args:
             causal: whether the vectors come with causal=True; None where the mask hides all that causal hides.
         """
-        from maskflash.masks.convert import to_columns
+        from maskflash.forms.flashmask import to_columns
 
         chosen = None if causal is None else arguments.flag(self.sizes.operation, "causal", causal)
         return to_columns(self.problem, chosen)
@@ -156,13 +157,19 @@ class Sight:
         Args:
             block_size: tokens per tile, one number or (q_tokens, kv_tokens).
         """
-        from maskflash.masks.flex import to_block_mask
+        from maskflash.forms.flex import to_block_mask
 
         operation = self.sizes.operation
         size = arguments.block_size(operation, block_size)
         for name, length in (("q_len", self.sizes.q_len), ("kv_len", self.sizes.kv_len)):
             arguments.integer(operation, name, length, low=1)
         return to_block_mask(self.tiled(size))
+
+    def to_row_intervals(self) -> RowIntervals:
+        """What each query sees, as intervals of keys; see `Mask.to_row_intervals`."""
+        from maskflash.forms.row_intervals import find_row_intervals
+
+        return find_row_intervals(self.problem)
 
     def tiled(self, block_size: tuple[int, int]) -> Problem:
         """The problem in tiles of other sizes, which are checked already."""

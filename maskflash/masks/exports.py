@@ -1,0 +1,96 @@
+"""What every mask can be turned into for other engines: the methods of `Mask` that begin with `to_`.
+
+Each is exact, or raises UnsupportedMask and names the first row, column or tile that has no such form.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from maskflash.ground.arguments import BlockSize
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.masks.columns import ColumnIntervals
+    from maskflash.masks.sight import Sight
+
+
+class Exports:
+    """The forms of a mask; `Mask` says what it is at given lengths."""
+
+    def at_call(self, operation: str, q_len: int, kv_len: int, call: dict[str, Any]) -> Sight:
+        """The mask at the lengths of a call; see `Mask.at_call`."""
+        raise NotImplementedError
+
+    def to_flashmask(self, q_len: int, kv_len: int, *, causal: bool | None = None, **call: Any) -> ColumnIntervals:
+        """FlashMask's vectors for this mask: found from its boundary, never from all pairs.
+
+        They are for the rows of the query tensor itself, whatever the offsets, and have one batch row where the mask
+        does not look at b; likewise with heads.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            causal: whether the vectors come with causal=True (aligned to the bottom right); None where the mask hides
+                all that causal hides.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            The same mask as column intervals; its `startend_row_indices` is what FlashMask takes.
+
+        Raises:
+            UnsupportedMask: a column hides more than two runs of rows (three with causal); the first such column.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import mask
+            >>> mask(lambda b, h, q, kv: kv <= q < kv + 2).to_flashmask(4, 4).startend_row_indices[0, 0, :, 0]
+            tensor([2, 3, 4, 4], dtype=torch.int32)
+        """
+        return self.at_call("Mask.to_flashmask", q_len, kv_len, call).to_flashmask(causal)
+
+    def to_block_mask(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockMask:
+        """FlexAttention's BlockMask of this mask, at the cost of a block map: for its kernel, without its wait.
+
+        Args:
+            q_len: rows in tokens, at least 1.
+            kv_len: columns in tokens, at least 1.
+            block_size: tokens per tile, one number or (q_tokens, kv_tokens).
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            What `create_block_mask` would make: the same full and partial tiles, and a mask_mod for the latter.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import mask
+            >>> flex = mask(lambda b, h, q, kv: q >= kv).to_block_mask(512, 512)
+            >>> flex.kv_num_blocks.tolist(), flex.full_kv_num_blocks.tolist()
+            ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
+        """
+        return self.at_call("Mask.to_block_mask", q_len, kv_len, call).to_block_mask(block_size)
+
+    def to_row_intervals(self, q_len: int, kv_len: int, **call: Any) -> RowIntervals:
+        """What each query sees, as intervals of keys: found from the mask's boundary, never from all pairs.
+
+        They have one batch row where the mask does not look at b; likewise with heads.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal, global_tokens, sliding_window
+            >>> seen = (causal() & (global_tokens(1) | sliding_window(1))).to_row_intervals(4, 4)
+            >>> [seen.row(q) for q in range(4)]
+            [[(0, 1)], [(0, 2)], [(0, 3)], [(0, 1), (2, 4)]]
+        """
+        return self.at_call("Mask.to_row_intervals", q_len, kv_len, call).to_row_intervals()
