@@ -61,7 +61,7 @@ ORDER = {
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
-        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "run"),
+        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "few", "run"),
     ],
     "backends/triton": [
         *("signature", "score_kind", "emit", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),
@@ -73,6 +73,7 @@ ORDER = {
         "explain",
         "checking",
         "cache",
+        "few_rows",
         "later",
         "autograd",
         "flops",

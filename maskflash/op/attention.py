@@ -17,6 +17,7 @@ from maskflash.op import autograd, cache
 from maskflash.op.ahead import Ahead
 from maskflash.op.analyse import Analysis
 from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
+from maskflash.op.few_rows import FewRows, may_be
 from maskflash.op.inside import Inside
 from maskflash.op.spec import Spec
 from maskflash.scores.seeds import probability, seed_of
@@ -110,14 +111,15 @@ class Attention(Ahead, Inside):
         q, k, v = qkv.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
-        spec = stamp = name = analysis = None
+        spec = stamp = name = None
+        analysis: Analysis | FewRows | None = None
         dropout = KEPT  # the default of dropout_p is an int, since torch.compile would make a float an input
         if asks_for_dropout(dropout_p, generator, seed):
             qkv.check(q, k, v)
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
-        if plain and not (is_seen or self.check):
+        if plain and not (is_seen or self.check or may_be(q, k)):
             stamp = self.mask.look()
             name = self._name(q, k, v, q_offset, kv_offset, sinks, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
@@ -131,13 +133,13 @@ class Attention(Ahead, Inside):
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
                     return (out, autograd.natural(spec, lse)) if return_lse else out
-                analysis = autograd.found(spec, q, k)
+                analysis = autograd.prepared(spec, q, k)
             except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
                 from maskflash.analysis.classify import classify
 
                 classify(self._problem(sizes, mask_args))
                 raise
-            if self.tune and spec.backend == "triton" and not capturing(q.device):
+            if self.tune and isinstance(analysis, Analysis) and spec.backend == "triton" and not capturing(q.device):
                 self._tune(analysis, spec, q, k, v)
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
