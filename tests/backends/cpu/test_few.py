@@ -48,9 +48,9 @@ def test_long_keys_are_computed_in_parts(layout, tokens, looked_at):
     k, v = torch.randn(2, *shape).unbind()
     if layout == "tokens, heads":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-    mask = mf.mask(lambda b, h, q, kv: kv < 5000 + 100 * q)
+    mask = mf.mask(lambda b, h, q, kv: kv < 50 + 8900 * q)  # some rows see nothing of some parts
     attn = mf.compile(mask)
-    for q in (torch.randn(2, 4, 1, 16), torch.randn(2, 4, 40, 16)):
+    for q in (torch.randn(2, 4, 3, 16), torch.randn(2, 4, 40, 16)):
         out, lse = attn(q, k, v, return_lse=True)
         keys, values = (x.double().repeat_interleave(2, 1) for x in (k, v))
         scores = (q.double() @ keys.mT / 4).masked_fill(~mask.dense(q.shape[2], tokens), -torch.inf)
