@@ -198,8 +198,8 @@ def _unchanged(parents: Tensor, known: _Known) -> bool:
     """Whether parents are those that were read: on a GPU by their state, so that nobody waits for them."""
     if known.state is not None:
         return known.state == state(parents)
-    numbers = (parents if parents.device.type == "cpu" else parents.cpu()).numpy()
-    return np.array_equal(np.atleast_2d(numbers), known.parents)
+    here = parents if parents.device.type == "cpu" else parents.cpu()
+    return np.array_equal(np.atleast_2d(here.numpy()), known.parents)
 
 
 def _ancestors(parents: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

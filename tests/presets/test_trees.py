@@ -193,10 +193,7 @@ def test_a_predicate_may_not_call_it():
 
 
 def test_fake_tensors_have_their_shape():
-    attn = mf.compile(presets.tree([-1, 0, 0]))
     with FakeTensorMode():
-        q = torch.empty(1, 2, 3, 8)
-        assert attn(q, q, q).shape == q.shape
         parents = torch.zeros(2, 3, dtype=torch.int64)
         assert torch.ops.maskflash.ancestors(parents).shape == (2, 3, 1)
         assert torch.ops.maskflash.ancestors(parents[0]).shape == (3, 1)
