@@ -201,3 +201,11 @@ def test_fake_tensors_have_their_shape():
 
 def test_the_op_is_as_torch_wants_it():
     torch.library.opcheck(torch.ops.maskflash.ancestors.default, (torch.tensor([[-1, 0], [-1, -1]]),))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_kernels_decide_pairs_by_bits(batched):
+    bush = [-1, 0, 0, 1, *range(2, 68)]
+    mask = presets.tree([bush, [-1, *range(69)]] if batched else bush)
+    shape = Shape(batch=2, q_len=70, kv_len=110, heads=2, head_dim=16)
+    assert_matches_dense(mask, shape, backend="triton", block_size=64, q_offset=torch.tensor([33, 40]))
