@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
     from maskflash.op.explain import Explanation
+    from maskflash.presets.prefix_trees import PrefixTree, prefix_tree
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "PrefixTree",
     "RowIntervals",
     "Score",
     "Sight",
@@ -87,6 +89,7 @@ __all__ = [
     "natten",
     "padding",
     "prefix_lm",
+    "prefix_tree",
     "presets",
     "score",
     "scores",
@@ -100,6 +103,7 @@ _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.op.explain",
+    "PrefixTree": "maskflash.presets.prefix_trees",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
     "Why": "maskflash.masks.why",
@@ -108,6 +112,7 @@ _LATER: Final = {
     "from_flex": "maskflash.forms.flex",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
+    "prefix_tree": "maskflash.presets.prefix_trees",
 }
 
 

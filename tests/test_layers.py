@@ -55,7 +55,7 @@ ORDER = {
             "why",
         ),
     ],
-    "presets": ["documents", "basic", "packed", "sparse"],
+    "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
     "forms": ["flashmask", "flex", "row_intervals"],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
