@@ -70,10 +70,10 @@ ORDER = {
     "op": [
         "spec",
         "analyse",
-        "explain",
         "checking",
         "cache",
         "few_rows",
+        "explain",
         "later",
         "autograd",
         "flops",

@@ -15,6 +15,7 @@ from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
 from maskflash.expr.format import format_expr
 from maskflash.op.analyse import Analysis
+from maskflash.op.few_rows import applies
 
 if TYPE_CHECKING:
     from maskflash.backends.triton import run as triton
@@ -69,7 +70,7 @@ class Explanation:
             "score": self.score,
             "kernel": _kernel(analysis.plan),
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
-            "passes": _passes(analysis.plan),
+            "passes": self._passes(),
         }
 
     def _rows(self) -> str | None:
@@ -83,6 +84,14 @@ class Explanation:
         separated = separate(self.problem.expr)
         assert separated is not None, "pieces come from what separates"
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
+
+    def _passes(self) -> dict[str, dict[str, int | str]]:
+        """What runs in each pass."""
+        passes = _passes(self.analysis.plan)
+        if self.backend != "cpu" or self.score is not None or not applies(self.problem):
+            return passes
+        few = {"forward": {"rows, evaluated at each call without a plan": self.problem.q_len}}
+        return {**few, **{name: facts for name, facts in passes.items() if name.startswith("backward")}}
 
     def _obstacle(self) -> str:
         """What kept the columns from being cut, so that tiles had to be evaluated."""

@@ -6,8 +6,9 @@
 
 All pairs of few rows cost little beside reading their keys. So nothing is planned, and nothing is kept: a step costs
 the same whatever moved since the last one, be it an offset, a length or a table. Query heads that share a key head are
-rows of one product, which reads the keys once. Long stretches of keys are computed in parts of one size, merged by lse,
-so that one head has work for several cores; the parts are the same whatever else is computed, and on how many cores.
+rows of one product, which reads the keys once. Columns that all rows see are computed without a mask where they are
+most, as a cache before a tree of drafts is. Long stretches of keys are computed in parts of one size, merged by lse, so
+that one head has work for several cores; the parts are the same whatever else is computed, and on how many cores.
 
 Source: Flash-Decoding (Dao, Haziza, Massa, Sizov, 2023), for the parts.
 """
@@ -32,6 +33,7 @@ _ROWS: Final = 128  # at most
 _WIDE: Final = 4  # keys for each row, at least: in squares a plan leaves out more than it costs
 _PAIRS: Final = 1 << 20  # evaluated at each call, at most
 _PACKED: Final = 32  # rows of a head; from there on heads are rows of their own products, which share a mask
+_LEAD: Final = 256  # columns that all rows see, from which on they are computed by themselves
 _PART: Final = 4096  # keys
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu
@@ -47,14 +49,12 @@ class Window:
         columns: (n,) int64, those between them that some row sees; None for all.
         hidden: (heads, q_len, n) bool, what of these columns rows don't see; heads is 1 where they see the same. None
             where nothing is hidden.
-        blind: (heads, q_len) bool, rows that see nothing; None where there are none.
     """
 
     start: int
     stop: int
     columns: Tensor | None
     hidden: Tensor | None
-    blind: Tensor | None
 
     @property
     def plain(self) -> tuple[int, int] | None:
@@ -119,7 +119,7 @@ def _window(bits: BoolArray) -> Window:
     columns: BoolArray = seen[0] if len(seen) == 1 else np.logical_or.reduce(seen)
     start = int(columns.argmax())
     if not columns[start]:
-        return Window(0, 0, None, None, None)
+        return Window(0, 0, None, None)
     stop = len(columns) - int(columns[::-1].argmax())
     some = None
     if columns[start:stop].all():
@@ -127,10 +127,7 @@ def _window(bits: BoolArray) -> Window:
     else:
         index = np.flatnonzero(columns)
         bits, some = bits[..., index], torch.from_numpy(index)
-    if bits.all():
-        return Window(start, stop, some, None, None)
-    blind = ~bits.any(-1)
-    return Window(start, stop, some, torch.from_numpy(~bits), torch.from_numpy(blind) if blind.any() else None)
+    return Window(start, stop, some, None if bits.all() else torch.from_numpy(~bits))
 
 
 def forward(
@@ -180,28 +177,44 @@ def _attend(window: Window, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tu
         k, v = (x[:, :, window.start : window.stop] for x in (k, v))
     else:
         k, v = (x.index_select(2, window.columns) for x in (k, v))
-    group, keys, hidden = heads // kv_heads, k.shape[2], window.hidden
-    packs = q_len < _PACKED or (hidden is not None and len(hidden) > 1)
-    rows = group * q_len if packs else q_len
+    keys, hidden = k.shape[2], window.hidden
     ways = candidates("forward", q.dtype)
-    native = min(ways, key=lambda way: way.of(rows, keys, masked=hidden is not None)).native
+    native = min(ways, key=lambda way: way.of(heads // kv_heads * q_len, keys, masked=hidden is not None)).native
     compute, width = q.dtype if native else total, max(head_dim, v_head_dim)
     q, k, v = (prepared(x, compute, width) for x in (q, k, v))
-    bias = None if hidden is None else _bias(hidden, group if packs else 1, compute)
-    if packs:
-        queries = q.reshape(n, kv_heads, rows, width)
-        out, lse = _parts(queries, k, v, bias, scale)
+    lead = 0 if hidden is None or compute.itemsize == 2 else _lead(hidden)
+    if hidden is None or not lead:
+        out, lse = _seen(q, k, v, hidden, scale)
     else:
-        each = []
+        before = _seen(q, k[:, :, :lead], v[:, :, :lead], None, scale)
+        after = _seen(q, k[:, :, lead:], v[:, :, lead:], hidden[:, :, lead:], scale)
+        out, lse = merge(*zip(before, after, strict=True))
+    return out[..., :v_head_dim], lse
+
+
+def _lead(hidden: Tensor) -> int:
+    """How many columns all rows see before the first of which something is hidden, if they are worth their own call."""
+    some = hidden.flatten(0, 1).any(0).numpy()
+    lead = int(some.argmax())
+    return lead if lead >= _LEAD and 2 * lead >= len(some) else 0
+
+
+def _seen(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Out (n, heads, q_len, D) and lse (n, heads, q_len) of rows that see these columns, but for what is hidden."""
+    (n, heads, q_len, width), kv_heads = q.shape, k.shape[1]
+    group = heads // kv_heads
+    if hidden is None or q_len < _PACKED or len(hidden) > 1:
+        bias = None if hidden is None else _bias(hidden, group, q.dtype)
+        out, lse = _parts(q.reshape(n, kv_heads, group * q_len, width), k, v, bias, scale)
+    else:
+        bias, each = _bias(hidden, 1, q.dtype), []
         for row in range(n):
-            keys_of, values_of = (x[row][:, None].expand(-1, group, -1, -1) for x in (k, v))
-            queries = q[row].unflatten(0, (kv_heads, group))
-            each.append(_kernel(queries, keys_of, values_of, attn_mask=bias, scale=scale))
+            keys, values = (x[row][:, None].expand(-1, group, -1, -1) for x in (k, v))
+            each.append(_kernel(q[row].unflatten(0, (kv_heads, group)), keys, values, attn_mask=bias, scale=scale))
         out, lse = (torch.stack(x) for x in zip(*each, strict=True))
-    out, lse = out.reshape(n, heads, q_len, width)[..., :v_head_dim], lse.reshape(n, heads, q_len)
-    if window.blind is not None:
-        out = out.masked_fill(window.blind[..., None], 0.0)
-        lse = lse.masked_fill(window.blind, -torch.inf)
+    out, lse = out.reshape(q.shape), lse.reshape(n, heads, q_len)
+    if hidden is not None and bool((blind := hidden.all(-1)).any()):  # of rows that see nothing the kernel's lse is 0
+        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return out, lse
 
 

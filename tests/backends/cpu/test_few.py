@@ -38,6 +38,7 @@ def test_few_rows_agree_with_dense_float64(mask, data, dtype, split):
             patch.setattr(few, "_PART", 7)
         if data.draw(st.booleans()):
             patch.setattr(few, "_PACKED", 2)
+            patch.setattr(few, "_LEAD", 2)
         assert_matches_dense(mask, shape, dtype=dtype, sinks=sinks, q_offset=max(kv_len - q_len, 0))
 
 
@@ -126,3 +127,11 @@ def test_other_calls_have_an_analysis(q_len, kv_len, score, few_rows, monkeypatc
     q, (k, v) = torch.randn(1, 2, q_len, 16), torch.randn(2, 1, 2, kv_len, 16)
     mf.attention(q, k, v, mf.causal(), score=score and mf.scores.softcap(5.0), q_offset=8)
     assert [x is not None for x in made] == [few_rows]
+
+
+def test_explain_says_so():
+    few_rows = mf.compile(mf.causal()).explain(1, 64, q_offset=63).to_dict()["passes"]
+    assert few_rows["forward"] == {"rows, evaluated at each call without a plan": 1}
+    assert "forward" not in mf.compile(mf.causal()).explain(64, 64).to_dict()["passes"]
+    capped = mf.compile(mf.causal(), score=mf.scores.softcap(5.0)).explain(1, 64, q_offset=63)
+    assert "forward" not in capped.to_dict()["passes"]
