@@ -90,7 +90,9 @@ class Explanation:
         passes = _passes(self.analysis.plan)
         if self.backend != "cpu" or self.score is not None or not applies(self.problem):
             return passes
-        few = {"forward": {"rows, evaluated at each call without a plan": self.problem.q_len}}
+        few: dict[str, dict[str, int | str]] = {
+            "forward": {"rows, evaluated at each call without a plan": self.problem.q_len}
+        }
         return {**few, **{name: facts for name, facts in passes.items() if name.startswith("backward")}}
 
     def _obstacle(self) -> str:
