@@ -106,7 +106,9 @@ class RowMask(Mask):
 
     def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> Any:
         """Whether the pair is visible."""
-        return self._form.visible(b, h, q, kv, {**self._tables, _ROWS: self.intervals.q_len})
+        rows = self.intervals.q_len
+        row = q * (q < rows) + rows * (q >= rows) if self.padded else q  # of numbers, tensors and symbols alike
+        return self._form.visible(b, h, row, kv, self._tables)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self._of, self.intervals, self.padded)
@@ -129,11 +131,8 @@ class _Form(NamedTuple):
         several = self.batched, self.headed, self.most > 1
         return table[tuple(slice(None) if kept else 0 for kept in several)]
 
-    def visible(self, b: Any, h: Any, q: Any, kv: Any, values: dict[str, Any]) -> Any:
-        """The mask over tables of `squeezed` shape."""
-        row = q
-        if self.padded:
-            row = q.clamp(max=values[_ROWS]) if isinstance(q, Tensor) else min(q, values[_ROWS])
+    def visible(self, b: Any, h: Any, row: Any, kv: Any, values: dict[str, Any]) -> Any:
+        """The mask over tables of `squeezed` shape, of a row that they have."""
         unit = (*((b,) if self.batched else ()), *((h,) if self.headed else ()))
         places = [(*unit, *((number,) if self.most > 1 else ()), row) for number in range(self.most)]
         seen = None
@@ -148,7 +147,7 @@ def _trace(form: _Form) -> Traced:
     """The expression of all masks of a form; its tables are named start and stop."""
 
     def visible(b: Any, h: Any, q: Any, kv: Any, **values: Any) -> Any:
-        return form.visible(b, h, q, kv, values)
+        return form.visible(b, h, min(q, values[_ROWS]) if form.padded else q, kv, values)
 
     anything = form.squeezed(torch.zeros(1, 1, form.most, 1, dtype=torch.int32))
     return trace(visible, {**dict.fromkeys(_TABLES, anything), **({_ROWS: 0} if form.padded else {})})
