@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from maskflash.flashmask.call import flashmask_attention
     from maskflash.forms.flex import from_flex
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.row_mask import from_row_intervals
+    from maskflash.forms.slices import Slices, from_slices
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
@@ -67,6 +69,7 @@ __all__ = [
     "RowIntervals",
     "Score",
     "Sight",
+    "Slices",
     "UnsupportedMask",
     "Why",
     "attention",
@@ -78,6 +81,8 @@ __all__ = [
     "equivalent",
     "flashmask_attention",
     "from_flex",
+    "from_row_intervals",
+    "from_slices",
     "full",
     "global_tokens",
     "implies",
@@ -102,10 +107,13 @@ _LATER: Final = {
     "Explanation": "maskflash.op.explain",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
+    "Slices": "maskflash.forms.slices",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
     "from_flex": "maskflash.forms.flex",
+    "from_row_intervals": "maskflash.forms.row_mask",
+    "from_slices": "maskflash.forms.slices",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.slices import Slices
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.sight import Sight
 
@@ -94,3 +95,31 @@ class Exports:
             [[(0, 1)], [(0, 2)], [(0, 3)], [(0, 1), (2, 4)]]
         """
         return self.at_call("Mask.to_row_intervals", q_len, kv_len, call).to_row_intervals()
+
+    def to_slices(self, q_len: int, kv_len: int, **call: Any) -> Slices:
+        """MagiAttention's slices of this mask, found from what its rows see: disjoint, and few.
+
+        A document is one slice, whether causal or not; a causal window is two. Batch rows lie one after the other along
+        queries and along keys, as in a packed call.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            q_ranges and k_ranges, and a type for each slice.
+
+        Raises:
+            UnsupportedMask: heads that see different keys, with the first such row.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal, document, sliding_window
+            >>> (causal() & document([300, 724])).to_slices(1024, 1024).k_ranges
+            tensor([[   0,  300],
+                    [ 300, 1024]], dtype=torch.int32)
+            >>> sliding_window(100).to_slices(1024, 1024)
+            Slices(1 causal, 1 bi-causal)
+        """
+        return self.at_call("Mask.to_slices", q_len, kv_len, call).to_slices()

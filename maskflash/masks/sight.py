@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from maskflash.analysis.block_map import BlockMap
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.slices import Slices
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.mask import Mask
     from maskflash.masks.why import Why
@@ -170,6 +171,12 @@ class Sight:
         from maskflash.forms.row_intervals import find_row_intervals
 
         return find_row_intervals(self.problem)
+
+    def to_slices(self) -> Slices:
+        """MagiAttention's slices; see `Mask.to_slices`."""
+        from maskflash.forms.slices import find_slices
+
+        return find_slices(self.problem)
 
     def tiled(self, block_size: tuple[int, int]) -> Problem:
         """The problem in tiles of other sizes, which are checked already."""
