@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
+    from maskflash.forms.arguments import from_arguments
     from maskflash.forms.flex import from_flex
     from maskflash.forms.row_intervals import RowIntervals
     from maskflash.masks.compare import Comparison, equivalent, implies
@@ -77,6 +78,7 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_arguments",
     "from_flex",
     "full",
     "global_tokens",
@@ -105,6 +107,7 @@ _LATER: Final = {
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
+    "from_arguments": "maskflash.forms.arguments",
     "from_flex": "maskflash.forms.flex",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",

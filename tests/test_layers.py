@@ -56,7 +56,7 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "forms": ["flashmask", "flex", "row_intervals"],
+    "forms": ["flashmask", "flex", "row_intervals", "windows", "sequences", "kernels", "xformers", "arguments"],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
@@ -96,7 +96,7 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals")),
+    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals", "arguments")),
     ("masks/exports.py", "masks/columns"),
     ("masks/exports.py", "forms/row_intervals"),
     ("expr/nodes.py", "expr/format"),
