@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
+    from maskflash.forms.arguments import from_arguments
     from maskflash.forms.flex import from_flex
     from maskflash.forms.row_intervals import RowIntervals
     from maskflash.forms.row_mask import from_row_intervals
@@ -80,6 +81,7 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_arguments",
     "from_flex",
     "from_row_intervals",
     "from_slices",
@@ -111,6 +113,7 @@ _LATER: Final = {
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
+    "from_arguments": "maskflash.forms.arguments",
     "from_flex": "maskflash.forms.flex",
     "from_row_intervals": "maskflash.forms.row_mask",
     "from_slices": "maskflash.forms.slices",

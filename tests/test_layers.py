@@ -56,7 +56,10 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "forms": ["flashmask", "flex", "row_intervals", "row_mask", "slices"],
+    "forms": [
+        *("flashmask", "flex", "row_intervals", "row_mask", "slices", "windows", "sequences", "kernels", "xformers"),
+        "arguments",
+    ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
@@ -96,7 +99,7 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals", "slices")),
+    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals", "slices", "arguments")),
     ("masks/exports.py", "masks/columns"),
     *(("masks/exports.py", f"forms/{name}") for name in ("row_intervals", "slices")),
     ("expr/nodes.py", "expr/format"),

@@ -278,6 +278,7 @@ CALLS = {
     CAUSAL.block_map: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_flashmask: {**SIZED, "causal": (None, NONE | FLAG)},
     CAUSAL.to_row_intervals: SIZED,
+    CAUSAL.as_arguments: {**SIZED, "library": ("flash_attn_varlen", set())},
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
@@ -293,6 +294,7 @@ CALLS = {
     mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.invalidate: {},
+    mf.from_arguments: {"library": ("sdpa", set())},
     mf.from_flex: {"block_mask": (CAUSAL.to_block_mask(4, 4), set())},
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),

@@ -123,3 +123,36 @@ class Exports:
             Slices(1 causal, 1 bi-causal)
         """
         return self.at_call("Mask.to_slices", q_len, kv_len, call).to_slices()
+
+    def as_arguments(self, library: str, q_len: int, kv_len: int, **call: Any) -> dict[str, Any]:
+        """What a library's attention call takes for this mask, where its kernels have just this one.
+
+        What rows see decides, so any mask that shows the same pairs has the same arguments, however it is written. They
+        are for the rows of the tensors themselves, whatever the offsets, and the plainest that there are: a window that
+        hides nothing is none.
+
+        Args:
+            library: "flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa" or "xformers": see `from_arguments`.
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            The library's own arguments by name, tensors on the call's device. Those for packed sequences count tokens
+            through the batch rows: for q and k of (B, S, H, D) they are those of `flatten(0, 1)`. Queries that see
+            nothing, and keys that nobody sees, are sequences of queries or keys alone.
+
+        Raises:
+            UnsupportedMask: the library has no such arguments; the first pair that the nearest treat otherwise, and
+                which kernels would take the mask.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal, document, mask
+            >>> mask(lambda b, h, q, kv: q - 100 <= kv <= q).as_arguments("flash_attn", 4096, 4096)
+            {'causal': True, 'window_size': (100, 0)}
+            >>> packed = (causal() & document([300, 724])).as_arguments("flash_attn_varlen", 1024, 1024)
+            >>> packed["cu_seqlens_q"].tolist(), packed["max_seqlen_q"], packed["causal"]
+            ([0, 300, 1024], 724, True)
+        """
+        return self.at_call("Mask.as_arguments", q_len, kv_len, call).as_arguments(library)

@@ -178,6 +178,16 @@ class Sight:
 
         return find_slices(self.problem)
 
+    def as_arguments(self, library: str) -> dict[str, Any]:
+        """What a library's attention call takes for this mask; see `Mask.as_arguments`.
+
+        Args:
+            library: "flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa" or "xformers".
+        """
+        from maskflash.forms.arguments import as_arguments
+
+        return as_arguments(self.problem, library, self.mask.name)
+
     def tiled(self, block_size: tuple[int, int]) -> Problem:
         """The problem in tiles of other sizes, which are checked already."""
         return replace(self.problem, block_size=block_size)
