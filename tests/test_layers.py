@@ -87,8 +87,8 @@ ORDER = {
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
-    "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
-    "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "bench", "warm", "doctor"],
+    "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],
+    "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "export", "bench", "warm", "doctor"],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskflash.forms.row_intervals import RowIntervals
-from maskflash.forms.slices import KINDS, Slices
+from maskflash.forms.slices import Slices
 from maskflash.ground import arguments
 from maskflash.visualize.cells import index
 from maskflash.visualize.style import axes, frame
@@ -58,10 +58,10 @@ def draw_slices(slices: Slices, q_len: int, kv_len: int, *, ax: Axes | None = No
     each = (slices.q_ranges.tolist(), slices.k_ranges.tolist(), slices.types.tolist())
     for q_range, k_range, kind in zip(*each, strict=True):
         shapes.setdefault(kind, []).append(_shape(q_range, k_range, kind))
-    handles = []
+    handles, names = [], list(slices.counts)
     for kind, found in sorted(shapes.items()):
         style = {"facecolor": f"{_COLOURS[kind]}40", "edgecolor": _COLOURS[kind], "linewidth": 1.2}
-        drawn = PolyCollection(found, **style, label=f"{len(found):,} {KINDS[kind]}")
+        drawn = PolyCollection(found, **style, label=f"{len(found):,} {names[kind]}")
         handles.append(ax.add_collection(drawn))
     if legend and handles:
         ax.legend(handles=handles, loc="upper right", framealpha=0.9)
