@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.analysis.changes import find_changes
+from maskflash.analysis.changes import find_changes, runs_of
 from maskflash.analysis.problem import Problem
 from maskflash.errors import UnsupportedMask
 from maskflash.ground import arguments
@@ -150,16 +150,7 @@ def find_row_intervals(problem: Problem) -> RowIntervals:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
     changes = find_changes(problem.turned())  # whose columns are the problem's rows
-    batch, heads = changes.shape
-    rows = batch * heads * problem.q_len
-    turns = torch.bincount(changes.column, minlength=rows)
-    before = turns.cumsum(0) - turns
-    opens = (torch.arange(len(changes.column)) - before[changes.column]) % 2 == 0
-    start = changes.row[opens]
-    # Each interval's end is the next turn of its row; one without has no end but the last column.
-    ends = torch.roll(changes.row, -1)
-    goes_on = torch.roll(changes.column, -1) == changes.column
-    goes_on[-1:] = False
-    stop = ends.where(goes_on, torch.full_like(ends, problem.kv_len))[opens]
-    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), ((turns + 1) // 2).cumsum(0)))
-    return RowIntervals(problem.q_len, problem.kv_len, (batch, heads), offsets, start, stop, problem.batch)
+    row, start, stop = runs_of(changes, problem.kv_len)
+    count = torch.bincount(row, minlength=changes.shape[0] * changes.shape[1] * problem.q_len)
+    offsets = torch.cat((torch.zeros(1, dtype=torch.int64), count.cumsum(0)))
+    return RowIntervals(problem.q_len, problem.kv_len, changes.shape, offsets, start, stop, problem.batch)

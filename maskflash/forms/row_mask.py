@@ -53,7 +53,7 @@ def from_row_intervals(intervals: Tensor | RowIntervals, kv_len: int | None = No
                 [0, 0, 1, 1]], dtype=torch.int32)
     """
     if isinstance(intervals, RowIntervals):
-        _check_sizes(intervals, kv_len, batch)
+        _check(intervals, kv_len, batch)
         return RowMask("from_row_intervals", intervals)
     return RowMask("from_row_intervals", _of_endpoints(intervals, kv_len, batch))
 
@@ -165,14 +165,26 @@ def _tables(intervals: RowIntervals, most: int, padded: bool) -> Tensor:
     return found
 
 
-def _check_sizes(intervals: RowIntervals, kv_len: int | None, batch: int) -> None:
-    """Refuse sizes besides those that intervals have."""
+def _check(intervals: RowIntervals, kv_len: int | None, batch: int) -> None:
+    """Refuse sizes besides those that intervals have, and intervals that are no rows' own."""
     given = ("kv_len", kv_len, intervals.kv_len), ("batch", None if batch == 1 else batch, intervals.batch)
     for name, got, want in given:
         if got is not None and got != want:
             raise ArgumentError(
                 f"from_row_intervals: {name} is {got}, expected {want} as in the RowIntervals; leave it out"
             )
+    offsets, start, stop = intervals.offsets, intervals.start, intervals.stop
+    rows = intervals.shape[0] * intervals.shape[1] * intervals.q_len
+    fits = len(offsets) == rows + 1 and len(start) == len(stop) == offsets[-1] and offsets[0] == 0
+    if fits and bool((intervals.count >= 0).all()):
+        owner = intervals.rows
+        apart = (owner[1:] != owner[:-1]) | (start[1:] > stop[:-1])
+        if bool(((start >= 0) & (start < stop) & (stop <= intervals.kv_len)).all() & apart.all()):
+            return
+    raise ArgumentError(
+        f"from_row_intervals: the {len(start)} intervals are not apart and ascending in each of {rows} rows, within "
+        f"{intervals.kv_len} keys; see RowIntervals"
+    )
 
 
 def _of_endpoints(ends: Tensor, kv_len: int | None, batch: int) -> RowIntervals:
@@ -207,7 +219,8 @@ def _of_endpoints(ends: Tensor, kv_len: int | None, batch: int) -> RowIntervals:
             )
         # (heads, n, batch * q_len) -> (batch, heads, q_len, intervals)
         start, stop = (
-            x.reshape(heads, -1, batch, columns // batch).permute(2, 0, 3, 1) for x in (before[:, ::2], table[:, ::2])
+            x.reshape(heads, n // 2 + 1, batch, columns // batch).permute(2, 0, 3, 1)
+            for x in (before[:, ::2], table[:, ::2])
         )
         some = start < stop
         row = some.flatten(0, 2).nonzero()[:, 0]

@@ -74,13 +74,13 @@ def find_slices(problem: Problem) -> Slices:
         UnsupportedMask: heads that see different keys, with the first such row; or too many tokens for 32 bits.
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    found = find_row_intervals(problem)
-    longest = found.batch * max(found.q_len, found.kv_len)
+    longest = problem.batch * max(problem.q_len, problem.kv_len)
     if longest > _MOST_TOKENS:
         raise UnsupportedMask(
-            f"to_slices: {found.batch} batch rows have {longest:,} tokens, and slices number at most {_MOST_TOKENS:,}; "
-            "make them of fewer batch rows at a time"
+            f"to_slices: {problem.batch} batch rows have {longest:,} tokens, and slices number at most "
+            f"{_MOST_TOKENS:,}; make them of fewer batch rows at a time"
         )
+    found = find_row_intervals(problem)
     row, start, stop = _along_tokens(found, *_of_one_head(found))
     order, linked, kind = _chains(row, start, stop, found.batch * found.kv_len)
     joined = _stretches(linked, kind)
