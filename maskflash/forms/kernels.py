@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskflash.errors import ArgumentError
-from maskflash.forms.sequences import Hulls
+from maskflash.forms.sequences import Hulls, Sequences
 from maskflash.forms.windows import AlignedWindow, PackedWindows, Side, as_flash_counts
 from maskflash.ground import arguments, modes
 from maskflash.masks.dense import dense_mask
@@ -30,7 +30,10 @@ _NO_WINDOW: Final = (-1, -1)
 
 def propose_flash(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]]:
     """What flash_attn_func would take."""
-    yield _causal_and_window(*hulls.window())
+    left, right = hulls.window()
+    if left is None and right == hulls.kv_len:  # which is an end only beside one to the left
+        left = max(hulls.kv_len - 1, 0)
+    yield _causal_and_window(left, right)
     yield {"causal": False}
     yield {"causal": True}
 
@@ -44,14 +47,9 @@ def read_flash(*, causal: Any = False, window_size: Any = _NO_WINDOW) -> Mask:
 def propose_flash_varlen(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]]:
     """What flash_attn_varlen_func would take."""
     found = hulls.sequences()
-    q_lengths, kv_lengths = found.end_to_end()
-    yield {
-        "cu_seqlens_q": _starts(q_lengths, device),
-        "cu_seqlens_k": _starts(kv_lengths, device),
-        "max_seqlen_q": int(q_lengths.max()),
-        "max_seqlen_k": int(kv_lengths.max()),
-        **_causal_and_window(found.left, found.right),
-    }
+    cu_q, cu_k, max_q, max_k = _packed(found, device)
+    packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+    yield {**packed, **_causal_and_window(found.left, found.right)}
 
 
 def read_flash_varlen(
@@ -72,15 +70,10 @@ def read_flash_varlen(
 def propose_torch_varlen(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]]:
     """What torch.nn.attention.varlen.varlen_attn would take."""
     found = hulls.sequences()
-    q_lengths, kv_lengths = found.end_to_end()
+    cu_q, cu_k, max_q, max_k = _packed(found, device)
     window = _sizes(found.left, found.right)
-    yield {
-        "cu_seq_q": _starts(q_lengths, device),
-        "cu_seq_k": _starts(kv_lengths, device),
-        "max_q": int(q_lengths.max()),
-        "max_k": int(kv_lengths.max()),
-        **({} if window == _NO_WINDOW else {"window_size": window}),
-    }
+    packed = {"cu_seq_q": cu_q, "cu_seq_k": cu_k, "max_q": max_q, "max_k": max_k}
+    yield packed if window == _NO_WINDOW else {**packed, "window_size": window}
 
 
 def read_torch_varlen(
@@ -185,6 +178,18 @@ def _varlen(
         kv_stop = kv_start + kept
     name = f"{library}({len(q_starts)} sequences, {_said(left, right)})"
     return PackedWindows(name, q_starts, kv_start, kv_stop, kv_total, *as_flash_counts(left, right, most[1]))
+
+
+def _packed(found: Sequences, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    """Where queries and keys of sequences start, and the most of each, which a window to the right counts by."""
+    q_lengths, kv_lengths = found.end_to_end()
+    max_q, max_k = int(q_lengths.max()), int(kv_lengths.max())
+    starts = (_starts(lengths, device) for lengths in (q_lengths, kv_lengths))
+    if found.right is not None:
+        max_k = max(max_k, found.right + 1)
+    elif found.left is not None:
+        max_k = max(max_k, max_q)
+    return (*starts, max_q, max_k)
 
 
 def _lengths(name: str, value: Any) -> Tensor:

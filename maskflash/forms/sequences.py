@@ -69,7 +69,7 @@ class Hulls(NamedTuple):
         ahead = torch.arange(batch)[:, None] * self.kv_len
         start, stop = (self.start + ahead).flatten(), (self.stop + ahead).flatten()
         first = _first_of_runs(start, stop, some, q_len)
-        last = pad(first[1:], (0, 1), value=len(start)) - 1
+        last = pad(first[1:], (0, 1), value=len(start))[: len(first)] - 1
         # Keys ascend, whatever the rows: those of a run come after those before it, and a row without keys has none.
         kv_stop = torch.where(some[first], torch.maximum(start[first], stop[last]), 0)
         after = pad(kv_stop.cummax(0).values, (1, 0)) if len(first) else kv_stop.new_zeros(1)

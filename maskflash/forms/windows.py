@@ -39,7 +39,7 @@ def as_flash_counts(left: Side, right: Side, longest: int) -> tuple[Side, Side]:
     A size of so many keys or more is none. Beside a size to the left, none to the right is `longest` keys; that hides
     keys only from queries that come farther before all of them.
 
-    Source: Dao, flash-attention 2.8, `set_params_fprop`, `mha_fwd` and `mha_varlen_fwd` in csrc/flash_attn/flash_api.cpp.
+    Source: Dao, flash-attention 2.8, csrc/flash_attn/flash_api.cpp: `set_params_fprop`, `mha_fwd`, `mha_varlen_fwd`.
     """
     left, right = (None if size is None or size >= longest else size for size in (left, right))
     return left, longest if right is None and left is not None else right
@@ -188,7 +188,8 @@ class PackedWindows(_WindowMask):
             )
         if keys < self.kv_total:
             raise ArgumentError(
-                f"{sizes.operation}: batch * kv_len is {keys}, expected at least {self.kv_total}, the keys of {self.name}"
+                f"{sizes.operation}: batch * kv_len is {keys}, expected at least {self.kv_total}, the keys of "
+                f"{self.name}"
             )
         return {_Q_LEN: sizes.q_len, _KV_LEN: sizes.kv_len}
 

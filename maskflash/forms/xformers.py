@@ -163,9 +163,11 @@ def _packed(name: str, bias: _Bias, given: dict[str, Any], left: Side, right: Si
 
 def _fitting(left: Side, right: Side) -> list[tuple[str, _Bias]]:
     """The classes that have such a window, by name."""
-    kinds = ("full",) if left is None and right is None else ("causal",) if left is None and right == 0 else ("local",)
-    if left is not None and right == 0:
-        kinds = ("causal_local", "local")
+    kinds: tuple[Kind, ...] = ("local",)
+    if right == 0:
+        kinds = ("causal",) if left is None else ("causal_local", "local")  # of which some classes have only the latter
+    elif left is None and right is None:
+        kinds = ("full",)
     return [(name, bias) for kind in kinds for name, bias in BIASES.items() if bias.window == kind]
 
 
