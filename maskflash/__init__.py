@@ -41,7 +41,11 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
+    from maskflash.forms.block_rows import BlockRows, from_block_rows
+    from maskflash.forms.block_sparse import BlockSparse, from_block_sparse
     from maskflash.forms.flex import from_flex
+    from maskflash.forms.packed_mask import PackedMask, from_packed_mask
+    from maskflash.forms.prefix_ranges import PrefixRanges, from_prefix_ranges
     from maskflash.forms.row_intervals import RowIntervals
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.sight import Sight
@@ -56,6 +60,8 @@ __all__ = [
     "Attention",
     "BackendError",
     "BlockMap",
+    "BlockRows",
+    "BlockSparse",
     "ColumnIntervals",
     "Comparison",
     "DenseMaskWarning",
@@ -64,6 +70,8 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "PackedMask",
+    "PrefixRanges",
     "RowIntervals",
     "Score",
     "Sight",
@@ -77,7 +85,11 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_block_rows",
+    "from_block_sparse",
     "from_flex",
+    "from_packed_mask",
+    "from_prefix_ranges",
     "full",
     "global_tokens",
     "implies",
@@ -98,14 +110,22 @@ __all__ = [
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
 _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
+    "BlockRows": "maskflash.forms.block_rows",
+    "BlockSparse": "maskflash.forms.block_sparse",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.op.explain",
+    "PackedMask": "maskflash.forms.packed_mask",
+    "PrefixRanges": "maskflash.forms.prefix_ranges",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
+    "from_block_rows": "maskflash.forms.block_rows",
+    "from_block_sparse": "maskflash.forms.block_sparse",
     "from_flex": "maskflash.forms.flex",
+    "from_packed_mask": "maskflash.forms.packed_mask",
+    "from_prefix_ranges": "maskflash.forms.prefix_ranges",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
 }

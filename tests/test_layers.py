@@ -56,7 +56,10 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "forms": ["flashmask", "flex", "row_intervals"],
+    "forms": [
+        *("flashmask", "tiled", "flex", "row_intervals", "sequences", "block_sparse", "packed_mask", "block_rows"),
+        "prefix_ranges",
+    ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
