@@ -42,7 +42,11 @@ if TYPE_CHECKING:
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
     from maskflash.forms.arguments import from_arguments
+    from maskflash.forms.block_rows import BlockRows, from_block_rows
+    from maskflash.forms.block_sparse import BlockSparse, from_block_sparse
     from maskflash.forms.flex import from_flex
+    from maskflash.forms.packed_mask import PackedMask, from_packed_mask
+    from maskflash.forms.prefix_ranges import PrefixRanges, from_prefix_ranges
     from maskflash.forms.row_intervals import RowIntervals
     from maskflash.forms.row_mask import from_row_intervals
     from maskflash.forms.slices import Slices, from_slices
@@ -59,6 +63,8 @@ __all__ = [
     "Attention",
     "BackendError",
     "BlockMap",
+    "BlockRows",
+    "BlockSparse",
     "ColumnIntervals",
     "Comparison",
     "DenseMaskWarning",
@@ -67,6 +73,8 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "PackedMask",
+    "PrefixRanges",
     "RowIntervals",
     "Score",
     "Sight",
@@ -82,7 +90,11 @@ __all__ = [
     "equivalent",
     "flashmask_attention",
     "from_arguments",
+    "from_block_rows",
+    "from_block_sparse",
     "from_flex",
+    "from_packed_mask",
+    "from_prefix_ranges",
     "from_row_intervals",
     "from_slices",
     "full",
@@ -105,8 +117,12 @@ __all__ = [
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
 _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
+    "BlockRows": "maskflash.forms.block_rows",
+    "BlockSparse": "maskflash.forms.block_sparse",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.op.explain",
+    "PackedMask": "maskflash.forms.packed_mask",
+    "PrefixRanges": "maskflash.forms.prefix_ranges",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
     "Slices": "maskflash.forms.slices",
@@ -114,7 +130,11 @@ _LATER: Final = {
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
     "from_arguments": "maskflash.forms.arguments",
+    "from_block_rows": "maskflash.forms.block_rows",
+    "from_block_sparse": "maskflash.forms.block_sparse",
     "from_flex": "maskflash.forms.flex",
+    "from_packed_mask": "maskflash.forms.packed_mask",
+    "from_prefix_ranges": "maskflash.forms.prefix_ranges",
     "from_row_intervals": "maskflash.forms.row_mask",
     "from_slices": "maskflash.forms.slices",
     "implies": "maskflash.masks.compare",

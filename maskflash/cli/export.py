@@ -86,13 +86,13 @@ _MADE: Final[dict[str, Callable[[Sight, tuple[int, int]], Any]]] = {
 def _parts(prefix: str, form: Any) -> Iterator[tuple[str, Any]]:
     """The named parts of a form, those of its parts with their names before them; none that isn't there."""
     if isinstance(form, dict):
-        named = form.items()
-    elif isinstance(form, tuple) and hasattr(form, "_fields"):
-        named = zip(form._fields, form, strict=True)
+        named: Form = form
+    elif hasattr(form, "_asdict"):
+        named = form._asdict()
     else:
-        named = ((field.name, getattr(form, field.name)) for field in fields(form))
-    for name, value in named:
-        if isinstance(value, dict) or is_dataclass(value) or hasattr(value, "_fields"):
+        named = {field.name: getattr(form, field.name) for field in fields(form)}
+    for name, value in named.items():
+        if isinstance(value, dict) or is_dataclass(value) or hasattr(value, "_asdict"):
             yield from _parts(f"{prefix}{name}.", value)
         elif value is not None and not callable(value):
             yield f"{prefix}{name}", value

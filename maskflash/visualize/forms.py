@@ -60,8 +60,8 @@ def draw_slices(slices: Slices, q_len: int, kv_len: int, *, ax: Axes | None = No
         shapes.setdefault(kind, []).append(_shape(q_range, k_range, kind))
     handles, names = [], list(slices.counts)
     for kind, found in sorted(shapes.items()):
-        style = {"facecolor": f"{_COLOURS[kind]}40", "edgecolor": _COLOURS[kind], "linewidth": 1.2}
-        drawn = PolyCollection(found, **style, label=f"{len(found):,} {names[kind]}")
+        colour, label = _COLOURS[kind], f"{len(found):,} {names[kind]}"
+        drawn = PolyCollection(found, facecolor=f"{colour}40", edgecolor=colour, linewidth=1.2, label=label)
         handles.append(ax.add_collection(drawn))
     if legend and handles:
         ax.legend(handles=handles, loc="upper right", framealpha=0.9)
