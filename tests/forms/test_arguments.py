@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.bias import CausalBias, CausalVariant, causal_lower_right, causal_upper_left
 from torch.nn.attention.varlen import varlen_attn
@@ -183,6 +183,7 @@ WINDOW = st.tuples(st.integers(-1, 7), st.integers(-1, 7))
 
 @settings(max_examples=80)
 @given(LENGTH, LENGTH, st.booleans(), WINDOW)
+@example(3, 1, False, (0, 1))  # as many keys to the right as there are: none, but not beside a size to the left
 def test_whatever_flash_attn_takes_is_found_again(q_len, kv_len, causal, window_size):
     mask = mf.from_arguments("flash_attn", causal=causal, window_size=window_size)
     want = flash_attn((2, q_len, kv_len), causal, window_size)
@@ -192,6 +193,8 @@ def test_whatever_flash_attn_takes_is_found_again(q_len, kv_len, causal, window_
 
 @settings(max_examples=50)
 @given(lengths(), st.booleans(), WINDOW, st.integers(0, 3), st.sampled_from(VARLEN))
+@example([[0, 4], [0, 2]], False, (0, -1), 1, "flash_attn_varlen")  # all of whose ends are in sight of all queries
+@example([[3], [1]], False, (0, 1), 1, "torch_varlen")
 def test_whatever_varlen_takes_is_found_again(sequences, causal, window_size, room, library):
     q, k = sequences
     cu = {"cu_seqlens_q": starts(q), "cu_seqlens_k": starts(k)}
