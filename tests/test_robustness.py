@@ -278,6 +278,7 @@ CALLS = {
     CAUSAL.block_map: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_flashmask: {**SIZED, "causal": (None, NONE | FLAG)},
     CAUSAL.to_row_intervals: SIZED,
+    CAUSAL.to_slices: SIZED,
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
@@ -294,6 +295,16 @@ CALLS = {
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.invalidate: {},
     mf.from_flex: {"block_mask": (CAUSAL.to_block_mask(4, 4), set())},
+    mf.from_row_intervals: {
+        "intervals": (CAUSAL.to_row_intervals(4, 4).to_cudnn(), set()),
+        "kv_len": (4, set()),
+        "batch": (1, {"1", "numpy int"}),
+    },
+    mf.from_slices: {
+        "q_ranges": (torch.tensor([[0, 4]]), set()),
+        "k_ranges": (torch.tensor([[0, 4]]), set()),
+        "types": (torch.tensor([1]), NONE),
+    },
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),
         "q_len": (4, {"3"}),

@@ -1,7 +1,7 @@
 """What each query sees, as intervals of keys or as cuDNN's endpoints -> a mask that looks it up.
 
-    visible = start[q] <= kv < stop[q]                               where a row has one interval at most
-    visible = start[0, q] <= kv < stop[0, q] or start[1, q] <= ...   where rows have several, the last of some empty
+visible = start[q] <= kv < stop[q]                               where a row has one interval at most
+visible = start[0, q] <= kv < stop[0, q] or start[1, q] <= ...   where rows have several, the last of some empty
 """
 
 from __future__ import annotations
@@ -188,10 +188,12 @@ def _check(intervals: RowIntervals, kv_len: int | None, batch: int) -> None:
 
 
 def _of_endpoints(ends: Tensor, kv_len: int | None, batch: int) -> RowIntervals:
-    """cuDNN's endpoints as row intervals; those that touch are one."""
+    """Endpoints as cuDNN takes them -> row intervals; those that touch are one."""
     call = "from_row_intervals"
     if kv_len is None:
-        raise ArgumentTypeError(f"{call}: kv_len is missing; a tensor of endpoints does not say how many keys there are")
+        raise ArgumentTypeError(
+            f"{call}: kv_len is missing; a tensor of endpoints does not say how many keys there are"
+        )
     kv_len = arguments.length(call, "kv_len", kv_len)
     batch = arguments.length(call, "batch", batch, low=1)
     table = arguments.int_table(call, "intervals", ends, (3,))

@@ -38,10 +38,9 @@ _MOST_TOKENS: Final = 2**31 - 1  # of all batch rows together
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slices:
-    """Disjoint slices whose union is a mask, by their first query and key, as MagiAttention's
-    `flex_flash_attn_func` takes them: q_ranges, k_ranges and attn_type_map.
+    """Disjoint slices whose union is a mask, in the order of their first queries and keys.
 
-    Query q of batch row b is token b*q_len + q, and key kv is token b*kv_len + kv.
+    MagiAttention's `flex_flash_attn_func` takes them as they are: q_ranges, k_ranges, and types as attn_type_map. Query q of batch row b is token b*q_len + q, and key kv is token b*kv_len + kv.
 
     Attributes:
         q_ranges: (slices, 2) int32, first query of each, and one past its last.
@@ -155,7 +154,8 @@ def _chains(row: Tensor, start: Tensor, stop: Tensor, keys: int) -> tuple[Tensor
         if torch.equal(further, chain):
             break
         chain = further
-    order = chain.argsort(stable=True)
+    sorted_already = bool((chain[1:] >= chain[:-1]).all())
+    order = torch.arange(len(row)) if sorted_already else chain.argsort(stable=True)
     return order, linked[order], (2 * right + longer)[order]
 
 

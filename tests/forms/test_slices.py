@@ -34,8 +34,10 @@ def decoded(slices, queries, keys):
 
 def along_tokens(dense):
     """Batch rows, of one head, one after the other along queries and keys."""
-    return torch.block_diag(*dense.int()).bool() if dense.numel() else dense.new_zeros(
-        len(dense) * dense.shape[1], len(dense) * dense.shape[2]
+    return (
+        torch.block_diag(*dense.int()).bool()
+        if dense.numel()
+        else dense.new_zeros(len(dense) * dense.shape[1], len(dense) * dense.shape[2])
     )
 
 
