@@ -288,6 +288,7 @@ CALLS = {
         "kv_len": (4, INTS - {"3", "1", "numpy int"} | {"object"}),
         "q_offset": (0, {"0"}),
     },
+    CAUSAL.to_slices: SIZED,
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
@@ -328,6 +329,15 @@ CALLS = {
     mf.from_prefix_ranges: {
         "mm_prefix_range": (None, NONE),
         "sliding_window": (None, NONE | INTS),
+    mf.from_row_intervals: {
+        "intervals": (CAUSAL.to_row_intervals(4, 4).to_cudnn(), set()),
+        "kv_len": (4, set()),
+        "batch": (1, {"1", "numpy int"}),
+    },
+    mf.from_slices: {
+        "q_ranges": (torch.tensor([[0, 4]]), set()),
+        "k_ranges": (torch.tensor([[0, 4]]), set()),
+        "types": (torch.tensor([1]), NONE),
     },
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),
