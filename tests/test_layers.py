@@ -58,7 +58,7 @@ ORDER = {
     "presets": ["documents", "basic", "packed", "sparse"],
     "forms": [
         *("flashmask", "tiled", "flex", "row_intervals", "sequences", "block_sparse", "packed_mask", "block_rows"),
-        "prefix_ranges",
+        *("prefix_ranges", "cute"),
     ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],

@@ -282,6 +282,7 @@ CALLS = {
     CAUSAL.to_block_sparse: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_block_rows: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_packed_mask: SIZED,
+    CAUSAL.to_cute: SIZED,
     CAUSAL.to_prefix_ranges: {
         **SIZED,
         "kv_len": (4, INTS - {"3", "1", "numpy int"} | {"object"}),

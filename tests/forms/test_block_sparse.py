@@ -117,7 +117,9 @@ def test_lists_that_are_none_are_refused(message):
 
 def test_it_is_for_one_size():
     found = mf.from_block_sparse(FORWARD, mf.causal(), 64, 64)
-    with pytest.raises(mf.ArgumentError, match=r"the block-sparse form is for .* \(1, 1, 64, 64\), got \(1, 1, 32, 64\)"):
+    with pytest.raises(
+        mf.ArgumentError, match=r"the block-sparse form is for .* \(1, 1, 64, 64\), got \(1, 1, 32, 64\)"
+    ):
         found.dense(32, 64)
     with pytest.raises(mf.ArgumentTypeError, match="mask_block_cnt"):
         mf.from_block_sparse(object(), mf.causal(), 64, 64, block_size=16)
