@@ -118,6 +118,8 @@ class _Writer:
         self.tables: list[Tensor] = []
         self.scalars: list[tuple[str, Scalar]] = []
         self._problem = problem
+        offsets = {"b": 0, "h": 0, "q": problem.q_offset, "kv": problem.kv_offset}
+        self._natural = {name for name, x in offsets.items() if not isinstance(x, Tensor) and x >= 0}  # never negative
         self._names: list[str] = []
         self._place = 0  # of the node that is being written
 
@@ -270,13 +272,16 @@ class _Writer:
             return f"{self._to(node.dtype)}(0)"
         places = []
         for axis, arg in enumerate(node.args):
-            place, size = f"{name}_{axis}", f"{kind}({table}.shape[{axis}])"
-            self.lines += [
-                f"{place} = {self._value(arg, torch.int64)}",
-                f"{place} = cutlass.select_({place} < {kind}(0), {place} + {size}, {place})",
-                f"{place} = cutlass.max(cutlass.min({place}, {size} - {kind}(1)), {kind}(0))",
-            ]
-            places.append(f"cutlass.Int32({place})")
+            place, size, value = f"{name}_{axis}", f"{table}.shape[{axis}]", self._value(arg, torch.int64)
+            last = f"{kind}({size} - 1)"
+            if self.expr.nodes[arg].op in self._natural:
+                self.lines.append(f"{place} = cutlass.min({value}, {last})")
+            else:
+                self.lines += [
+                    f"{place} = cutlass.select_({value} < {kind}(0), {value} + {kind}({size}), {value})",
+                    f"{place} = cutlass.max(cutlass.min({place}, {last}), {kind}(0))",
+                ]
+            places.append(f"cutlass.Int32({place})" if self.wide else place)
         loaded = f"{table}[{', '.join(places) or '0'}]"
         return f"{loaded} != 0" if node.dtype == torch.bool else f"{self._to(node.dtype)}({loaded})"
 
