@@ -88,7 +88,7 @@ def to_cute(problem: Problem) -> CuteMask:
     Raises:
         UnsupportedMask: an operation that has no exact counterpart in CuTe, by name and place.
     """
-    writer = _Writer(problem)
+    writer = _CuteWriter(problem)
     result = writer.written()
     given = "batch, head, m_idx, n_idx, seqlen_info, aux_tensors" + ", aux_scalars" * bool(writer.scalars)
     lines = [
@@ -101,7 +101,7 @@ def to_cute(problem: Problem) -> CuteMask:
     return CuteMask("\n".join(lines) + "\n", tuple(writer.tables), tuple(writer.scalars))
 
 
-class _Writer:
+class _CuteWriter:
     """Writes a program's nodes in order.
 
     Attributes:

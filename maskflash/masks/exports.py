@@ -103,11 +103,12 @@ class Exports:
     def to_block_sparse(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockSparse:
         """FlashAttention 4's block-sparse tensors of this mask, at the cost of a block map.
 
-        What a block may be depends on the GPU. On Blackwell a forward block has a multiple of 256 queries (of 128 where
-        there are at most 128, or values have 256 dimensions) and of 128 keys. On Hopper it has a multiple of 64 queries
-        and just as many keys as a tile of its kernel: 128 up to a head dim of 128, or fewer by 16. Backward blocks have
-        a multiple of 128 queries (64 on Hopper) and 128 keys, or an even multiple on Blackwell from a head dim of 128
-        on. So (256, 128) is right for forward on Blackwell, (128, 128) on Hopper; backward may have a form of its own.
+        What a block may be depends on the kernel's tiles. Forward on Blackwell wants a multiple of 256 queries (of 128
+        for at most 128 queries, or values of 256 dimensions) and of 128 keys; on Hopper a multiple of 64 queries, and
+        128 keys up to a head dim of 128 (or fewer, in steps of 16). Backward wants a multiple of 128 queries and of 128
+        keys on Blackwell (an even one at a head dim of 192), of 128 queries and just 128 keys on Hopper up to a head
+        dim of 128. So (256, 128) serves forward on Blackwell, and (128, 128) Hopper. Forward and backward may come from
+        forms of different blocks. Other GPUs have no block-sparse kernels.
 
         Args:
             q_len: rows in tokens.

@@ -2,10 +2,7 @@
 
 from typing import NamedTuple
 
-import cutlass
 import torch
-from cutlass import cute
-from cutlass.cute.runtime import from_dlpack
 
 
 class Aux(NamedTuple):
@@ -15,16 +12,18 @@ class Aux(NamedTuple):
     scalars: tuple | None
 
 
-def ssa(number):
-    """An index as FlashAttention 4 passes it."""
-    held = cute.make_rmem_tensor(1, cutlass.Int32)
-    held[0] = number
-    return held.load()
-
-
 def computed(form, shape):
     """(B, H, q_len, kv_len) bool."""
+    import cutlass  # here, since this module is imported where the package is missing too
+    from cutlass import cute
+    from cutlass.cute.runtime import from_dlpack
+
     mask_mod = form.function()
+
+    def ssa(number):
+        held = cute.make_rmem_tensor(1, cutlass.Int32)
+        held[0] = number
+        return held.load()
 
     @cute.jit
     def run(out: cute.Tensor, aux: Aux):
