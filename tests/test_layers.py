@@ -58,7 +58,7 @@ ORDER = {
     "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
         *("flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences", "kernels"),
-        *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges"),
+        *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges", "cute"),
     ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
@@ -112,14 +112,7 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(
-        (f"masks/{asked}.py", f"forms/{name}")
-        for asked in ("sight", "exports")
-        for name in (
-            *("flashmask", "flex", "row_intervals", "slices", "arguments"),
-            *("block_sparse", "block_rows", "packed_mask", "prefix_ranges"),
-        )
-    ),
+    *((f"masks/{path}.py", f"forms/{name}") for path in ("sight", "exports") for name in ORDER["forms"]),
     ("masks/exports.py", "masks/columns"),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),
