@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 ORDER = {
     "": [
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
-        *("forms", "scores", "backends", "op"),
+        *("forms", "scores", "backends", "engines", "op"),
         "api",
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
@@ -56,7 +56,7 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "forms": ["flashmask", "flex", "row_intervals"],
+    "forms": ["modifiers", "flashmask", "flex", "row_intervals"],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
