@@ -58,6 +58,7 @@ ORDER = {
     "presets": ["documents", "basic", "packed", "sparse"],
     "forms": ["modifiers", "flashmask", "flex", "row_intervals"],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "engines": ["engine", "flex", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),

@@ -48,7 +48,7 @@ def modifier(
         dtype. It looks at no index first: a look-up out of range reads what lies at the edge.
     """
     moves = tuple("each" if isinstance(x, Tensor) else "all" if x else "" for x in (q_offset, kv_offset))
-    offsets = [_number(x, device) if move == "all" else x for x, move in zip((q_offset, kv_offset), moves, strict=True)]
+    offsets = [x if isinstance(x, Tensor) else _number(x, device) for x in (q_offset, kv_offset)]
     numbers = [_number(value, device) for value in inputs.params]
     made: Modifier = _maker(expr.text, *moves)(*offsets, numbers, list(inputs.tables))
     return made
