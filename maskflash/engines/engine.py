@@ -203,7 +203,7 @@ class Engine(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Out and lse, without gradients."""
         with torch.no_grad():
-            return self.differentiable(prepared, problem, q, k, v, strength)
+            return self.differentiable(prepared, problem, q.detach(), k.detach(), v.detach(), strength)
 
     def backward(
         self,

@@ -49,16 +49,14 @@ def of_block_map(block_map: BlockMap, mask_mod: MaskMod, device: torch.device) -
     for axis, length, size in zip((2, 3), lengths, block_map.block_size, strict=True):
         if length % size:
             kinds.narrow(axis, length // size, 1).clamp_(max=PARTIAL)
-    count, indices = _listed(kinds == PARTIAL)
-    full_count, full_indices = _listed(kinds == FULL)
-    return BlockMask.from_kv_blocks(
-        count,
-        indices,
-        full_count,
-        full_indices,
+    rows = *_listed(kinds == PARTIAL), *_listed(kinds == FULL)
+    columns = *_listed(kinds.mT == PARTIAL), *_listed(kinds.mT == FULL)
+    return BlockMask(
+        lengths,
+        *rows,
+        *columns,
         BLOCK_SIZE=block_map.block_size,
         mask_mod=mask_mod,
-        seq_lengths=lengths,
     )
 
 
