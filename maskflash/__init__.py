@@ -41,8 +41,15 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
+    from maskflash.forms.arguments import from_arguments
+    from maskflash.forms.block_rows import BlockRows, from_block_rows
+    from maskflash.forms.block_sparse import BlockSparse, from_block_sparse
     from maskflash.forms.flex import from_flex
+    from maskflash.forms.packed_mask import PackedMask, from_packed_mask
+    from maskflash.forms.prefix_ranges import PrefixRanges, from_prefix_ranges
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.row_mask import from_row_intervals
+    from maskflash.forms.slices import Slices, from_slices
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
@@ -56,6 +63,8 @@ __all__ = [
     "Attention",
     "BackendError",
     "BlockMap",
+    "BlockRows",
+    "BlockSparse",
     "ColumnIntervals",
     "Comparison",
     "DenseMaskWarning",
@@ -64,9 +73,12 @@ __all__ = [
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "PackedMask",
+    "PrefixRanges",
     "RowIntervals",
     "Score",
     "Sight",
+    "Slices",
     "UnsupportedMask",
     "Why",
     "attention",
@@ -77,7 +89,14 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_arguments",
+    "from_block_rows",
+    "from_block_sparse",
     "from_flex",
+    "from_packed_mask",
+    "from_prefix_ranges",
+    "from_row_intervals",
+    "from_slices",
     "full",
     "global_tokens",
     "implies",
@@ -98,14 +117,26 @@ __all__ = [
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
 _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
+    "BlockRows": "maskflash.forms.block_rows",
+    "BlockSparse": "maskflash.forms.block_sparse",
     "Comparison": "maskflash.masks.compare",
     "Explanation": "maskflash.op.explain",
+    "PackedMask": "maskflash.forms.packed_mask",
+    "PrefixRanges": "maskflash.forms.prefix_ranges",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
+    "Slices": "maskflash.forms.slices",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
+    "from_arguments": "maskflash.forms.arguments",
+    "from_block_rows": "maskflash.forms.block_rows",
+    "from_block_sparse": "maskflash.forms.block_sparse",
     "from_flex": "maskflash.forms.flex",
+    "from_packed_mask": "maskflash.forms.packed_mask",
+    "from_prefix_ranges": "maskflash.forms.prefix_ranges",
+    "from_row_intervals": "maskflash.forms.row_mask",
+    "from_slices": "maskflash.forms.slices",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
 }

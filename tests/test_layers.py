@@ -56,7 +56,20 @@ ORDER = {
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
-    "forms": ["modifiers", "flashmask", "flex", "row_intervals"],
+    "forms": [
+        *(
+            "modifiers",
+            "flashmask",
+            "row_intervals",
+            "headless",
+            "row_mask",
+            "slices",
+            "windows",
+            "sequences",
+            "kernels",
+        ),
+        *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges"),
+    ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
     "engines": ["engine", "flex", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
@@ -85,8 +98,20 @@ ORDER = {
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
-    "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
-    "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "bench", "warm", "doctor"],
+    "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],
+    "cli": [
+        "parser",
+        "traffic",
+        "expression",
+        "masks",
+        "terminal",
+        "show",
+        "explain",
+        "export",
+        "bench",
+        "warm",
+        "doctor",
+    ],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
@@ -97,9 +122,15 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals")),
+    *(
+        (f"masks/{asked}.py", f"forms/{name}")
+        for asked in ("sight", "exports")
+        for name in (
+            *("flashmask", "flex", "row_intervals", "slices", "arguments"),
+            *("block_sparse", "block_rows", "packed_mask", "prefix_ranges"),
+        )
+    ),
     ("masks/exports.py", "masks/columns"),
-    ("masks/exports.py", "forms/row_intervals"),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),
     *(

@@ -240,6 +240,7 @@ BY_NAME = mf.mask(lambda b, h, q, kv, *, doc: q >= kv)  # what a function does w
 CAUSAL, ATTN = mf.causal(), mf.compile(mf.causal())
 MAP = CAUSAL.block_map(4, 4, block_size=2)
 VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
+BLOCKS_OF_CAUSAL = CAUSAL.to_block_sparse(4, 4, block_size=2)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
 SEEDS = {"-1", "tensor of one", *SIZES}
 CALL = {
@@ -278,6 +279,15 @@ CALLS = {
     CAUSAL.block_map: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_flashmask: {**SIZED, "causal": (None, NONE | FLAG)},
     CAUSAL.to_row_intervals: SIZED,
+    CAUSAL.as_arguments: {**SIZED, "library": ("flash_attn_varlen", set())},
+    CAUSAL.to_block_sparse: {**SIZED, "block_size": (2, BLOCKS)},
+    CAUSAL.to_block_rows: {**SIZED, "block_size": (2, BLOCKS)},
+    CAUSAL.to_packed_mask: SIZED,
+    CAUSAL.to_prefix_ranges: {
+        **SIZED,
+        "kv_len": (4, INTS - {"3", "1", "numpy int"} | {"object"}),
+        "q_offset": (0, {"0"}),
+    },
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
@@ -293,7 +303,32 @@ CALLS = {
     mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.invalidate: {},
+    mf.from_arguments: {"library": ("sdpa", set())},
     mf.from_flex: {"block_mask": (CAUSAL.to_block_mask(4, 4), set())},
+    mf.from_block_sparse: {
+        "tensors": (BLOCKS_OF_CAUSAL.forward, set()),
+        "mask_mod": (CAUSAL, set()),
+        **dict.fromkeys(("q_len", "kv_len"), (4, {"3"})),
+        "block_size": (None, NONE | {"pair", "numpy int"}),
+    },
+    mf.from_block_rows: {
+        "indptr": (torch.tensor([0, 1, 2]), set()),
+        "indices": (torch.tensor([0, 1]), {"list"}),
+        "M": (4, {"3"}),
+        "N": (4, set()),
+        "block_size": (2, {"numpy int", "pair"}),
+        "mask": (None, NONE),
+        "packed_mask": (None, NONE),
+    },
+    mf.from_packed_mask: {
+        "packed": (torch.ones(2, dtype=torch.uint8), set()),
+        **dict.fromkeys(("q_len", "kv_len"), (4, {"3"})),
+        "batch": (1, {"1"}),
+    },
+    mf.from_prefix_ranges: {
+        "mm_prefix_range": (None, NONE),
+        "sliding_window": (None, NONE | INTS),
+    },
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),
         "q_len": (4, {"3"}),

@@ -20,6 +20,7 @@ OWN: Final = {
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
     "causal": "Mask.to_flashmask",
+    "library": "Mask.as_arguments",
     "self": "Python's methods",
 }
 """Arguments of ours, by what takes them: a mask's own arguments have other names."""

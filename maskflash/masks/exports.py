@@ -12,7 +12,12 @@ from maskflash.ground.arguments import BlockSize
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from maskflash.forms.block_rows import BlockRows
+    from maskflash.forms.block_sparse import BlockSparse
+    from maskflash.forms.packed_mask import PackedMask
+    from maskflash.forms.prefix_ranges import PrefixRanges
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.slices import Slices
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.sight import Sight
 
@@ -94,3 +99,161 @@ class Exports:
             [[(0, 1)], [(0, 2)], [(0, 3)], [(0, 1), (2, 4)]]
         """
         return self.at_call("Mask.to_row_intervals", q_len, kv_len, call).to_row_intervals()
+
+    def to_slices(self, q_len: int, kv_len: int, **call: Any) -> Slices:
+        """MagiAttention's slices of this mask, found from what its rows see: disjoint, and few.
+
+        A document is one slice, whether causal or not; a causal window is two. Batch rows lie one after the other along
+        queries and along keys, as in a packed call.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            q_ranges and k_ranges, and a type for each slice.
+
+        Raises:
+            UnsupportedMask: heads that see different keys, with the first such row.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal, document, sliding_window
+            >>> (causal() & document([300, 724])).to_slices(1024, 1024).k_ranges
+            tensor([[   0,  300],
+                    [ 300, 1024]], dtype=torch.int32)
+            >>> sliding_window(100).to_slices(1024, 1024)
+            Slices(1 causal, 1 bi-causal)
+        """
+        return self.at_call("Mask.to_slices", q_len, kv_len, call).to_slices()
+
+    def as_arguments(self, library: str, q_len: int, kv_len: int, **call: Any) -> dict[str, Any]:
+        """What a library's attention call takes for this mask, where its kernels have just this one.
+
+        What rows see decides, so any mask that shows the same pairs has the same arguments, however it is written. They
+        are for the rows of the tensors themselves, whatever the offsets, and the plainest that there are: a window that
+        hides nothing is none.
+
+        Args:
+            library: "flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa" or "xformers": see `from_arguments`.
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            The library's own arguments by name, tensors on the call's device. Those for packed sequences count tokens
+            through the batch rows: for q and k of (B, S, H, D) they are those of `flatten(0, 1)`. Queries that see
+            nothing, and keys that nobody sees, are sequences of queries or keys alone.
+
+        Raises:
+            UnsupportedMask: the library has no such arguments; the first pair that the nearest treat otherwise, and
+                which kernels would take the mask.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal, document, mask
+            >>> mask(lambda b, h, q, kv: q - 100 <= kv <= q).as_arguments("flash_attn", 4096, 4096)
+            {'causal': True, 'window_size': (100, 0)}
+            >>> packed = (causal() & document([300, 724])).as_arguments("flash_attn_varlen", 1024, 1024)
+            >>> packed["cu_seqlens_q"].tolist(), packed["max_seqlen_q"], packed["causal"]
+            ([0, 300, 1024], 724, True)
+        """
+        return self.at_call("Mask.as_arguments", q_len, kv_len, call).as_arguments(library)
+
+    def to_block_sparse(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockSparse:
+        """FlashAttention 4's block-sparse tensors of this mask, at the cost of a block map.
+
+        What a block may be depends on the GPU. On Blackwell a forward block has a multiple of 256 queries (of 128 where
+        there are at most 128, or values have 256 dimensions) and of 128 keys. On Hopper it has a multiple of 64 queries
+        and just as many keys as a tile of its kernel: 128 up to a head dim of 128, or fewer by 16. Backward blocks have
+        a multiple of 128 queries (64 on Hopper) and 128 keys, or an even multiple on Blackwell from a head dim of 128
+        on. So (256, 128) is right for forward on Blackwell, (128, 128) on Hopper; backward may have a form of its own.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            block_size: tokens per block, one number or (q_tokens, kv_tokens).
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Returns:
+            Counts and indices of partial and full blocks, `forward` and `backward`.
+
+        Raises:
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal
+            >>> form = causal().to_block_sparse(512, 512)
+            >>> form.forward.mask_block_cnt.tolist(), form.forward.full_block_cnt.tolist()
+            ([[[1, 1, 1, 1]]], [[[0, 1, 2, 3]]])
+            >>> form.backward.full_block_idx[0, 0].tolist()
+            [[1, 2, 3], [2, 3, 0], [3, 0, 0], [0, 0, 0]]
+        """
+        return self.at_call("Mask.to_block_sparse", q_len, kv_len, call).to_block_sparse(block_size)
+
+    def to_block_rows(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockRows:
+        """FlashInfer's block-sparse rows of this mask: which blocks, and packed bits where a block is partial.
+
+        Bits are of all pairs of the listed blocks, full ones too. They are set by what rows see, not by pairs.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            block_size: (R, C), queries and keys of a block, or one number for both.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Raises:
+            UnsupportedMask: heads differ, or there are more than 2³¹ - 1 bytes of bits.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal
+            >>> form = causal().to_block_rows(4, 4, block_size=2)
+            >>> form.indptr.tolist(), form.indices.tolist(), [f"{byte:08b}" for byte in form.packed_mask.tolist()]
+            ([0, 1, 3], [0, 0, 1], ['00001101', '11110111'])
+        """
+        return self.at_call("Mask.to_block_rows", q_len, kv_len, call).to_block_rows(block_size)
+
+    def to_packed_mask(self, q_len: int, kv_len: int, **call: Any) -> PackedMask:
+        """FlashInfer's packed custom mask of this mask: a bit for each pair, so N² bits by nature.
+
+        They are set by what rows see, not by pairs. 65,536 x 65,536 pairs take 512 MiB.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Raises:
+            UnsupportedMask: heads differ, or there are more than 2³¹ - 1 bytes.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import causal
+            >>> [f"{byte:08b}" for byte in causal().to_packed_mask(3, 5).packed.tolist()]
+            ['01100001', '00011100']
+        """
+        return self.at_call("Mask.to_packed_mask", q_len, kv_len, call).to_packed_mask()
+
+    def to_prefix_ranges(self, q_len: int, kv_len: int, **call: Any) -> PrefixRanges:
+        """This mask as a window and bidirectional ranges, as vLLM takes them for images: decided exactly.
+
+        The ranges are of key positions, and the queries are the last ones, whatever the offsets.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Raises:
+            UnsupportedMask: no window and ranges show what a row sees, the first of them; or heads differ.
+            MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+
+        Example:
+            >>> from maskflash import mask, sliding_window
+            >>> image = mask(lambda b, h, q, kv: 2 <= q < 6 and 2 <= kv < 6)
+            >>> (sliding_window(2) | image).to_prefix_ranges(9, 9)
+            PrefixRanges(sliding_window=3, mm_prefix_range=tensor([[[2, 5]]], dtype=torch.int32))
+        """
+        return self.at_call("Mask.to_prefix_ranges", q_len, kv_len, call).to_prefix_ranges()

@@ -14,7 +14,9 @@ from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
 from maskflash.engines.engine import Prepared
+from maskflash.errors import UnsupportedMask
 from maskflash.expr.format import format_expr
+from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
 
 if TYPE_CHECKING:
@@ -47,7 +49,15 @@ class Explanation:
     score: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data; `passes` says what the backend runs for each."""
+        """The same as plain data.
+
+        `passes` says what the backend runs for each, and `slices` of how many the mask would be for MagiAttention: see
+        `Mask.to_slices`; None where it has no such form.
+        """
+        return {**self._facts(), "slices": self._slices()}
+
+    def _facts(self) -> dict[str, Any]:
+        """What is known without asking the mask again."""
         problem, analysis = self.problem, self.analysis
         return {
             "mask": self.mask,
@@ -72,6 +82,12 @@ class Explanation:
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
             "passes": _passes(analysis.plan),
         }
+
+    def _slices(self) -> int | None:
+        try:
+            return len(find_slices(self.problem))
+        except UnsupportedMask:
+            return None
 
     def _rows(self) -> str | None:
         """The rows that column j sees, where they are an interval with a formula, and start at 0."""
@@ -106,7 +122,7 @@ class Explanation:
 
     def _told(self) -> dict[str, str]:
         """The facts as people read them."""
-        facts = self.to_dict()
+        facts = self._facts()
         rows, columns = facts["block_size"]
         tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
         reads = ", ".join(facts["reads"]) or "nothing"
