@@ -71,7 +71,7 @@ ORDER = {
         *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges"),
     ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
-    "engines": ["engine", "flex", "named"],
+    "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),

@@ -14,8 +14,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class Call(NamedTuple):
         learned: whether gradients of its tables may be asked for.
         sinks: whether there are any.
         dropout: whether there is any.
+        deterministic: whether the same inputs must give the same bits.
     """
 
     device: torch.device
@@ -55,6 +56,11 @@ class Call(NamedTuple):
     learned: bool = False
     sinks: bool = False
     dropout: bool = False
+    deterministic: bool = True
+
+
+Made = tuple[Any, int]
+"""What a library makes of a mask's form for one kind of call, and its bytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,16 +70,29 @@ class Prepared:
     Attributes:
         form: what the engine makes of it.
         counts: what it consists of, for people.
-        nbytes: bytes held.
+        of_form: bytes of the form.
         rows: which rows see anything, (B, H, q_len) bool; None where all do.
         columns: which columns are seen, (B, H, kv_len) bool; None where all are.
     """
 
     form: Any
     counts: dict[str, int]
-    nbytes: int
+    of_form: int
     rows: Tensor | None
     columns: Tensor | None
+    _made: dict[Hashable, Made] = field(default_factory=dict)
+
+    def made(self, kind: Hashable, make: Callable[[], Made]) -> Any:
+        """What the engine's library makes of the form for one kind of call: at the first, and then kept."""
+        if kind not in self._made:
+            self._made[kind] = make()
+        return self._made[kind][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held so far."""
+        tokens = sum(x.nbytes for x in (self.rows, self.columns) if x is not None)
+        return self.of_form + tokens + sum(nbytes for _, nbytes in self._made.values())
 
 
 class Engine(ABC):
@@ -89,6 +108,7 @@ class Engine(ABC):
         with_gradients: the kinds of device on which it has a backward.
         with_lse: the kinds of device on which it returns lse.
         learns_from_lse: whether its backward takes the gradient of lse.
+        deterministic: whether its backward gives the same bits again.
     """
 
     name: ClassVar[str]
@@ -100,6 +120,7 @@ class Engine(ABC):
     with_gradients: ClassVar[tuple[str, ...]] = ("cuda",)
     with_lse: ClassVar[tuple[str, ...]] = ("cuda",)
     learns_from_lse: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this engine can't serve tensors on a device, with the fix; None where it can."""
@@ -138,9 +159,11 @@ class Engine(ABC):
             wrong = f"returns no lse on {kind}", "leave return_lse out"
         elif call.lse and call.gradients and not self.learns_from_lse:
             wrong = "has no gradient of lse", "leave return_lse out or detach q, k and v"
+        elif call.gradients and call.deterministic and not self.deterministic:
+            wrong = "adds gradients up in any order", "pass deterministic=False to compile"
         else:
             misfit = self.misfit(call)
-            wrong = None if misfit is None else (misfit, "pad q, k and v")
+            wrong = None if misfit is None else (misfit, "pad them with zeros, and keep the scale")
         if wrong is not None:
             what, fix = wrong
             raise BackendError(f'attention: the {self.name} engine {what}; {fix}, or let backend="auto" run the call')
@@ -182,7 +205,7 @@ class Engine(ABC):
             return Prepared(None, {}, 0, None, None)
         form, counts, nbytes = self.formed(found, problem)
         rows, columns = (_touched(found, rows=rows, device=problem.device) for rows in (True, False))
-        return Prepared(form, counts, nbytes + sum(x.nbytes for x in (rows, columns) if x is not None), rows, columns)
+        return Prepared(form, counts, nbytes, rows, columns)
 
     def differentiable(
         self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
@@ -254,6 +277,22 @@ def _touched(found: Seen, *, rows: bool, device: torch.device) -> Tensor | None:
         return None
     touched = visited.view(batch, heads, counts[axis]).repeat_interleave(size, dim=2)[:, :, :n]
     return (touched if known is None else touched & known).to(device)
+
+
+def by_tokens(x: Tensor) -> Tensor:
+    """(B, heads, tokens, n) as (B, tokens, heads, n), which most libraries take, and back; n is dense."""
+    turned = x.transpose(1, 2)
+    return turned if turned.stride(3) == 1 else turned.contiguous()
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU; (0, 0) of others."""
+    return (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(device)
+
+
+def dotted(found: tuple[int, int]) -> str:
+    """A compute capability as people write it."""
+    return ".".join(map(str, found))
 
 
 def _short(dtype: torch.dtype) -> str:

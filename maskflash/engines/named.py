@@ -6,11 +6,17 @@ from typing import Final
 
 import torch
 
+from maskflash.engines.cudnn import Cudnn
 from maskflash.engines.engine import Engine
+from maskflash.engines.fa4 import FlashAttention4
+from maskflash.engines.flashinfer import FlashInfer
 from maskflash.engines.flex import Flex
+from maskflash.engines.magi import Magi
 from maskflash.functions.slots import aside
 
-ENGINES: Final[dict[str, Engine]] = {engine.name: engine for engine in (Flex(),)}
+ENGINES: Final[dict[str, Engine]] = {
+    engine.name: engine for engine in (Flex(), Cudnn(), FlashAttention4(), Magi(), FlashInfer())
+}
 
 
 @aside

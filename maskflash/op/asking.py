@@ -129,6 +129,7 @@ class Asking:
             learned=any(spec.learned),
             sinks=spec.sinks is not None,
             dropout=spec.seed is not None,
+            deterministic=self.deterministic,
         )
         named[spec.backend].refuse(call)
 
