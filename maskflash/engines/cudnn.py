@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.seen import Seen
-from maskflash.engines.engine import Call, Engine, Made, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Call, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.row_intervals import find_row_intervals
 from maskflash.scores.strength import Strength
 
@@ -25,7 +25,7 @@ class Cudnn(Engine):
     """See the module."""
 
     name = "cudnn"
-    package = "cudnn"
+    package = "cudnn.flex_attention"
     install = 'pip install "nvidia-cudnn-frontend[cutedsl]"'
     form = "row intervals"
     dtypes: ClassVar = {"cuda": (torch.bfloat16, torch.float16)}
@@ -44,17 +44,15 @@ class Cudnn(Engine):
             f"takes multiples of 8 up to 128 as head dims, 192 with 128, or 256 with 256, got {dims[0]} with {dims[1]}"
         )
 
-    def formed(self, found: Seen, problem: Problem) -> tuple[Any, dict[str, int], int]:
+    def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
         """Endpoints of intervals, on the device."""
-        intervals = find_row_intervals(found.problem)
-        endpoints = intervals.to_cudnn()
-        if intervals.shape[0] < problem.batch:  # it wants columns for each batch row
-            endpoints = endpoints.repeat(1, 1, problem.batch)
-        endpoints = endpoints.to(problem.device)
-        return endpoints, {"intervals": len(intervals.start), "endpoints a row": endpoints.shape[1]}, endpoints.nbytes
+        intervals = find_row_intervals(problem.on_host())
+        endpoints = intervals.to_cudnn().to(problem.device)
+        counts = {"intervals": len(intervals.start), "endpoints a row": endpoints.shape[1]}
+        return Formed(endpoints, counts, endpoints.nbytes)
 
     def attend(
-        self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
+        self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """What `flex_attn_func` gives, of (B, tokens, heads, n)."""
         library = import_module("cudnn.flex_attention")
@@ -62,8 +60,7 @@ class Cudnn(Engine):
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
 
         def planned() -> Made:
-            made = library.create_mask_plan(prepared.form, q, k, v, build_backward=learning)
-            return made, 0
+            return Made(library.create_mask_plan(form, q, k, v, build_backward=learning), 0)
 
         plan = prepared.made((q.dtype, q.shape, k.shape, v.shape, learning), planned)
         out, lse = library.flex_attn_func(

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.triton.layout import without_hidden
@@ -59,40 +60,64 @@ class Call(NamedTuple):
     deterministic: bool = True
 
 
-Made = tuple[Any, int]
-"""What a library makes of a mask's form for one kind of call, and its bytes."""
+class Formed(NamedTuple):
+    """A mask in an engine's form.
+
+    Attributes:
+        form: what the engine makes of it.
+        counts: what it consists of, for people.
+        nbytes: bytes held.
+    """
+
+    form: Any
+    counts: dict[str, int]
+    nbytes: int
+
+
+class Made(NamedTuple):
+    """What a library makes of a form for one kind of call.
+
+    Attributes:
+        value: what it makes.
+        nbytes: bytes held.
+    """
+
+    value: Any
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """A mask in an engine's form, at the lengths of its calls. It holds none of the mask's tables.
 
+    A mask that doesn't look at b is analysed once for any number of batch rows. Most forms have an entry for each.
+
     Attributes:
-        form: what the engine makes of it.
-        counts: what it consists of, for people.
-        of_form: bytes of the form.
+        block_map: the mask's tiles.
+        counts: what the form consists of, for people.
         rows: which rows see anything, (B, H, q_len) bool; None where all do.
         columns: which columns are seen, (B, H, kv_len) bool; None where all are.
     """
 
-    form: Any
+    block_map: BlockMap
     counts: dict[str, int]
-    of_form: int
     rows: Tensor | None
     columns: Tensor | None
+    forms: dict[int, Formed]
     _made: dict[Hashable, Made] = field(default_factory=dict)
 
     def made(self, kind: Hashable, make: Callable[[], Made]) -> Any:
         """What the engine's library makes of the form for one kind of call: at the first, and then kept."""
         if kind not in self._made:
             self._made[kind] = make()
-        return self._made[kind][0]
+        return self._made[kind].value
 
     @property
     def nbytes(self) -> int:
         """Bytes held so far."""
         tokens = sum(x.nbytes for x in (self.rows, self.columns) if x is not None)
-        return self.of_form + tokens + sum(nbytes for _, nbytes in self._made.values())
+        forms = sum(formed.nbytes for formed in self.forms.values())
+        return tokens + forms + sum(made.nbytes for made in self._made.values())
 
 
 class Engine(ABC):
@@ -103,6 +128,7 @@ class Engine(ABC):
         package: the module that has to be there.
         install: how it gets there.
         form: the mask's form, in a word or two.
+        by_batch: whether the form has an entry for each batch row of a call.
         dtypes: what it takes, for each kind of device.
         scores: whether it takes score functions.
         with_gradients: the kinds of device on which it has a backward.
@@ -115,6 +141,7 @@ class Engine(ABC):
     package: ClassVar[str]
     install: ClassVar[str]
     form: ClassVar[str]
+    by_batch: ClassVar[bool] = True
     dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]]
     scores: ClassVar[bool] = False
     with_gradients: ClassVar[tuple[str, ...]] = ("cuda",)
@@ -124,7 +151,7 @@ class Engine(ABC):
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this engine can't serve tensors on a device, with the fix; None where it can."""
-        if importlib.util.find_spec(self.package) is None:
+        if not _is_installed(self.package):
             return f"{self.package} is not installed; `{self.install}`"
         if device.type not in self.dtypes:
             return f"it runs on {' or '.join(self.dtypes)} tensors, got {device.type}; move q, k and v"
@@ -173,8 +200,12 @@ class Engine(ABC):
         return None
 
     @abstractmethod
-    def formed(self, found: Seen, problem: Problem) -> tuple[Any, dict[str, int], int]:
-        """The mask in the engine's form, what that consists of, and the bytes it holds.
+    def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
+        """A mask in the engine's form, on the device.
+
+        Args:
+            block_map: the mask's tiles.
+            problem: the mask itself.
 
         Raises:
             UnsupportedMask: it has no such form.
@@ -182,12 +213,13 @@ class Engine(ABC):
 
     @abstractmethod
     def attend(
-        self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
+        self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """The engine's own attention, differentiable where it has a backward.
 
         Args:
-            prepared: the mask in its form.
+            form: the mask in its form.
+            prepared: what is kept between calls.
             problem: the mask itself, with the tables of the call.
             q: (B, Hq, Sq, D), nothing of it empty.
             k: (B, Hkv, Skv, D), Hkv divides Hq; tokens that nobody sees are zeros.
@@ -202,10 +234,13 @@ class Engine(ABC):
     def prepare(self, found: Seen, problem: Problem) -> Prepared:
         """A mask in the engine's form, and which of its tokens see and are seen."""
         if 0 in (problem.q_len, problem.kv_len):
-            return Prepared(None, {}, 0, None, None)
-        form, counts, nbytes = self.formed(found, problem)
+            return Prepared(found.block_map, {}, None, None, {})
+        formed = self.formed(found.block_map, problem)
         rows, columns = (_touched(found, rows=rows, device=problem.device) for rows in (True, False))
-        return Prepared(form, counts, nbytes, rows, columns)
+        return Prepared(found.block_map, formed.counts, rows, columns, {self._key(problem): formed})
+
+    def _key(self, problem: Problem) -> int:
+        return problem.batch if self.by_batch else 1
 
     def differentiable(
         self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
@@ -214,8 +249,11 @@ class Engine(ABC):
         if 0 in (q.numel(), k.shape[2]):
             out = q.new_zeros((*q.shape[:3], v.shape[3]))
             return out, q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+        key = self._key(problem)
+        if key not in prepared.forms:
+            prepared.forms[key] = self.formed(prepared.block_map, problem)
         k, v = without_hidden(prepared.columns, k, v)
-        out, lse = self.attend(prepared, problem, q, k, v, strength)
+        out, lse = self.attend(prepared.forms[key].form, prepared, problem, q, k, v, strength)
         if prepared.rows is not None:
             blind = ~prepared.rows
             out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -math.inf)
@@ -277,6 +315,14 @@ def _touched(found: Seen, *, rows: bool, device: torch.device) -> Tensor | None:
         return None
     touched = visited.view(batch, heads, counts[axis]).repeat_interleave(size, dim=2)[:, :, :n]
     return (touched if known is None else touched & known).to(device)
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a module is there; what it is in is imported to see that."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 def by_tokens(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The fa4 engine -> FlashAttention 4, with block-sparse tensors and the mask's own expression in CuTe's dialect.
 
-Which blocks it takes depends on the GPU, on the head dims and on the pass: see `blocks`. Source: flash_attn/cute/interface.py, `flash_attn_func`, and
-block_sparsity.py of flash-attn-4 4.0.0b36.
+Which blocks it takes depends on the GPU, on the head dims and on the pass: see `blocks`. Source: `flash_attn_func` in
+flash_attn/cute/interface.py, and block_sparsity.py, of flash-attn-4 4.0.0b36.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.seen import Seen
-from maskflash.engines.engine import Call, Engine, Made, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Call, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.block_sparse import BlockLists, to_block_sparse
-from maskflash.forms.cute import to_cute
 from maskflash.scores.strength import Strength
 
 Blocks = tuple[int, int]
@@ -30,6 +29,7 @@ class FlashAttention4(Engine):
     package = "flash_attn.cute"
     install = "pip install --pre flash-attn-4"
     form = "block-sparse tensors, and CuTe text"
+    by_batch = False
     dtypes: ClassVar = {"cuda": (torch.bfloat16, torch.float16)}
     deterministic = False
 
@@ -42,20 +42,26 @@ class FlashAttention4(Engine):
         """Which head dims it has kernels for, by GPU."""
         dims = call.head_dim, call.v_head_dim
         most = 256 if capability(call.device)[0] == 9 else 128
+        if most == 128 and dims == (256, 256) and call.gradients:
+            return "has no block-sparse backward for a head dim of 256 on Blackwell"
         if all(8 <= dim <= most and dim % 8 == 0 for dim in dims) or (most == 128 and dims in ((192, 128), (256, 256))):
             return None
         also = "" if most == 256 else ", 192 with 128, or 256 with 256"
         return f"takes multiples of 8 up to {most} as head dims{also}, got {dims[0]} with {dims[1]}"
 
-    def formed(self, found: Seen, problem: Problem) -> tuple[Any, dict[str, int], int]:
+    def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
         """The function's text; which blocks it needs depends on the head dims of a call."""
+        from maskflash.forms.cute import to_cute
+
         to_cute(problem)
-        return None, dict(found.block_map.counts), 0
+        return Formed(None, dict(block_map.counts), 0)
 
     def attend(
-        self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
+        self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """What `flash_attn_func` gives, of (B, tokens, heads, n)."""
+        from maskflash.forms.cute import to_cute
+
         library = import_module("flash_attn.cute")
         cute = to_cute(problem)  # of this call's tables and numbers
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -96,6 +102,6 @@ def _lists(prepared: Prepared, problem: Problem, size: Blocks, side: str) -> Any
         form = to_block_sparse(replace(problem, block_size=size))
         chosen: BlockLists = form.forward if side == "forward" else form.backward
         tensors = (x for x in chosen if isinstance(x, Tensor))
-        return library.BlockSparseTensorsTorch(**chosen._asdict()), sum(x.nbytes for x in tensors)
+        return Made(library.BlockSparseTensorsTorch(**chosen._asdict()), sum(x.nbytes for x in tensors))
 
     return prepared.made((side, size), listed)

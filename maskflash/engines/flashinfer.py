@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.seen import Seen
-from maskflash.engines.engine import Call, Engine, Made, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Call, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.block_rows import BlockRows, find_block_rows
 from maskflash.scores.strength import Strength
 
@@ -45,20 +45,19 @@ class FlashInfer(Engine):
             return None
         return f"takes a head dim of 64, 128 or 256, got {dims[0]} with {dims[1]}"
 
-    def formed(self, found: Seen, problem: Problem) -> tuple[Any, dict[str, int], int]:
+    def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
         """Blocks, which are the tiles of the problem, on the device."""
-        form = find_block_rows(problem)
-        tensors = form.indptr, form.indices, form.packed_mask, form.mask_indptr
-        return form, {"blocks": len(form.indices)}, sum(x.nbytes for x in tensors if x is not None)
+        rows = find_block_rows(problem)
+        tensors = rows.indptr, rows.indices, rows.packed_mask, rows.mask_indptr
+        return Formed(rows, {"blocks": len(rows.indices)}, sum(x.nbytes for x in tensors if x is not None))
 
     def attend(
-        self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
+        self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """What its wrapper's `run` gives, of (tokens, heads, n)."""
-        form: BlockRows = prepared.form
         batch, heads, q_len, dim = q.shape
         wrapper = prepared.made(
-            (q.dtype, heads, k.shape[1], dim, strength.scale), lambda: _planned(form, q, k, strength.scale)
+            (batch, q.dtype, heads, k.shape[1], dim, strength.scale), lambda: _planned(form, q, k, strength.scale)
         )
         rows, keys, values = (_on_blocks(x, n)[:most] for x, n, most in _sizes(form, q, k, v))
         out, lse = wrapper.run(rows, keys, values, return_lse=True)
@@ -81,7 +80,7 @@ def _planned(form: BlockRows, q: Tensor, k: Tensor, scale: float) -> Made:
         kv_data_type=k.dtype,
         o_data_type=q.dtype,
     )
-    return wrapper, _WORKSPACE
+    return Made(wrapper, _WORKSPACE)
 
 
 def _sizes(form: BlockRows, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, int, int]]:

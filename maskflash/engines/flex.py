@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.seen import Seen
-from maskflash.engines.engine import Engine, Prepared
+from maskflash.engines.engine import Engine, Formed, Prepared
 from maskflash.errors import BackendError
 from maskflash.forms.modifiers import modifier
 from maskflash.scores.strength import Strength
@@ -34,25 +34,26 @@ class Flex(Engine):
     package = "torch"
     install = "pip install torch"
     form = "BlockMask"
+    by_batch = False
     dtypes: ClassVar = dict.fromkeys(("cuda", "cpu"), (torch.float32, torch.bfloat16, torch.float16))
     scores = True
 
-    def formed(self, found: Seen, problem: Problem) -> tuple[Any, dict[str, int], int]:
+    def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
         """A BlockMask without its function, which holds tables."""
         from maskflash.forms.flex import of_block_map
 
-        block_mask = of_block_map(found.block_map, _no_function, problem.device)
+        block_mask = of_block_map(block_map, _no_function, problem.device)
         full, partial = block_mask.full_kv_num_blocks, block_mask.kv_num_blocks
         assert full is not None, "of_block_map lists them"
         counts = {"full tiles": int(full.sum()), "partial tiles": int(partial.sum())}
         tensors = (x for x in block_mask.as_tuple(flatten=True) if isinstance(x, Tensor))
-        return block_mask, counts, sum(x.nbytes for x in tensors)
+        return Formed(block_mask, counts, sum(x.nbytes for x in tensors))
 
     def attend(
-        self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
+        self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """FlexAttention's out and lse."""
-        block_mask, score, score_mod = copy.copy(prepared.form), strength.score, None
+        block_mask, score, score_mod = copy.copy(form), strength.score, None
         block_mask.mask_mod = modifier(
             problem.expr, problem.inputs, problem.q_offset, problem.kv_offset, problem.device
         )

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.seen import Seen
-from maskflash.engines.engine import Call, Engine, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Call, Engine, Formed, Prepared, by_tokens, capability, dotted
 from maskflash.forms.slices import find_slices
 from maskflash.scores.strength import Strength
 
@@ -37,24 +37,24 @@ class Magi(Engine):
     def misfit(self, call: Call) -> str | None:
         """Kernels of two head dims, one for q, k and v."""
         dims = call.head_dim, call.v_head_dim
-        return (
-            None if dims in ((64, 64), (128, 128)) else f"takes a head dim of 64 or 128, got {dims[0]} with {dims[1]}"
-        )
+        if dims in ((64, 64), (128, 128)):
+            return None
+        return f"takes a head dim of 64 or 128, got {dims[0]} with {dims[1]}"
 
-    def formed(self, found: Seen, problem: Problem) -> tuple[Any, dict[str, int], int]:
+    def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
         """Ranges and types, on the device."""
-        slices = find_slices(found.problem)
+        slices = find_slices(problem.on_host())
         tensors = tuple(x.to(problem.device) for x in (slices.q_ranges, slices.k_ranges, slices.types))
-        return tensors, {"slices": len(slices.types)}, sum(x.nbytes for x in tensors)
+        return Formed(tensors, {"slices": len(slices.types)}, sum(x.nbytes for x in tensors))
 
     def attend(
-        self, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
+        self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """What `flex_flash_attn_func` gives, of (tokens, heads, n)."""
         library = import_module("magi_attention.functional.flex_flash_attn")
         batch = q.shape[0]
         q, k, v = (by_tokens(x).flatten(0, 1) for x in (q, k, v))
-        q_ranges, k_ranges, types = prepared.form
+        q_ranges, k_ranges, types = form
         out, meta = library.flex_flash_attn_func(
             *(q, k, v, q_ranges, k_ranges, types), softmax_scale=strength.scale, deterministic=True
         )

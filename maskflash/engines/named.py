@@ -14,9 +14,8 @@ from maskflash.engines.flex import Flex
 from maskflash.engines.magi import Magi
 from maskflash.functions.slots import aside
 
-ENGINES: Final[dict[str, Engine]] = {
-    engine.name: engine for engine in (Flex(), Cudnn(), FlashAttention4(), Magi(), FlashInfer())
-}
+_ALL: Final = (Flex(), Cudnn(), FlashAttention4(), Magi(), FlashInfer())
+ENGINES: Final[dict[str, Engine]] = {engine.name: engine for engine in _ALL}
 
 
 @aside
