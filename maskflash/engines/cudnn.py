@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.engines.engine import Call, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Asked, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.row_intervals import find_row_intervals
 from maskflash.scores.strength import Strength
 
@@ -35,7 +35,7 @@ class Cudnn(Engine):
         found = capability(device)
         return None if found in _SERVED else f"it needs compute capability 9.0, 10.0 or 10.3, got {dotted(found)}"
 
-    def misfit(self, call: Call) -> str | None:
+    def misfit(self, call: Asked) -> str | None:
         """Which head dims cuDNN has kernels for."""
         dims = call.head_dim, call.v_head_dim
         if dims in ((192, 128), (256, 256)) or all(8 <= dim <= 128 and dim % 8 == 0 for dim in dims):

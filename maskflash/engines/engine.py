@@ -1,6 +1,6 @@
 """A call -> another library's kernel: what all engines share. Each says what it takes; the rest is refused by name.
 
-    Call       what a call asks for
+    Asked      what a call asks for
     Engine     what its library takes, how a mask becomes its form, and its own differentiable function
     Prepared   a mask in that form, kept between calls
 
@@ -30,7 +30,7 @@ from maskflash.errors import BackendError
 from maskflash.scores.strength import Gradients, Strength
 
 
-class Call(NamedTuple):
+class Asked(NamedTuple):
     """What a call asks for, as engines refuse it.
 
     Attributes:
@@ -161,7 +161,7 @@ class Engine(ABC):
         """Why it can't serve a GPU; None where it can."""
         return None
 
-    def refuse(self, call: Call) -> None:
+    def refuse(self, call: Asked) -> None:
         """Check that the engine can do what a call asks for.
 
         Raises:
@@ -195,7 +195,7 @@ class Engine(ABC):
             what, fix = wrong
             raise BackendError(f'attention: the {self.name} engine {what}; {fix}, or let backend="auto" run the call')
 
-    def misfit(self, call: Call) -> str | None:
+    def misfit(self, call: Asked) -> str | None:
         """What is wrong with the head dims of a call; None if nothing is."""
         return None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.engines.engine import Call, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Asked, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.block_sparse import BlockLists, to_block_sparse
 from maskflash.scores.strength import Strength
 
@@ -38,7 +38,7 @@ class FlashAttention4(Engine):
         found = capability(device)
         return None if found[0] in (9, 10, 11) else f"it needs compute capability 9, 10 or 11, got {dotted(found)}"
 
-    def misfit(self, call: Call) -> str | None:
+    def misfit(self, call: Asked) -> str | None:
         """Which head dims it has kernels for, by GPU."""
         dims = call.head_dim, call.v_head_dim
         most = 256 if capability(call.device)[0] == 9 else 128

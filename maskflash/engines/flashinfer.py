@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.engines.engine import Call, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Asked, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.block_rows import BlockRows, find_block_rows
 from maskflash.scores.strength import Strength
 
@@ -38,7 +38,7 @@ class FlashInfer(Engine):
         found = capability(device)
         return None if found >= (7, 5) else f"it needs compute capability 7.5 or later, got {dotted(found)}"
 
-    def misfit(self, call: Call) -> str | None:
+    def misfit(self, call: Asked) -> str | None:
         """Kernels of three head dims, one for q, k and v."""
         dims = call.head_dim, call.v_head_dim
         if dims[0] == dims[1] and dims[0] in (64, 128, 256):

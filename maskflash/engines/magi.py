@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
-from maskflash.engines.engine import Call, Engine, Formed, Prepared, by_tokens, capability, dotted
+from maskflash.engines.engine import Asked, Engine, Formed, Prepared, by_tokens, capability, dotted
 from maskflash.forms.slices import find_slices
 from maskflash.scores.strength import Strength
 
@@ -34,7 +34,7 @@ class Magi(Engine):
         found = capability(device)
         return None if found == (9, 0) else f"it needs compute capability 9.0, got {dotted(found)}"
 
-    def misfit(self, call: Call) -> str | None:
+    def misfit(self, call: Asked) -> str | None:
         """Kernels of two head dims, one for q, k and v."""
         dims = call.head_dim, call.v_head_dim
         if dims in ((64, 64), (128, 128)):

@@ -106,9 +106,9 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
 
     seen = classify(problem)
     if backend in ENGINES:
-        from maskflash.engines.named import ENGINES as named
+        from maskflash.engines import named
 
-        engine = named[backend]
+        engine = named.ENGINES[backend]
         return Analysis(seen.block_map, seen.decided, engine.prepare(seen, problem), backend, engine)
     if backend == "triton":
         from maskflash.backends.triton import run as triton

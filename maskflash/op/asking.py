@@ -117,11 +117,11 @@ class Asking:
         """Check that the engine of another library, where one was asked for, can do all of a call."""
         if spec.backend not in ENGINES:
             return
-        from maskflash.engines.engine import Call
-        from maskflash.engines.named import ENGINES as named
+        from maskflash.engines import named
+        from maskflash.engines.engine import Asked
 
         learning = torch.is_grad_enabled()
-        call = Call(
+        call = Asked(
             *(q.device, q.dtype, q.shape[3], v.shape[3]),
             gradients=learning and (q.requires_grad or k.requires_grad or v.requires_grad),
             lse=lse,
@@ -131,7 +131,7 @@ class Asking:
             dropout=spec.seed is not None,
             deterministic=self.deterministic,
         )
-        named[spec.backend].refuse(call)
+        named.ENGINES[spec.backend].refuse(call)
 
     def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
         """The score function in a call, as specs have it."""

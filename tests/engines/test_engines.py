@@ -81,6 +81,16 @@ def test_results_are_ours(name, library, mask, q_len, kv_len, offset):
     torch.testing.assert_close(found_lse, lse, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_without_b_serves_any_batch(name, library):
+    """It is analysed once, and its form has an entry for each batch row."""
+    library(name)
+    attn = mf.compile(mf.causal() & mf.document([3, 9]), backend=name, block_size=16)
+    for batch in (1, 3, 2, 1):
+        q, k, v = inputs(batch, 2, 2, 12, 12, DIMS[name])
+        torch.testing.assert_close(attn(q, k, v), mf.attention(q, k, v, attn.mask), rtol=1e-4, atol=1e-5)
+
+
 @mf.mask
 def packed(b, h, q, kv, *, doc):
     return q >= kv and doc[b, q] == doc[b, kv] and doc[b, q] >= 0
@@ -209,7 +219,7 @@ def test_what_flashinfer_is_called_with(library):
 @pytest.mark.parametrize("name", ["magi", "flashinfer"])
 def test_heads_that_differ_have_no_such_form(name, library):
     library(name)
-    with pytest.raises(mf.UnsupportedMask, match="row 0 of batch row 0 sees .* head 1"):
+    with pytest.raises(mf.UnsupportedMask, match=r"row 0 of batch row 0 sees .* head 1"):
         mf.attention(*inputs(1, 2, 2, 8, 8, 64), lambda b, h, q, kv: q >= kv + h, backend=name)
 
 
