@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 ORDER = {
     "": [
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
-        *("forms", "scores", "backends", "op"),
+        *("forms", "scores", "backends", "engines", "op"),
         "api",
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
@@ -57,10 +57,12 @@ ORDER = {
     ],
     "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
-        *("flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences", "kernels"),
-        *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges", "cute"),
+        *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
+        *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
+        *("prefix_ranges", "cute"),
     ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
