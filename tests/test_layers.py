@@ -28,6 +28,7 @@ ORDER = {
         "bounds",
         "simplify",
         "derivative",
+        "sequences",
     ],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
@@ -40,7 +41,7 @@ ORDER = {
     "analysis/ways": [
         *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "written"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "derived", "written"],
     "masks": [
         *(
             "lines",
@@ -51,13 +52,14 @@ ORDER = {
             "predicate",
             "dense",
             "columns",
+            "sequences",
             "compare",
             "why",
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse"],
     "forms": ["flashmask", "flex", "row_intervals"],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "sequences", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
@@ -72,6 +74,7 @@ ORDER = {
         "analyse",
         "explain",
         "checking",
+        "places",
         "cache",
         "later",
         "autograd",
@@ -80,6 +83,7 @@ ORDER = {
         "asking",
         "ahead",
         "inside",
+        "varlen",
         "attention",
     ],
     "flashmask": ["paper", "call"],
