@@ -1,4 +1,4 @@
-"""A mask of a batch of sequences -> the same mask of one row of packed tokens, each of which knows its sequence."""
+"""A mask of a batch of sequences -> the same mask of one row of packed tokens, which look theirs up."""
 
 from __future__ import annotations
 

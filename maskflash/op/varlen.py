@@ -1,12 +1,12 @@
 """Sequences packed end to end, or jagged nested tensors -> attention inside each sequence, by one call on their tokens.
 
-    q   (T, Hq, D)      a a a b b b b b     one batch row of all tokens, nothing padded, under the mask
-    k   (Tk, Hkv, D)    a a a a b b b       of q's sequence == kv's sequence and mask(sequence, h, place, place)
+q   (T, Hq, D)      a a a b b b b b     one batch row of all tokens, nothing padded, under the mask
+k   (Tk, Hkv, D)    a a a a b b b       of q's sequence == kv's sequence and mask(sequence, h, place, place)
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from maskflash.scores.sequences import ScoreInSequences
 if TYPE_CHECKING:
     from maskflash.op.attention import Attention
 
-_OPERATION = "varlen_attention"
+_OPERATION: Final = "varlen_attention"
+
+Packed = tuple[Tensor, Tensor, Tensor]
+"""q, k and v of all sequences, (1, heads, tokens, head_dim)."""
 
 
 class Varlen(Asking):
@@ -72,8 +75,8 @@ class Varlen(Asking):
         """
         _check_packed(q, k, v)
         return_lse = arguments.flag(_OPERATION, "return_lse", return_lse)
-        packed = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        qkv.check(*packed, _OPERATION)  # type: ignore[arg-type]
+        packed = _as_batch(q, k, v)
+        qkv.check(*packed, operation=_OPERATION)
         for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             _check_starts(name, x, q.device)
         count = cu_seqlens_q.shape[0] - 1
@@ -104,18 +107,19 @@ class Varlen(Asking):
                 "attention: kv_offset is given with nested tensors, expected 0: keys count from 0 in each sequence; "
                 "q_offset moves queries"
             )
-        q, k, v = (x.transpose(1, 2) if by_head else x for x in (q, k, v))
-        packed = [x.values().transpose(0, 1)[None] for x in (q, k, v)]
-        qkv.check(*packed)  # type: ignore[arg-type]
-        found = self._attend(packed, q.offsets(), k.offsets(), q_offset, sinks, return_lse, mask_args)
+        by_token: list[Any] = [x.transpose(1, 2) if by_head else x for x in (q, k, v)]
+        packed = _as_batch(*(x.values() for x in by_token))
+        qkv.check(*packed)
+        starts, kv_starts = by_token[0].offsets(), by_token[1].offsets()
+        found = self._attend(packed, starts, kv_starts, q_offset, sinks, return_lse, mask_args)
         out, *lse = found if return_lse else (found,)
-        nested = [torch.nested.nested_tensor_from_jagged(x, q.offsets()) for x in (out, *(x.T for x in lse))]
+        nested = [torch.nested.nested_tensor_from_jagged(x, starts) for x in (out, *(x.T for x in lse))]
         nested = [x.transpose(1, 2) if by_head else x for x in nested]
         return tuple(nested) if return_lse else nested[0]
 
     def _attend(
         self,
-        packed: list[Tensor],
+        packed: Packed,
         starts: Tensor,
         kv_starts: Tensor,
         q_offset: int | Tensor,
@@ -137,23 +141,28 @@ class Varlen(Asking):
             qkv.check_sinks(sinks, q, _OPERATION)
         sizes = Sizes(q_len, kv_len, count, q.shape[1], q.device, operation=_OPERATION)
         arguments.mask_args(_OPERATION, mask_args, self.mask.keywords, self.mask.defaults)
-        self.mask.implied(sizes)
+        attn = self._for_tokens()
+        self.given.implied(sizes)
+        if self.score is not None:
+            self.score.implied(sizes)
         if self.check and not torch.compiler.is_compiling():
             checking.check(_OPERATION, [("cu_seqlens_q", starts), ("cu_seqlens_k", kv_starts)])
         tables = places.find(starts, kv_starts, q_offset, q_len, kv_len)
         given = {**mask_args, **dict(zip(map(str, ARGUMENTS), tables, strict=True))}
-        if self.score is None and torch.compiler.is_dynamo_compiling():  # perhaps it was made in this very graph
-            attn = self._packed()
-        else:
-            self._keep_packed()
-            attn = cast("Attention", self._of_tokens)
         found = attn(*packed, sinks=sinks, return_lse=return_lse, **given)
         out, *lse = found if return_lse else (found,)
         out = out[0].transpose(0, 1).contiguous()
         return (out, lse[0][0]) if return_lse else out
 
+    def _for_tokens(self) -> Attention:
+        """The same op, of packed tokens."""
+        if self.score is None and torch.compiler.is_dynamo_compiling():  # perhaps it was made in this very graph
+            return self._packed()
+        self._keep_packed()
+        return cast("Attention", self._of_tokens)
+
     def _packed(self) -> Attention:
-        """The same op, of packed tokens: its mask's traces are kept with the mask."""
+        """That, made now; its mask's traces are kept with the mask."""
         mask = self.given.twin(InSequences)
         score = None if self.score is None else self.score.twin(ScoreInSequences)
         how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
@@ -161,10 +170,16 @@ class Varlen(Asking):
 
     @aside
     def _keep_packed(self) -> None:
-        """Have it as `_of_tokens`."""
+        """Have it as `_of_tokens`, with all set in it that its first call would set: dynamo guards what it reads."""
         if self._of_tokens is None:
-            self._of_tokens = self._packed()
+            attn = self._packed()
+            attn.mask.look()
+            self._of_tokens = attn
 
+
+def _as_batch(q: Tensor, k: Tensor, v: Tensor) -> Packed:
+    """Of (tokens, heads, head_dim) one batch row."""
+    return q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -174,8 +189,8 @@ def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ArgumentTypeError(f"{_OPERATION}: {name} is {arguments.by_type(x)}, expected a tensor{fix}")
         if x.is_nested:
             raise ArgumentTypeError(
-                f"{_OPERATION}: {name} is nested, expected a dense tensor (tokens, heads, head_dim); mf.attention takes "
-                "nested ones"
+                f"{_OPERATION}: {name} is nested, expected a dense tensor (tokens, heads, head_dim); mf.attention "
+                "takes nested ones"
             )
         if x.ndim != 3:
             fix = f"; {name}.transpose(1, 2).flatten(0, 1) packs (batch, heads, tokens, head_dim)" * (x.ndim == 4)
@@ -205,8 +220,9 @@ def _check_jagged(q: Any, k: Any, v: Any) -> bool:
                 f"attention: {name} is {got}, expected nested and of layout torch.jagged, as q, k and v are then all; "
                 "torch.nested.nested_tensor(tensors, layout=torch.jagged) makes one"
             )
-        ragged: int = x._ragged_idx
-        if x.dim() != 4 or ragged not in (1, 2) or x.lengths() is not None:
+        jagged: Any = x
+        ragged: int = jagged._ragged_idx
+        if x.dim() != 4 or ragged not in (1, 2) or jagged.lengths() is not None:
             raise ArgumentError(
                 f"attention: {name} is nested with {x.dim()} dimensions, of which {ragged} is ragged, expected (batch, "
                 f"tokens, heads, head_dim) or (batch, heads, tokens, head_dim) without holes; {name}.contiguous() "

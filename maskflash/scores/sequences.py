@@ -1,4 +1,4 @@
-"""A score function of a batch of sequences -> the same of one row of packed tokens, each of which knows its sequence."""
+"""A score function of a batch of sequences -> the same of one row of packed tokens, which look theirs up."""
 
 from __future__ import annotations
 
