@@ -59,3 +59,6 @@ class Derived(Function):
     def held(self) -> tuple[Tensor, ...]:
         """See `Function.held`."""
         return self.of.held()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.of,)

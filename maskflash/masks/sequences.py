@@ -46,9 +46,6 @@ class InSequences(Derived, Mask):
         """What follows from heads; whether tables have a row for each sequence is for the caller to check."""
         return self.of.implied(sizes._replace(partial=True))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return InSequences, (self.of,)
-
 
 def of_packed_tokens(traced: Traced, *, alone: bool) -> Traced:
     """A trace whose b, q and kv are looked up: see `of_tokens`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -63,6 +63,9 @@ class Lifted(Derived, Mask):
         if found is None:
             found = ALWAYS
         return compact(found, traced.params, traced.tables, traced.names, traced.specialised)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Lifted, holes=self.holes), (self.of,)
 
 
 @lru_cache(maxsize=256)

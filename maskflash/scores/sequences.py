@@ -32,6 +32,3 @@ class ScoreInSequences(Parted, Derived):
     def implied(self, sizes: Sizes) -> dict[str, int]:
         """See `InSequences.implied`."""
         return self.of.implied(sizes._replace(partial=True))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ScoreInSequences, (self.of,)
