@@ -6,7 +6,7 @@ k   (Tk, Hkv, D)    a a a a b b b       of q's sequence == kv's sequence and mas
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,9 +21,6 @@ from maskflash.op import checking, places
 from maskflash.op.asking import Asking, asks_for_dropout
 from maskflash.scores.sequences import ScoreInSequences
 
-if TYPE_CHECKING:
-    from maskflash.op.attention import Attention
-
 _OPERATION: Final = "varlen_attention"
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -33,7 +30,7 @@ Packed = tuple[Tensor, Tensor, Tensor]
 class Varlen(Asking):
     """What an attention op does with sequences of several lengths."""
 
-    _of_tokens: Attention | None = None
+    _of_tokens: Any = None  # the same op, of packed tokens
 
     def varlen(
         self,
@@ -154,19 +151,19 @@ class Varlen(Asking):
         out = out[0].transpose(0, 1).contiguous()
         return (out, lse[0][0]) if return_lse else out
 
-    def _for_tokens(self) -> Attention:
-        """The same op, of packed tokens."""
+    def _for_tokens(self) -> Any:
+        """The op of packed tokens."""
         if self.score is None and torch.compiler.is_dynamo_compiling():  # perhaps it was made in this very graph
             return self._packed()
         self._keep_packed()
-        return cast("Attention", self._of_tokens)
+        return self._of_tokens
 
-    def _packed(self) -> Attention:
+    def _packed(self) -> Any:
         """That, made now; its mask's traces are kept with the mask."""
         mask = self.given.twin(InSequences)
         score = None if self.score is None else self.score.twin(ScoreInSequences)
         how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
-        return cast("Attention", type(self)(mask, *how, score))  # type: ignore[arg-type]
+        return type(self)(mask, *how, score)  # type: ignore[arg-type]
 
     @aside
     def _keep_packed(self) -> None:
