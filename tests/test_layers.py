@@ -28,6 +28,7 @@ ORDER = {
         "bounds",
         "simplify",
         "derivative",
+        "sequences",
     ],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
@@ -40,7 +41,7 @@ ORDER = {
     "analysis/ways": [
         *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "written"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "derived", "written"],
     "masks": [
         *(
             "lines",
@@ -51,6 +52,7 @@ ORDER = {
             "predicate",
             "dense",
             "columns",
+            "sequences",
             "compare",
             "why",
         ),
@@ -61,7 +63,7 @@ ORDER = {
         *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
         *("prefix_ranges", "cute"),
     ],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "sequences", "presets", "reads", "told"],
     "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
@@ -76,6 +78,7 @@ ORDER = {
         "spec",
         "analyse",
         "checking",
+        "places",
         "cache",
         "few_rows",
         "explain",
@@ -86,6 +89,7 @@ ORDER = {
         "asking",
         "ahead",
         "inside",
+        "varlen",
         "attention",
     ],
     "flashmask": ["paper", "call"],

@@ -57,8 +57,12 @@ class FewRows:
         """The gradients, by an analysis."""
         return cache.find(spec, Sizes.of(q, k), saved=True).backward(spec, dout, dlse, q, k, v, out, lse)
 
+    def differentiable(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Nothing: what torch differentiates itself comes from an analysis."""
+        return
+
     def at_once(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Nothing: what torch differentiates comes from an analysis."""
+        """Nothing: see `differentiable`."""
         return
 
 

@@ -1,14 +1,19 @@
 """Arguments of kernels with fixed masks: decoded here by each library's own rules, and compared with every pair."""
 
 import math
+import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import CausalBias, CausalVariant, causal_lower_right, causal_upper_left
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
-from maskflash.testing import masks
+from maskflash.testing import Shape, assert_matches_dense, masks
 
 LENGTH = st.integers(0, 12)
 VARLEN = ("flash_attn_varlen", "torch_varlen")
