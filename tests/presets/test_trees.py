@@ -207,3 +207,19 @@ def test_kernels_decide_pairs_by_bits(batched):
     mask = presets.tree([bush, [-1, *range(69)]] if batched else bush)
     shape = Shape(batch=2, q_len=70, kv_len=110, heads=2, head_dim=16)
     assert_matches_dense(mask, shape, backend="triton", block_size=64, q_offset=torch.tensor([33, 40]))
+
+
+def test_exported_programs_find_ancestors_by_themselves():
+    class Verify(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("parents", torch.tensor([-1, 0, 0]))
+            self.attn = mf.compile(presets.tree(self.parents))
+
+        def forward(self, q, k, cached):
+            return self.attn(q, k, k, q_offset=cached)
+
+    module, q, k, cached = Verify(), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 9, 8), torch.tensor([5])
+    program = torch.export.export(module, (q, k, cached))
+    assert torch.equal(program.module()(q, k, cached), module(q, k, cached))
+    assert torch.ops.maskflash.ancestors.default in {node.target for node in program.graph.nodes}
