@@ -149,16 +149,19 @@ def _chains(row: Tensor, start: Tensor, stop: Tensor, keys: int) -> tuple[Tensor
     after = torch.searchsorted(place, below).clamp_(max=max(len(place) - 1, 0))
     right, longer = place[after] - below, stop[after] - stop
     linked = (right >= 0) & (right <= 1) & (longer >= 0) & (longer <= 1)
+    kind = 2 * right + longer
+    one = linked.nonzero()[:, 0]
     chain = torch.arange(len(row))
-    chain[after[linked]] = linked.nonzero()[:, 0]
+    if torch.equal(after[one], one + 1):  # as where rows have one interval each
+        return chain, linked, kind
+    chain[after[one]] = one
     while True:  # until each knows the first of its chain; twice as far each time
         further = chain[chain]
         if torch.equal(further, chain):
             break
         chain = further
-    sorted_already = bool((chain[1:] >= chain[:-1]).all())
-    order = torch.arange(len(row)) if sorted_already else chain.argsort(stable=True)
-    return order, linked[order], (2 * right + longer)[order]
+    order = chain.argsort(stable=True)
+    return order, linked[order], kind[order]
 
 
 def _stretches(linked: Tensor, kind: Tensor) -> Tensor:
