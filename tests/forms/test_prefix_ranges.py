@@ -37,7 +37,7 @@ def ranges_of(draw):
     return q_len, kv_len, torch.tensor(draw(st.tuples(pairs, pairs)), dtype=torch.int32).view(2, count, 2)
 
 
-@settings(max_examples=200)
+@settings(max_examples=120)
 @given(ranges_of(), WINDOW)
 def test_any_ranges_are_found_again(given_ranges, window):
     q_len, kv_len, ranges = given_ranges
