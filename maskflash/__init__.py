@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets, scores
-from maskflash.api import attention, compile, invalidate
+from maskflash.api import attention, compile, invalidate, varlen_attention
 from maskflash.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from maskflash.forms.arguments import from_arguments
     from maskflash.forms.block_rows import BlockRows, from_block_rows
     from maskflash.forms.block_sparse import BlockSparse, from_block_sparse
+    from maskflash.forms.cute import CuteMask
     from maskflash.forms.flex import from_flex
     from maskflash.forms.packed_mask import PackedMask, from_packed_mask
     from maskflash.forms.prefix_ranges import PrefixRanges, from_prefix_ranges
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
     from maskflash.op.explain import Explanation
+    from maskflash.presets.prefix_trees import PrefixTree, prefix_tree
 
 __version__ = "0.1.0"
 
@@ -67,6 +69,7 @@ __all__ = [
     "BlockSparse",
     "ColumnIntervals",
     "Comparison",
+    "CuteMask",
     "DenseMaskWarning",
     "Explanation",
     "Mask",
@@ -75,6 +78,7 @@ __all__ = [
     "MaskflashError",
     "PackedMask",
     "PrefixRanges",
+    "PrefixTree",
     "RowIntervals",
     "Score",
     "Sight",
@@ -106,11 +110,13 @@ __all__ = [
     "natten",
     "padding",
     "prefix_lm",
+    "prefix_tree",
     "presets",
     "score",
     "scores",
     "sliding_window",
     "testing",
+    "varlen_attention",
     "visualize",
 ]
 
@@ -120,9 +126,11 @@ _LATER: Final = {
     "BlockRows": "maskflash.forms.block_rows",
     "BlockSparse": "maskflash.forms.block_sparse",
     "Comparison": "maskflash.masks.compare",
+    "CuteMask": "maskflash.forms.cute",
     "Explanation": "maskflash.op.explain",
     "PackedMask": "maskflash.forms.packed_mask",
     "PrefixRanges": "maskflash.forms.prefix_ranges",
+    "PrefixTree": "maskflash.presets.prefix_trees",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
     "Slices": "maskflash.forms.slices",
@@ -139,6 +147,7 @@ _LATER: Final = {
     "from_slices": "maskflash.forms.slices",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
+    "prefix_tree": "maskflash.presets.prefix_trees",
 }
 
 

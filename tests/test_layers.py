@@ -28,6 +28,7 @@ ORDER = {
         "bounds",
         "simplify",
         "derivative",
+        "sequences",
     ],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
@@ -40,7 +41,7 @@ ORDER = {
     "analysis/ways": [
         *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "written"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "derived", "written"],
     "masks": [
         *(
             "lines",
@@ -51,31 +52,23 @@ ORDER = {
             "predicate",
             "dense",
             "columns",
+            "sequences",
             "compare",
             "why",
         ),
     ],
-    "presets": ["documents", "basic", "packed", "sparse"],
+    "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
-        *(
-            "modifiers",
-            "flashmask",
-            "row_intervals",
-            "headless",
-            "row_mask",
-            "slices",
-            "windows",
-            "sequences",
-            "kernels",
-        ),
-        *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges"),
+        *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
+        *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
+        *("prefix_ranges", "cute"),
     ],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "sequences", "presets", "reads", "told"],
     "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
-        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "run"),
+        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "few", "run"),
     ],
     "backends/triton": [
         *("signature", "score_kind", "emit", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),
@@ -84,9 +77,11 @@ ORDER = {
     "op": [
         "spec",
         "analyse",
-        "explain",
         "checking",
+        "places",
         "cache",
+        "few_rows",
+        "explain",
         "later",
         "autograd",
         "flops",
@@ -94,6 +89,7 @@ ORDER = {
         "asking",
         "ahead",
         "inside",
+        "varlen",
         "attention",
     ],
     "flashmask": ["paper", "call"],
@@ -122,14 +118,7 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(
-        (f"masks/{asked}.py", f"forms/{name}")
-        for asked in ("sight", "exports")
-        for name in (
-            *("flashmask", "flex", "row_intervals", "slices", "arguments"),
-            *("block_sparse", "block_rows", "packed_mask", "prefix_ranges"),
-        )
-    ),
+    *((f"masks/{path}.py", f"forms/{name}") for path in ("sight", "exports") for name in ORDER["forms"]),
     ("masks/exports.py", "masks/columns"),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),

@@ -15,6 +15,7 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
 from maskflash.op import cache, checking, later
 from maskflash.op.analyse import Analysis
+from maskflash.op.few_rows import FewRows
 from maskflash.op.spec import SCHEMA, Spec
 
 # A recorded CUDA graph would keep the block map of the tables that it was recorded with.
@@ -35,11 +36,11 @@ _library.define(
 )
 
 
-def attend(analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(analysis: Analysis | FewRows, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Masked attention, differentiable in q, k, v, sinks and a score's tables, where nobody watches: see `watched`.
 
     Args:
-        analysis: of the spec at the sizes of the call.
+        analysis: what `prepared` found.
         spec: what is attended.
         q: (B, Hq, Sq, D) float32, float64, bfloat16 or float16.
         k: (B, Hkv, Skv, D).
@@ -71,7 +72,7 @@ def dispatch(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     return result
 
 
-def at_once(analysis: Analysis, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+def at_once(analysis: Analysis | FewRows, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """`out`, where one call of torch's own kernel is all there is to do: torch differentiates it, once. Else None."""
     out = analysis.at_once(scale, q, k, v)
     if out is None:
@@ -109,7 +110,13 @@ class _Forward(_Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, analysis: Analysis | None, q: Tensor, k: Tensor, v: Tensor, spec: Spec, *tensors: Tensor | None
+        ctx: Any,
+        analysis: Analysis | FewRows | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        spec: Spec,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         spec = spec.with_tensors(tensors)
         if analysis is None:
@@ -221,7 +228,12 @@ def _batched(*args: Any) -> Any:
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     spec = Spec.from_op(*args)
-    return found(spec, q, k).forward(spec, q, k, v)
+    return prepared(spec, q, k).forward(spec, q, k, v)
+
+
+def prepared(spec: Spec, q: Tensor, k: Tensor) -> Analysis | FewRows:
+    """What runs forward: the call's own few rows, or its analysis."""
+    return FewRows.of(spec, q, k) or found(spec, q, k)
 
 
 def found(spec: Spec, q: Tensor, k: Tensor) -> Analysis:

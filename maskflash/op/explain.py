@@ -18,6 +18,7 @@ from maskflash.errors import UnsupportedMask
 from maskflash.expr.format import format_expr
 from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
+from maskflash.op.few_rows import applies
 
 if TYPE_CHECKING:
     from maskflash.backends.triton import run as triton
@@ -80,7 +81,7 @@ class Explanation:
             "score": self.score,
             "kernel": _kernel(analysis.plan),
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
-            "passes": _passes(analysis.plan),
+            "passes": self._passes(),
         }
 
     def _slices(self) -> int | None:
@@ -100,6 +101,16 @@ class Explanation:
         separated = separate(self.problem.expr)
         assert separated is not None, "pieces come from what separates"
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
+
+    def _passes(self) -> dict[str, dict[str, int | str]]:
+        """What runs in each pass."""
+        passes = _passes(self.analysis.plan)
+        if self.backend != "cpu" or self.score is not None or not applies(self.problem):
+            return passes
+        few: dict[str, dict[str, int | str]] = {
+            "forward": {"rows, evaluated at each call without a plan": self.problem.q_len}
+        }
+        return {**few, **{name: facts for name, facts in passes.items() if name.startswith("backward")}}
 
     def _obstacle(self) -> str:
         """What kept the columns from being cut, so that tiles had to be evaluated."""

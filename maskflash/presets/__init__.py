@@ -16,6 +16,7 @@ from maskflash.presets.basic import (
 )
 from maskflash.presets.packed import causal_blockwise, causal_document, prefix_lm_document, share_question
 from maskflash.presets.sparse import qk_sparse, random_eviction
+from maskflash.presets.trees import tree
 
 if TYPE_CHECKING:
     from maskflash.flashmask.paper import PAPER, PaperMask, paper
@@ -39,6 +40,7 @@ __all__ = [
     "random_eviction",
     "share_question",
     "sliding_window",
+    "tree",
 ]
 
 

@@ -39,6 +39,7 @@ TABLE_PRESETS = {
     "blocks": presets.causal_blockwise,
     "segments": presets.qk_sparse,
     "evictions": presets.random_eviction,
+    "parents": presets.tree,
     "answers": lambda x: presets.share_question([(1, x)]),
     "lts": mf.ColumnIntervals,
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.presets import basic, packed, sparse
+from maskflash.presets import basic, packed, sparse, trees
 
 PICTURED = {
     "full": mf.full(),
@@ -23,9 +23,10 @@ PICTURED = {
     "causal_blockwise": mf.presets.causal_blockwise([2, 2, 2]),
     "prefix_lm_document": mf.presets.prefix_lm_document([4, 2], [2, 1]),
     "qk_sparse": mf.presets.qk_sparse([(1, 2), (4, 2)]),
+    "tree": mf.presets.tree([-1, 0, 0, 1, 2, 2]),
     "random_eviction": mf.presets.random_eviction([4, 6, 3, 6, 6, 6]),
 }
-PRESETS = [*basic.__all__, *packed.__all__, *sparse.__all__]
+PRESETS = [*basic.__all__, *packed.__all__, *sparse.__all__, *trees.__all__]
 
 
 def drawn(name):
