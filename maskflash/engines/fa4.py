@@ -17,6 +17,7 @@ from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.problem import Problem
 from maskflash.engines.engine import Asked, Engine, Formed, Made, Prepared, by_tokens, capability, dotted
 from maskflash.forms.block_sparse import BlockLists, to_block_sparse
+from maskflash.forms.cute import aux_tensors, to_cute
 from maskflash.scores.strength import Strength
 
 Blocks = tuple[int, int]
@@ -51,8 +52,6 @@ class FlashAttention4(Engine):
 
     def formed(self, block_map: BlockMap, problem: Problem) -> Formed:
         """The function's text; which blocks it needs depends on the head dims of a call."""
-        from maskflash.forms.cute import to_cute
-
         to_cute(problem)
         return Formed(None, dict(block_map.counts), 0)
 
@@ -60,18 +59,16 @@ class FlashAttention4(Engine):
         self, form: Any, prepared: Prepared, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     ) -> tuple[Tensor, Tensor]:
         """What `flash_attn_func` gives, of (B, tokens, heads, n)."""
-        from maskflash.forms.cute import to_cute
-
         library = import_module("flash_attn.cute")
-        cute = to_cute(problem)  # of this call's tables and numbers
+        mask_mod, scalars = prepared.made("function", lambda: _function(problem))
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         forward, backward = blocks(capability(q.device)[0], q.shape[2], q.shape[3], v.shape[3])
         out, lse = library.flash_attn_func(
             *map(by_tokens, (q, k, v)),
             softmax_scale=strength.scale,
-            mask_mod=cute.function(),
-            aux_tensors=list(cute.aux_tensors) or None,
-            aux_scalars=cute.aux_scalars(),
+            mask_mod=mask_mod,
+            aux_tensors=list(aux_tensors(problem)) or None,
+            aux_scalars=scalars,
             block_sparse_tensors=_lists(prepared, problem, forward, "forward"),
             block_sparse_tensors_bwd=_lists(prepared, problem, backward, "backward") if learning else None,
             return_lse=True,
@@ -92,6 +89,12 @@ def blocks(generation: int, q_len: int, head_dim: int, v_head_dim: int) -> tuple
         return (128, 128 if head_dim <= 128 else 64), (128, 128 if head_dim <= 128 else 96 if head_dim <= 192 else 64)
     rows = 128 if q_len <= 128 or v_head_dim == 256 else 256
     return (rows, 128), (128, 256 if head_dim >= 128 else 128)
+
+
+def _function(problem: Problem) -> Made:
+    """The mask's function, and its numbers: an analysis is of one state of the tables, and of one set of numbers."""
+    cute = to_cute(problem)
+    return Made((cute.function(), cute.aux_scalars()), 0)
 
 
 def _lists(prepared: Prepared, problem: Problem, size: Blocks, side: str) -> Any:

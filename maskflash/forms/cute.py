@@ -101,6 +101,14 @@ def to_cute(problem: Problem) -> CuteMask:
     return CuteMask("\n".join(lines) + "\n", tuple(writer.tables), tuple(writer.scalars))
 
 
+def aux_tensors(problem: Problem) -> tuple[Tensor, ...]:
+    """What the function of a problem's mask reads, in order: its tables, and the offsets of each batch row."""
+    tables = [_as_aux(table) for table in problem.inputs.tables]
+    offsets = (("q", problem.q_offset), ("kv", problem.kv_offset))
+    read = [x.to(torch.int64) for index, x in offsets if index in problem.expr.reads and isinstance(x, Tensor)]
+    return *tables, *read
+
+
 class _CuteWriter:
     """Writes a program's nodes in order.
 

@@ -1,9 +1,8 @@
 """Engines of other libraries beside ours: the same results, through stand-ins that record what they are called with."""
 
 import math
-import sys
 from contextlib import nullcontext
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskflash as mf
 from maskflash.engines import fa4
 from maskflash.engines.named import ENGINES
+from maskflash.forms import cute
 from maskflash.op import cache, spec
 from maskflash.testing import masks
 from tests.engines import fakes
@@ -33,11 +33,9 @@ def stand_in_cute(patch):
 
             return mask_mod
 
-        return SimpleNamespace(function=function, aux_tensors=problem.inputs.tables, aux_scalars=lambda: None)
+        return SimpleNamespace(function=function, aux_scalars=lambda: None)
 
-    module = ModuleType("maskflash.forms.cute")
-    module.to_cute = to_cute
-    patch.setitem(sys.modules, "maskflash.forms.cute", module)
+    patch.setattr(fa4, "to_cute", to_cute)
 
 
 @pytest.fixture
@@ -188,6 +186,15 @@ def test_what_fa4_is_called_with(library):
 )
 def test_blocks_of_fa4(generation, q_len, dims, expected):
     assert fa4.blocks(generation, q_len, *dims) == expected
+
+
+@pytest.mark.parametrize("offset", [0, 3, torch.tensor([1, 2])])
+def test_what_fa4_reads_is_what_its_text_does(offset):
+    flags, table = torch.arange(9) % 2 == 0, torch.arange(20)
+    mask = mf.mask(lambda b, h, q, kv: flags[kv % 9] and table[q] > kv)
+    problem = mask.at(9, 9, batch=2, q_offset=offset, kv_offset=offset).problem
+    for x, y in zip(cute.aux_tensors(problem), cute.to_cute(problem).aux_tensors, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 def test_what_magi_is_called_with(library):
