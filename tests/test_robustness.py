@@ -403,6 +403,12 @@ CALLS = {
     },
     mf.visualize.draw_tiles: {"block_map": (MAP, set()), **DRAWN},
     mf.visualize.draw_intervals: {"columns": (VECTORS, set()), "q_len": (4, SIZES), **DRAWN},
+    mf.visualize.draw_slices: {
+        "slices": (CAUSAL.to_slices(4, 4), set()),
+        **{name: x for name, x in DRAWN.items() if name in ("ax", "legend")},
+        **dict.fromkeys(("q_len", "kv_len"), (4, SIZES)),
+    },
+    mf.visualize.draw_row_intervals: {"intervals": (CAUSAL.to_row_intervals(4, 4), set()), **DRAWN},
     mf.visualize.side_by_side: {"panels": ({"a": CAUSAL}, set()), "q_len": (4, SIZES), "kv_len": (4, SIZES)},
     mf.visualize.explorer: {
         "shown": (CAUSAL, set()),

@@ -84,7 +84,7 @@ _MADE: Final[dict[str, Callable[[Sight, tuple[int, int]], Any]]] = {
 
 
 def _parts(prefix: str, form: Any) -> Iterator[tuple[str, Any]]:
-    """The named parts of a form, those of its parts with their names before them; none that isn't there."""
+    """The named parts of a form, those of its parts with their names before them."""
     if isinstance(form, dict):
         named: Form = form
     elif hasattr(form, "_asdict"):
@@ -94,14 +94,14 @@ def _parts(prefix: str, form: Any) -> Iterator[tuple[str, Any]]:
     for name, value in named.items():
         if isinstance(value, dict) or is_dataclass(value) or hasattr(value, "_asdict"):
             yield from _parts(f"{prefix}{name}.", value)
-        elif value is not None and not callable(value):
+        elif not callable(value):
             yield f"{prefix}{name}", value
 
 
 def _told(value: Any) -> str:
     """A part as a line."""
     if not isinstance(value, Tensor):
-        return str(value)
+        return "none" if value is None else str(value)
     shape = " x ".join(f"{size:,}" for size in value.shape)
     first = ", ".join(f"{x:,}" for x in value.flatten()[:_SHOWN].tolist())
     more = ", ..." if value.numel() > _SHOWN else ""
