@@ -29,14 +29,14 @@ def run(args: Namespace) -> int:
         sight = seen.mask.at(seen.q_len, seen.kv_len, batch=seen.batch, heads=seen.heads)
         form = dict(_parts("", _MADE[args.to](sight, size)))
     if args.json:
-        plain = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in form.items()}
+        plain = {name: _plain(value) for name, value in form.items()}
         terminal.print_json({**seen.to_dict(), "to": args.to, "form": plain})
         return 0
     console = terminal.console()
     console.print(f"{_title(seen)} for {FORMS[args.to]}\n")
     width = max(map(len, form), default=0)
     for name, value in form.items():
-        console.print(f"  {name:<{width}}  {_told(value)}")
+        console.print(f"  {name:<{width}}  {_told(value)}".replace("\n", "\n" + " " * (width + 4)).rstrip())
     return 0
 
 
@@ -52,6 +52,12 @@ def _cudnn(sight: Sight, _: tuple[int, int]) -> Form:
 def _magi(sight: Sight, _: tuple[int, int]) -> Form:
     slices = sight.to_slices()
     return {"q_ranges": slices.q_ranges, "k_ranges": slices.k_ranges, "attn_type_map": slices.types}
+
+
+def _fa4(sight: Sight, size: tuple[int, int]) -> Form:
+    function = sight.to_cute()
+    reads = {"aux_tensors": list(function.aux_tensors), "aux_scalars": list(function.scalars)}
+    return {"blocks": sight.to_block_sparse(size), "mask_mod": function.text, **reads}
 
 
 def _flex(sight: Sight, size: tuple[int, int]) -> Form:
@@ -73,7 +79,7 @@ _MADE: Final[dict[str, Callable[[Sight, tuple[int, int]], Any]]] = {
     "intervals": lambda sight, _: sight.to_row_intervals(),
     "cudnn": _cudnn,
     "magi": _magi,
-    "fa4": lambda sight, size: sight.to_block_sparse(size),
+    "fa4": _fa4,
     "flashinfer": lambda sight, size: sight.to_block_rows(size),
     "flashinfer_packed": lambda sight, _: sight.to_packed_mask(),
     "vllm": lambda sight, _: sight.to_prefix_ranges(),
@@ -98,8 +104,17 @@ def _parts(prefix: str, form: Any) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
+def _plain(value: Any) -> Any:
+    """A part as plain data."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
 def _told(value: Any) -> str:
     """A part as a line."""
+    if isinstance(value, list):
+        return ", ".join(map(_told, value)) or "none"
     if not isinstance(value, Tensor):
         return "none" if value is None else str(value)
     shape = " x ".join(f"{size:,}" for size in value.shape)

@@ -7,6 +7,7 @@ import torch
 from maskflash.analysis.problem import Problem
 from maskflash.errors import UnsupportedMask
 from maskflash.forms.row_intervals import RowIntervals, find_row_intervals
+from maskflash.masks.lines import Line
 
 
 def sequence_intervals(operation: str, problem: Problem) -> RowIntervals:
@@ -22,9 +23,8 @@ def sequence_intervals(operation: str, problem: Problem) -> RowIntervals:
     count = found.count.repeat(times)
     offsets = torch.cat((found.offsets[:1], count.cumsum(0)))
     shape = (found.shape[0] * times, 1)
-    return RowIntervals(
-        found.q_len, found.kv_len, shape, offsets, start=found.start.repeat(times), stop=found.stop.repeat(times)
-    )
+    ends = found.start.repeat(times), found.stop.repeat(times)
+    return RowIntervals(found.q_len, found.kv_len, shape, offsets, *ends, problem.batch)
 
 
 def _of_first_head(operation: str, found: RowIntervals) -> RowIntervals:
@@ -43,10 +43,16 @@ def _of_first_head(operation: str, found: RowIntervals) -> RowIntervals:
         unit, q = divmod(int(differs.nonzero()[0]), q_len)
         b, h = divmod(unit, heads)
         raise UnsupportedMask(
-            f"{operation}: row {q} of batch row {b} sees other keys in head {h} than in head 0, and the form has no "
-            "heads; export the heads one by one"
+            f"{operation}: row {q} of batch row {b} sees {_told(found.row(q, b=b, h=h))} in head {h} and "
+            f"{_told(found.row(q, b=b))} in head 0, and the form has no heads; export the mask of each head"
         )
     kept = (row // q_len) % heads == 0
     count = count.view(batch, heads, q_len)[:, 0].flatten()
     offsets = torch.cat((found.offsets[:1], count.cumsum(0)))
     return RowIntervals(q_len, found.kv_len, (batch, 1), offsets, found.start[kept], found.stop[kept])
+
+
+def _told(line: Line) -> str:
+    """What a row sees, in words."""
+    runs = [f"{a} to {z - 1}" if z - a > 1 else f"{a}" for a, z in line[:4]]
+    return f"the keys {', '.join(runs)}{', ...' if len(line) > 4 else ''}" if line else "nothing"

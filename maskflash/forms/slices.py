@@ -21,10 +21,9 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, UnsupportedMask
-from maskflash.forms.row_intervals import RowIntervals, find_row_intervals
+from maskflash.forms.headless import sequence_intervals
 from maskflash.forms.row_mask import RowMask, united
 from maskflash.ground import arguments, modes
-from maskflash.masks.lines import Line
 from maskflash.masks.mask import Mask
 
 FULL: Final = 0
@@ -80,9 +79,10 @@ def find_slices(problem: Problem) -> Slices:
             f"to_slices: {problem.batch} batch rows have {longest:,} tokens, and slices number at most "
             f"{_MOST_TOKENS:,}; make them of fewer batch rows at a time"
         )
-    found = find_row_intervals(problem)
-    row, start, stop = _along_tokens(found, *_of_one_head(found))
-    order, linked, kind = _chains(row, start, stop, found.batch * found.kv_len)
+    found = sequence_intervals("to_slices", problem)
+    row = found.rows
+    start, stop = (x + row // max(found.q_len, 1) * found.kv_len for x in (found.start, found.stop))
+    order, linked, kind = _chains(row, start, stop, problem.batch * found.kv_len)
     joined = _stretches(linked, kind)
     before = torch.cat((joined.new_zeros(min(len(joined), 1)), joined[:-1]))
     first, last = order[~before], order[~joined]
@@ -90,55 +90,6 @@ def find_slices(problem: Problem) -> Slices:
     types = torch.where(joined, kind, FULL)[~before]
     by_place = (q_ranges[:, 0] * (_MOST_TOKENS + 1) + k_ranges[:, 0]).argsort()
     return Slices(*(x[by_place].int().to(problem.device) for x in (q_ranges, k_ranges, types)))
-
-
-def _of_one_head(found: RowIntervals) -> tuple[Tensor, Tensor, Tensor]:
-    """Row b*q_len + q, start and stop of the intervals of head 0, if the others have the same."""
-    batch, heads = found.shape
-    ends = found.offsets[:: max(found.q_len, 1)] if found.q_len else found.offsets.expand(batch * heads + 1)
-    units = list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
-    every = found.rows, found.start, found.stop
-    parts = []
-    for b in range(batch):
-        first, *others = ([x[slice(*units[b * heads + h])] for x in every] for h in range(heads))
-        rows = first[0] - b * heads * found.q_len
-        for h, other in enumerate(others, 1):
-            theirs = [other[0] - (b * heads + h) * found.q_len, *other[1:]]
-            least = min(len(rows), len(theirs[0]))
-            unlike = torch.stack([x[:least] != y[:least] for x, y in zip((rows, *first[1:]), theirs, strict=True)])
-            if len(rows) != len(theirs[0]) or bool(unlike.any()):
-                q = _first_unlike(rows, theirs[0], unlike.any(0))
-                raise UnsupportedMask(
-                    f"to_slices: row {q} of batch row {b} sees {_told(found.row(q, b=b, h=h))} in head {h} and "
-                    f"{_told(found.row(q, b=b))} in head 0; slices are for all heads; make them of each "
-                    "head's own mask"
-                )
-        parts.append((rows + b * found.q_len, *first[1:]))
-    row, start, stop = (torch.cat(x) for x in zip(*parts, strict=True))
-    return row, start, stop
-
-
-def _first_unlike(rows: Tensor, theirs: Tensor, unlike: Tensor) -> int:
-    """The first row in which two lists of intervals differ."""
-    least = len(unlike)
-    at = int(unlike.long().argmax()) if bool(unlike.any()) else least
-    return min(int(x[at]) for x in (rows, theirs) if at < len(x))
-
-
-def _told(line: Line) -> str:
-    """What a row sees, in words."""
-    runs = [f"{a} to {z - 1}" if z - a > 1 else f"{a}" for a, z in line[:4]]
-    return f"the keys {', '.join(runs)}{', ...' if len(line) > 4 else ''}" if line else "nothing"
-
-
-def _along_tokens(found: RowIntervals, row: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Intervals of all batch rows, one after the other along queries and keys."""
-    if found.shape[0] == found.batch:
-        moved = row // max(found.q_len, 1) * found.kv_len
-        return row, start + moved, stop + moved
-    b = torch.arange(found.batch)[:, None]
-    queries, keys = b * found.q_len, b * found.kv_len
-    return (row + queries).flatten(), (start + keys).flatten(), (stop + keys).flatten()
 
 
 def _chains(row: Tensor, start: Tensor, stop: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,10 @@ def test_json_has_every_number(capsys):
     assert torch.equal(endpoints, PACKED.to_row_intervals(48, 48, batch=2).to_cudnn())
     _, said = exported(capsys, MASK, "--to", "fa4", "--json", "--block-size", "16")
     blocks = PACKED.to_block_sparse(48, 48, block_size=16)
-    assert json.loads(said.out)["form"]["backward.mask_block_idx"] == blocks.backward.mask_block_idx.tolist()
+    form, function = json.loads(said.out)["form"], PACKED.to_cute(48, 48)
+    assert form["blocks.backward.mask_block_idx"] == blocks.backward.mask_block_idx.tolist()
+    assert form["mask_mod"] == function.text
+    assert form["aux_tensors"] == [x.tolist() for x in function.aux_tensors]
 
 
 @pytest.mark.parametrize("name", sorted(NONE - {"vllm"}))

@@ -76,7 +76,7 @@ def test_no_batch_row_is_no_sequence():
 def test_heads_that_differ_are_refused():
     steps = torch.tensor([[1, 1], [1, 2]])
     mask = mf.mask(lambda b, h, q, kv: abs(q - kv) < steps[b, h])
-    with pytest.raises(mf.UnsupportedMask, match="row 0 of batch row 1 sees other keys in head 1 than in head 0"):
+    with pytest.raises(mf.UnsupportedMask, match=r"row 0 of batch row 1 sees .* in head 1 and .* in head 0"):
         mask.to_block_rows(8, 8, block_size=4, batch=2, heads=2)
     alike = mf.mask(lambda b, h, q, kv: q >= kv + h * 0).to_block_rows(8, 8, block_size=4, heads=2)
     assert torch.equal(decoded(alike), mf.causal().dense(8, 8)[0, 0])
