@@ -172,6 +172,17 @@ def test_what_fa4_is_called_with(library):
     assert arguments["aux_tensors"][0] is DOC and arguments["aux_scalars"] is None
 
 
+def test_fa4_has_lists_of_rows_in_forward_and_of_columns_in_backward(library):
+    """The stand-in holds both against one another."""
+    calls = library("fa4")
+    tensors = inputs(1, 2, 2, 300, 300, 16, grad=True)
+    mf.compile(mf.causal(), backend="fa4", deterministic=False)(*tensors).sum().backward()
+    arguments = calls[0][1]
+    assert arguments["forward"].block_size == (256, 128) and arguments["forward"].full_block_cnt.tolist() == [[[0, 2]]]
+    assert arguments["backward"].block_size == (128, 128)
+    assert arguments["backward"].full_block_cnt.tolist() == [[[2, 1, 0]]]
+
+
 @pytest.mark.parametrize(
     ("generation", "q_len", "dims", "expected"),
     [
@@ -268,6 +279,8 @@ def test_gradients_are_refused_where_there_are_none(library):
     assert calls == []
     with torch.no_grad():
         assert attn(*tensors).shape == tensors[0].shape
+    with pytest.raises(mf.BackendError, match="has no backward"):  # also of a call that is known but for that
+        attn(*tensors)
 
 
 def test_a_gradient_of_lse_that_would_be_lost_is_refused(library):
