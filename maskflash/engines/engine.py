@@ -264,7 +264,8 @@ class Engine(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Out and lse, without gradients."""
         with torch.no_grad():
-            return self.differentiable(prepared, problem, q.detach(), k.detach(), v.detach(), strength)
+            out, lse = self.differentiable(prepared, problem, q.detach(), k.detach(), v.detach(), strength)
+            return out.contiguous(), lse.contiguous()  # as the op's meta function says
 
     def backward(
         self,
