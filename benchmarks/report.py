@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import flashmask, flex, gpu, million, overhead, runner, sass_model, scores, train_packed
+from benchmarks import decode, flashmask, flex, forms, gpu, million, overhead, runner, sass_model, scores, train_packed
 from benchmarks.compiled import arch_name
 from benchmarks.runner import ROOT, Row, Spread
 from maskflash.backends.triton.tiles import ROWS
@@ -36,6 +36,8 @@ _QUESTIONS: Final = {
     "train_packed": tuple(train_packed.TITLES),
     "flex": tuple(flex.TITLES),
     "scores": tuple(scores.TITLES),
+    "decode": tuple(decode.TITLES),
+    "forms": tuple(forms.TITLES),
 }
 
 

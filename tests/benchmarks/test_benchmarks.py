@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import maskflash as mf
 from benchmarks import (
     analysis,
     attention,
+    decode,
     flashmask,
     flex,
+    forms,
     million,
     overhead,
     packed_model,
@@ -66,6 +69,29 @@ def test_analysis_fills_every_row(capsys):
     assert [row.measure for row in rows if row.table == "comparison"] == ["time", "peak memory"]
     assert [row.case for row in rows if row.table == "start"] == ["import maskflash", "compile and first call"]
     assert "a quick run" in capsys.readouterr().out
+
+
+def test_forms_fill_every_row(capsys):
+    rows = forms.main(["--quick"])
+    assert_plausible(rows, forms.TITLES)
+    assert [row.case for row in rows] == 2 * list(forms.FORMS)
+    assert "a quick run" in capsys.readouterr().out
+
+
+def test_decode_fills_every_row(capsys):
+    rows = decode.main(["--quick"])
+    assert_plausible(rows, decode.TITLES)
+    assert "a quick run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", decode.CASES, ids=lambda case: f"{case.name} {case.tokens}")
+def test_decode_compares_the_same_attention(case):
+    case = case._replace(tokens=min(case.tokens, 600))
+    k, v = torch.randn(2, case.batch, decode.KV_HEADS, case.tokens + 8, decode.HEAD_DIM).unbind()
+    (q, keys, values, place), (mask, args) = next(decode.steps(case, k, v)), case.mask(case)
+    visible = mf.mask(mask).dense(case.rows, keys.shape[2], batch=case.batch, q_offset=place, **args)
+    theirs = scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=True)
+    torch.testing.assert_close(mf.attention(q, keys, values, mask, q_offset=place, **args), theirs)
 
 
 def test_overhead_fills_every_row(capsys):
