@@ -95,7 +95,8 @@ def look(problem: Problem, heads: int, kv_heads: int) -> list[Unit]:
     """
     own_batch, own_heads = problem.shape[:2]
     sizes = own_batch, own_heads, problem.q_len, problem.kv_len
-    places = [torch.arange(n).view([-1 if axis == at else 1 for axis in range(4)]) for at, n in enumerate(sizes)]
+    each = [torch.arange(n, device=problem.device) for n in sizes]
+    places = [x.view([-1 if axis == at else 1 for axis in range(4)]) for at, x in enumerate(each)]
     bits: BoolArray = problem.visible(*places).expand(sizes).numpy()
     group = heads // kv_heads if own_heads > 1 else 1
     units: list[Unit] = []
@@ -145,6 +146,8 @@ def forward(
     """
     batch, heads, q_len, _ = q.shape
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if batch == 0:
+        return q.new_zeros(0, heads, q_len, v.shape[3]), q.new_zeros((0, heads, q_len), dtype=total)
     group = heads // k.shape[1]
     outs, lses = [], []
     for unit in units:
@@ -154,10 +157,10 @@ def forward(
         outs.append(out)
         lses.append(lse)
     if len(units) == 1:
-        (out,), (lse,) = outs, lses
+        out, lse = outs[0].contiguous(), lses[0].contiguous()  # the kernel's have tokens before heads
     else:
-        out = torch.empty(batch, heads, q_len, v.shape[3], dtype=outs[0].dtype)
-        lse = torch.empty(batch, heads, q_len, dtype=total)
+        out = outs[0].new_empty(batch, heads, q_len, v.shape[3])
+        lse = lses[0].new_empty(batch, heads, q_len)
         for unit, part_out, part_lse in zip(units, outs, lses, strict=True):
             own = slice(unit.kv_heads.start * group, unit.kv_heads.stop * group)
             out[unit.batch, own], lse[unit.batch, own] = part_out, part_lse
@@ -220,7 +223,7 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) 
 
 def _bias(hidden: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """0 and -inf for the kernel, (rows, columns), from what is hidden of heads, or of a group of heads alike."""
-    bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    bias = hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
     return (bias.expand(group, -1, -1) if len(bias) == 1 else bias).reshape(-1, bias.shape[2])
 
 

@@ -74,6 +74,39 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch_and_on_any_number
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("q_len", "kv_heads", "v_head_dim"), [(8, 4, 16), (8, 2, 8), (40, 2, 8), (1, 4, 8)])
+def test_results_are_laid_out_as_compiled_graphs_expect(q_len, kv_heads, v_head_dim, looked_at):
+    q, k, v = torch.randn(2, 4, q_len, 16), torch.randn(2, kv_heads, 200, 16), torch.randn(2, kv_heads, 200, v_head_dim)
+    attn = mf.compile(mf.causal())
+    found = attn(q, k, v, q_offset=150, return_lse=True)
+    assert all(x.is_contiguous() for x in found)
+    compiled = torch.compile(lambda: attn(q, k, v, q_offset=150, return_lse=True), fullgraph=True, backend="aot_eager")
+    for x, again in zip(found, compiled(), strict=True):
+        assert torch.equal(x, again)
+        assert x.stride() == again.stride()
+    assert len(looked_at) == 2
+
+
+@pytest.mark.parametrize("q_len", [1, 40])
+@pytest.mark.parametrize("visible", [lambda b, h, q, kv: kv <= q, lambda b, h, q, kv: kv <= q + b])
+@pytest.mark.parametrize("offset", [100, torch.zeros(0, dtype=torch.int64)])
+def test_a_batch_of_nothing(visible, q_len, offset, looked_at):
+    q, k, v = torch.randn(0, 4, q_len, 16), torch.randn(0, 2, 200, 16), torch.randn(0, 2, 200, 8)
+    out, lse = mf.attention(q, k, v, visible, q_offset=offset, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 4, q_len, 8), (0, 4, q_len))
+    assert len(looked_at) == 1
+
+
+def test_a_default_device_is_not_taken_for_that_of_the_call(looked_at):
+    k, v = torch.randn(2, 2, 2, 400, 16).unbind()
+    attn = mf.compile(mf.mask(lambda b, h, q, kv: kv >= b + h and kv <= q and kv % 7 != 0))
+    q = torch.randn(2, 4, 3, 16)
+    want = attn(q, k, v, q_offset=300)
+    with torch.device("meta"):
+        assert torch.equal(attn(q, k, v, q_offset=300), want)
+    assert len(looked_at) == 2
+
+
 def test_what_no_row_sees_may_hold_anything(looked_at):
     k, v = torch.randn(2, 2, 2, 64, 16).unbind()
     lengths = torch.tensor([40, 0])
