@@ -62,7 +62,8 @@ class FlashAttention4(Engine):
         library = import_module("flash_attn.cute")
         mask_mod, scalars = prepared.made("function", lambda: _function(problem))
         learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        forward, backward = blocks(capability(q.device)[0], q.shape[2], q.shape[3], v.shape[3])
+        packed = q.shape[2] * q.shape[1] // k.shape[1]
+        forward, backward = blocks(capability(q.device)[0], packed, q.shape[3], v.shape[3])
         out, lse = library.flash_attn_func(
             *map(by_tokens, (q, k, v)),
             softmax_scale=strength.scale,
@@ -76,18 +77,18 @@ class FlashAttention4(Engine):
         return by_tokens(out), lse
 
 
-def blocks(generation: int, q_len: int, head_dim: int, v_head_dim: int) -> tuple[Blocks, Blocks]:
+def blocks(generation: int, packed: int, head_dim: int, v_head_dim: int) -> tuple[Blocks, Blocks]:
     """(q_tokens, kv_tokens) of a block in forward and in backward.
 
     Args:
         generation: the major compute capability.
-        q_len: rows in tokens.
+        packed: rows in tokens, times the query heads that share a key's head: by their product it chooses its tiles.
         head_dim: of q and k.
         v_head_dim: of v.
     """
     if generation == 9:
         return (128, 128 if head_dim <= 128 else 64), (128, 128 if head_dim <= 128 else 96 if head_dim <= 192 else 64)
-    rows = 128 if q_len <= 128 or v_head_dim == 256 else 256
+    rows = 128 if packed <= 128 or v_head_dim == 256 else 256
     return (rows, 128), (128, 256 if head_dim >= 128 else 128)
 
 

@@ -21,7 +21,7 @@ from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, trace
 
 _TABLES: Final = ("start", "stop")
-_ROWS: Final = "rows that see something"  # no identifier, so nobody can pass it
+_ROWS: Final = "rows"
 
 
 def from_row_intervals(intervals: Tensor | RowIntervals, kv_len: int | None = None, *, batch: int = 1) -> Mask:
@@ -70,7 +70,7 @@ class RowMask(Mask):
         batch, heads = intervals.shape
         several = {"batch": batch > 1, "heads": heads > 1, "q_len": True, "kv_len": True}
         sizes = tuple(size for size, matters in several.items() if matters)
-        super().__init__(f"{name}({len(intervals.start)} intervals)", (), {}, (_ROWS,) if padded else (), sizes)
+        super().__init__(f"{name}({len(intervals.start)} intervals)", (), {}, (), sizes)
         self.intervals = intervals
         self.padded = padded
         self._of = name
@@ -81,7 +81,7 @@ class RowMask(Mask):
             self._tables = {key: self._form.squeezed(x) for key, x in zip(_TABLES, ends, strict=True)}
 
     def implied(self, sizes: Sizes) -> dict[str, int]:
-        """The number of rows, if the call fits the intervals."""
+        """Nothing, if the call fits the intervals."""
         sizes.refuse_offsets("intervals count the rows and columns of q and k", "shift the intervals instead")
         (batch, heads), own = self.intervals.shape, (self.intervals.q_len, self.intervals.kv_len)
         for name, got, want in zip(("q_len", "kv_len"), (sizes.q_len, sizes.kv_len), own, strict=True):
@@ -93,12 +93,14 @@ class RowMask(Mask):
                 raise ArgumentError(
                     f"{sizes.operation}: {name} is {got}, expected {want} as in {self.name}; 1 there serves all"
                 )
-        return {_ROWS: own[0]} if self.padded else {}
+        return {}
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The comparisons with the tables; those of one form are traced once, whatever the numbers."""
         traced = _trace(self._form)
-        return replace(traced, tables=tuple(self._tables[name] for name in traced.names))
+        tables = tuple(self._tables[name] for name in traced.names)
+        params = tuple(self.intervals.q_len if value == _ROWS else value for value in traced.params)
+        return replace(traced, tables=tables, params=params)
 
     def held(self) -> tuple[Tensor, ...]:
         """The tables."""

@@ -172,6 +172,13 @@ def test_what_fa4_is_called_with(library):
     assert arguments["aux_tensors"][0] is DOC and arguments["aux_scalars"] is None
 
 
+def test_fa4_chooses_its_tiles_by_the_rows_of_all_query_heads_of_a_key(library):
+    calls = library("fa4")
+    for kv_heads in (4, 1):
+        mf.attention(*inputs(1, 4, kv_heads, 40, 40, 16), mf.causal(), backend="fa4")
+    assert [arguments["forward"].block_size for _, arguments in calls] == [(128, 128), (256, 128)]
+
+
 def test_fa4_has_lists_of_rows_in_forward_and_of_columns_in_backward(library):
     """The stand-in holds both against one another."""
     calls = library("fa4")
@@ -184,7 +191,7 @@ def test_fa4_has_lists_of_rows_in_forward_and_of_columns_in_backward(library):
 
 
 @pytest.mark.parametrize(
-    ("generation", "q_len", "dims", "expected"),
+    ("generation", "packed", "dims", "expected"),
     [
         (9, 4096, (64, 64), ((128, 128), (128, 128))),
         (9, 4096, (192, 128), ((128, 64), (128, 96))),
@@ -195,8 +202,8 @@ def test_fa4_has_lists_of_rows_in_forward_and_of_columns_in_backward(library):
         (10, 4096, (256, 256), ((128, 128), (128, 256))),
     ],
 )
-def test_blocks_of_fa4(generation, q_len, dims, expected):
-    assert fa4.blocks(generation, q_len, *dims) == expected
+def test_blocks_of_fa4(generation, packed, dims, expected):
+    assert fa4.blocks(generation, packed, *dims) == expected
 
 
 @pytest.mark.parametrize("offset", [0, 3, torch.tensor([1, 2])])

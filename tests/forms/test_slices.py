@@ -156,6 +156,14 @@ def test_a_mask_of_slices_is_as_any_other():
     assert not mf.from_slices([], [], []).dense(2, 2).any()
 
 
+def test_masks_of_slices_of_other_lengths_combine():
+    short, long = mf.from_slices([[0, 2]], [[0, 2]]), mf.from_slices([[1, 5]], [[0, 6]], [1])
+    dense = {mask: mask.dense(7, 7) for mask in (short, long)}
+    for mask, other in ((short, long), (long, short)):
+        assert torch.equal((mask & other).dense(7, 7), dense[mask] & dense[other])
+        assert torch.equal((mask | other).dense(7, 7), dense[mask] | dense[other])
+
+
 def test_slices_may_have_rows_that_see_nothing():
     causal, inverse, both = (mf.from_slices([[0, 5]], [[0, 2]], [kind]).dense(5, 2)[0, 0] for kind in (1, 2, 3))
     assert causal.int().tolist() == [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]]
