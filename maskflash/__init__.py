@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets, scores
-from maskflash.api import attention, compile, invalidate
+from maskflash.api import attention, compile, invalidate, varlen_attention
 from maskflash.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -114,6 +114,7 @@ __all__ = [
     "scores",
     "sliding_window",
     "testing",
+    "varlen_attention",
     "visualize",
 ]
 

@@ -28,6 +28,7 @@ ORDER = {
         "bounds",
         "simplify",
         "derivative",
+        "sequences",
     ],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
@@ -40,7 +41,7 @@ ORDER = {
     "analysis/ways": [
         *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "written"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "derived", "written"],
     "masks": [
         *(
             "lines",
@@ -51,6 +52,7 @@ ORDER = {
             "predicate",
             "dense",
             "columns",
+            "sequences",
             "compare",
             "why",
         ),
@@ -60,7 +62,7 @@ ORDER = {
         *("flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences", "kernels"),
         *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges"),
     ],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "sequences", "presets", "reads", "told"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
@@ -74,6 +76,7 @@ ORDER = {
         "spec",
         "analyse",
         "checking",
+        "places",
         "cache",
         "few_rows",
         "explain",
@@ -84,6 +87,7 @@ ORDER = {
         "asking",
         "ahead",
         "inside",
+        "varlen",
         "attention",
     ],
     "flashmask": ["paper", "call"],

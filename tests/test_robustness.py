@@ -242,6 +242,10 @@ MAP = CAUSAL.block_map(4, 4, block_size=2)
 VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
 BLOCKS_OF_CAUSAL = CAUSAL.to_block_sparse(4, 4, block_size=2)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
+PACKED = {
+    **dict.fromkeys("qkv", (torch.randn(4, 2, 8), set())),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (torch.tensor([0, 1, 4]), set())),
+}
 SEEDS = {"-1", "tensor of one", *SIZES}
 CALL = {
     **{"q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
@@ -272,6 +276,14 @@ CALLS = {
     mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
     mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, "tune": (False, FLAG)},
     ATTN: {**QKV, **CALL},
+    mf.varlen_attention: {
+        **PACKED,
+        "mask": (CAUSAL, NONE),
+        **HOW,
+        "q_offset": (0, OFFSETS),
+        "return_lse": (False, FLAG),
+    },
+    ATTN.varlen: {**PACKED, "q_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
     ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "pass_name": ("dq", set())},
     ATTN.explain: SIZED,
     ATTN.prepare: SIZED,

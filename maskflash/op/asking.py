@@ -47,7 +47,8 @@ class Asking:
 
     Attributes:
         mask: which pairs may attend; where a score function hides pairs, joined with those that it leaves.
-        name: of the mask as it was given.
+        given: the mask as it was given.
+        name: its name.
         score: how strongly they attend; None for the scaled products themselves.
         scale: factor of the scores; None for 1/sqrt(D).
         block_size: (bq, bkv), a tile in tokens.
@@ -68,6 +69,7 @@ class Asking:
         check: bool = False,
         score: Score | None = None,
     ) -> None:
+        self.given = mask
         self.name = mask.name
         self.score = score
         if score is not None:
