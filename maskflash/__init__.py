@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from maskflash.forms.arguments import from_arguments
     from maskflash.forms.block_rows import BlockRows, from_block_rows
     from maskflash.forms.block_sparse import BlockSparse, from_block_sparse
+    from maskflash.forms.cute import CuteMask
     from maskflash.forms.flex import from_flex
     from maskflash.forms.packed_mask import PackedMask, from_packed_mask
     from maskflash.forms.prefix_ranges import PrefixRanges, from_prefix_ranges
@@ -69,6 +70,7 @@ __all__ = [
     "BlockSparse",
     "ColumnIntervals",
     "Comparison",
+    "CuteMask",
     "DenseMaskWarning",
     "Explanation",
     "Mask",
@@ -126,6 +128,7 @@ _LATER: Final = {
     "BlockRows": "maskflash.forms.block_rows",
     "BlockSparse": "maskflash.forms.block_sparse",
     "Comparison": "maskflash.masks.compare",
+    "CuteMask": "maskflash.forms.cute",
     "Explanation": "maskflash.op.explain",
     "PackedMask": "maskflash.forms.packed_mask",
     "PageTable": "maskflash.op.page_table",

@@ -17,6 +17,7 @@ from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
 from maskflash.op.asking import BackendChoice, asks_for_dropout
 from maskflash.op.attention import Attention
+from maskflash.op.spec import ENGINES
 from maskflash.scores.presets import bias
 from maskflash.scores.score import Score, ScoreLike, as_score
 
@@ -47,7 +48,8 @@ def compile(
             preset of `mf.scores`, or several that are applied in turn.
         scale: positive factor of the scores, from 2**-64 to 2**64; None for 1/sqrt(D).
         block_size: tokens per tile, one number or (q_tokens, kv_tokens): at most 2**24 pairs.
-        backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
+        backend: "auto" takes the device's: "cpu" or "triton". A named one never falls back to another. Engines of other
+            libraries are run by name alone: "flex", "cudnn", "fa4", "magi", "flashinfer".
         deterministic: same inputs, same bits.
         tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a
             compiled graph uses what was found, and measures nothing.
@@ -71,7 +73,7 @@ def compile(
     for name in others:
         raise unexpected("compile", name, None)
     size = arguments.block_size("compile", block_size)
-    arguments.choice("compile", "backend", backend, ("auto", "cpu", "triton"))
+    arguments.choice("compile", "backend", backend, ("auto", "cpu", "triton", *ENGINES))
     deterministic = arguments.flag("compile", "deterministic", deterministic)
     tune = arguments.flag("compile", "tune", tune)
     check = arguments.flag("compile", "check", check)

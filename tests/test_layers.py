@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 ORDER = {
     "": [
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
-        *("forms", "scores", "backends", "op"),
+        *("forms", "scores", "backends", "engines", "op"),
         "api",
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
@@ -59,10 +59,12 @@ ORDER = {
     ],
     "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
-        *("flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences", "kernels"),
-        *("xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows", "prefix_ranges"),
+        *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
+        *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
+        *("prefix_ranges", "cute"),
     ],
     "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "sequences", "presets", "reads", "told"],
+    "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
@@ -116,14 +118,7 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(
-        (f"masks/{asked}.py", f"forms/{name}")
-        for asked in ("sight", "exports")
-        for name in (
-            *("flashmask", "flex", "row_intervals", "slices", "arguments"),
-            *("block_sparse", "block_rows", "packed_mask", "prefix_ranges"),
-        )
-    ),
+    *((f"masks/{path}.py", f"forms/{name}") for path in ("sight", "exports") for name in ORDER["forms"]),
     ("masks/exports.py", "masks/columns"),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),

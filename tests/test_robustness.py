@@ -295,11 +295,12 @@ CALLS = {
     CAUSAL.to_block_sparse: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_block_rows: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_packed_mask: SIZED,
+    CAUSAL.to_cute: SIZED,
     CAUSAL.to_prefix_ranges: {
-        **SIZED,
-        "kv_len": (4, INTS - {"3", "1", "numpy int"} | {"object"}),
-        "q_offset": (0, {"0"}),
+        **{**SIZED, "q_len": (4, {"0"}), "kv_len": (4, set())},
+        "q_offset": (0, OFFSETS - {"-1"}),
     },
+    CAUSAL.to_slices: SIZED,
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
@@ -321,11 +322,11 @@ CALLS = {
         "tensors": (BLOCKS_OF_CAUSAL.forward, set()),
         "mask_mod": (CAUSAL, set()),
         **dict.fromkeys(("q_len", "kv_len"), (4, {"3"})),
-        "block_size": (None, NONE | {"pair", "numpy int"}),
+        "block_size": (None, NONE | {"3", "numpy int", "pair"}),
     },
     mf.from_block_rows: {
-        "indptr": (torch.tensor([0, 1, 2]), set()),
-        "indices": (torch.tensor([0, 1]), {"list"}),
+        "indptr": (torch.tensor([0, 1, 2]), {"array", "tensor"}),
+        "indices": (torch.tensor([0, 1]), set()),
         "M": (4, {"3"}),
         "N": (4, set()),
         "block_size": (2, {"numpy int", "pair"}),
@@ -340,6 +341,16 @@ CALLS = {
     mf.from_prefix_ranges: {
         "mm_prefix_range": (None, NONE),
         "sliding_window": (None, NONE | INTS),
+    },
+    mf.from_row_intervals: {
+        "intervals": (CAUSAL.to_row_intervals(4, 4).to_cudnn(), set()),
+        "kv_len": (4, set()),
+        "batch": (1, {"1", "numpy int"}),
+    },
+    mf.from_slices: {
+        "q_ranges": (torch.tensor([[0, 4]]), set()),
+        "k_ranges": (torch.tensor([[0, 4]]), set()),
+        "types": (torch.tensor([1]), NONE),
     },
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),

@@ -45,7 +45,25 @@ def find_changes(problem: Problem) -> Changes:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
+    return _find(Facts(problem.on_host()))
+
+
+def find_runs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The visible runs of all columns: the column of each, numbered as in `Changes`, its first row, one past its last.
+
+    Raises:
+        MaskIndexError: as `find_changes`.
+    """
     facts = Facts(problem.on_host())
+    if facts.columns is None or not bool(facts.columns.told.all()):
+        changes = _find(facts)
+        return _runs(changes.column, changes.row, problem.q_len)
+    start, stop = (x.flatten(1).T for x in (facts.columns.start, facts.columns.stop))  # (columns, intervals of each)
+    some = start < stop
+    return some.nonzero()[:, 0], start[some], stop[some]
+
+
+def _find(facts: Facts) -> Changes:
     problem = facts.problem
     found = _known(problem, facts.columns, facts.pieces)
     if found is None:
@@ -54,11 +72,6 @@ def find_changes(problem: Problem) -> Changes:
             return _turned(_sorted(problem.turned(), across), problem)
         found = _of_lines(problem, see(facts).block_map.turned(), facts.columns)
     return _sorted(problem, found)
-
-
-def runs_of(changes: Changes, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each column's visible runs: the column, its first row and one past its last; of `length` rows."""
-    return _runs(changes.column, changes.row, length)
 
 
 def _known(problem: Problem, columns: Rows | None, pieces: Pieces | None) -> Iterator[tuple[Tensor, Tensor]] | None:

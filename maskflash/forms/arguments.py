@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, ArgumentTypeError, UnsupportedMask
@@ -91,15 +92,16 @@ def as_arguments(problem: Problem, library: str, name: str) -> dict[str, Any]:
         )
     seen = find_row_intervals(problem)
     hulls = Hulls.of(seen, problem.batch)
-    found = _decided(LIBRARIES[library], seen, hulls, problem)
+    rows = _Rows.of(seen)
+    found = _decided(LIBRARIES[library], rows, hulls, problem)
     if isinstance(found, dict):
         return found
     others = [
         other
         for other, how in LIBRARIES.items()
-        if other != library and isinstance(_decided(how, seen, hulls, problem), dict)
+        if other != library and isinstance(_decided(how, rows, hulls, problem), dict)
     ]
-    instead = f"{' and '.join(others)} take{'s' * (len(others) == 1)} it" if others else "no fixed-function kernel does"
+    instead = f"{_listed(others)} take{'s' * (len(others) == 1)} it" if others else "no fixed-function kernel does"
     hidden, shown = ("hide", "shows") if found.shown else ("show", "hides")
     raise UnsupportedMask(
         f"as_arguments: {library} has no arguments for {name}: the nearest, {_text(found.given)}, {hidden} pair (b, h, "
@@ -157,7 +159,7 @@ def _unexpected(library: str, name: str) -> ArgumentTypeError:
     """The error for an argument that is no part of a library's mask."""
     others = [other for other, how in LIBRARIES.items() if name in how.takes]
     if others:
-        answer = f"it is one of {' and '.join(others)}"
+        answer = f"it is one of {_listed(others)}"
     elif name in names.PEERS:
         answer = f"it is no part of the mask; here: {names.PEERS[name]}"
     else:
@@ -165,13 +167,13 @@ def _unexpected(library: str, name: str) -> ArgumentTypeError:
     return ArgumentTypeError(f"from_arguments: unexpected argument {name!r} of {library}; {answer}")
 
 
-def _decided(how: Library, seen: RowIntervals, hulls: Hulls, problem: Problem) -> dict[str, Any] | _Difference:
+def _decided(how: Library, rows: _Rows, hulls: Hulls, problem: Problem) -> dict[str, Any] | _Difference:
     """The first proposal that shows just what rows see; else where the one that holds longest departs from it."""
     nearest: _Difference | None = None
     for given in how.propose(hulls, problem.device):
         mask = how.read(**given)
         assert isinstance(mask, (AlignedWindow, PackedWindows))
-        found = _difference(seen, mask.spans(problem.q_len, problem.kv_len, problem.batch), problem.batch)
+        found = rows.difference(mask.spans(problem.q_len, problem.kv_len, problem.batch), problem.batch)
         if found is None:
             return given
         if nearest is None or found[0] > nearest.pair:
@@ -180,41 +182,67 @@ def _decided(how: Library, seen: RowIntervals, hulls: Hulls, problem: Problem) -
     return nearest
 
 
-def _difference(seen: RowIntervals, spans: Spans, batch: int) -> tuple[tuple[int, int, int, int], bool] | None:
-    """The first pair (b, h, q, kv), row by row, that spans treat otherwise than intervals do, and whether these see it.
+class _Rows(NamedTuple):
+    """What rows see, ready to be compared with spans.
 
-    Args:
-        seen: what rows see.
-        spans: (batch or 1, q_len) each: one interval for each row, of all heads.
-        batch: batch rows; intervals or spans of one serve all.
+    Attributes:
+        seen: as intervals.
+        start: (B, H, q_len) int64, the only interval of each row; 0 where there is none.
+        stop: likewise.
+        many: (B, H, q_len) bool, whether a row has several, and start and stop don't tell.
     """
-    some = spans[0] < spans[1]
-    start, stop = (x.where(some, 0)[:, None] for x in spans)
-    count = seen.count.view(*seen.shape, seen.q_len)
-    first, last = torch.zeros_like(count), torch.zeros_like(count)
-    one = count == 1
-    first[one], last[one] = (x[seen.offsets[:-1].view_as(count)[one]] for x in (seen.start, seen.stop))
-    wrong = (count > 1) | (first != start) | (last != stop)
-    if batch == 0 or not bool(wrong.any()):
-        return None
-    b, h, q = wrong.nonzero()[0].tolist()
-    row = seen.row(q, b=min(b, seen.shape[0] - 1), h=h)
-    place = min(b, len(start) - 1)
-    told = [(int(start[place, 0, q]), int(stop[place, 0, q]))]
-    ends = sorted({end for span in (*row, *told) for end in span})
-    kv = next(end for end in ends if _within(row, end) != _within(told, end))
-    return (b, h, q, kv), _within(row, kv)
+
+    seen: RowIntervals
+    start: Tensor
+    stop: Tensor
+    many: Tensor
+
+    @staticmethod
+    def of(seen: RowIntervals) -> _Rows:
+        """The rows of intervals."""
+        count = seen.count
+        start, stop = torch.zeros_like(count), torch.zeros_like(count)
+        one = count == 1
+        start[one], stop[one] = (x[seen.offsets[:-1][one]] for x in (seen.start, seen.stop))
+        shape = *seen.shape, seen.q_len
+        return _Rows(seen, start.view(shape), stop.view(shape), (count > 1).view(shape))
+
+    def difference(self, spans: Spans, batch: int) -> tuple[tuple[int, int, int, int], bool] | None:
+        """The first pair (b, h, q, kv), row by row, that spans treat otherwise, and whether the rows see it.
+
+        Args:
+            spans: (batch or 1, q_len) each: one interval for each row, of all heads.
+            batch: batch rows; rows or spans of one serve all.
+        """
+        some = spans[0] < spans[1]
+        start, stop = (x.where(some, 0)[:, None] for x in spans)
+        wrong = self.many | (self.start != start) | (self.stop != stop)
+        if batch == 0 or not bool(wrong.any()):
+            return None
+        b, h, q = wrong.nonzero()[0].tolist()
+        row = self.seen.row(q, b=min(b, self.seen.shape[0] - 1), h=h)
+        place = min(b, len(start) - 1)
+        told = [(int(start[place, 0, q]), int(stop[place, 0, q]))]
+        ends = sorted({end for span in (*row, *told) for end in span})
+        kv = next(end for end in ends if _within(row, end) != _within(told, end))
+        return (b, h, q, kv), _within(row, kv)
 
 
 def _within(line: Line, kv: int) -> bool:
     return any(start <= kv < stop for start, stop in line)
 
 
+def _listed(texts: list[str]) -> str:
+    """Names in a sentence."""
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _text(given: dict[str, Any]) -> str:
     """Arguments as one would write them, the long ones in short."""
 
     def short(value: Any) -> str:
-        text = "[...]" if isinstance(value, (torch.Tensor, list)) and len(value) > 8 else repr(value)
-        return str(value.tolist()) if isinstance(value, torch.Tensor) and text != "[...]" else text
+        text = "[...]" if isinstance(value, (Tensor, list)) and len(value) > 8 else repr(value)
+        return str(value.tolist()) if isinstance(value, Tensor) and text != "[...]" else text
 
     return ", ".join(f"{name}={short(value)}" for name, value in given.items()) or "none"

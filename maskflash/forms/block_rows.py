@@ -249,10 +249,11 @@ def _checked(
 
 def _packed(operation: str, mask: Any, shape: tuple[int, int, int], first: Tensor, height: Tensor) -> Tensor:
     """A mask of pairs of blocks as packed bits."""
+    if isinstance(mask, Tensor):
+        arguments.held(operation, "mask", mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ArgumentError(f"{operation}: mask is {got}, expected torch.bool {shape}, the pairs of each listed block")
-    arguments.held(operation, "mask", mask)
     parts = []
     for low, high, rows in zip(first[:-1].tolist(), first[1:].tolist(), height.tolist(), strict=True):
         bits = mask[low:high, :rows].cpu().transpose(0, 1).flatten()

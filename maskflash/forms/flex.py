@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.classify import classify
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import FULL, PARTIAL
 from maskflash.errors import ArgumentTypeError
-from maskflash.expr.evaluate import compute
+from maskflash.forms.modifiers import modifier
 from maskflash.forms.tiled import SizedMask, listed_kinds, of_tiles
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask
@@ -30,20 +31,31 @@ def to_block_mask(problem: Problem) -> BlockMask:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    kinds = classify(problem).block_map.kinds().to(problem.device)
-    for axis, length, size in zip((2, 3), (problem.q_len, problem.kv_len), problem.block_size, strict=True):
+    function = modifier(problem.expr, problem.inputs, problem.q_offset, problem.kv_offset, problem.device)
+    return of_block_map(classify(problem).block_map, function, problem.device)
+
+
+def of_block_map(block_map: BlockMap, mask_mod: MaskMod, device: torch.device) -> BlockMask:
+    """The BlockMask of a block map, with a function for its partial tiles.
+
+    Args:
+        block_map: the tiles.
+        mask_mod: the mask of which they are.
+        device: where its tensors go.
+    """
+    lengths = block_map.q_len, block_map.kv_len
+    kinds = block_map.kinds().to(device)
+    for axis, length, size in zip((2, 3), lengths, block_map.block_size, strict=True):
         if length % size:
             kinds.narrow(axis, length // size, 1).clamp_(max=PARTIAL)
-    count, indices = _listed(kinds == PARTIAL)
-    full_count, full_indices = _listed(kinds == FULL)
-    return BlockMask.from_kv_blocks(
-        count,
-        indices,
-        full_count,
-        full_indices,
-        BLOCK_SIZE=problem.block_size,
-        mask_mod=_mask_mod(problem),
-        seq_lengths=(problem.q_len, problem.kv_len),
+    rows = *_listed(kinds == PARTIAL), *_listed(kinds == FULL)
+    columns = *_listed(kinds.mT == PARTIAL), *_listed(kinds.mT == FULL)
+    return BlockMask(
+        lengths,
+        *rows,
+        *columns,
+        BLOCK_SIZE=block_map.block_size,
+        mask_mod=mask_mod,
     )
 
 
@@ -92,23 +104,3 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """How many of each row's tiles are chosen, and which: these first, ascending, then the others; int32."""
     order = chosen.to(torch.int8).argsort(dim=3, descending=True, stable=True)
     return chosen.sum(3, dtype=torch.int32), order.int()
-
-
-def _mask_mod(problem: Problem) -> MaskMod:
-    """The mask as a function of tensors that torch can map over and compile."""
-    expr, inputs = problem.expr, problem.inputs
-
-    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        given = (index.to(torch.int64) for index in (b, h, q_idx, kv_idx))
-        return compute(expr, inputs, problem.indices(*given), _read)[0].to(torch.bool)
-
-    return mask_mod
-
-
-def _read(table: Tensor, indices: list[Tensor]) -> tuple[Tensor, None]:
-    """A look-up without a look at the indices: analysis has found those that guards let through in range."""
-    if 0 in table.shape:
-        return table.new_zeros(()), None
-    wrapped = (torch.where(index < 0, index + size, index) for index, size in zip(indices, table.shape, strict=True))
-    safe = tuple(index.clamp(0, size - 1) for index, size in zip(wrapped, table.shape, strict=True))
-    return table[safe] if safe else table, None

@@ -181,15 +181,14 @@ def _varlen(
 
 
 def _packed(found: Sequences, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    """Where queries and keys of sequences start, and the most of each, which a window to the right counts by."""
+    """Where queries and keys of sequences start, and the most of each, by which a window to the right counts."""
     q_lengths, kv_lengths = found.end_to_end()
-    max_q, max_k = int(q_lengths.max()), int(kv_lengths.max())
-    starts = (_starts(lengths, device) for lengths in (q_lengths, kv_lengths))
+    max_k = int(kv_lengths.max())
     if found.right is not None:
         max_k = max(max_k, found.right + 1)
     elif found.left is not None:
-        max_k = max(max_k, max_q)
-    return (*starts, max_q, max_k)
+        max_k = max(max_k, int(q_lengths.where(q_lengths > kv_lengths, 0).max()))
+    return _starts(q_lengths, device), _starts(kv_lengths, device), int(q_lengths.max()), max_k
 
 
 def _lengths(name: str, value: Any) -> Tensor:

@@ -87,7 +87,7 @@ def _one_interval(found: RowIntervals, position: Tensor) -> tuple[Tensor, Tensor
         b, q = divmod(r, found.q_len)
         what = f"{int(found.count[r])} intervals" if not one[r] else f"{int(first[r])} to {int(last[r])}"
         raise _refusal(f"row {q} of batch row {b} sees {what}", here[r])
-    return first.view(found.shape[0], -1), last.view(found.shape[0], -1)
+    return first.view(found.shape[0], found.q_len), last.view(found.shape[0], found.q_len)
 
 
 def _window(first: Tensor, position: Tensor) -> int | None:
@@ -178,7 +178,7 @@ def from_prefix_ranges(mm_prefix_range: Tensor | None = None, sliding_window: in
             f"{operation}: mm_prefix_range has shape {tuple(table.shape)}, expected (B, n, 2) or (n, 2), the first and "
             "the last position of each range"
         )
-    table = table.long().view(-1, *table.shape[-2:])
+    table = table.long() if table.ndim == 3 else table.long()[None]
     if bool((table < 0).any()):
         raise ArgumentError(
             f"{operation}: mm_prefix_range holds {int(table.min())}, expected positions, which are at least 0; pad "

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from maskflash.analysis.changes import find_changes, runs_of
+from maskflash.analysis.changes import find_runs
 from maskflash.analysis.problem import Problem
 from maskflash.errors import UnsupportedMask
 from maskflash.ground import arguments
@@ -149,8 +149,8 @@ def find_row_intervals(problem: Problem) -> RowIntervals:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    changes = find_changes(problem.turned())  # whose columns are the problem's rows
-    row, start, stop = runs_of(changes, problem.kv_len)
-    count = torch.bincount(row, minlength=changes.shape[0] * changes.shape[1] * problem.q_len)
+    row, start, stop = find_runs(problem.turned())  # whose columns are the problem's rows
+    batch, heads = problem.shape[:2]
+    count = torch.bincount(row, minlength=batch * heads * problem.q_len)
     offsets = torch.cat((torch.zeros(1, dtype=torch.int64), count.cumsum(0)))
-    return RowIntervals(problem.q_len, problem.kv_len, changes.shape, offsets, start, stop, problem.batch)
+    return RowIntervals(problem.q_len, problem.kv_len, (batch, heads), offsets, start, stop, problem.batch)

@@ -76,7 +76,7 @@ class RowMask(Mask):
         self._of = name
         with modes.off():
             most = max(int(intervals.count.max()) if len(intervals.count) else 0, 1)
-            self._form = _Kept(most, batch > 1, heads > 1, padded)
+            self._form = _RowForm(most, batch > 1, heads > 1, padded)
             ends = _tables(intervals, most, padded)
             self._tables = {key: self._form.squeezed(x) for key, x in zip(_TABLES, ends, strict=True)}
 
@@ -118,7 +118,7 @@ def _again(name: str, intervals: RowIntervals, padded: bool) -> RowMask:
     return RowMask(name, intervals, padded=padded)
 
 
-class _Kept(NamedTuple):
+class _RowForm(NamedTuple):
     """What their expression depends on; batch rows, heads and numbers are looked at only where there are several."""
 
     most: int
@@ -143,7 +143,7 @@ class _Kept(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _trace(form: _Kept) -> Traced:
+def _trace(form: _RowForm) -> Traced:
     """The expression of all masks of a form; its tables are named start and stop."""
 
     def visible(b: Any, h: Any, q: Any, kv: Any, **values: Any) -> Any:
@@ -188,7 +188,7 @@ def _check(intervals: RowIntervals, kv_len: int | None, batch: int) -> None:
 
 
 def _of_endpoints(ends: Tensor, kv_len: int | None, batch: int) -> RowIntervals:
-    """CuDNN's endpoints as row intervals; those that touch are one."""
+    """Endpoints as cuDNN takes them -> row intervals; those that touch are one."""
     call = "from_row_intervals"
     if kv_len is None:
         raise ArgumentTypeError(

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from maskflash.forms.row_intervals import RowIntervals
 from maskflash.forms.windows import Side
+from maskflash.presets.documents import Align
 
 
 class Hulls(NamedTuple):
@@ -62,12 +63,16 @@ class Hulls(NamedTuple):
             right = -1 - int(unseeing[-1])  # the window ends just before the keys begin
         return left, right
 
-    def sequences(self) -> Sequences:
-        """Runs of queries whose hulls share keys, as sequences; tokens are counted through the batch rows."""
+    def sequences(self, align: Align = "bottom_right") -> Sequences:
+        """Runs of queries whose hulls share keys, as sequences; tokens are counted through the batch rows.
+
+        Args:
+            align: the corner in which the diagonal of each sequence begins, or ends.
+        """
         batch, q_len = self.start.shape
         some = (self.start < self.stop).flatten()
-        ahead = torch.arange(batch)[:, None] * self.kv_len
-        start, stop = (self.start + ahead).flatten(), (self.stop + ahead).flatten()
+        before = torch.arange(batch)[:, None] * self.kv_len
+        start, stop = (self.start + before).flatten(), (self.stop + before).flatten()
         first = _first_of_runs(start, stop, some, q_len)
         last = pad(first[1:], (0, 1), value=len(start))[: len(first)] - 1
         # Keys ascend, whatever the rows: those of a run come after those before it, and a row without keys has none.
@@ -77,14 +82,15 @@ class Hulls(NamedTuple):
         kv_stop = torch.maximum(kv_stop, kv_start)
         q_lengths = last + 1 - first
         run = torch.repeat_interleave(torch.arange(len(first)), q_lengths)
-        at = torch.arange(len(start)) - last[run] + kv_stop[run] - 1
+        ahead = kv_stop - 1 - last if align == "bottom_right" else kv_start - first
+        at = torch.arange(len(start)) + ahead[run]
         ends = (x[run][some] for x in (kv_start, kv_stop))
         left, right = _sides(at[some], start[some], stop[some], *ends)
         return Sequences(q_lengths, kv_start, kv_stop, batch * self.kv_len, left, right)
 
 
 class Sequences(NamedTuple):
-    """Sequences of queries and keys, and a window along the diagonal of each that ends at its last query and key.
+    """Sequences of queries and keys, and a window along the diagonal of each.
 
     Attributes:
         q_lengths: (n,) int64, queries of each, one after the other.

@@ -38,10 +38,10 @@ _MOST_TOKENS: Final = 2**31 - 1  # of all batch rows together
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slices:
-    """Disjoint slices whose union is a mask, by their first query and key, as MagiAttention's
-    `flex_flash_attn_func` takes them: q_ranges, k_ranges and attn_type_map.
+    """Disjoint slices whose union is a mask, in the order of their first queries and keys.
 
-    Query q of batch row b is token b*q_len + q, and key kv is token b*kv_len + kv.
+    MagiAttention's `flex_flash_attn_func` takes them as they are: q_ranges, k_ranges, and types as attn_type_map. Query
+    q of batch row b is token b*q_len + q, and key kv is token b*kv_len + kv. A query may be in several slices.
 
     Attributes:
         q_ranges: (slices, 2) int32, first query of each, and one past its last.
@@ -110,8 +110,8 @@ def _of_one_head(found: RowIntervals) -> tuple[Tensor, Tensor, Tensor]:
                 q = _first_unlike(rows, theirs[0], unlike.any(0))
                 raise UnsupportedMask(
                     f"to_slices: row {q} of batch row {b} sees {_told(found.row(q, b=b, h=h))} in head {h} and "
-                    f"{_told(found.row(q, b=b))} in head 0; slices are for all heads. Make them for each head: "
-                    "mask.at(...) of a mask without h"
+                    f"{_told(found.row(q, b=b))} in head 0; slices are for all heads; make them of each "
+                    "head's own mask"
                 )
         parts.append((rows + b * found.q_len, *first[1:]))
     row, start, stop = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -137,7 +137,8 @@ def _along_tokens(found: RowIntervals, row: Tensor, start: Tensor, stop: Tensor)
         moved = row // max(found.q_len, 1) * found.kv_len
         return row, start + moved, stop + moved
     b = torch.arange(found.batch)[:, None]
-    return (row + b * found.q_len).flatten(), *((x + b * found.kv_len).flatten() for x in (start, stop))
+    queries, keys = b * found.q_len, b * found.kv_len
+    return (row + queries).flatten(), (start + keys).flatten(), (stop + keys).flatten()
 
 
 def _chains(row: Tensor, start: Tensor, stop: Tensor, keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,15 +149,19 @@ def _chains(row: Tensor, start: Tensor, stop: Tensor, keys: int) -> tuple[Tensor
     after = torch.searchsorted(place, below).clamp_(max=max(len(place) - 1, 0))
     right, longer = place[after] - below, stop[after] - stop
     linked = (right >= 0) & (right <= 1) & (longer >= 0) & (longer <= 1)
+    kind = 2 * right + longer
+    one = linked.nonzero()[:, 0]
     chain = torch.arange(len(row))
-    chain[after[linked]] = linked.nonzero()[:, 0]
+    if torch.equal(after[one], one + 1):  # as where rows have one interval each
+        return chain, linked, kind
+    chain[after[one]] = one
     while True:  # until each knows the first of its chain; twice as far each time
         further = chain[chain]
         if torch.equal(further, chain):
             break
         chain = further
     order = chain.argsort(stable=True)
-    return order, linked[order], (2 * right + longer)[order]
+    return order, linked[order], kind[order]
 
 
 def _stretches(linked: Tensor, kind: Tensor) -> Tensor:

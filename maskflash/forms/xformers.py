@@ -11,6 +11,7 @@ of each class, and what its `__post_init__` refuses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Final, Literal, NamedTuple
 
@@ -91,14 +92,16 @@ def propose(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]]:
     for name, bias in _fitting(left, right):
         if bias.keys == "alone":
             yield {"attn_bias": name, **_window_said(bias, left, right, reach)}
-    found = hulls.sequences()
-    fitting = _fitting(found.left, found.right)
+    corners: tuple[Align, ...] = ("bottom_right", "top_left")
+    sequences = {align: hulls.sequences(align) for align in corners}
     for keys in ("padded", "packed", "gappy"):
-        for name, bias in fitting:
-            window = _window_said(bias, found.left, found.right, found.kv_total)
-            given = _sequences_said(bias, found, hulls, window) if bias.keys == keys else None
-            if given is not None:
-                yield {"attn_bias": name, **given, **window}
+        for align, found in reversed(sequences.items()):
+            for name, bias in _fitting(found.left, found.right):
+                if (bias.keys, bias.align) == (keys, align):
+                    window = _window_said(bias, found.left, found.right, found.kv_total)
+                    given = _sequences_said(bias, found, hulls, window)
+                    if given is not None:
+                        yield {"attn_bias": name, **given, **window}
 
 
 def read(*, attn_bias: Any, **given: Any) -> Mask:
@@ -209,11 +212,9 @@ def _sequences_said(bias: _Bias, found: Sequences, hulls: Hulls, window: dict[st
             return None
         return {"q_seqlen": found.q_lengths.tolist(), "kv_seqstarts": kv_starts, "kv_seqlen": kv_seqlen}
     q_lengths, kv_lengths = found.end_to_end()
-    few = kv_lengths < q_lengths
-    if bias.align == "top_left":  # which is the same where there are as many keys as queries, or only one of them
-        few = (q_lengths != kv_lengths) & (q_lengths > 0) & (kv_lengths > 0)
-        few |= (kv_lengths == 0) & (q_lengths >= window.get("window_size", int(q_lengths.max()) + 1))
-    if (bias.wide or bias.align == "top_left") and bool(few.any()):
+    if bias.wide and bool((kv_lengths < q_lengths).any()):
+        return None
+    if bias.align == "top_left" and bool((q_lengths - kv_lengths >= window.get("window_size", math.inf)).any()):
         return None
     return {"q_seqlen": q_lengths.tolist(), "kv_seqlen": kv_lengths.tolist()}
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from maskflash.forms.block_rows import BlockRows
     from maskflash.forms.block_sparse import BlockSparse
+    from maskflash.forms.cute import CuteMask
     from maskflash.forms.packed_mask import PackedMask
     from maskflash.forms.prefix_ranges import PrefixRanges
     from maskflash.forms.row_intervals import RowIntervals
@@ -164,11 +165,12 @@ class Exports:
     def to_block_sparse(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockSparse:
         """FlashAttention 4's block-sparse tensors of this mask, at the cost of a block map.
 
-        What a block may be depends on the GPU. On Blackwell a forward block has a multiple of 256 queries (of 128 where
-        there are at most 128, or values have 256 dimensions) and of 128 keys. On Hopper it has a multiple of 64 queries
-        and just as many keys as a tile of its kernel: 128 up to a head dim of 128, or fewer by 16. Backward blocks have
-        a multiple of 128 queries (64 on Hopper) and 128 keys, or an even multiple on Blackwell from a head dim of 128
-        on. So (256, 128) is right for forward on Blackwell, (128, 128) on Hopper; backward may have a form of its own.
+        What a block may be depends on the kernel's tiles. Forward on Blackwell wants a multiple of 256 queries (of 128
+        for at most 128 queries, or values of 256 dimensions) and of 128 keys; on Hopper a multiple of 64 queries, and
+        128 keys up to a head dim of 128 (or fewer, in steps of 16). Backward wants a multiple of 128 queries and of 128
+        keys on Blackwell (an even one at a head dim of 192), of 128 queries and just 128 keys on Hopper up to a head
+        dim of 128. So (256, 128) serves forward on Blackwell, and (128, 128) Hopper. Forward and backward may come from
+        forms of different blocks. Other GPUs have no block-sparse kernels.
 
         Args:
             q_len: rows in tokens.
@@ -191,6 +193,38 @@ class Exports:
             [[1, 2, 3], [2, 3, 0], [3, 0, 0], [0, 0, 0]]
         """
         return self.at_call("Mask.to_block_sparse", q_len, kv_len, call).to_block_sparse(block_size)
+
+    def to_cute(self, q_len: int, kv_len: int, **call: Any) -> CuteMask:
+        """This mask as text of a mask_mod of FlashAttention 4, in CuTe's Python dialect, and what it reads.
+
+        Its numbers, such as windows and offsets, are aux_scalars: others need no other text. Look-ups are clamped.
+
+        Args:
+            q_len: rows in tokens.
+            kv_len: columns in tokens.
+            **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.
+
+        Raises:
+            UnsupportedMask: an operation that has no exact counterpart in CuTe, by name and place.
+
+        Example:
+            >>> from maskflash import causal
+            >>> print(causal().to_cute(512, 512).text)
+            import cutlass
+            import cutlass.cute as cute
+            <BLANKLINE>
+            <BLANKLINE>
+            @cute.jit
+            def mask_mod(batch, head, m_idx, n_idx, seqlen_info, aux_tensors):
+                q = cutlass.Int32(m_idx[0])
+                kv = cutlass.Int32(n_idx[0])
+                x2 = q >= kv
+                visible = cute.make_rmem_tensor(1, cutlass.Boolean)
+                visible[0] = x2
+                return visible.load()
+            <BLANKLINE>
+        """
+        return self.at_call("Mask.to_cute", q_len, kv_len, call).to_cute()
 
     def to_block_rows(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockRows:
         """FlashInfer's block-sparse rows of this mask: which blocks, and packed bits where a block is partial.

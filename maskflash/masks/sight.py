@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.forms.block_rows import BlockRows
     from maskflash.forms.block_sparse import BlockSparse
+    from maskflash.forms.cute import CuteMask
     from maskflash.forms.packed_mask import PackedMask
     from maskflash.forms.prefix_ranges import PrefixRanges
     from maskflash.forms.row_intervals import RowIntervals
@@ -201,6 +202,12 @@ class Sight:
         from maskflash.forms.block_sparse import to_block_sparse
 
         return to_block_sparse(self.tiled(arguments.block_size(self.sizes.operation, block_size)))
+
+    def to_cute(self) -> CuteMask:
+        """A mask_mod of FlashAttention 4, as text; see `Mask.to_cute`."""
+        from maskflash.forms.cute import to_cute
+
+        return to_cute(self.problem)
 
     def to_block_rows(self, block_size: BlockSize = 128) -> BlockRows:
         """FlashInfer's block-sparse rows; see `Mask.to_block_rows`.

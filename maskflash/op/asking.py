@@ -17,12 +17,12 @@ from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import checking
-from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
+from maskflash.op.spec import ENGINES, UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.strength import BoundScore
 
-BackendChoice = Literal["auto", "cpu", "triton"]
+BackendChoice = Literal["auto", "cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
 
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
 
@@ -115,6 +115,26 @@ class Asking:
             dropout_p=0.0 if dropout.seed is None else dropout.p,  # a float of a module is an input to dynamo
         )
 
+    def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
+        """Check that the engine of another library, where one was asked for, can do all of a call."""
+        if spec.backend not in ENGINES:
+            return
+        from maskflash.engines import named
+        from maskflash.engines.engine import Asked
+
+        learning = torch.is_grad_enabled()
+        call = Asked(
+            *(q.device, q.dtype, q.shape[3], v.shape[3]),
+            gradients=learning and (q.requires_grad or k.requires_grad or v.requires_grad),
+            lse=lse,
+            score=bool(spec.score),
+            learned=any(spec.learned),
+            sinks=spec.sinks is not None,
+            dropout=spec.seed is not None,
+            deterministic=self.deterministic,
+        )
+        named.ENGINES[spec.backend].refuse(call)
+
     def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
         """The score function in a call, as specs have it."""
         if self.score is None:
@@ -162,6 +182,13 @@ class Asking:
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
+        if chosen in ENGINES:
+            from maskflash.engines import named
+
+            problem = named.unavailable(chosen, device)
+            if problem is not None:
+                raise BackendError(f"attention: the {chosen} engine can't run here: {problem}")
+            return chosen
         if chosen is None or (chosen == "cpu" and device.type != "cpu"):
             raise BackendError(
                 f"attention: tensors are on {device.type}, expected "

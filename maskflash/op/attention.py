@@ -20,7 +20,7 @@ from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
 from maskflash.op.few_rows import FewRows, may_be
 from maskflash.op.inside import Inside
 from maskflash.op.paged import Paged
-from maskflash.op.spec import Spec
+from maskflash.op.spec import ENGINES, Spec
 from maskflash.op.varlen import Varlen
 from maskflash.scores.seeds import probability, seed_of
 
@@ -127,7 +127,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
-        if plain and not (is_seen or self.check or may_be(q, k)):
+        if plain and not (is_seen or self.check or self.backend in ENGINES or may_be(q, k)):
             stamp = self.mask.look()
             name = self._name(q, k, v, q_offset, kv_offset, sinks, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
@@ -137,6 +137,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
                 qkv.check_sinks(sinks, q)
             sizes = self._sizes(q, k, q_offset, kv_offset)
             spec = self._spec(sizes, q, sinks, mask_args, stamp, dropout, check=self.check)
+            self._refuse(spec, q, k, v, return_lse)
             try:
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)

@@ -13,6 +13,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
+from maskflash.engines.engine import Prepared
 from maskflash.errors import UnsupportedMask
 from maskflash.expr.format import format_expr
 from maskflash.forms.slices import find_slices
@@ -177,15 +178,17 @@ def _sentence(facts: dict[str, int | str]) -> str:
     return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
 
 
-def _kernel(plan: cpu.Plan | triton.DevicePlan) -> str | None:
-    """Which of the GPU's kernels: "interval" or "expression"; None on the CPU."""
-    if isinstance(plan, cpu.Plan):
+def _kernel(plan: cpu.Plan | triton.DevicePlan | Prepared) -> str | None:
+    """Which of the GPU's kernels: "interval" or "expression"; None elsewhere."""
+    if isinstance(plan, cpu.Plan | Prepared):
         return None
     return "expression" if plan.intervals is None else "interval"
 
 
-def _passes(plan: cpu.Plan | triton.DevicePlan) -> dict[str, dict[str, int | str]]:
-    """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU."""
+def _passes(plan: cpu.Plan | triton.DevicePlan | Prepared) -> dict[str, dict[str, int | str]]:
+    """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU, another library's form."""
+    if isinstance(plan, Prepared):
+        return {"form": dict(plan.counts)}
     if not isinstance(plan, cpu.Plan):
         walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
         return {

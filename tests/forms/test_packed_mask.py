@@ -52,7 +52,10 @@ def test_a_mask_comes_back(mask, q_len, kv_len):
 def test_any_bits_are_set(bits):
     edges = np.diff(np.array([False, *bits, False]).astype(np.int8))
     start, stop = (torch.from_numpy(np.flatnonzero(edges == step)) for step in (1, -1))
-    assert set_bits(start, stop, -(-len(bits) // 8)).tolist() == np.packbits(bits, bitorder="little").tolist()
+    assert (
+        set_bits(start, stop, -(-len(bits) // 8)).tolist()
+        == np.packbits(np.array(bits, bool), bitorder="little").tolist()
+    )
 
 
 def test_one_sequence_serves_any_batch_where_it_is_given_so():
@@ -64,7 +67,7 @@ def test_one_sequence_serves_any_batch_where_it_is_given_so():
 
 def test_bits_that_do_not_fit_are_refused():
     held = torch.ones(8, dtype=torch.uint8)
-    with pytest.raises(mf.ArgumentError, match="packed has 8 bytes, expected 10: 10 for each of 1 sequences of 8 x 9"):
+    with pytest.raises(mf.ArgumentError, match="packed has 8 bytes, expected 9: 9 for each of 1 sequences of 8 x 9"):
         mf.from_packed_mask(held, 8, 9)
     with pytest.raises(mf.ArgumentTypeError, match=r"packed has dtype torch.int64, expected torch.uint8"):
         mf.from_packed_mask(held.long(), 8, 8)

@@ -201,7 +201,7 @@ def in_sequences(mask, lengths, kv_lengths, q_offset=0):
     return Sight.of(twin, sizes, dict(zip(map(str, ARGUMENTS), tables, strict=True)))
 
 
-FAR = torch.tensor([2**63 - 1, -(2**63), 2**62])
+FAR = torch.tensor([2**62, -(2**63), 2**63 - 1])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_write_that_torch_does_not_see_takes_invalidate():
 def test_memory_does_not_grow():
     attn = mf.compile(mf.causal())
     q, k, v = packed(8, 8)
-    for step in range(100):
+    for step in range(40):
         at = torch.tensor([0, step % 8, 8])
         attn.varlen(q, k, v, at, at, q_offset=step % 3)
     del at
