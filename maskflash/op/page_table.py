@@ -254,8 +254,8 @@ class PageTable:
         if len(wrong):
             r = int(wrong[0])
             raise ArgumentError(
-                f"{operation}: {name} has {counts[r]} tokens for request {r}, whose length is {lengths[r]}; expected at "
-                "most its length, which counts the new tokens too: raise pages.lengths first"
+                f"{operation}: {name} has {counts[r]} tokens for request {r}, whose length is {lengths[r]}; expected "
+                "at most its length, which counts the new tokens too: raise pages.lengths first"
             )
         return counts
 

@@ -5,7 +5,7 @@
     1          9         4          5 6 7 8
 
 First the mask says which columns each request's queries see, and the pages that hold them are checked; then those
-pages are read. On the CPU few rows evaluate their mask then and there, as in contiguous calls: `backends/cpu/pages.py`.
+pages are read. On the CPU few rows evaluate their mask then and there, as in contiguous calls: `backends/cpu/paged.py`.
 All others, and all on a GPU, are calls of their own, with k and v gathered out of the pages that some row sees.
 """
 
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
-from maskflash.backends.cpu import few
-from maskflash.backends.cpu import pages as cpu
+from maskflash.backends.cpu import few, paged
 from maskflash.errors import ArgumentError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
@@ -36,7 +35,7 @@ _OPERATION: Final = "paged"
 _DROPOUT: Final = (("dropout_p", 0), ("generator", None), ("seed", None))
 
 
-class _Part(NamedTuple):
+class _Share(NamedTuple):
     """What is attended of one request.
 
     Attributes:
@@ -131,14 +130,14 @@ class Paged(Asking):
             if watched and any(table.requires_grad for table in spec.score_tables):
                 _refuse_gradient("a table of the score function")
             problem = spec.problem(sizes)
-            parts: list[_Part] = []
+            parts: list[_Share] = []
             for r, (count, length, end) in enumerate(
                 zip(counts.tolist(), lengths.tolist(), ends.tolist(), strict=True)
             ):
                 if count:
                     seen, bits = self._seen_columns(spec, problem, r, count, length, mask_args)
                     rows = slice(end - count, end)
-                    parts.append(_Part(r, rows, length - count, Stretch.of(seen, pages.page_size), bits))
+                    parts.append(_Share(r, rows, length - count, Stretch.of(seen, pages.page_size), bits))
             used = [part.stretch.pages for part in parts]
             requests = np.repeat([part.request for part in parts], [len(each) for each in used]).astype(np.int64)
             ids = pages.ids(_OPERATION, requests, np.concatenate([*used, np.empty(0, np.int64)]), len(pools[0]))
@@ -169,7 +168,7 @@ class Paged(Asking):
         spec: Spec,
         q: Tensor,
         pools: tuple[Tensor, Tensor],
-        parts: list[_Part],
+        parts: list[_Share],
         ids: list[Numbers],
         packed: bool,
         mask_args: dict[str, Any],
@@ -182,7 +181,7 @@ class Paged(Asking):
         for part, pages in zip(parts, ids, strict=True):
             rows = q[part.rows].transpose(0, 1)[None] if packed else q[part.request][None]
             if part.bits is not None:
-                found = cpu.forward(part.bits, part.stretch, pages, rows, k_pages, v_pages, spec.scale, spec.sinks)
+                found = paged.forward(part.bits, part.stretch, pages, rows, k_pages, v_pages, spec.scale, spec.sinks)
             else:
                 k, v = (part.stretch.placed(x, pages) for x in pools)
                 offsets = {"q_offset": part.q_offset, "kv_offset": part.stretch.start}

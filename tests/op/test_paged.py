@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.backends.cpu import pages as cpu_pages
+from maskflash.backends.cpu import paged
 from maskflash.backends.dense import DenseCall
 from maskflash.ground.stretch import Stretch
 from maskflash.scores.score import as_score
@@ -70,12 +70,13 @@ def assert_as_dense(cache, counts, mask, score=None, sinks=None, packed=True, **
     q = drawn(len(counts), HEADS, most, DIM, seed=7, dtype=dtype)
     given_q = torch.cat([row[:, :n].transpose(0, 1) for row, n in zip(q, counts, strict=True)]) if packed else q
     attn = mf.compile(mask, score=score)
-    out, lse = attn.paged(
-        *(given_q, *cache.pools, cache.pages),
-        **{"cu_seqlens_q": starts(counts) if packed else None, "layout": cache.layout},
-        **{"sinks": sinks, "return_lse": True},
-        **args,
-    )
+    with torch.no_grad():
+        out, lse = attn.paged(
+            *(given_q, *cache.pools, cache.pages),
+            **{"cu_seqlens_q": starts(counts) if packed else None, "layout": cache.layout},
+            **{"sinks": sinks, "return_lse": True},
+            **args,
+        )
     assert out.dtype == dtype and out.is_contiguous()
     whole, columns = mf.mask(mask), cache.k.shape[2]
     offsets = lengths - torch.tensor(counts)
@@ -131,7 +132,9 @@ def test_random_masks(mask, call, paged):
 
 
 @settings(max_examples=8)
-@given(mask=masks(2 * TABLES, batch=3, heads=4), score=scores(2 * TABLES, batch=3, heads=4), call=requests(), paged=PAGED)
+@given(
+    mask=masks(2 * TABLES, batch=3, heads=4), score=scores(2 * TABLES, batch=3, heads=4), call=requests(), paged=PAGED
+)
 def test_random_masks_and_scores(mask, score, call, paged):
     assert_as_dense(Cache(call[0], **paged), call[1], mask, score=score)
 
@@ -178,7 +181,7 @@ def test_trees_of_drafts_behind_a_cache():
 @pytest.mark.parametrize("length", [1000, 5000])
 @pytest.mark.parametrize("adjacent", [False, True])
 def test_long_requests_are_read_in_pieces(length, adjacent, monkeypatch):
-    monkeypatch.setattr(cpu_pages, "_COPIED", 1 << 14)
+    monkeypatch.setattr(paged, "_COPIED", 1 << 14)
     cache = Cache([length, length // 3], 16, adjacent=adjacent)
     assert_as_dense(cache, [1, 2], mf.causal())
     assert_as_dense(cache, [3, 1], mf.sliding_window(300))
@@ -188,9 +191,9 @@ def test_runs_among_shuffled_pages_are_read_where_they_lie():
     ids = torch.tensor([9, 4, *range(20, 60), 3, 5, 70, *range(80, 96), 2]).numpy()
     pool = torch.zeros(100, 16, 1, 4)
     stretch = Stretch.of(torch.ones(len(ids) * 16 - 3, dtype=torch.bool).numpy(), 16)
-    pieces = [(p.start, p.stop) for p, _ in cpu_pages._pieces(stretch, ids, pool, whole=False)]
+    pieces = [(p.start, p.stop) for p, _ in paged._pieces(stretch, ids, pool, whole=False)]
     assert pieces == [(0, 2), (2, 42), (42, 45), (45, 61), (61, 62)]
-    columns = [(c.start, c.stop) for _, c in cpu_pages._pieces(stretch, ids, pool, whole=False)]
+    columns = [(c.start, c.stop) for _, c in paged._pieces(stretch, ids, pool, whole=False)]
     assert columns == [(0, 32), (32, 672), (672, 720), (720, 976), (976, 989)]
     assert stretch.tokens(pool, ids, slice(2, 42)).data_ptr() == pool[20].data_ptr()
 
