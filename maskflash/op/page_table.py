@@ -279,7 +279,8 @@ class PageTable:
             )
         if x.device != self.block_table.device:
             raise ArgumentError(f"{operation}: {name} is on {x.device}, expected the table's {self.block_table.device}")
-        return x if layout == "NHD" else x.transpose(1, 2)
+        pool: Tensor = x if layout == "NHD" else x.transpose(1, 2)
+        return pool
 
     def ids(
         self,

@@ -154,7 +154,7 @@ class Paged(Asking):
             places = torch.tensor(request), torch.arange(heads)[:, None, None], torch.arange(count)[:, None]
             visible = problem.visible(*places, torch.arange(length))
             bits: npt.NDArray[np.bool_] = visible.expand(heads, count, length).numpy()
-            return bits.any((0, 1)), bits
+            return bits.reshape(-1, length).any(0), bits
         from maskflash.forms.row_intervals import find_row_intervals
 
         attn, on = self._for_requests(), problem.device
@@ -215,8 +215,8 @@ def _check_fit(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
         raise ArgumentError(
             f"{_OPERATION}: k_pages has {len(k_pages)} pages and v_pages {len(v_pages)}; expected the same"
         )
-    none = [x.transpose(1, 2)[:0].new_empty(len(q), x.shape[2], 0, x.shape[3]) for x in (k_pages, v_pages)]
-    qkv.check(q, *none, operation=_OPERATION)
+    k, v = (x.new_empty(len(q), x.shape[2], 0, x.shape[3]) for x in (k_pages, v_pages))
+    qkv.check(q, k, v, _OPERATION)
 
 
 def _refuse_dropout(mask_args: dict[str, Any]) -> None:
