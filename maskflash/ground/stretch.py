@@ -1,8 +1,8 @@
 """The columns of a request that some row sees -> the pages that hold them, and their tokens out of a pool of pages.
 
-columns       . . # # # . . . . . # # . .        first to last: the stretch
-pages         0 0 0 0 1 1 1 1 2 2 2 2 3 3        of 4 tokens: pages 0, 1 and 2 hold it, of which some row sees a part
-tokens            2 3 4           10 11          what is read; where a whole page is unseen, it isn't looked at
+columns       . . # # # . . . . . . . # # . .        from the first to the last: the stretch
+pages         0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3        of 4 tokens: some row sees a part of pages 0, 1 and 3
+tokens            2 3 4               12 13          what is read; page 2 is not looked at
 """
 
 from __future__ import annotations
@@ -24,66 +24,48 @@ class Stretch:
     Attributes:
         start: the first.
         stop: one past the last.
-        columns: all of them, ascending; None where they are all from start to stop.
+        columns: all of them, ascending.
         pages: the request's pages that hold them, ascending.
         page_size: tokens of a page.
     """
 
     start: int
     stop: int
-    columns: Numbers | None
+    columns: Numbers
     pages: Numbers
     page_size: int
 
     @staticmethod
     def of(seen: npt.NDArray[np.bool_], page_size: int) -> Stretch:
         """The stretch of all columns, given whether some row sees them."""
-        start = int(seen.argmax()) if len(seen) else 0
-        if not len(seen) or not seen[start]:
-            return Stretch(0, 0, None, np.empty(0, np.int64), page_size)
-        stop = len(seen) - int(seen[::-1].argmax())
-        if seen[start:stop].all():
-            return Stretch(start, stop, None, np.arange(start // page_size, -(-stop // page_size)), page_size)
         columns = np.flatnonzero(seen)
+        start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
         return Stretch(start, stop, columns, np.unique(columns // page_size), page_size)
 
-    def tokens(self, pool: Tensor, ids: Numbers, pages: slice) -> Tensor:
-        """The tokens of some of the pages, (1, H, tokens, D): a view where pages lie one after the other, else a copy.
+    def tokens(self, pool: Tensor, ids: Numbers) -> Tensor:
+        """All tokens from start to stop, (1, H, stop - start, D); zeros where no row sees any.
+
+        A view where the pages lie one after the other, and all is seen; else a copy.
 
         Args:
             pool: (P, page_size, H, D), any strides.
             ids: the page of the pool for each of `pages`.
-            pages: which of them; all, where `columns` are not None.
         """
-        some = ids[pages]
-        adjacent = pool.stride(0) == self.page_size * pool.stride(1) and (np.diff(some) == 1).all()
-        if adjacent and len(some):
-            found = pool[int(some[0]) : int(some[-1]) + 1].flatten(0, 1)
+        if len(ids) and are_adjacent(pool) and (np.diff(ids) == 1).all():
+            found = pool[int(ids[0]) : int(ids[-1]) + 1].flatten(0, 1)
         else:
-            found = pool.index_select(0, torch.from_numpy(some).to(pool.device)).flatten(0, 1)
-        if self.columns is None:
-            first, last = self.columns_of(pages)
-            before = int(self.pages[pages.start]) * self.page_size if len(some) else 0
-            found = found[first - before : last - before]
-        else:
-            places = np.searchsorted(self.pages, self.columns // self.page_size) * self.page_size
-            within = torch.from_numpy(places + self.columns % self.page_size)
-            found = found.index_select(0, within.to(pool.device))
-        return found.transpose(0, 1)[None]
+            found = pool.index_select(0, torch.from_numpy(ids).to(pool.device)).flatten(0, 1)
+        if len(self.columns) == self.stop - self.start:
+            before = self.start % self.page_size
+            found = found[before : before + len(self.columns)]
+            return found.transpose(0, 1)[None]
+        places = np.searchsorted(self.pages, self.columns // self.page_size) * self.page_size
+        within, there = places + self.columns % self.page_size, self.columns - self.start
+        whole = found.new_zeros(self.stop - self.start, *found.shape[1:])
+        whole[torch.from_numpy(there).to(pool.device)] = found[torch.from_numpy(within).to(pool.device)]
+        return whole.transpose(0, 1)[None]
 
-    def columns_of(self, pages: slice) -> tuple[int, int]:
-        """Of a stretch of all columns, those from first to last of which some pages hold."""
-        held = self.pages[pages]
-        if not len(held):
-            return 0, 0
-        first, last = int(held[0]) * self.page_size, (int(held[-1]) + 1) * self.page_size
-        return max(first, self.start), min(last, self.stop)
 
-    def placed(self, pool: Tensor, ids: Numbers) -> Tensor:
-        """All tokens from start to stop, (1, H, stop - start, D); zeros where no row sees any."""
-        found = self.tokens(pool, ids, slice(0, len(ids)))
-        if self.columns is None:
-            return found
-        whole = found.new_zeros(1, found.shape[1], self.stop - self.start, found.shape[3])
-        whole[:, :, torch.from_numpy(self.columns - self.start).to(pool.device)] = found
-        return whole
+def are_adjacent(pool: Tensor) -> bool:
+    """Whether pages (P, page_size, H, D) that follow one another are one tensor of tokens."""
+    return pool.stride(0) == pool.shape[1] * pool.stride(1)

@@ -14,11 +14,11 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
+from maskflash.analysis.runs import BoolArray
 from maskflash.backends.cpu import few, paged
 from maskflash.errors import ArgumentError
 from maskflash.functions.sizes import Sizes
@@ -35,22 +35,55 @@ _OPERATION: Final = "paged"
 _DROPOUT: Final = (("dropout_p", 0), ("generator", None), ("seed", None))
 
 
+class _Sequences(NamedTuple):
+    """All requests of a call.
+
+    Attributes:
+        counts: (R,), queries of each.
+        lengths: (R,), keys of each.
+        page_size: tokens of a page.
+    """
+
+    counts: Numbers
+    lengths: Numbers
+    page_size: int
+
+    @property
+    def ends(self) -> Numbers:
+        """Where the queries of each end, where they are packed."""
+        return self.counts.cumsum()
+
+
 class _Share(NamedTuple):
-    """What is attended of one request.
+    """What is attended of one request by a call of its own.
 
     Attributes:
         request: which.
         rows: its queries among all, where they are packed.
         q_offset: the place of its first query.
         stretch: the columns that its queries see.
-        bits: (heads or 1, q_len, kv_len), what each sees, where they are few; None where a call of their own finds it.
     """
 
     request: int
     rows: slice
     q_offset: int
     stretch: Stretch
-    bits: npt.NDArray[np.bool_] | None
+
+
+class _FewOf(NamedTuple):
+    """What is attended of requests that have equally few queries.
+
+    Attributes:
+        requests: (n,), which.
+        rows: (n, q_len), their queries among all, where they are packed.
+        bits: (n, heads or 1, q_len, pages * page_size), what each sees.
+        seen: (n, pages), of which pages some of its queries see a column.
+    """
+
+    requests: Numbers
+    rows: Numbers
+    bits: BoolArray
+    seen: BoolArray
 
 
 class Paged(Asking):
@@ -114,7 +147,6 @@ class Paged(Asking):
         pools = pages.pool(_OPERATION, "k_pages", k_pages, layout), pages.pool(_OPERATION, "v_pages", v_pages, layout)
         lengths = pages.read_lengths(_OPERATION)
         counts = pages.counts_of(_OPERATION, "q", q, cu_seqlens_q, lengths)
-        ends = counts.cumsum()
         as_batch = q if cu_seqlens_q is None else q.transpose(0, 1)[None]
         _check_fit(as_batch, *pools)
         _refuse_dropout(mask_args)
@@ -130,67 +162,61 @@ class Paged(Asking):
             if watched and any(table.requires_grad for table in spec.score_tables):
                 _refuse_gradient("a table of the score function")
             problem = spec.problem(sizes)
-            parts: list[_Share] = []
-            for r, (count, length, end) in enumerate(
-                zip(counts.tolist(), lengths.tolist(), ends.tolist(), strict=True)
-            ):
-                if count:
-                    seen, bits = self._seen_columns(spec, problem, r, count, length, mask_args)
-                    rows = slice(end - count, end)
-                    parts.append(_Share(r, rows, length - count, Stretch.of(seen, pages.page_size), bits))
-            used = [part.stretch.pages for part in parts]
-            requests = np.repeat([part.request for part in parts], [len(each) for each in used]).astype(np.int64)
-            ids = pages.ids(_OPERATION, requests, np.concatenate([*used, np.empty(0, np.int64)]), len(pools[0]))
-            each = np.split(ids, np.cumsum([len(some) for some in used]))[:-1]
-            out, lse = self._attend_pages(spec, q, pools, parts, each, cu_seqlens_q is not None, mask_args)
+            sequences = _Sequences(counts, lengths, pages.page_size)
+            steps, others = _apart(spec, problem, sequences)
+            of_few = [_evaluated(problem, sequences, requests) for requests in steps]
+            alone = [self._share(problem, sequences, request, mask_args) for request in others]
+            ids = _ids(pages, len(pools[0]), of_few, alone)
+            out, lse = self._attend_pages(spec, q, pools, of_few, alone, ids, cu_seqlens_q is not None, mask_args)
         return (out, lse) if return_lse else out
 
-    def _seen_columns(
-        self, spec: Spec, problem: Problem, request: int, count: int, length: int, mask_args: dict[str, Any]
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]:
-        """Which columns the queries of a request see, and where they are few what each of them sees."""
-        heads = problem.shape[1]
-        if spec.backend == "cpu" and not spec.score and few.are_few(1, heads, count, length):
-            places = torch.tensor(request), torch.arange(heads)[:, None, None], torch.arange(count)[:, None]
-            visible = problem.visible(*places, torch.arange(length))
-            bits: npt.NDArray[np.bool_] = visible.expand(heads, count, length).numpy()
-            return bits.reshape(-1, length).any(0), bits
+    def _share(self, problem: Problem, sequences: _Sequences, request: int, mask_args: dict[str, Any]) -> _Share:
+        """A request and what its queries see."""
         from maskflash.forms.row_intervals import find_row_intervals
 
+        count, length = int(sequences.counts[request]), int(sequences.lengths[request])
         attn, on = self._for_requests(), problem.device
         sizes = Sizes(count, length, 1, problem.heads, on, length - count, operation=_OPERATION)
         found = find_row_intervals(attn._problem(sizes, _of_request(mask_args, request, on)).on_host())
         starts, stops = (np.bincount(x.numpy(), minlength=length + 1) for x in (found.start, found.stop))
-        return (starts - stops)[:length].cumsum() > 0, None
+        seen = (starts - stops)[:length].cumsum() > 0
+        end = int(sequences.ends[request])
+        return _Share(request, slice(end - count, end), length - count, Stretch.of(seen, sequences.page_size))
 
     def _attend_pages(
         self,
         spec: Spec,
         q: Tensor,
         pools: tuple[Tensor, Tensor],
-        parts: list[_Share],
+        of_few: list[_FewOf],
+        alone: list[_Share],
         ids: list[Numbers],
         packed: bool,
         mask_args: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Out and lse in q's form, of parts whose pages of the pool are `ids`."""
+        """Out and lse in q's form; `ids` are the pages in the pool, of the few ones first."""
         k_pages, v_pages = pools
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_empty(*q.shape[:-1], v_pages.shape[3])
         lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
-        for part, pages in zip(parts, ids, strict=True):
-            rows = q[part.rows].transpose(0, 1)[None] if packed else q[part.request][None]
-            if part.bits is not None:
-                found = paged.forward(part.bits, part.stretch, pages, rows, k_pages, v_pages, spec.scale, spec.sinks)
-            else:
-                k, v = (part.stretch.placed(x, pages) for x in pools)
-                offsets = {"q_offset": part.q_offset, "kv_offset": part.stretch.start}
-                given = _of_request(mask_args, part.request, q.device)
-                found = self._for_requests()(rows, k, v, **offsets, sinks=spec.sinks, return_lse=True, **given)
+        for part, pages in zip(of_few, ids, strict=False):
+            at = torch.from_numpy(part.rows if packed else part.requests)
+            rows = q[at].transpose(1, 2) if packed else q[at]
+            found = paged.forward(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, spec.sinks)
             if packed:
-                out[part.rows], lse[:, part.rows] = found[0][0].transpose(0, 1), found[1][0]
+                out[at], lse[:, at] = found[0].transpose(1, 2), found[1].transpose(0, 1)
             else:
-                out[part.request], lse[part.request] = found[0][0], found[1][0]
+                out[at], lse[at] = found
+        for each, pages in zip(alone, ids[len(of_few) :], strict=True):
+            rows = q[each.rows].transpose(0, 1)[None] if packed else q[each.request][None]
+            k, v = (each.stretch.tokens(x, pages) for x in pools)
+            offsets = {"q_offset": each.q_offset, "kv_offset": each.stretch.start}
+            given = _of_request(mask_args, each.request, q.device)
+            found = self._for_requests()(rows, k, v, **offsets, sinks=spec.sinks, return_lse=True, **given)
+            if packed:
+                out[each.rows], lse[:, each.rows] = found[0][0].transpose(0, 1), found[1][0]
+            else:
+                out[each.request], lse[each.request] = found[0][0], found[1][0]
         return out, lse
 
     @aside
@@ -202,6 +228,62 @@ class Paged(Asking):
             how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
             self._of_requests = type(self)(mask, *how, score)  # type: ignore[arg-type]
         return self._of_requests
+
+
+def _apart(spec: Spec, problem: Problem, sequences: _Sequences) -> tuple[list[Numbers], list[int]]:
+    """Requests whose few queries are evaluated together, and those that are calls of their own."""
+    counts, lengths, heads = sequences.counts, sequences.lengths, problem.shape[1]
+    some = np.flatnonzero(counts)
+    if spec.backend != "cpu" or spec.score:
+        return [], some.tolist()
+    alone = [r for r in some.tolist() if not few.are_few(1, heads, int(counts[r]), int(lengths[r]))]
+    steps, rest = [], np.setdiff1d(some, alone)
+    for count in np.unique(counts[rest]).tolist():
+        alike = rest[counts[rest] == count]
+        while len(alike):
+            # As many as are few together; at least one is.
+            longest = np.maximum.accumulate(lengths[alike])
+            fit = [few.are_few(n + 1, heads, count, most) for n, most in enumerate(longest.tolist())]
+            steps.append(alike[: max(1, sum(fit))])
+            alike = alike[len(steps[-1]) :]
+    return steps, alone
+
+
+def _evaluated(problem: Problem, sequences: _Sequences, requests: Numbers) -> _FewOf:
+    """What some requests' queries see, of which each has equally many."""
+    counts, lengths, heads = sequences.counts[requests], sequences.lengths[requests], problem.shape[1]
+    count, page_size = int(counts[0]), sequences.page_size
+    tokens = -(-int(lengths.max()) // page_size) * page_size
+    b, last = (torch.from_numpy(x)[:, None, None, None] for x in (requests, lengths - 1))
+    places = torch.arange(heads)[:, None, None], torch.arange(count)[:, None]
+    # The mask is not asked beyond a request's length, where its tables may end: its last token stands for all there.
+    kv = torch.arange(tokens)
+    visible = problem.visible(b, *places, torch.minimum(kv, last)) & (kv <= last)
+    bits: BoolArray = visible.expand(len(requests), heads, count, tokens).numpy()
+    seen = bits.reshape(len(requests), heads * count, -1, page_size).any((1, 3))
+    rows = (sequences.ends[requests] - count)[:, None] + np.arange(count)
+    return _FewOf(requests, rows, bits, seen)
+
+
+def _ids(pages: PageTable, count: int, of_few: list[_FewOf], alone: list[_Share]) -> list[Numbers]:
+    """The pages in the pool of all that is attended, (n, pages) of the few ones and then (pages,) of the others.
+
+    Raises:
+        ArgumentError: an entry that is used, and that the pool of so many pages doesn't have.
+    """
+    places = [np.nonzero(part.seen) for part in of_few]
+    used = [(part.requests[rows], logical) for part, (rows, logical) in zip(of_few, places, strict=True)]
+    used += [(np.full(len(each.stretch.pages), each.request), each.stretch.pages) for each in alone]
+    if not used:
+        return []
+    requests, logical = (np.concatenate(x) for x in zip(*used, strict=True))
+    ids = pages.ids(_OPERATION, requests, logical, count)
+    found = np.split(ids, np.cumsum([len(of) for _, of in used]))[:-1]
+    for place, (part, where) in enumerate(zip(of_few, places, strict=True)):
+        whole = np.zeros(part.seen.shape, np.int64)
+        whole[where] = found[place]
+        found[place] = whole
+    return found
 
 
 def _of_request(mask_args: dict[str, Any], request: int, device: torch.device) -> dict[str, Any]:

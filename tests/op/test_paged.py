@@ -188,14 +188,23 @@ def test_long_requests_are_read_in_pieces(length, adjacent, monkeypatch):
 
 
 def test_runs_among_shuffled_pages_are_read_where_they_lie():
-    ids = torch.tensor([9, 4, *range(20, 60), 3, 5, 70, *range(80, 96), 2]).numpy()
-    pool = torch.zeros(100, 16, 1, 4)
-    stretch = Stretch.of(torch.ones(len(ids) * 16 - 3, dtype=torch.bool).numpy(), 16)
-    pieces = [(p.start, p.stop) for p, _ in paged._pieces(stretch, ids, pool, whole=False)]
-    assert pieces == [(0, 2), (2, 42), (42, 45), (45, 61), (61, 62)]
-    columns = [(c.start, c.stop) for _, c in paged._pieces(stretch, ids, pool, whole=False)]
-    assert columns == [(0, 32), (32, 672), (672, 720), (720, 976), (976, 989)]
-    assert stretch.tokens(pool, ids, slice(2, 42)).data_ptr() == pool[20].data_ptr()
+    ids = torch.tensor([[9, 4, *range(20, 60), 3, 5, 70, *range(80, 96), 2], [*range(62)]]).numpy()
+    seen = torch.ones(2, 62, dtype=torch.bool).numpy()
+    seen[1, [0, 1, 30, 60]] = False
+    assert paged._runs(seen, ids, 16, whole=False) == [(0, 2, 42), (0, 45, 61), (1, 2, 30), (1, 31, 60)]
+    assert paged._runs(seen, ids, 16, whole=True) == []
+    seen[1] = True
+    assert paged._runs(seen, ids, 16, whole=True) == [(1, 0, 62)]
+
+
+def test_what_lies_in_the_pool_is_not_copied(monkeypatch):
+    cache, attn, calls = Cache([600, 40], 16, adjacent=True), mf.compile(mf.causal()), []
+    index_select = torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda x, *args, **out: calls.append(args) or index_select(x, *args, **out)
+    )
+    attn.paged(drawn(2, 4, 1, DIM), *cache.pools, cache.pages)
+    assert [len(pages) for _, pages in calls] == [3, 3]  # of k and v: those of the short request
 
 
 @pytest.mark.parametrize("count", [1, 20])
