@@ -260,7 +260,7 @@ def _evaluated(problem: Problem, sequences: _Sequences, requests: Numbers) -> _F
     kv = torch.arange(tokens)
     visible = problem.visible(b, *places, torch.minimum(kv, last)) & (kv <= last)
     bits: BoolArray = visible.expand(len(requests), heads, count, tokens).numpy()
-    seen = bits.reshape(len(requests), heads * count, -1, page_size).any((1, 3))
+    seen: BoolArray = np.logical_or.reduce(bits.reshape(len(requests), heads * count, -1, page_size), axis=(1, 3))
     rows = (sequences.ends[requests] - count)[:, None] + np.arange(count)
     return _FewOf(requests, rows, bits, seen)
 
