@@ -106,6 +106,7 @@ ORDER = {
         "page_table",
         "paged",
         "attention",
+        "eager",
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],

@@ -289,14 +289,14 @@ CALLS = {
         "return_lse": (False, FLAG),
     },
     mf.PageTable: {
-        "block_table": (torch.tensor([[1], [0]]), {"list"}),
-        "lengths": (torch.tensor([3, 4]), {"list"}),
+        "block_table": (torch.tensor([[1], [0]]), set()),
+        "lengths": (torch.tensor([3, 4]), {"list", "pair"}),
         "page_size": (4, INTS),
     },
     mf.PageTable.from_csr: {
         "indptr": (torch.tensor([0, 1]), set()),
-        "indices": (torch.tensor([5]), {"tensor of one"}),
-        "last_page_len": (torch.tensor([1]), {"tensor of one"}),
+        "indices": (torch.tensor([5]), set()),
+        "last_page_len": (torch.tensor([1]), set()),
         "page_size": (4, INTS),
     },
     PAGES.to_csr: {},

@@ -13,7 +13,7 @@ from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
 from maskflash.ground.transfer import capturing
-from maskflash.op import autograd, cache
+from maskflash.op import autograd, cache, later
 from maskflash.op.ahead import Ahead
 from maskflash.op.analyse import Analysis
 from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
@@ -296,3 +296,6 @@ def _dropout(p: Any, generator: Any, seed: Any, device: torch.device) -> Dropped
         return KEPT
     found = seed_of("attention", seed, generator, device)
     return Dropped(p, found) if p else KEPT
+
+
+later.follow("torch._dynamo", "maskflash.op.eager")

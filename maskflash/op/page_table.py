@@ -308,6 +308,7 @@ class PageTable:
 def _packed(operation: str, name: str, x: Any, starts: Any) -> Tensor:
     """Tokens (T, H, D) of a tensor that has been checked, or is as the checked one."""
     arguments.instance(operation, name, x, Tensor, "as k is")
+    arguments.held(operation, name, x)
     dims = 4 if starts is None else 3
     if x.ndim != dims:
         raise ArgumentError(f"{operation}: {name} has shape {tuple(x.shape)}, expected {dims} dimensions as k has")

@@ -345,3 +345,9 @@ def test_inference_mode():
         cache = Cache([9, 12], 4)
         out = mf.compile(mf.causal()).paged(Q, *cache.pools, cache.pages)
     assert torch.equal(out, mf.compile(mf.causal()).paged(**RIGHT))
+
+
+def test_graphs_leave_the_call_as_it_is():
+    attn = mf.compile(mf.causal())
+    graph = torch.compile(lambda q: attn.paged(q * 2, *CACHE.pools, CACHE.pages) + 1, backend="eager")
+    assert torch.equal(graph(Q), attn.paged(Q * 2, *CACHE.pools, CACHE.pages) + 1)
