@@ -3,7 +3,8 @@
 A step has one query for each batch row. The cache is a part of larger tensors and grows by a token from step to step,
 so that no call is like the one before: ours evaluates its mask each time, SDPA is given a mask of bool that was made
 before its time is taken. By turns, without gradients, on all cores. Beside one long sequence stands what it takes to
-read the same keys and values once: their sum.
+read the same keys and values once: their sum. Steps over pages, in any order and in the pool's, stand beside the same
+steps over contiguous keys.
 
 Run: python -m benchmarks.decode
 """
@@ -26,6 +27,7 @@ from benchmarks.runner import Row
 TITLES: Final = {
     "steps": "A step of decoding, 8 query heads, 2 key heads, D 64, float32: maskflash beside SDPA with a ready mask",
     "reading": "The same beside reading the keys and values once",
+    "pages": "The same over pages of 16 tokens beside contiguous keys and values, maskflash both",
 }
 HEADS: Final = 8
 KV_HEADS: Final = 2
@@ -33,6 +35,7 @@ HEAD_DIM: Final = 64
 PAIRS: Final = 60
 WINDOW: Final = 256
 DRAFTS: Final = 64
+PAGE: Final = 16
 
 
 class Case(NamedTuple):
@@ -99,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     with torch.no_grad():
         for case in CASES:
             rows += rows_of(case, pairs)
+        for case in CASES[:4]:
+            rows += [beside_pages(case, pairs, shuffled=shuffled) for shuffled in (True, False)]
     return runner.finish(str(__doc__).partition("\n")[0], TITLES, rows, options)
 
 
@@ -114,6 +119,29 @@ def rows_of(case: Case, pairs: int) -> list[Row]:
         (mine,), (reading,) = runner.alternate(ours(case, k, v), runner.timed(lambda: [x.sum() for x in part]), pairs)
         rows.append(runner.compared("reading", name, case.tokens, "forward", mine, reading, dtype="float32", floor=0.8))
     return rows
+
+
+def beside_pages(case: Case, pairs: int, *, shuffled: bool) -> Row:
+    """A case's time over pages beside that over contiguous keys."""
+    room = -(-(case.tokens + 2 * pairs + 4) // PAGE)
+    k, v = torch.randn(2, case.batch, KV_HEADS, room * PAGE, HEAD_DIM).unbind()
+    places = torch.randperm(case.batch * room) if shuffled else torch.arange(case.batch * room)
+    table = places.view(case.batch, room)
+    pools = torch.empty(2, case.batch * room, PAGE, KV_HEADS, HEAD_DIM).unbind()
+    pages = mf.PageTable(table, torch.full((case.batch,), room * PAGE), PAGE)
+    pages.append(*pools, k, v)
+    pages.lengths.fill_(case.tokens)
+    mask, args = case.mask(case)
+    attn = mf.compile(mask)
+
+    def run() -> Sequence[float]:
+        q = torch.randn(case.batch, HEADS, case.rows, HEAD_DIM)
+        pages.lengths += 1
+        return runner.timed(lambda: attn.paged(q, *pools, pages, **args))()
+
+    (mine,), (theirs,) = runner.alternate(run, ours(case, k, v), pairs)
+    name = f"{case.name}, batch {case.batch}, {'shuffled' if shuffled else 'in order'}"
+    return runner.compared("pages", name, case.tokens, "forward", mine, theirs, dtype="float32", floor=1 / 1.3)
 
 
 def steps(case: Case, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
     from maskflash.op.explain import Explanation
+    from maskflash.op.page_table import PageTable
     from maskflash.presets.prefix_trees import PrefixTree, prefix_tree
 
 __version__ = "0.1.0"
@@ -77,6 +78,7 @@ __all__ = [
     "MaskTraceError",
     "MaskflashError",
     "PackedMask",
+    "PageTable",
     "PrefixRanges",
     "PrefixTree",
     "RowIntervals",
@@ -129,6 +131,7 @@ _LATER: Final = {
     "CuteMask": "maskflash.forms.cute",
     "Explanation": "maskflash.op.explain",
     "PackedMask": "maskflash.forms.packed_mask",
+    "PageTable": "maskflash.op.page_table",
     "PrefixRanges": "maskflash.forms.prefix_ranges",
     "PrefixTree": "maskflash.presets.prefix_trees",
     "RowIntervals": "maskflash.forms.row_intervals",

@@ -246,6 +246,11 @@ PACKED = {
     **dict.fromkeys("qkv", (torch.randn(4, 2, 8), set())),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (torch.tensor([0, 1, 4]), set())),
 }
+PAGES = mf.PageTable(torch.tensor([[1], [0]]), torch.tensor([3, 4]), 4)
+POOLS = {
+    **dict.fromkeys(("k_pages", "v_pages"), (torch.randn(2, 4, 2, 8), set())),
+    "layout": ("NHD", set()),
+}
 SEEDS = {"-1", "tensor of one", *SIZES}
 CALL = {
     **{"q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
@@ -282,6 +287,23 @@ CALLS = {
         **HOW,
         "q_offset": (0, OFFSETS),
         "return_lse": (False, FLAG),
+    },
+    mf.PageTable: {
+        "block_table": (torch.tensor([[1], [0]]), set()),
+        "lengths": (torch.tensor([3, 4]), {"list", "pair"}),
+        "page_size": (4, INTS),
+    },
+    mf.PageTable.from_csr: {
+        "indptr": (torch.tensor([0, 1]), set()),
+        "indices": (torch.tensor([5]), set()),
+        "last_page_len": (torch.tensor([1]), set()),
+        "page_size": (4, INTS),
+    },
+    PAGES.to_csr: {},
+    PAGES.append: {**POOLS, **dict.fromkeys("kv", (X[:, :, :1].expand(2, 2, 1, 8), set())), "cu_seqlens": (None, NONE)},
+    ATTN.paged: {
+        **{"q": (X[:, :, :1].expand(2, 2, 1, 8), set()), **POOLS, "pages": (PAGES, set())},
+        **{"cu_seqlens_q": (None, NONE), "return_lse": (False, FLAG)},
     },
     ATTN.varlen: {**PACKED, "q_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
     ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "pass_name": ("dq", set())},

@@ -119,7 +119,11 @@ def read(*, attn_bias: Any, **given: Any) -> Mask:
             "score=mf.scores.bias(x)"
         )
     if name not in BIASES:
-        fix = "there are no paged caches yet" if name.startswith("Paged") else f"one of {', '.join(BIASES)}"
+        fix = (
+            "mf.PageTable takes its block_tables, and Attention.paged that"
+            if name.startswith("Paged")
+            else f"one of {', '.join(BIASES)}"
+        )
         raise ArgumentError(f"{_OPERATION}: attn_bias is {name!r}, expected None or a class of xFormers' biases: {fix}")
     bias = BIASES[name]
     if not isinstance(attn_bias, str):

@@ -17,6 +17,7 @@ OWN: Final = {
     ),
     **dict.fromkeys(("check", "tune"), "mf.compile"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "mf.varlen_attention"),
+    **dict.fromkeys(("k_pages", "v_pages", "pages", "layout"), "Attention.paged"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
@@ -37,7 +38,7 @@ _NEEDLESS: Final = "leave it out"
 _DROPOUT: Final = "dropout_p="
 _SCORE: Final = "score=, a function f(score, b, h, q, kv)"
 _SINKS: Final = "sinks=, a number for each query head; for sinks that are tokens join a mask of kv < n"
-_NO_PAGES: Final = "not yet: there are no paged caches; pass contiguous k and v"
+_PAGES: Final = "mf.compile(mask).paged(q, k_pages, v_pages, mf.PageTable(block_table, lengths, page_size))"
 _LSE: Final = "return_lse=True gives the lse; probabilities are never stored"
 _OFFSET: Final = "q_offset=cache_seqlens, after writing into the cache yourself"
 _BEFORE: Final = "apply it to q and k before the call"
@@ -78,7 +79,8 @@ PEERS: Final = {
     "cache_seqlens": _OFFSET,
     "k_cache": f"it is k; {_OFFSET}",
     "v_cache": f"it is v; {_OFFSET}",
-    **dict.fromkeys(("block_table", "block_tables", "page_table", "cache_batch_idx", "cache_leftpad"), _NO_PAGES),
+    **dict.fromkeys(("block_table", "block_tables", "page_table", "cache_batch_idx"), _PAGES),
+    "cache_leftpad": "join a mask of kv >= cache_leftpad[b]",
     **dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_interleaved"), _BEFORE),
     **dict.fromkeys(("num_splits", "pack_gqa", "sm_margin"), _NEEDLESS),
     **dict.fromkeys(("s_aux", "learnable_sink", "attention_sinks"), _SINKS),

@@ -13,12 +13,13 @@ from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
 from maskflash.ground.transfer import capturing
-from maskflash.op import autograd, cache
+from maskflash.op import autograd, cache, later
 from maskflash.op.ahead import Ahead
 from maskflash.op.analyse import Analysis
 from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
 from maskflash.op.few_rows import FewRows, may_be
 from maskflash.op.inside import Inside
+from maskflash.op.paged import Paged
 from maskflash.op.spec import ENGINES, Spec
 from maskflash.op.varlen import Varlen
 from maskflash.scores.seeds import probability, seed_of
@@ -26,7 +27,7 @@ from maskflash.scores.seeds import probability, seed_of
 _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
 
 
-class Attention(Ahead, Inside, Varlen):
+class Attention(Ahead, Inside, Varlen, Paged):
     """Attention under one mask: call it with q, k and v.
 
     It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
@@ -280,8 +281,8 @@ class Attention(Ahead, Inside, Varlen):
 
         `maskflash.invalidate` does so for all masks, and says which writes these are.
         """
-        of_tokens = self._of_tokens
-        cache.invalidate(self.mask.traces.texts.union(() if of_tokens is None else of_tokens.mask.traces.texts))
+        derived = (attn for attn in (self._of_tokens, self._of_requests) if attn is not None)
+        cache.invalidate(self.mask.traces.texts.union(*(attn.mask.traces.texts for attn in derived)))
 
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score.name}"
@@ -295,3 +296,6 @@ def _dropout(p: Any, generator: Any, seed: Any, device: torch.device) -> Dropped
         return KEPT
     found = seed_of("attention", seed, generator, device)
     return Dropped(p, found) if p else KEPT
+
+
+later.follow("torch._dynamo", "maskflash.op.eager")

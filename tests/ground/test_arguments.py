@@ -135,7 +135,7 @@ def test_names_of_other_libraries_are_answered_by_what_to_write_here(name):
         ("dropout_p", "attn(q, k, v, dropout_p=...)"),
         ("softcap", "score=mf.scores.softcap(cap)"),
         ("score_mod", "a score_mod as it is"),
-        ("block_table", "not yet: "),
+        ("block_table", "PageTable"),
     ],
 )
 def test_the_commonest_names_have_their_own_answers(name, answer):

@@ -93,15 +93,14 @@ def look(problem: Problem, heads: int, kv_heads: int) -> list[Unit]:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    own_batch, own_heads = problem.shape[:2]
-    sizes = own_batch, own_heads, problem.q_len, problem.kv_len
+    sizes = *problem.shape[:2], problem.q_len, problem.kv_len
     each = [torch.arange(n, device=problem.device) for n in sizes]
     places = [x.view([-1 if axis == at else 1 for axis in range(4)]) for at, x in enumerate(each)]
-    bits: BoolArray = problem.visible(*places).expand(sizes).numpy()
+    return units_of(problem.visible(*places).expand(sizes).numpy(), problem.batch, heads, kv_heads)
     group = heads // kv_heads if own_heads > 1 else 1
     units: list[Unit] = []
     for b in range(own_batch):
-        rows = slice(b, b + 1) if own_batch > 1 else slice(0, problem.batch)
+        rows = slice(b, b + 1) if own_batch > 1 else slice(0, batch)
         for first in range(0, own_heads, group):
             head = first // group
             of = slice(head, head + 1) if own_heads > 1 else slice(0, kv_heads)

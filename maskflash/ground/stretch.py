@@ -1,0 +1,71 @@
+"""The columns of a request that some row sees -> the pages that hold them, and their tokens out of a pool of pages.
+
+columns       . . # # # . . . . . . . # # . .        from the first to the last: the stretch
+pages         0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3        of 4 tokens: some row sees a part of pages 0, 1 and 3
+tokens            2 3 4               12 13          what is read; page 2 is not looked at
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stretch:
+    """Columns of a request that some row sees.
+
+    Attributes:
+        start: the first.
+        stop: one past the last.
+        columns: all of them, ascending.
+        pages: the request's pages that hold them, ascending.
+        page_size: tokens of a page.
+    """
+
+    start: int
+    stop: int
+    columns: Numbers
+    pages: Numbers
+    page_size: int
+
+    @staticmethod
+    def of(seen: npt.NDArray[np.bool_], page_size: int) -> Stretch:
+        """The stretch of all columns, given whether some row sees them."""
+        columns = np.flatnonzero(seen)
+        start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        return Stretch(start, stop, columns, np.unique(columns // page_size), page_size)
+
+    def tokens(self, pool: Tensor, ids: Numbers) -> Tensor:
+        """All tokens from start to stop, (1, H, stop - start, D); zeros where no row sees any.
+
+        A view where the pages lie one after the other, and all is seen; else a copy.
+
+        Args:
+            pool: (P, page_size, H, D), any strides.
+            ids: the page of the pool for each of `pages`.
+        """
+        if len(ids) and are_adjacent(pool) and (np.diff(ids) == 1).all():
+            found = pool[int(ids[0]) : int(ids[-1]) + 1].flatten(0, 1)
+        else:
+            found = pool.index_select(0, torch.from_numpy(ids).to(pool.device)).flatten(0, 1)
+        if len(self.columns) == self.stop - self.start:
+            before = self.start % self.page_size
+            found = found[before : before + len(self.columns)]
+            return found.transpose(0, 1)[None]
+        places = np.searchsorted(self.pages, self.columns // self.page_size) * self.page_size
+        within, there = places + self.columns % self.page_size, self.columns - self.start
+        whole = found.new_zeros(self.stop - self.start, *found.shape[1:])
+        whole[torch.from_numpy(there).to(pool.device)] = found[torch.from_numpy(within).to(pool.device)]
+        return whole.transpose(0, 1)[None]
+
+
+def are_adjacent(pool: Tensor) -> bool:
+    """Whether pages (P, page_size, H, D) that follow one another are one tensor of tokens."""
+    return pool.stride(0) == pool.shape[1] * pool.stride(1)

@@ -1,0 +1,324 @@
+"""Queries of requests whose keys lie in pages -> attention of each request, under a mask in its own places.
+
+    request    length    queries    their places            b is the request; q and kv count inside it: the queries are
+    0          6         1          5                       its last tokens
+    1          9         4          5 6 7 8
+
+First the mask says which columns each request's queries see, and the pages that hold them are checked; then those
+pages are read. On the CPU few rows evaluate their mask then and there, as in contiguous calls: `backends/cpu/paged.py`.
+All others, and all on a GPU, are calls of their own, with k and v gathered out of the pages that some row sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskflash.analysis.problem import Problem
+from maskflash.analysis.runs import BoolArray
+from maskflash.backends.cpu import few, paged
+from maskflash.errors import ArgumentError
+from maskflash.functions.sizes import Sizes
+from maskflash.functions.slots import aside
+from maskflash.ground import arguments, qkv
+from maskflash.ground.stretch import Numbers, Stretch
+from maskflash.masks.requests import REQUESTS, OfRequests
+from maskflash.op.asking import Asking, asks_for_dropout
+from maskflash.op.page_table import Layout, PageTable
+from maskflash.op.spec import Spec
+from maskflash.scores.requests import ScoreOfRequests
+
+_OPERATION: Final = "paged"
+_DROPOUT: Final = (("dropout_p", 0), ("generator", None), ("seed", None))
+
+
+class _Sequences(NamedTuple):
+    """All requests of a call.
+
+    Attributes:
+        counts: (R,), queries of each.
+        lengths: (R,), keys of each.
+        page_size: tokens of a page.
+    """
+
+    counts: Numbers
+    lengths: Numbers
+    page_size: int
+
+    @property
+    def ends(self) -> Numbers:
+        """Where the queries of each end, where they are packed."""
+        return self.counts.cumsum()
+
+
+class _Share(NamedTuple):
+    """What is attended of one request by a call of its own.
+
+    Attributes:
+        request: which.
+        rows: its queries among all, where they are packed.
+        q_offset: the place of its first query.
+        stretch: the columns that its queries see.
+    """
+
+    request: int
+    rows: slice
+    q_offset: int
+    stretch: Stretch
+
+
+class _FewOf(NamedTuple):
+    """What is attended of requests that have equally few queries.
+
+    Attributes:
+        requests: (n,), which.
+        rows: (n, q_len), their queries among all, where they are packed.
+        bits: (n, heads or 1, q_len, pages * page_size), what each sees.
+        seen: (n, pages), of which pages some of its queries see a column.
+    """
+
+    requests: Numbers
+    rows: Numbers
+    bits: BoolArray
+    seen: BoolArray
+
+
+class Paged(Asking):
+    """What an attention op does with caches in pages."""
+
+    _of_requests: Any = None  # the same op, of some of the requests
+
+    def paged(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        pages: PageTable,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        layout: Layout = "NHD",
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+        **mask_args: Any,
+    ) -> Any:
+        """Attend to keys and values that lie in pages: steps of decoding, chunks of prefill, and both in one call.
+
+        The mask counts inside each request: b is the request, kv its token, and its queries are its last tokens,
+        q = length - queries + i. Pages that no query sees are not read. Neither they, nor slots that no query sees,
+        need hold anything; their entries in the table may be anything, too.
+
+        Args:
+            q: (R, Hq, Sq, D), Sq queries of each request; with cu_seqlens_q (T, Hq, D), those of all, end to end.
+            k_pages: (P, page_size, Hkv, D), the pool of pages; with layout "HND" (P, Hkv, page_size, D). Any strides.
+            v_pages: (P, page_size, Hkv, Dv), or (P, Hkv, page_size, Dv).
+            pages: which pages each request has, and its length, which counts the new tokens among them.
+            cu_seqlens_q: (R + 1,) integers: 0, where each next request's queries begin in q, and T.
+            layout: of the pool, "NHD" or "HND", as FlashInfer calls them.
+            sinks: as in a call.
+            return_lse: also return the log-sum-exp.
+            **mask_args: the mask's own arguments, and the score function's; tables by b have a row for each request.
+
+        Returns:
+            out: (R, Hq, Sq, Dv) or (T, Hq, Dv), in q's dtype.
+            lse: if asked for, (R, Hq, Sq) or (Hq, T).
+
+        Raises:
+            ArgumentError: shapes, devices or numbers that don't fit: a length that the table can't hold, more queries
+                than a request has tokens, a page that is used and that the pool doesn't have. Dropout, and tensors that
+                ask for a gradient.
+            ArgumentTypeError: types or dtypes that don't fit.
+            MaskIndexError: as in a call.
+
+        Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023.
+
+        Example:
+            >>> import maskflash as mf
+            >>> attn = mf.compile(mf.sliding_window(256))
+            >>> pages = mf.PageTable(torch.tensor([[7, 2, -1], [7, 0, 5]]), torch.tensor([6, 9]), page_size=4)
+            >>> k_pages, v_pages = torch.randn(2, 8, 4, 2, 64).unbind()
+            >>> attn.paged(torch.randn(2, 8, 1, 64), k_pages, v_pages, pages).shape
+            torch.Size([2, 8, 1, 64])
+        """
+        arguments.instance(_OPERATION, "pages", pages, PageTable, "mf.PageTable(block_table, lengths, page_size)")
+        return_lse = arguments.flag(_OPERATION, "return_lse", return_lse)
+        pools = pages.pool(_OPERATION, "k_pages", k_pages, layout), pages.pool(_OPERATION, "v_pages", v_pages, layout)
+        lengths = pages.read_lengths(_OPERATION)
+        counts = pages.counts_of(_OPERATION, "q", q, cu_seqlens_q, lengths)
+        as_batch = q if cu_seqlens_q is None else q.transpose(0, 1)[None]
+        _check_fit(as_batch, *pools)
+        _refuse_dropout(mask_args)
+        if sinks is not None:
+            qkv.check_sinks(sinks, as_batch, _OPERATION)
+        _refuse_gradients([("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("sinks", sinks)])
+        watched = torch.is_grad_enabled()
+        with torch.no_grad():
+            offsets = torch.from_numpy(lengths - counts).to(q.device)
+            longest = int(counts.max(initial=0)), int(lengths.max(initial=0))
+            sizes = Sizes(*longest, len(lengths), as_batch.shape[1], q.device, offsets, operation=_OPERATION)
+            spec = self._spec(sizes, as_batch, sinks, mask_args, check=self.check)
+            if watched and any(table.requires_grad for table in spec.score_tables):
+                _refuse_gradient("a table of the score function")
+            problem = spec.problem(sizes)
+            sequences = _Sequences(counts, lengths, pages.page_size)
+            steps, others = _apart(spec, problem, sequences)
+            of_few = [_evaluated(problem, sequences, requests) for requests in steps]
+            alone = [self._share(problem, sequences, request, mask_args) for request in others]
+            ids = _ids(pages, len(pools[0]), of_few, alone)
+            out, lse = self._attend_pages(spec, q, pools, of_few, alone, ids, cu_seqlens_q is not None, mask_args)
+        return (out, lse) if return_lse else out
+
+    def _share(self, problem: Problem, sequences: _Sequences, request: int, mask_args: dict[str, Any]) -> _Share:
+        """A request and what its queries see."""
+        from maskflash.forms.row_intervals import find_row_intervals
+
+        count, length = int(sequences.counts[request]), int(sequences.lengths[request])
+        attn, on = self._for_requests(), problem.device
+        sizes = Sizes(count, length, 1, problem.heads, on, length - count, operation=_OPERATION)
+        found = find_row_intervals(attn._problem(sizes, _of_request(mask_args, request, on)).on_host())
+        starts, stops = (np.bincount(x.numpy(), minlength=length + 1) for x in (found.start, found.stop))
+        seen = (starts - stops)[:length].cumsum() > 0
+        end = int(sequences.ends[request])
+        return _Share(request, slice(end - count, end), length - count, Stretch.of(seen, sequences.page_size))
+
+    def _attend_pages(
+        self,
+        spec: Spec,
+        q: Tensor,
+        pools: tuple[Tensor, Tensor],
+        of_few: list[_FewOf],
+        alone: list[_Share],
+        ids: list[Numbers],
+        packed: bool,
+        mask_args: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Out and lse in q's form; `ids` are the pages in the pool, of the few ones first."""
+        k_pages, v_pages = pools
+        total = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = q.new_empty(*q.shape[:-1], v_pages.shape[3])
+        lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
+        for part, pages in zip(of_few, ids, strict=False):
+            at = torch.from_numpy(part.rows if packed else part.requests)
+            rows = q[at].transpose(1, 2) if packed else q[at]
+            found = paged.forward(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, spec.sinks)
+            if packed:
+                out[at], lse[:, at] = found[0].transpose(1, 2), found[1].transpose(0, 1)
+            else:
+                out[at], lse[at] = found
+        for each, pages in zip(alone, ids[len(of_few) :], strict=True):
+            rows = q[each.rows].transpose(0, 1)[None] if packed else q[each.request][None]
+            k, v = (each.stretch.tokens(x, pages) for x in pools)
+            offsets = {"q_offset": each.q_offset, "kv_offset": each.stretch.start}
+            given = _of_request(mask_args, each.request, q.device)
+            found = self._for_requests()(rows, k, v, **offsets, sinks=spec.sinks, return_lse=True, **given)
+            if packed:
+                out[each.rows], lse[:, each.rows] = found[0][0].transpose(0, 1), found[1][0]
+            else:
+                out[each.request], lse[each.request] = found[0][0], found[1][0]
+        return out, lse
+
+    @aside
+    def _for_requests(self) -> Any:
+        """The op of some of the requests; its mask's traces are kept with the mask."""
+        if self._of_requests is None:
+            mask = self.given.twin(OfRequests)
+            score = None if self.score is None else self.score.twin(ScoreOfRequests)
+            how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
+            self._of_requests = type(self)(mask, *how, score)  # type: ignore[arg-type]
+        return self._of_requests
+
+
+def _apart(spec: Spec, problem: Problem, sequences: _Sequences) -> tuple[list[Numbers], list[int]]:
+    """Requests whose few queries are evaluated together, and those that are calls of their own."""
+    counts, lengths, heads = sequences.counts, sequences.lengths, problem.shape[1]
+    some = np.flatnonzero(counts)
+    if spec.backend != "cpu" or spec.score:
+        return [], some.tolist()
+    alone = [r for r in some.tolist() if not few.are_few(1, heads, int(counts[r]), int(lengths[r]))]
+    steps, rest = [], np.setdiff1d(some, alone)
+    for count in np.unique(counts[rest]).tolist():
+        alike = rest[counts[rest] == count]
+        while len(alike):
+            # As many as are few together; at least one is.
+            longest = np.maximum.accumulate(lengths[alike])
+            fit = [few.are_few(n + 1, heads, count, most) for n, most in enumerate(longest.tolist())]
+            steps.append(alike[: max(1, sum(fit))])
+            alike = alike[len(steps[-1]) :]
+    return steps, alone
+
+
+def _evaluated(problem: Problem, sequences: _Sequences, requests: Numbers) -> _FewOf:
+    """What some requests' queries see, of which each has equally many."""
+    counts, lengths, heads = sequences.counts[requests], sequences.lengths[requests], problem.shape[1]
+    count, page_size = int(counts[0]), sequences.page_size
+    tokens = -(-int(lengths.max()) // page_size) * page_size
+    b, last = (torch.from_numpy(x)[:, None, None, None] for x in (requests, lengths - 1))
+    places = torch.arange(heads)[:, None, None], torch.arange(count)[:, None]
+    # The mask is not asked beyond a request's length, where its tables may end: its last token stands for all there.
+    kv = torch.arange(tokens)
+    visible = problem.visible(b, *places, torch.minimum(kv, last)) & (kv <= last)
+    bits: BoolArray = visible.expand(len(requests), heads, count, tokens).numpy()
+    seen: BoolArray = np.logical_or.reduce(bits.reshape(len(requests), heads * count, -1, page_size), axis=(1, 3))
+    rows = (sequences.ends[requests] - count)[:, None] + np.arange(count)
+    return _FewOf(requests, rows, bits, seen)
+
+
+def _ids(pages: PageTable, count: int, of_few: list[_FewOf], alone: list[_Share]) -> list[Numbers]:
+    """The pages in the pool of all that is attended, (n, pages) of the few ones and then (pages,) of the others.
+
+    Raises:
+        ArgumentError: an entry that is used, and that the pool of so many pages doesn't have.
+    """
+    places = [np.nonzero(part.seen) for part in of_few]
+    used = [(part.requests[rows], logical) for part, (rows, logical) in zip(of_few, places, strict=True)]
+    used += [(np.full(len(each.stretch.pages), each.request), each.stretch.pages) for each in alone]
+    if not used:
+        return []
+    requests, logical = (np.concatenate(x) for x in zip(*used, strict=True))
+    ids = pages.ids(_OPERATION, requests, logical, count)
+    found = np.split(ids, np.cumsum([len(of) for _, of in used]))[:-1]
+    for place, (part, where) in enumerate(zip(of_few, places, strict=True)):
+        whole = np.zeros(part.seen.shape, np.int64)
+        whole[where] = found[place]
+        found[place] = whole
+    return found
+
+
+def _of_request(mask_args: dict[str, Any], request: int, device: torch.device) -> dict[str, Any]:
+    """The arguments of a call with one of the requests."""
+    return {**mask_args, str(REQUESTS): torch.tensor([request], device=device)}
+
+
+def _check_fit(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """Check q (B, Hq, tokens, D) and pools (P, page_size, H, D)."""
+    if len(k_pages) != len(v_pages):
+        raise ArgumentError(
+            f"{_OPERATION}: k_pages has {len(k_pages)} pages and v_pages {len(v_pages)}; expected the same"
+        )
+    k, v = (x.new_empty(len(q), x.shape[2], 0, x.shape[3]) for x in (k_pages, v_pages))
+    qkv.check(q, k, v, _OPERATION)
+
+
+def _refuse_dropout(mask_args: dict[str, Any]) -> None:
+    """An error for dropout; what says that there is none is taken out."""
+    if asks_for_dropout(*(mask_args.pop(name, none) for name, none in _DROPOUT)):
+        raise ArgumentError(
+            f"{_OPERATION}: dropout is asked for, expected none: pages serve trained models; leave dropout_p, "
+            "generator and seed out"
+        )
+
+
+def _refuse_gradients(given: list[tuple[str, Tensor | None]]) -> None:
+    """An error for what asks for a gradient."""
+    for name, x in given:
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            _refuse_gradient(name)
+
+
+def _refuse_gradient(name: str) -> NoReturn:
+    raise ArgumentError(
+        f"{_OPERATION}: {name} asks for a gradient, expected none: there is no backward through pages; call it under "
+        "torch.no_grad(), or train with contiguous k and v"
+    )
