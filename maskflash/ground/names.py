@@ -15,7 +15,7 @@ OWN: Final = {
     **dict.fromkeys(
         ("mask", "score", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"
     ),
-    **dict.fromkeys(("check", "tune"), "mf.compile"),
+    **dict.fromkeys(("check", "tune", "splits"), "mf.compile"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),

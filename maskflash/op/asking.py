@@ -55,6 +55,7 @@ class Asking:
         deterministic: same inputs, same bits. Both backends always are.
         tune: measure tiles at the first call of a kind (triton only).
         check: read every table at every call, to find writes that torch doesn't see.
+        splits: as asked for, 0 for "auto".
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Asking:
         tune: bool = False,
         check: bool = False,
         score: Score | None = None,
+        splits: int = 0,
     ) -> None:
         self.name = mask.name
         self.score = score
@@ -80,6 +82,7 @@ class Asking:
         self.deterministic = deterministic
         self.tune = tune
         self.check = check or checking.ALWAYS
+        self.splits = splits
 
     def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
         """The sizes of a call; its tensors are checked already, its offsets here."""
@@ -111,6 +114,7 @@ class Asking:
             *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
             seed=dropout.seed,
             dropout_p=0.0 if dropout.seed is None else dropout.p,  # a float of a module is an input to dynamo
+            splits=self.splits,
         )
 
     def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:

@@ -1,0 +1,129 @@
+"""Few rows over many keys -> attention by programs that share the rows, each over a piece of what they see.
+
+    split       a program for each piece, key head and row tile: rows of all query heads of a group lie in one tile
+    combine     a program for each row, which joins what its pieces found; where rows have one piece there is none
+
+How many pieces there are is decided by the device's processors, or by the caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from maskflash.backends.triton import device as gpu
+from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel
+from maskflash.backends.triton.layout import UNIT, addressed, padded
+from maskflash.backends.triton.plan import DevicePlan
+from maskflash.backends.triton.signature import PassName
+from maskflash.backends.triton.tiles import COMBINE, PARTS, Tile
+from maskflash.scores.strength import Strength
+
+
+def serves(plan: DevicePlan, strength: Strength) -> bool:
+    """Whether forward of a call is computed here: its rows are few, and nothing is dropped."""
+    return plan.has_few_rows and strength.dropout is None
+
+
+def narrowed(tile: Tile, packed: int) -> Tile:
+    """A tile with no more rows than hold those of a call."""
+    return replace(tile, block_m=min(tile.block_m, max(16, 1 << (packed - 1).bit_length())))
+
+
+@dataclass(slots=True, eq=False)
+class SplitLauncher(Launcher):
+    """Launches the two kernels, for a tile that may be tried.
+
+    Attributes:
+        splits: pieces of each row; None for as many as the device has work for.
+    """
+
+    splits: int | None = None
+
+    def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
+        """Launch `split`, and `combine` where rows have several pieces.
+
+        Args:
+            pass_name: "split".
+            tile: how it cuts its work.
+            own: out and lse to be written, as `run.forward` makes them; sinks or None; and the factor of products.
+        """
+        (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = self.q.shape, self.v.shape
+        own_batch, own_heads, *_ = self.problem.shape
+        rows, columns = self.problem.block_size
+        group = heads // kv_heads
+        pack = group if own_heads == 1 else 1
+        tile = narrowed(tile, q_len * pack)
+        groups = heads // pack if own_heads == 1 else 1
+        copies = groups * (batch if own_batch == 1 else 1)
+        per_line = rows * pack // tile.block_m
+        tiles = -(-q_len * pack // tile.block_m)
+        sizes = (tiles, per_line, tile.block_n, columns // tile.block_n)
+        pieces = self.plan.pieces(
+            (own_batch, own_heads), sizes, self.splits, gpu.programs(self.q.device), copies
+        )
+        own = dict(own)
+        out, lse, sinks = (own.pop(name) for name in ("out", "lse", "sinks"))
+        maps = {"map_b": own_heads if own_batch > 1 else 0, "map_h": 1 if own_heads > 1 else 0}
+        several = pieces.most > 1
+        if several:  # parts that a row doesn't have stay as they are, and are not read
+            parts = self.q.new_empty((pieces.most, *out.shape), dtype=torch.float32)
+            parts_lse = self.q.new_empty((pieces.most, *lse.shape), dtype=torch.float32)
+        else:
+            parts, parts_lse = out[None], lse[None]
+        with gpu.current(self.q.device):
+            kernel(self.special, "split").launch(
+                len(pieces.table) * copies,
+                tile,
+                **own,
+                **addressed(q=self.q, k=self.k, v=self.v, out=parts[0]),
+                **self.plan.mask(self.problem),
+                **self._of_strength,
+                **self.plan.runs,
+                **maps,
+                lse_ptr=parts_lse,
+                sinks_ptr=lse if sinks is None else sinks,
+                HAS_SINKS=sinks is not None and not several,
+                out_part=parts.stride(0) // UNIT,
+                pieces=pieces.table,
+                items=len(pieces.table),
+                groups=groups,
+                pack=pack,
+                batch=batch,
+                heads=heads,
+                group=group,
+                q_len=q_len,
+                kv_len=kv_len,
+                UNIT=UNIT,
+                BLOCK_M=tile.block_m,
+                BLOCK_N=tile.block_n,
+                SUB=columns // tile.block_n,
+                D=dim,
+                DV=v_dim,
+                BLOCK_D=padded(dim),
+                BLOCK_DV=padded(v_dim),
+                PRECISION=gpu.precision(self.q.dtype),
+            )
+            if several:
+                kernel(replace(NO_MASK, padded_dv=v_dim != padded(v_dim)), "combine").launch(
+                    batch * heads * q_len,
+                    COMBINE,
+                    **addressed(out=out),
+                    **maps,
+                    lse_ptr=lse,
+                    parts_ptr=parts,
+                    parts_lse_ptr=parts_lse,
+                    sinks_ptr=lse if sinks is None else sinks,
+                    HAS_SINKS=sinks is not None,
+                    counts=pieces.counts,
+                    heads=heads,
+                    q_len=q_len,
+                    lines=pieces.counts.shape[1],
+                    line_rows=rows,
+                    UNIT=UNIT,
+                    PARTS=PARTS,
+                    DV=v_dim,
+                    BLOCK_DV=padded(v_dim),
+                )
