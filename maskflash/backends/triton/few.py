@@ -61,9 +61,7 @@ class SplitLauncher(Launcher):
         per_line = rows * pack // tile.block_m
         tiles = -(-q_len * pack // tile.block_m)
         sizes = (tiles, per_line, tile.block_n, columns // tile.block_n)
-        pieces = self.plan.pieces(
-            (own_batch, own_heads), sizes, self.splits, gpu.programs(self.q.device), copies
-        )
+        pieces = self.plan.pieces((own_batch, own_heads), sizes, self.splits, gpu.programs(self.q.device), copies)
         own = dict(own)
         out, lse, sinks = (own.pop(name) for name in ("out", "lse", "sinks"))
         maps = {"map_b": own_heads if own_batch > 1 else 0, "map_h": 1 if own_heads > 1 else 0}

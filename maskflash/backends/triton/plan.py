@@ -97,7 +97,8 @@ class DevicePlan:
             assert self.on_host is not None, "rows are few"
             found = cut(self.on_host, shape, *sizes, splits, programs, copies)
             upload = Upload([found.table, found.counts], self.device)
-            self._pieces[key] = upload, Pieces(*upload.tensors, found.most)
+            table, counts = upload.tensors
+            self._pieces[key] = upload, Pieces(table, counts, found.most)
         upload, found = self._pieces[key]
         for one in (upload, self._made):
             one.lend()

@@ -61,9 +61,7 @@ def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, 
         offsets = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2)), device=device)
         given["q_offset"] = offsets[: shape.batch] if data.draw(st.booleans()) else int(offsets[0])
     with kernels(), pieces_of(steps):
-        assert_matches_dense(
-            mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device, **given
-        )
+        assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device, **given)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -72,7 +70,13 @@ def test_scores_match_dense_float64(device, name):
     score = scores(device, batch=2, heads=6)[name]
     with pieces_of(1):
         assert_matches_dense(
-            mf.causal(), Shape(2, 6, 2, 3, 40, 16, 16), score=score, q_offset=30, block_size=16, backend="triton", device=device
+            mf.causal(),
+            Shape(2, 6, 2, 3, 40, 16, 16),
+            score=score,
+            q_offset=30,
+            block_size=16,
+            backend="triton",
+            device=device,
         )
 
 
