@@ -1,4 +1,4 @@
-"""What else is worth knowing of this device? Cold starts, small calls, and how fast other tiles would be.
+"""What else is worth knowing of this device? Cold starts, small calls, other libraries' engines, and other tiles.
 
 Run: python -m benchmarks.gpu_tune --folder benchmarks/results   (`make gpu-tune` does)
 
@@ -6,6 +6,7 @@ Run: python -m benchmarks.gpu_tune --folder benchmarks/results   (`make gpu-tune
 
     start    seconds until the first forward and backward of a new process, with empty caches and with full ones
     small    seconds of a small call, and of its replay in a CUDA graph
+    backend  seconds of one pass by another library's engine, or by ours: see engines.py
     tile     seconds of one pass with one tile: the table's and its neighbours
 
 Tiles are first compiled in processes side by side, each taking its share of every pass, then timed by one alone.
@@ -31,13 +32,14 @@ import torch
 from torch import Tensor
 
 import maskflash as mf
-from benchmarks import device, runner, workloads
+from benchmarks import device, engines, runner, workloads
 from benchmarks.runner import ROOT
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton.tiles import Tile
 
 AHEAD: Final = 0.4  # of the time, at most, for compiling tiles
+BESIDE: Final = 0.25  # likewise, for other libraries' engines
 SHARES: Final = 4  # processes that compile the tiles of one case
 CALLS: Final = 200  # of a small one
 START: Final = """
@@ -87,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _starts(lines, clock, options.dry)
     with _noted(lines, "small"):
         _small_calls(lines, options.dry)
+    with _noted(lines, "engines"):
+        _engines(lines, clock, options)
     cases = DRY if options.dry else CASES
     shares = product(cases, range(SHARES), [options.dry])
     done = sum(1 for _ in device.side_by_side(_compile_share, shares, min(clock.left, AHEAD * options.seconds)))
@@ -142,6 +146,13 @@ def _small_calls(lines: device.Lines, dry: bool) -> None:
     with torch.cuda.graph(graph):
         call()
     lines.write(small="forward, replayed", seconds=_mean(graph.replay, calls))
+
+
+def _engines(lines: device.Lines, clock: device.Clock, options: argparse.Namespace) -> None:
+    """Other libraries' engines beside ours, those that are installed."""
+    tokens, names = (64, ["auto"]) if options.dry else (8192, engines.here())
+    for result in engines.measured(tokens, min(clock.left, BESIDE * options.seconds), names):
+        lines.write(**result)
 
 
 def _mean(function: Callable[[], object], calls: int) -> float:

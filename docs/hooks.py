@@ -113,12 +113,13 @@ def run(text: str, name: str, names: dict[str, Any]) -> tuple[int, str]:
 
 
 def drawn(
-    mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, **options: Any
+    mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, form: Any = None, **options: Any
 ) -> tuple[bytes, str]:
-    """A mask's pairs beside its tiles, or its heads' pairs beside one another, as SVG; and a title."""
+    """A mask's pairs beside its tiles or another engine's form, or its heads' pairs side by side, as SVG; a title."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    import maskflash as mf
     from maskflash import visualize
 
     panels = max(2, heads)
@@ -132,7 +133,14 @@ def drawn(
             ax.set_title(f"head {head}")
     else:
         visualize.draw_mask(mask, q_len, kv_len, ax=axes[0], **options).set_title("pairs")
-        visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
+        if form is None:
+            visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
+        elif isinstance(form, mf.Slices):
+            visualize.draw_mask(mask, q_len, kv_len, ax=axes[1], legend=False, **options)
+            visualize.draw_slices(form, q_len, kv_len, ax=axes[1]).set_title("slices")
+        else:
+            visualize.draw_mask(mask, q_len, kv_len, ax=axes[1], legend=False, **options)
+            visualize.draw_row_intervals(form, ax=axes[1]).set_title("row intervals")
     file = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "maskflash"}):  # the same picture, the same bytes
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from maskflash import presets, scores
-from maskflash.api import attention, compile, invalidate
+from maskflash.api import attention, compile, invalidate, varlen_attention
 from maskflash.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -41,8 +41,16 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
+    from maskflash.forms.arguments import from_arguments
+    from maskflash.forms.block_rows import BlockRows, from_block_rows
+    from maskflash.forms.block_sparse import BlockSparse, from_block_sparse
+    from maskflash.forms.cute import CuteMask
     from maskflash.forms.flex import from_flex
+    from maskflash.forms.packed_mask import PackedMask, from_packed_mask
+    from maskflash.forms.prefix_ranges import PrefixRanges, from_prefix_ranges
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.row_mask import from_row_intervals
+    from maskflash.forms.slices import Slices, from_slices
     from maskflash.masks.compare import Comparison, equivalent, implies
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
@@ -57,18 +65,24 @@ __all__ = [
     "Attention",
     "BackendError",
     "BlockMap",
+    "BlockRows",
+    "BlockSparse",
     "ColumnIntervals",
     "Comparison",
+    "CuteMask",
     "DenseMaskWarning",
     "Explanation",
     "Mask",
     "MaskIndexError",
     "MaskTraceError",
     "MaskflashError",
+    "PackedMask",
+    "PrefixRanges",
     "PrefixTree",
     "RowIntervals",
     "Score",
     "Sight",
+    "Slices",
     "UnsupportedMask",
     "Why",
     "attention",
@@ -79,7 +93,14 @@ __all__ = [
     "document",
     "equivalent",
     "flashmask_attention",
+    "from_arguments",
+    "from_block_rows",
+    "from_block_sparse",
     "from_flex",
+    "from_packed_mask",
+    "from_prefix_ranges",
+    "from_row_intervals",
+    "from_slices",
     "full",
     "global_tokens",
     "implies",
@@ -95,21 +116,35 @@ __all__ = [
     "scores",
     "sliding_window",
     "testing",
+    "varlen_attention",
     "visualize",
 ]
 
 # Imported when first asked for: `import maskflash` should cost next to nothing beside torch.
 _LATER: Final = {
     "BlockMap": "maskflash.analysis.block_map",
+    "BlockRows": "maskflash.forms.block_rows",
+    "BlockSparse": "maskflash.forms.block_sparse",
     "Comparison": "maskflash.masks.compare",
+    "CuteMask": "maskflash.forms.cute",
     "Explanation": "maskflash.op.explain",
+    "PackedMask": "maskflash.forms.packed_mask",
+    "PrefixRanges": "maskflash.forms.prefix_ranges",
     "PrefixTree": "maskflash.presets.prefix_trees",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
+    "Slices": "maskflash.forms.slices",
     "Why": "maskflash.masks.why",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
+    "from_arguments": "maskflash.forms.arguments",
+    "from_block_rows": "maskflash.forms.block_rows",
+    "from_block_sparse": "maskflash.forms.block_sparse",
     "from_flex": "maskflash.forms.flex",
+    "from_packed_mask": "maskflash.forms.packed_mask",
+    "from_prefix_ranges": "maskflash.forms.prefix_ranges",
+    "from_row_intervals": "maskflash.forms.row_mask",
+    "from_slices": "maskflash.forms.slices",
     "implies": "maskflash.masks.compare",
     "merge": "maskflash.backends.merge",
     "prefix_tree": "maskflash.presets.prefix_trees",

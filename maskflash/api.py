@@ -17,6 +17,7 @@ from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
 from maskflash.op import cache
 from maskflash.op.asking import BackendChoice, asks_for_dropout
 from maskflash.op.attention import Attention
+from maskflash.op.spec import ENGINES
 from maskflash.scores.presets import bias
 from maskflash.scores.score import Score, ScoreLike, as_score
 
@@ -48,7 +49,8 @@ def compile(
             preset of `mf.scores`, or several that are applied in turn.
         scale: positive factor of the scores, from 2**-64 to 2**64; None for 1/sqrt(D).
         block_size: tokens per tile, one number or (q_tokens, kv_tokens): at most 2**24 pairs.
-        backend: "auto" takes the device's ("cpu" there); a named one never falls back to another.
+        backend: "auto" takes the device's: "cpu" or "triton". A named one never falls back to another. Engines of other
+            libraries are run by name alone: "flex", "cudnn", "fa4", "magi", "flashinfer".
         deterministic: same inputs, same bits.
         tune: on a GPU, measure which tiles are fastest at the first call of a kind, and keep the choice on disk; a
             compiled graph uses what was found, and measures nothing.
@@ -75,7 +77,7 @@ def compile(
     for name in others:
         raise unexpected("compile", name, None)
     size = arguments.block_size("compile", block_size)
-    arguments.choice("compile", "backend", backend, ("auto", "cpu", "triton"))
+    arguments.choice("compile", "backend", backend, ("auto", "cpu", "triton", *ENGINES))
     deterministic = arguments.flag("compile", "deterministic", deterministic)
     tune = arguments.flag("compile", "tune", tune)
     check = arguments.flag("compile", "check", check)
@@ -165,6 +167,88 @@ def attention(
     if asks_for_dropout(dropout_p, generator, seed):
         mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
     return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, sinks=sinks, return_lse=return_lse, **mask_args)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: MaskLike | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    score: ScoreLike | None = None,
+    scale: float | None = None,
+    block_size: BlockSize = 128,
+    backend: BackendChoice = "auto",
+    deterministic: bool = True,
+    q_offset: int | Tensor = 0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    **mask_args: Any,
+) -> Any:
+    """Attend inside each of several sequences of any lengths, packed end to end: nothing is padded.
+
+    A query sees keys of its own sequence alone, where the mask shows them. For the mask, and a score function, b is the
+    sequence, and q and kv count inside it, both from 0. So a table by batch row has a row for each sequence. Where the
+    queries are a sequence's last ones, q_offset says so: kv_len - q_len, flash-attention's alignment.
+
+    Other numbers in cu_seqlens, also if written in place, are another analysis, but never another trace or kernel.
+    `Attention.varlen` is the same of a compiled op, and an op also takes jagged nested tensors.
+
+    Args:
+        q: (T, Hq, D) float32, bfloat16, float16 or float64, the queries of all sequences; any strides.
+        k: (Tk, Hkv, D), Hkv divides Hq.
+        v: (Tk, Hkv, Dv).
+        mask: as in `attention`, but no tensor and no column intervals, which are made for calls of one size.
+        cu_seqlens_q: (R + 1,) integers on q's device: 0, where each next sequence begins in q, and T. Empty ones may be
+            among them.
+        cu_seqlens_k: likewise in k and v, with as many sequences.
+        score: as in `compile`.
+        scale: as in `compile`.
+        block_size: as in `compile`.
+        backend: as in `compile`.
+        deterministic: as in `compile`.
+        q_offset: added to q inside each sequence: an int, or (R,) integers.
+        sinks: as in `attention`.
+        return_lse: also return the log-sum-exp.
+        **mask_args: the mask's own arguments, and the score function's.
+
+    Returns:
+        out: (T, Hq, Dv) in q's dtype; 0 in rows that see nothing.
+        lse: if asked for, (Hq, T), as `attention` has it. Both are differentiable in q, k, v, sinks and what the score
+        function looks up.
+
+    Raises:
+        ArgumentError: shapes that don't fit, cu_seqlens that don't begin with 0, ascend and end with the number of
+            tokens, or dropout, which is refused.
+        ArgumentTypeError: types or dtypes that don't fit.
+        UnsupportedMask: a dense mask, or column intervals.
+        BackendError: the chosen backend can't run here.
+        MaskIndexError: the mask reads a table out of range, where no guard excludes it.
+
+    Source: the call that flash-attention's `flash_attn_varlen_func` has for its own masks.
+
+    Example:
+        >>> import maskflash as mf
+        >>> q, k, v = torch.randn(3, 8, 4, 64).unbind()
+        >>> starts = torch.tensor([0, 3, 8])  # sequences of 3 tokens and of 5
+        >>> out = varlen_attention(q, k, v, mf.causal(), starts, starts)
+        >>> alone = mf.attention(*(x[3:].transpose(0, 1)[None] for x in (q, k, v)), mf.causal())
+        >>> torch.allclose(out[3:], alone[0].transpose(0, 1), atol=1e-6)
+        True
+    """
+    whole, strength = (_FULL, score) if mask is None else _given("varlen_attention", mask, score)
+    attn = compile(
+        whole,
+        score=strength,
+        scale=scale,
+        block_size=block_size,
+        backend=backend,
+        deterministic=deterministic,
+    )
+    mask_args |= {"q_offset": q_offset, "sinks": sinks, "return_lse": return_lse}
+    return attn.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **mask_args)
 
 
 def invalidate() -> None:

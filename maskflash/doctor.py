@@ -13,6 +13,7 @@ import maskflash as mf
 from maskflash.backends.triton import modules
 from maskflash.backends.triton import run as triton
 from maskflash.backends.triton.render import template_folder
+from maskflash.engines.named import ENGINES
 from maskflash.errors import MaskflashError
 from maskflash.testing import Shape, assert_matches_dense
 
@@ -39,14 +40,29 @@ def examine() -> list[Finding]:
         _templates(),
         _cache(),
     ]
+    engines = _engines()
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         reason = "torch finds no CUDA device" if built else "this torch is built without CUDA"
         return [
             *findings,
             Finding("triton", False, f"{reason}; {triton.unavailable(torch.device('cpu')) or 'interpreter'}"),
+            *engines,
         ]
-    return [*findings, *(_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))]
+    gpus = (_gpu(torch.device("cuda", index)) for index in range(torch.cuda.device_count()))
+    return [*findings, *gpus, *engines]
+
+
+def _engines() -> list[Finding]:
+    """Other libraries' engines on each kind of device that is there; none of them is run."""
+    kinds = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    found = []
+    for name, engine in ENGINES.items():
+        reasons = {kind: engine.unavailable(torch.device(kind)) for kind in kinds}
+        served = [kind for kind, reason in reasons.items() if reason is None]
+        text = f"takes a mask as {engine.form}, on {' and '.join(served)}" if served else str(reasons[kinds[0]])
+        found.append(Finding(f"engine {name}", bool(served), text))
+    return found
 
 
 def _gpu(device: torch.device) -> Finding:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "maskflash"
 ORDER = {
     "": [
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
-        *("forms", "scores", "backends", "op"),
+        *("forms", "scores", "backends", "engines", "op"),
         "api",
         *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
@@ -28,6 +28,7 @@ ORDER = {
         "bounds",
         "simplify",
         "derivative",
+        "sequences",
     ],
     "trace": [
         *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
@@ -40,7 +41,7 @@ ORDER = {
     "analysis/ways": [
         *("pairs", "separate", "cuts", "lines", "columns", "groups", "ends", "coverage", "meets", "tiles", "parts"),
     ],
-    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "written"],
+    "functions": ["slots", "traces", "reach", "captures", "fingerprint", "sizes", "function", "derived", "written"],
     "masks": [
         *(
             "lines",
@@ -51,13 +52,19 @@ ORDER = {
             "predicate",
             "dense",
             "columns",
+            "sequences",
             "compare",
             "why",
         ),
     ],
     "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
-    "forms": ["flashmask", "flex", "row_intervals"],
-    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "presets", "reads", "told"],
+    "forms": [
+        *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
+        *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
+        *("prefix_ranges", "cute"),
+    ],
+    "scores": ["form", "strength", "dropout", "seeds", "lifting", "score", "sequences", "presets", "reads", "told"],
+    "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
@@ -71,6 +78,7 @@ ORDER = {
         "spec",
         "analyse",
         "checking",
+        "places",
         "cache",
         "few_rows",
         "explain",
@@ -81,12 +89,25 @@ ORDER = {
         "asking",
         "ahead",
         "inside",
+        "varlen",
         "attention",
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
-    "visualize": ["cells", "notebook", "style", "vectors", "figures", "deciders", "marks", "page"],
-    "cli": ["parser", "traffic", "expression", "masks", "terminal", "show", "explain", "bench", "warm", "doctor"],
+    "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],
+    "cli": [
+        "parser",
+        "traffic",
+        "expression",
+        "masks",
+        "terminal",
+        "show",
+        "explain",
+        "export",
+        "bench",
+        "warm",
+        "doctor",
+    ],
     "demo": ["documents", "workload", "checks", "measure", "report", "drawings", "job"],
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
@@ -97,9 +118,8 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
         for asked in ("sight", "mask")
         for name in ("mask", "combination", "predicate", "dense", "columns", "why")
     ),
-    *(("masks/sight.py", f"forms/{name}") for name in ("flashmask", "flex", "row_intervals")),
+    *((f"masks/{path}.py", f"forms/{name}") for path in ("sight", "exports") for name in ORDER["forms"]),
     ("masks/exports.py", "masks/columns"),
-    ("masks/exports.py", "forms/row_intervals"),
     ("expr/nodes.py", "expr/format"),
     ("presets/__init__.py", "flashmask/paper"),
     *(

@@ -240,7 +240,12 @@ BY_NAME = mf.mask(lambda b, h, q, kv, *, doc: q >= kv)  # what a function does w
 CAUSAL, ATTN = mf.causal(), mf.compile(mf.causal())
 MAP = CAUSAL.block_map(4, 4, block_size=2)
 VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
+BLOCKS_OF_CAUSAL = CAUSAL.to_block_sparse(4, 4, block_size=2)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
+PACKED = {
+    **dict.fromkeys("qkv", (torch.randn(4, 2, 8), set())),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (torch.tensor([0, 1, 4]), set())),
+}
 SEEDS = {"-1", "tensor of one", *SIZES}
 CALL = {
     **{"q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
@@ -271,6 +276,14 @@ CALLS = {
     mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
     mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, "tune": (False, FLAG)},
     ATTN: {**QKV, **CALL},
+    mf.varlen_attention: {
+        **PACKED,
+        "mask": (CAUSAL, NONE),
+        **HOW,
+        "q_offset": (0, OFFSETS),
+        "return_lse": (False, FLAG),
+    },
+    ATTN.varlen: {**PACKED, "q_offset": (0, OFFSETS), "return_lse": (False, FLAG)},
     ATTN.source: {**QKV, "q_offset": (0, OFFSETS), "kv_offset": (0, OFFSETS), "pass_name": ("dq", set())},
     ATTN.explain: SIZED,
     ATTN.prepare: SIZED,
@@ -278,6 +291,16 @@ CALLS = {
     CAUSAL.block_map: {**SIZED, "block_size": (2, BLOCKS)},
     CAUSAL.to_flashmask: {**SIZED, "causal": (None, NONE | FLAG)},
     CAUSAL.to_row_intervals: SIZED,
+    CAUSAL.as_arguments: {**SIZED, "library": ("flash_attn_varlen", set())},
+    CAUSAL.to_block_sparse: {**SIZED, "block_size": (2, BLOCKS)},
+    CAUSAL.to_block_rows: {**SIZED, "block_size": (2, BLOCKS)},
+    CAUSAL.to_packed_mask: SIZED,
+    CAUSAL.to_cute: SIZED,
+    CAUSAL.to_prefix_ranges: {
+        **{**SIZED, "q_len": (4, {"0"}), "kv_len": (4, set())},
+        "q_offset": (0, OFFSETS - {"-1"}),
+    },
+    CAUSAL.to_slices: SIZED,
     CAUSAL.to_block_mask: {**SIZED, "q_len": (4, INTS), "kv_len": (4, INTS), "block_size": (2, BLOCKS)},
     CAUSAL.row: {**ROW, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
     CAUSAL.column: {**COLUMN, "q_offset": (0, OFFSETS), "device": ("cpu", set())},
@@ -293,7 +316,42 @@ CALLS = {
     mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.invalidate: {},
+    mf.from_arguments: {"library": ("sdpa", set())},
     mf.from_flex: {"block_mask": (CAUSAL.to_block_mask(4, 4), set())},
+    mf.from_block_sparse: {
+        "tensors": (BLOCKS_OF_CAUSAL.forward, set()),
+        "mask_mod": (CAUSAL, set()),
+        **dict.fromkeys(("q_len", "kv_len"), (4, {"3"})),
+        "block_size": (None, NONE | {"3", "numpy int", "pair"}),
+    },
+    mf.from_block_rows: {
+        "indptr": (torch.tensor([0, 1, 2]), {"array", "tensor"}),
+        "indices": (torch.tensor([0, 1]), set()),
+        "M": (4, {"3"}),
+        "N": (4, set()),
+        "block_size": (2, {"numpy int", "pair"}),
+        "mask": (None, NONE),
+        "packed_mask": (None, NONE),
+    },
+    mf.from_packed_mask: {
+        "packed": (torch.ones(2, dtype=torch.uint8), set()),
+        **dict.fromkeys(("q_len", "kv_len"), (4, {"3"})),
+        "batch": (1, {"1"}),
+    },
+    mf.from_prefix_ranges: {
+        "mm_prefix_range": (None, NONE),
+        "sliding_window": (None, NONE | INTS),
+    },
+    mf.from_row_intervals: {
+        "intervals": (CAUSAL.to_row_intervals(4, 4).to_cudnn(), set()),
+        "kv_len": (4, set()),
+        "batch": (1, {"1", "numpy int"}),
+    },
+    mf.from_slices: {
+        "q_ranges": (torch.tensor([[0, 4]]), set()),
+        "k_ranges": (torch.tensor([[0, 4]]), set()),
+        "types": (torch.tensor([1]), NONE),
+    },
     mf.BlockMap.from_kinds: {
         "kinds": (torch.ones(1, 1, 2, 2).char(), set()),
         "q_len": (4, {"3"}),

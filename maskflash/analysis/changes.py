@@ -1,7 +1,8 @@
 """A problem -> the rows at which each column turns visible or hidden: exactly, and never from all pairs.
 
 Where the intervals of rows that see a column are known, these are their ends. Else they are those of the column's
-pieces, or come from the runs of the block map, and where columns have gaps, from the pairs of its partial tiles.
+pieces, or where two rows differ whose intervals or pieces are known. Else they come from the runs of the block map, and
+where columns have gaps, from the pairs of its partial tiles.
 """
 
 from __future__ import annotations
@@ -44,18 +45,82 @@ def find_changes(problem: Problem) -> Changes:
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
+    return _find(Facts(problem.on_host()))
+
+
+def find_runs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The visible runs of all columns: the column of each, numbered as in `Changes`, its first row, one past its last.
+
+    Raises:
+        MaskIndexError: as `find_changes`.
+    """
     facts = Facts(problem.on_host())
+    if facts.columns is None or not bool(facts.columns.told.all()):
+        changes = _find(facts)
+        return _runs(changes.column, changes.row, problem.q_len)
+    start, stop = (x.flatten(1).T for x in (facts.columns.start, facts.columns.stop))  # (columns, intervals of each)
+    some = start < stop
+    return some.nonzero()[:, 0], start[some], stop[some]
+
+
+def _find(facts: Facts) -> Changes:
     problem = facts.problem
-    if facts.columns is not None and bool(facts.columns.told.all()):
-        found = list(_of_intervals(problem, facts.columns))
-    elif facts.pieces is not None:
-        found = list(_of_pieces(facts.pieces))
-    else:
-        found = list(_of_lines(problem, see(facts).block_map.turned(), facts.columns))
-    empty = torch.zeros(0, dtype=torch.int64, device=problem.device)
-    column, row = (torch.cat([empty, *parts]) for parts in (zip(*found, strict=True) if found else ((), ())))
+    found = _known(problem, facts.columns, facts.pieces)
+    if found is None:
+        across = _known(problem.turned(), facts.rows, facts.pieces_of_rows)
+        if across is not None:
+            return _turned(_sorted(problem.turned(), across), problem)
+        found = _of_lines(problem, see(facts).block_map.turned(), facts.columns)
+    return _sorted(problem, found)
+
+
+def _known(problem: Problem, columns: Rows | None, pieces: Pieces | None) -> Iterator[tuple[Tensor, Tensor]] | None:
+    """Columns and rows of changes, where intervals or pieces of the columns tell; else None."""
+    if columns is not None and bool(columns.told.all()):
+        return _of_intervals(problem, columns)
+    return None if pieces is None else _of_pieces(pieces)
+
+
+def _sorted(problem: Problem, found: Iterator[tuple[Tensor, Tensor]]) -> Changes:
+    parts = list(found)
+    empty = torch.zeros(0, dtype=torch.int64)
+    column, row = (torch.cat([empty, *part]) for part in (zip(*parts, strict=True) if parts else ((), ())))
     order = (column * max(problem.q_len, 1) + row).argsort()
     return Changes(problem.shape[:2], column[order], row[order])
+
+
+def _turned(changes: Changes, problem: Problem) -> Changes:
+    """The changes of a problem's columns from those of its rows.
+
+    A column turns at the rows that see it and not the one before, or that one and not it: where the runs of two rows,
+    one below the other, differ. These are the runs of all ends of both; two that are alike leave nothing between them.
+
+        row 3    ■ ■ ■ ■ · ·    ends 0, 4
+        row 4    · · ■ ■ ■ ·    ends 2, 5    columns 0, 1 and 4 turn at row 4
+    """
+    rows, columns = problem.q_len, problem.kv_len
+    line, place = changes.column, changes.row
+    goes_on = line % max(rows, 1) < rows - 1
+    both, ends = torch.cat((line, line[goes_on] + 1)), torch.cat((place, place[goes_on]))
+    order = (both * max(columns, 1) + ends).argsort()
+    line, first, last = _runs(both[order], ends[order], columns)
+    length = last - first
+    owner = torch.repeat_interleave(torch.arange(len(line)), length)
+    column = first[owner] + torch.arange(len(owner)) - (length.cumsum(0) - length)[owner]
+    turned = line[owner] // max(rows, 1) * columns + column
+    order = turned.argsort(stable=True)  # of one column the rows ascend already
+    return Changes(changes.shape, turned[order], line[owner][order] % max(rows, 1))
+
+
+def _runs(line: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines and the places at which they turn, sorted -> line, start and stop of runs; the last may go to the end."""
+    turns = torch.bincount(line)
+    before = turns.cumsum(0) - turns
+    opens = (torch.arange(len(line)) - before[line]) % 2 == 0
+    closes = torch.roll(place, -1)
+    goes_on = torch.roll(line, -1) == line
+    goes_on[-1:] = False
+    return line[opens], place[opens], closes.where(goes_on, torch.full_like(closes, length))[opens]
 
 
 def _of_intervals(problem: Problem, columns: Rows) -> Iterator[tuple[Tensor, Tensor]]:

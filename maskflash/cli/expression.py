@@ -241,6 +241,8 @@ def _tokens(name: str, given: dict[str, Any]) -> int | None:
             return int(given["seq_len"])
         case "random_eviction":
             return _innermost(given["evicted_at"])
+        case "tree":
+            return _innermost(given["parents"])
     return None
 
 
@@ -257,6 +259,7 @@ _LEADING: Final[dict[str, tuple[str, ...]]] = {
     "share_question": ("documents",),
     "paper": ("name", "seq_len"),
     "random_eviction": ("evicted_at",),
+    "tree": ("parents",),
 }
 
 

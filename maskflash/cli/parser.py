@@ -12,6 +12,23 @@ import maskflash
 DTYPES: Final = ("float32", "bfloat16", "float16")
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 USUAL: Final = ("full", "causal", "sliding_window(256)", "document(300, 724)", "causal & document(300, 724)")
+FORMS: Final = {
+    "intervals": "what each query sees",
+    "cudnn": "cuDNN's flexible attention (create_mask_plan)",
+    "magi": "MagiAttention (flex_flash_attn_func)",
+    "fa4": "FlashAttention 4 (block_sparse_tensors)",
+    "flashinfer": "FlashInfer's block-sparse attention (plan)",
+    "flashinfer_packed": "FlashInfer's custom mask (packed_custom_mask)",
+    "vllm": "vLLM's windows and image ranges",
+    "flex": "FlexAttention (BlockMask)",
+    "flashmask": "FlashMask (startend_row_indices)",
+    "flash_attn": "flash_attn_func",
+    "flash_attn_varlen": "flash_attn_varlen_func",
+    "torch_varlen": "torch.nn.attention.varlen.varlen_attn",
+    "sdpa": "scaled_dot_product_attention",
+    "xformers": "xFormers' memory_efficient_attention",
+}
+"""What `export --to` knows, and whose form each is."""
 
 _MOST: Final = 1 << 27  # tokens, and whatever else is counted; more than the largest mask of an expression has
 _WIDTH: Final = 78  # of descriptions; argparse leaves them alone where examples are laid out by hand
@@ -44,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     _show(commands)
     _explain(commands)
+    _export(commands)
     _bench(commands)
     _warm(commands)
     _demo(commands)
@@ -110,6 +128,20 @@ def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
         help="M of FlashAttention's theorem: a GPU's shared memory, a core's second-level cache (default: %(default)s, "
         "the paper's A100)",
     )
+
+
+def _export(commands: Commands[argparse.ArgumentParser]) -> None:
+    export = _of_mask(
+        commands,
+        "export",
+        "print a mask in another engine's own form",
+        f"Print a mask in the form that another engine takes, exactly, or say which row, column or pair has no such "
+        f"form. Forms: {', '.join(FORMS)}. --block-size counts for those that have blocks.",
+        'maskflash export "causal & document(300, 500, 224)" --to magi',
+        'maskflash export "causal & document(300, 500, 224)" --to flash_attn_varlen --json',
+        'maskflash export "sliding_window(256)" --to cudnn',
+    )
+    export.add_argument("--to", required=True, choices=FORMS, metavar="FORM", help="whose form; see above")
 
 
 def _bench(commands: Commands[argparse.ArgumentParser]) -> None:

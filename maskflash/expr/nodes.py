@@ -126,6 +126,17 @@ class Expr:
         last[-1] = len(self.nodes)
         return tuple(last)
 
+    @cached_property
+    def summed(self) -> frozenset[int]:
+        """Floating-point nodes whose value goes, perhaps through others that pass it on, into a sum or a difference."""
+        found: set[int] = set()
+        for position in range(len(self.nodes) - 1, -1, -1):
+            node = self.nodes[position]
+            passes = position in found and node.op in ("neg", "abs", "cast", "select", "min", "max")
+            if node.dtype.is_floating_point and (node.op in ("add", "sub") or passes):
+                found.update(node.args)
+        return frozenset(found)
+
     def slots(self, op: str) -> int:
         """How many run-time values of this kind ("param" or "lookup") the expression numbers."""
         return 1 + max((node.slot for node in self.nodes if node.op == op), default=-1)

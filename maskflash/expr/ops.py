@@ -1,8 +1,8 @@
 """The name of an operation -> what is known of it: one row for each, which every pass reads.
 
 Passes that give operations a meaning of their own have their own tables: linear forms (`analysis/ways/cuts`), how far
-integers reach (`bounds`), derivatives (`derivative`), Triton text (`backends/triton/emit`). Tests hold those against
-this one.
+integers reach (`bounds`), derivatives (`derivative`), Triton text (`backends/triton/emit`), CuTe text (`forms/cute`).
+Tests hold those against this one.
 """
 
 from __future__ import annotations
@@ -157,3 +157,6 @@ _TABLE = (
 
 OPERATIONS: Final = {operation.name: operation for operation in _TABLE}
 COMPARISONS: Final = frozenset(name for name, operation in OPERATIONS.items() if operation.opposite)
+
+# On truth values arithmetic is logic; torch refuses what is missing here.
+ON_TRUTH: Final = {"add": "bitor", "max": "bitor", "mul": "bitand", "min": "bitand", "bitnot": "not"}

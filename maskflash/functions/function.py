@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import count
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from maskflash.functions.traces import (
 from maskflash.ground import arguments
 from maskflash.trace.trace import Traced
 from maskflash.trace.tracer import is_captured
+
+F = TypeVar("F", bound="Function")
 
 _NOTHING: Final = Reading()
 _numbers = count()
@@ -252,6 +254,17 @@ class Function:
         """The trace for checked arguments, with what is captured now in its slots."""
         slots, values = self.slots(given)
         return slots.traced.filled(values)
+
+    def twin(self, kind: type[F]) -> F:
+        """`kind(self)`, made at the first call: its traces are kept as long as this function's are."""
+        self._make_twin(kind)
+        found: F = getattr(self, kind.__name__)
+        return found
+
+    @aside
+    def _make_twin(self, kind: type[Function]) -> None:
+        if kind.__name__ not in vars(self):
+            setattr(self, kind.__name__, kind(self))  # type: ignore[call-arg, arg-type]
 
     def known(self) -> Traced | None:
         """A trace: the only one, or the latest; None for a function whose arguments nobody gave yet."""

@@ -16,10 +16,12 @@ OWN: Final = {
         ("mask", "score", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"
     ),
     **dict.fromkeys(("check", "tune", "splits"), "mf.compile"),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "mf.varlen_attention"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
     "causal": "Mask.to_flashmask",
+    "library": "Mask.as_arguments",
     "self": "Python's methods",
 }
 """Arguments of ours, by what takes them: a mask's own arguments have other names."""
@@ -63,9 +65,13 @@ PEERS: Final = {
     "alibi_slopes": "score=mf.scores.alibi(slopes, symmetric=True)",
     "return_attn_probs": _LSE,
     "return_softmax_lse": "return_lse=True",
-    **dict.fromkeys(("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens_q", "cu_seq_lens_k"), _DOCUMENTS),
+    "cu_seqlens": _DOCUMENTS,
     **dict.fromkeys(
-        ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_length_q", "max_length_k"),
+        ("cu_seqlens_q", "cu_seqlens_k", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_q", "cu_seq_k"),
+        "mf.varlen_attention takes them, and (tokens, heads, head_dim)",
+    ),
+    **dict.fromkeys(
+        ("max_seqlen", "max_seqlen_q", "max_seqlen_k", "max_length_q", "max_length_k", "max_q", "max_k"),
         f"{_NEEDLESS}: lengths are read off the mask",
     ),
     **dict.fromkeys(("seqused_q", "seqused_k", "seqlens_k"), _PADDED),

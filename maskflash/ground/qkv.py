@@ -24,8 +24,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None
             raise ArgumentTypeError(f"{operation}: {name} is {by_type(x)}, expected a tensor{fix}")
         if x.is_nested:
             raise ArgumentTypeError(
-                f"{operation}: {name} is nested, expected a dense tensor; pack its rows into one of batch 1, with "
-                "mf.document(lengths), or pad them, with mf.padding(lengths)"
+                f"{operation}: {name} is nested, expected a dense tensor as q is; calls take q, k and v that are all "
+                "nested, of layout torch.jagged"
             )
         if x.ndim != 4:
             raise ArgumentError(

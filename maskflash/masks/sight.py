@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from maskflash.analysis.block_map import BlockMap
+    from maskflash.forms.block_rows import BlockRows
+    from maskflash.forms.block_sparse import BlockSparse
+    from maskflash.forms.cute import CuteMask
+    from maskflash.forms.packed_mask import PackedMask
+    from maskflash.forms.prefix_ranges import PrefixRanges
     from maskflash.forms.row_intervals import RowIntervals
+    from maskflash.forms.slices import Slices
     from maskflash.masks.columns import ColumnIntervals
     from maskflash.masks.mask import Mask
     from maskflash.masks.why import Why
@@ -170,6 +176,60 @@ class Sight:
         from maskflash.forms.row_intervals import find_row_intervals
 
         return find_row_intervals(self.problem)
+
+    def to_slices(self) -> Slices:
+        """MagiAttention's slices; see `Mask.to_slices`."""
+        from maskflash.forms.slices import find_slices
+
+        return find_slices(self.problem)
+
+    def as_arguments(self, library: str) -> dict[str, Any]:
+        """What a library's attention call takes for this mask; see `Mask.as_arguments`.
+
+        Args:
+            library: "flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa" or "xformers".
+        """
+        from maskflash.forms.arguments import as_arguments
+
+        return as_arguments(self.problem, library, self.mask.name)
+
+    def to_block_sparse(self, block_size: BlockSize = 128) -> BlockSparse:
+        """FlashAttention 4's block-sparse tensors; see `Mask.to_block_sparse`.
+
+        Args:
+            block_size: tokens per block, one number or (q_tokens, kv_tokens).
+        """
+        from maskflash.forms.block_sparse import to_block_sparse
+
+        return to_block_sparse(self.tiled(arguments.block_size(self.sizes.operation, block_size)))
+
+    def to_cute(self) -> CuteMask:
+        """A mask_mod of FlashAttention 4, as text; see `Mask.to_cute`."""
+        from maskflash.forms.cute import to_cute
+
+        return to_cute(self.problem)
+
+    def to_block_rows(self, block_size: BlockSize = 128) -> BlockRows:
+        """FlashInfer's block-sparse rows; see `Mask.to_block_rows`.
+
+        Args:
+            block_size: (R, C), queries and keys of a block, or one number for both.
+        """
+        from maskflash.forms.block_rows import find_block_rows
+
+        return find_block_rows(self.tiled(arguments.block_size(self.sizes.operation, block_size)))
+
+    def to_packed_mask(self) -> PackedMask:
+        """FlashInfer's packed custom mask; see `Mask.to_packed_mask`."""
+        from maskflash.forms.packed_mask import find_packed_mask
+
+        return find_packed_mask(self.problem)
+
+    def to_prefix_ranges(self) -> PrefixRanges:
+        """A window and bidirectional ranges, as vLLM takes them; see `Mask.to_prefix_ranges`."""
+        from maskflash.forms.prefix_ranges import find_prefix_ranges
+
+        return find_prefix_ranges(self.problem)
 
     def tiled(self, block_size: tuple[int, int]) -> Problem:
         """The problem in tiles of other sizes, which are checked already."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from maskflash.functions.sizes import Sizes
-from maskflash.op.spec import Backend, Spec
+from maskflash.op.spec import ENGINES, Backend, Spec
 from maskflash.scores.strength import Gradients
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from maskflash.analysis.problem import Problem
     from maskflash.backends.cpu.plan import Plan
     from maskflash.backends.triton.plan import DevicePlan
+    from maskflash.engines.engine import Prepared
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,12 +37,12 @@ class Analysis:
         decided: how many of them each means decided.
         plan: what the backend walks.
         backend: whose plan that is.
-        run: its `run` module.
+        run: its `run` module; or the engine of another library, which has the same functions.
     """
 
     block_map: BlockMap
     decided: dict[str, int]
-    plan: Plan | DevicePlan
+    plan: Plan | DevicePlan | Prepared
     backend: Backend
     run: Any
 
@@ -75,13 +76,21 @@ class Analysis:
         call = self.run.sole_call(self.plan, q, k, v)
         return None if call is None else self.run.attend(self.plan, call, q, k, v, scale)
 
+    def differentiable(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Out and lse that torch differentiates through an engine's own functions; None where no engine runs."""
+        if self.backend not in ENGINES:
+            return None
+        of_mask = self._of_mask(spec, q, k)
+        found: tuple[Tensor, Tensor] = self.run.differentiable(self.plan, *of_mask, q, k, v, spec.strength)
+        return found
+
     def _of_mask(self, spec: Spec, q: Tensor, k: Tensor) -> tuple[Problem, ...]:
         """What a backend that evaluates pairs itself needs beside its plan."""
         return () if self.backend == "cpu" else (spec.problem(Sizes.of(q, k)),)
 
     def _more(self, spec: Spec) -> dict[str, int | None]:
         """What a backend that cuts keys into pieces is told of them."""
-        return {} if self.backend == "cpu" else {"splits": spec.splits or None}
+        return {"splits": spec.splits or None} if self.backend == "triton" else {}
 
     @property
     def nbytes(self) -> int:
@@ -96,10 +105,16 @@ def analyse(problem: Problem, backend: Backend) -> Analysis:
 
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
+        UnsupportedMask: an engine has no such form.
     """
     from maskflash.analysis.classify import classify
 
     seen = classify(problem)
+    if backend in ENGINES:
+        from maskflash.engines import named
+
+        engine = named.ENGINES[backend]
+        return Analysis(seen.block_map, seen.decided, engine.prepare(seen, problem), backend, engine)
     if backend == "triton":
         from maskflash.backends.triton import run as triton
 

@@ -17,12 +17,12 @@ from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import checking
-from maskflash.op.spec import UNSCORED, Backend, Scored, Spec
+from maskflash.op.spec import ENGINES, UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.strength import BoundScore
 
-BackendChoice = Literal["auto", "cpu", "triton"]
+BackendChoice = Literal["auto", "cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
 
 _BACKENDS: Final[dict[str, Backend]] = {"cpu": "cpu", "cuda": "triton"}  # by device, for "auto"
 
@@ -47,7 +47,8 @@ class Asking:
 
     Attributes:
         mask: which pairs may attend; where a score function hides pairs, joined with those that it leaves.
-        name: of the mask as it was given.
+        given: the mask as it was given.
+        name: its name.
         score: how strongly they attend; None for the scaled products themselves.
         scale: factor of the scores; None for 1/sqrt(D).
         block_size: (bq, bkv), a tile in tokens.
@@ -70,6 +71,7 @@ class Asking:
         score: Score | None = None,
         splits: int = 0,
     ) -> None:
+        self.given = mask
         self.name = mask.name
         self.score = score
         if score is not None:
@@ -116,6 +118,26 @@ class Asking:
             dropout_p=0.0 if dropout.seed is None else dropout.p,  # a float of a module is an input to dynamo
             splits=self.splits,
         )
+
+    def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
+        """Check that the engine of another library, where one was asked for, can do all of a call."""
+        if spec.backend not in ENGINES:
+            return
+        from maskflash.engines import named
+        from maskflash.engines.engine import Asked
+
+        learning = torch.is_grad_enabled()
+        call = Asked(
+            *(q.device, q.dtype, q.shape[3], v.shape[3]),
+            gradients=learning and (q.requires_grad or k.requires_grad or v.requires_grad),
+            lse=lse,
+            score=bool(spec.score),
+            learned=any(spec.learned),
+            sinks=spec.sinks is not None,
+            dropout=spec.seed is not None,
+            deterministic=self.deterministic,
+        )
+        named.ENGINES[spec.backend].refuse(call)
 
     def _scored(self, sizes: Sizes, dtype: torch.dtype, mask_args: dict[str, Any]) -> Scored:
         """The score function in a call, as specs have it."""
@@ -164,6 +186,13 @@ class Asking:
 
     def _backend_for(self, device: torch.device) -> Backend:
         chosen = _BACKENDS.get(device.type) if self.backend == "auto" else self.backend
+        if chosen in ENGINES:
+            from maskflash.engines import named
+
+            problem = named.unavailable(chosen, device)
+            if problem is not None:
+                raise BackendError(f"attention: the {chosen} engine can't run here: {problem}")
+            return chosen
         if chosen is None or (chosen == "cpu" and device.type != "cpu"):
             raise BackendError(
                 f"attention: tensors are on {device.type}, expected "

@@ -19,13 +19,14 @@ from maskflash.op.analyse import Analysis
 from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
 from maskflash.op.few_rows import FewRows, may_be
 from maskflash.op.inside import Inside
-from maskflash.op.spec import Spec
+from maskflash.op.spec import ENGINES, Spec
+from maskflash.op.varlen import Varlen
 from maskflash.scores.seeds import probability, seed_of
 
 _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
 
 
-class Attention(Ahead, Inside):
+class Attention(Ahead, Inside, Varlen):
     """Attention under one mask: call it with q, k and v.
 
     It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
@@ -77,7 +78,9 @@ class Attention(Ahead, Inside):
         Under autocast q, k and v are cast as for torch's own attention. torch.compile takes the call whole.
 
         Args:
-            q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0.
+            q: (B, Hq, Sq, D) float32, bfloat16, float16 or float64; any strides; Sq may be 0. Or all three nested, of
+                layout torch.jagged: (R, j, H, D), or (R, H, j, D); b is the sequence then, and out and lse are nested
+                likewise: see docs/serving.md.
             k: (B, Hkv, Skv, D), Hkv divides Hq (grouped queries share a key head without a copy); Skv may be 0.
             v: (B, Hkv, Skv, Dv).
             q_offset: added to row numbers before the mask sees them: an int, or an int tensor (B,); one element serves
@@ -108,6 +111,10 @@ class Attention(Ahead, Inside):
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
+        if getattr(q, "is_nested", False):
+            mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
+            offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+            return self.jagged(q, k, v, **offsets, sinks=sinks, return_lse=return_lse, mask_args=mask_args)
         q, k, v = qkv.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
@@ -119,7 +126,7 @@ class Attention(Ahead, Inside):
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
-        if plain and not (is_seen or self.check or may_be(q, k)):
+        if plain and not (is_seen or self.check or self.backend in ENGINES or may_be(q, k)):
             stamp = self.mask.look()
             name = self._name(q, k, v, q_offset, kv_offset, sinks, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
@@ -129,6 +136,7 @@ class Attention(Ahead, Inside):
                 qkv.check_sinks(sinks, q)
             sizes = self._sizes(q, k, q_offset, kv_offset)
             spec = self._spec(sizes, q, sinks, mask_args, stamp, dropout, check=self.check)
+            self._refuse(spec, q, k, v, return_lse)
             try:
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
@@ -272,7 +280,8 @@ class Attention(Ahead, Inside):
 
         `maskflash.invalidate` does so for all masks, and says which writes these are.
         """
-        cache.invalidate(self.mask.traces.texts)
+        of_tokens = self._of_tokens
+        cache.invalidate(self.mask.traces.texts.union(() if of_tokens is None else of_tokens.mask.traces.texts))
 
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score.name}"

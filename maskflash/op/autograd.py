@@ -52,6 +52,11 @@ def attend(analysis: Analysis | FewRows, spec: Spec, q: Tensor, k: Tensor, v: Te
     learned = any(spec.learned) or (spec.sinks is not None and spec.sinks.requires_grad)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or learned)):
         return analysis.forward(spec, q, k, v)
+    by_engine = analysis.differentiable(spec, q, k, v)
+    if by_engine is not None:
+        for node in {x.grad_fn for x in by_engine if x.grad_fn is not None}:
+            node.register_hook(_refused)
+        return by_engine
     result: tuple[Tensor, Tensor] = _Forward.apply(analysis, q, k, v, spec, *spec.tensors)
     return result
 

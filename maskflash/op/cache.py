@@ -17,7 +17,7 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
 from maskflash.ground import copies
 from maskflash.ground.identity import Watch, owner, state
-from maskflash.op import checking
+from maskflash.op import checking, places
 from maskflash.op.analyse import Analysis, analyse
 from maskflash.op.spec import Backend, Spec
 
@@ -122,6 +122,7 @@ def invalidate(expressions: set[str] | None = None) -> None:
     """Forget the analyses of these expressions (canonical texts), or all; and what was copied or seen of any table."""
     copies.forget()
     checking.forget()
+    places.forget()
     with _lock:
         _sound.clear()
         for key in list(_entries):

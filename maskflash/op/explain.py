@@ -13,7 +13,10 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
+from maskflash.engines.engine import Prepared
+from maskflash.errors import UnsupportedMask
 from maskflash.expr.format import format_expr
+from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
 from maskflash.op.few_rows import applies
 
@@ -47,7 +50,15 @@ class Explanation:
     score: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data; `passes` says what the backend runs for each."""
+        """The same as plain data.
+
+        `passes` says what the backend runs for each, and `slices` of how many the mask would be for MagiAttention: see
+        `Mask.to_slices`; None where it has no such form.
+        """
+        return {**self._facts(), "slices": self._slices()}
+
+    def _facts(self) -> dict[str, Any]:
+        """What is known without asking the mask again."""
         problem, analysis = self.problem, self.analysis
         return {
             "mask": self.mask,
@@ -72,6 +83,12 @@ class Explanation:
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
             "passes": self._passes(),
         }
+
+    def _slices(self) -> int | None:
+        try:
+            return len(find_slices(self.problem))
+        except UnsupportedMask:
+            return None
 
     def _rows(self) -> str | None:
         """The rows that column j sees, where they are an interval with a formula, and start at 0."""
@@ -116,7 +133,7 @@ class Explanation:
 
     def _told(self) -> dict[str, str]:
         """The facts as people read them."""
-        facts = self.to_dict()
+        facts = self._facts()
         rows, columns = facts["block_size"]
         tiles = ", ".join(f"{count} {kind}" for kind, count in facts["tiles"].items())
         reads = ", ".join(facts["reads"]) or "nothing"
@@ -161,15 +178,17 @@ def _sentence(facts: dict[str, int | str]) -> str:
     return ", ".join(f"{fact:,} {what}" if isinstance(fact, int) else f"in {fact}" for what, fact in facts.items())
 
 
-def _kernel(plan: cpu.Plan | triton.DevicePlan) -> str | None:
-    """Which of the GPU's kernels: "interval" or "expression"; None on the CPU."""
-    if isinstance(plan, cpu.Plan):
+def _kernel(plan: cpu.Plan | triton.DevicePlan | Prepared) -> str | None:
+    """Which of the GPU's kernels: "interval" or "expression"; None elsewhere."""
+    if isinstance(plan, cpu.Plan | Prepared):
         return None
     return "expression" if plan.intervals is None else "interval"
 
 
-def _passes(plan: cpu.Plan | triton.DevicePlan) -> dict[str, dict[str, int | str]]:
-    """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU."""
+def _passes(plan: cpu.Plan | triton.DevicePlan | Prepared) -> dict[str, dict[str, int | str]]:
+    """What each pass of a backend runs: dense calls on the CPU, runs of tiles on a GPU, another library's form."""
+    if isinstance(plan, Prepared):
+        return {"form": dict(plan.counts)}
     if not isinstance(plan, cpu.Plan):
         walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
         return {

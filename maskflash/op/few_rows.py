@@ -57,8 +57,12 @@ class FewRows:
         """The gradients, by an analysis."""
         return cache.find(spec, Sizes.of(q, k), saved=True).backward(spec, dout, dlse, q, k, v, out, lse)
 
+    def differentiable(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Nothing: what torch differentiates itself comes from an analysis."""
+        return
+
     def at_once(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Nothing: what torch differentiates comes from an analysis."""
+        """Nothing: see `differentiable`."""
         return
 
 
@@ -69,4 +73,6 @@ def applies(problem: Problem) -> bool:
 
 def may_be(q: Tensor, k: Tensor) -> bool:
     """Whether a call with such tensors may be a step: then it has no name to be found by."""
-    return not (q.is_nested or k.is_nested) and q.ndim == k.ndim == 4 and few.are_few(1, 1, q.shape[2], k.shape[2])
+    if q.device.type != "cpu" or q.is_nested or k.is_nested or not q.ndim == k.ndim == 4:
+        return False
+    return few.are_few(1, 1, q.shape[2], k.shape[2])

@@ -17,7 +17,14 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
 from maskflash.scores.strength import BoundScore, Dropout, Strength
 
-Backend = Literal["cpu", "triton"]
+Backend = Literal["cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
+ENGINES: Final[tuple[Backend, ...]] = (
+    "flex",
+    "cudnn",
+    "fa4",
+    "magi",
+    "flashinfer",
+)  # of other libraries, by name alone
 
 SCHEMA: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, SymInt kv_offset, Tensor? kv_offsets, "

@@ -140,14 +140,15 @@ class DraftTree(Mask):
     def look(self) -> int:
         """Whether the parents are other numbers than before."""
         now = self._now
-        if not _unchanged(self.parents, now):
+        if not (torch.compiler.is_compiling() or _unchanged(self.parents, now)):
             now = self._now = _read(self.parents, now.stamp + 1)
         return now.stamp
 
     def reading(self) -> Reading:
         """What each draft sees of the drafts."""
         now = self._now
-        return Reading(now.stamp, {_SEEN: now.seen}, (), (now.seen,))
+        seen = torch.ops.maskflash.ancestors(self.parents) if torch.compiler.is_compiling() else now.seen  # by export
+        return Reading(now.stamp, {_SEEN: seen}, (), (seen,))
 
     def read(self) -> dict[str, Any]:
         """The same, found by the graph itself, which so sees what is written to the parents."""
@@ -293,14 +294,14 @@ def _trace(batched: bool, per_row: bool) -> Traced:
 
 
 def _ancestors_of(parents: Tensor) -> Tensor:
-    return _read(parents, 0).seen
+    return _read(parents, 0).seen.to(parents.device)
 
 
-def _fake_ancestors(parents: Tensor) -> Tensor:
+def _shape_of_ancestors(parents: Tensor) -> Tensor:
     rows = parents.shape[:-1] if parents.ndim == 2 and len(parents) > 1 else ()
     drafts = parents.shape[-1]
-    return torch.empty((*rows, drafts, drafts // _WORD + 1), dtype=torch.int64, device="cpu")
+    return parents.new_empty((*rows, drafts, drafts // _WORD + 1), dtype=torch.int64)
 
 
 _library.impl("ancestors", _ancestors_of, "CompositeExplicitAutograd")
-torch.library.register_fake("maskflash::ancestors", _fake_ancestors, lib=_library)
+_library.impl("ancestors", _shape_of_ancestors, "Meta")  # register_fake would take longer than all of this module

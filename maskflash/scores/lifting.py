@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, Final, NamedTuple, NoReturn
+from functools import lru_cache, partial
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from maskflash.errors import ArgumentTypeError
 from maskflash.expr.nodes import Builder, Expr, Node, parse
 from maskflash.expr.ops import OPERATIONS
 from maskflash.expr.simplify import simplify
+from maskflash.functions.derived import Derived
 from maskflash.functions.function import Function
-from maskflash.functions.sizes import Sizes
-from maskflash.functions.traces import Reading
 from maskflash.ground import arguments
 from maskflash.ground.identity import Watch, owner
 from maskflash.masks.mask import Mask
@@ -47,57 +45,27 @@ class Split(NamedTuple):
     rest: Expr
 
 
-class Lifted(Mask):
+class Lifted(Derived, Mask):
     """The pairs that a score function leaves.
 
     Attributes:
-        score: the function.
         holes: whether its tables may hold -inf.
     """
 
     def __init__(self, score: Function, *, holes: bool = False) -> None:
-        super().__init__(f"what {score.name} leaves", score.keywords, score.defaults, score.implied_names)
-        self.score = score
+        super().__init__(f"what {score.name} leaves", score)
         self.holes = holes
-
-    def __call__(self, b: Any, h: Any, q: Any, kv: Any, **mask_args: Any) -> NoReturn:
-        """Nothing to call: it is known by the score function's trace."""
-        raise ArgumentTypeError(
-            f"{self.name}: a function can't call it; combine masks with & | ^ ~, or give the score function to compile"
-        )
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """The condition, out of the score function's trace."""
-        traced = self.score.slots(mask_args)[0].traced
+        traced = self.trace_of(mask_args)
         found = lift(traced.expr, holes=self.holes).mask
         if found is None:
             found = ALWAYS
         return compact(found, traced.params, traced.tables, traced.names, traced.specialised)
 
-    def implied(self, sizes: Sizes) -> dict[str, int]:
-        """See `Function.implied`."""
-        return self.score.implied(sizes)
-
-    @property
-    def followed(self) -> bool:
-        """See `Function.followed`."""
-        return self.score.followed
-
-    def look(self) -> int:
-        """See `Function.look`."""
-        return self.score.look()
-
-    def reading(self) -> Reading:
-        """See `Function.reading`."""
-        return self.score.reading()
-
-    def read(self) -> dict[str, Any]:
-        """See `Function.read`."""
-        return self.score.read()
-
-    def held(self) -> tuple[Tensor, ...]:
-        """See `Function.held`."""
-        return self.score.held()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Lifted, holes=self.holes), (self.of,)
 
 
 @lru_cache(maxsize=256)

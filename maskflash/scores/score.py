@@ -44,7 +44,24 @@ class RecordedScore(Recorded):
         return self
 
 
-class Score(WrittenFunction):
+class Parted(Function):
+    """A function of a score, of which a call gets what is left without what of it is a mask: see `lifting`."""
+
+    def plain(self, traced: Traced) -> Slots:
+        """A trace as plain data, and what is left of it without what is a mask: see `lifting`."""
+        return Slots.of(traced, remainder(traced))
+
+    def bind(self, sizes: Sizes, given: dict[str, Any], stamp: int | None = None) -> Bound:
+        """The function in a call, without what of it is a mask."""
+        bound = super().bind(sizes, given, stamp)
+        slots = bound.slots.rest
+        if slots is None:
+            return bound
+        values = {**self.reading().slots, **self.defaults, **given, **self.implied(sizes)}
+        return Bound(slots, *slots.filled(values, sizes.device))
+
+
+class Score(Parted, WrittenFunction):
     """How strongly a query attends to a key that it sees: see `score`.
 
     Attributes:
@@ -100,19 +117,6 @@ class Score(WrittenFunction):
     def at(self, dtype: torch.dtype) -> Score:
         """The function as calls with q, k and v of a dtype need it."""
         return self.double if dtype == torch.float64 else self
-
-    def plain(self, traced: Traced) -> Slots:
-        """A trace as plain data, and what is left of it without what is a mask: see `lifting`."""
-        return Slots.of(traced, remainder(traced))
-
-    def bind(self, sizes: Sizes, given: dict[str, Any], stamp: int | None = None) -> Bound:
-        """The function in a call, without what of it is a mask."""
-        bound = super().bind(sizes, given, stamp)
-        slots = bound.slots.rest
-        if slots is None:
-            return bound
-        values = {**self.reading().slots, **self.defaults, **given, **self.implied(sizes)}
-        return Bound(slots, *slots.filled(values, sizes.device))
 
 
 def score(function: ScoreLike) -> Score:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device
+from benchmarks import device, engines
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,6 +55,8 @@ def test_the_tuning_script(tmp_path):
     assert [line["start"] for line in found if "start" in line] == ["empty", "full"]
     assert [line["small"] for line in found if "small" in line] == ["forward"]
     assert {(line["compiled"], line["of"]) for line in found if "compiled" in line} == {(4, 4)}
+    beside = [(line["backend"], line["mask"]) for line in found if "backend" in line]
+    assert beside == [("auto", mask) for mask in engines.MASKS]
     tiles = [line for line in found if "tile" in line]
     assert {line["pass"] for line in tiles} == {"forward", "dkdv", "dq"}
     assert all(line["seconds"] > 0 and set(line["tile"]) >= {"block_m", "block_n", "warps"} for line in tiles)

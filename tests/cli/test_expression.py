@@ -37,6 +37,7 @@ def same(a, b, n=N):
         ("causal_blockwise(8, 8, 8)", presets.causal_blockwise([8, 8, 8]), 24),
         ("prefix_lm_document([10, 14], prefixes=[2, 3])", presets.prefix_lm_document([10, 14], [2, 3]), 24),
         ("share_question([(4, [5, 6]), (3, [6])])", presets.share_question([(4, [5, 6]), (3, [6])]), 24),
+        ("tree([-1, 0] * 12)", presets.tree([-1, 0] * 12), 24),
         ("qk_sparse([(1, 4), (8, 6)])", presets.qk_sparse([(1, 4), (8, 6)]), None),
         (f"random_eviction({list(range(1, 25))})", presets.random_eviction(list(range(1, 25))), 24),
         ("paper('share_question', 24, seed=3)", presets.paper("share_question", 24, 3).predicate, 24),

@@ -75,12 +75,10 @@ def test_trees_wider_and_deeper_than_a_word_of_bits(n):
     generator = torch.Generator().manual_seed(n)
     chain = [*range(1, n), -1]  # backwards, so deep as can be
     bush = [-1, *(int(torch.randint(place, (), generator=generator)) for place in range(1, n))]
-    mask = presets.tree([chain, bush])
-    wanted = torch.stack([expected(chain, 70, n + 70), expected(bush, 70, n + 70)])
-    assert torch.equal(mask.dense(n, n + 70, batch=2, q_offset=70)[:, 0], wanted)
-    kinds = mask.block_map(n, n + 70, batch=2, q_offset=70, block_size=16)
-    assert torch.equal(kinds.kinds(), mf.BlockMap.from_kinds(kinds.kinds(), n, n + 70, 16).kinds())
-    assert_matches_dense(presets.tree(bush), Shape(q_len=n, kv_len=n + 70, heads=2), q_offset=70)
+    mask, kv_len = presets.tree([chain, bush]), n + 270  # of which 200 are room that nobody sees
+    wanted = torch.stack([expected(chain, 70, kv_len), expected(bush, 70, kv_len)])
+    assert torch.equal(mask.dense(n, kv_len, batch=2, q_offset=70)[:, 0], wanted)
+    assert_matches_dense(presets.tree(bush), Shape(q_len=n, kv_len=kv_len, heads=2), q_offset=70)
 
 
 def attended(mask, q, k, v, cached):
@@ -209,3 +207,19 @@ def test_kernels_decide_pairs_by_bits(batched):
     mask = presets.tree([bush, [-1, *range(69)]] if batched else bush)
     shape = Shape(batch=2, q_len=70, kv_len=110, heads=2, head_dim=16)
     assert_matches_dense(mask, shape, backend="triton", block_size=64, q_offset=torch.tensor([33, 40]))
+
+
+def test_exported_programs_find_ancestors_by_themselves():
+    class Verify(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("parents", torch.tensor([-1, 0, 0]))
+            self.attn = mf.compile(presets.tree(self.parents))
+
+        def forward(self, q, k, cached):
+            return self.attn(q, k, k, q_offset=cached)
+
+    module, q, k, cached = Verify(), torch.randn(1, 1, 3, 8), torch.randn(1, 1, 9, 8), torch.tensor([5])
+    program = torch.export.export(module, (q, k, cached))
+    assert torch.equal(program.module()(q, k, cached), module(q, k, cached))
+    assert torch.ops.maskflash.ancestors.default in {node.target for node in program.graph.nodes}

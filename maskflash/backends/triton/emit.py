@@ -23,7 +23,7 @@ import torch
 from maskflash.backends.triton.signature import TableKind
 from maskflash.errors import BackendError
 from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
-from maskflash.expr.ops import COMPARISONS
+from maskflash.expr.ops import COMPARISONS, ON_TRUTH
 
 Group = Literal["once", "rows", "columns", "pairs"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
@@ -113,7 +113,7 @@ class Writer:
         self.lines: dict[Group, list[str]] = {group: [] for group in GROUPS}
         self.groups: list[Group] = []
         self.names: list[str] = []
-        self._summed = _summed(expr)
+        self._summed = expr.summed
         self._divides = any(node.op in ("truediv", "truncdiv") for node in expr.nodes)
         self._said: dict[Group, str] = {}
         self._place = 0  # of the node that is being written
@@ -217,7 +217,7 @@ class Writer:
 
     def _whole(self, node: Node, name: str, group: Group, dtype: torch.dtype, x: str, y: str) -> str:
         """An operation on integers or truth values."""
-        op = _ON_TRUTH.get(node.op, node.op) if dtype == torch.bool else node.op
+        op = ON_TRUTH.get(node.op, node.op) if dtype == torch.bool else node.op
         if op in _INFIX:
             return f"{x} {_INFIX[op]} {y}"
         match op:
@@ -366,20 +366,6 @@ class Writer:
             return "tl.int32"
         return _TYPES[dtype]
 
-
-def _summed(expr: Expr) -> set[int]:
-    """Floating-point nodes whose value goes, perhaps through others that pass it on, into a sum or a difference."""
-    found: set[int] = set()
-    for position in range(len(expr.nodes) - 1, -1, -1):
-        node = expr.nodes[position]
-        passes = position in found and node.op in ("neg", "abs", "cast", "select", "min", "max")
-        if node.dtype.is_floating_point and (node.op in ("add", "sub") or passes):
-            found.update(node.args)
-    return found
-
-
-# On truth values arithmetic is logic; torch refuses what is missing here.
-_ON_TRUTH: Final = {"add": "bitor", "max": "bitor", "mul": "bitand", "min": "bitand", "bitnot": "not"}
 
 _TYPES: Final = {
     torch.bool: "tl.int1",
