@@ -8,11 +8,13 @@ How many pieces there are is decided by the device's processors, or by the calle
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel
 from maskflash.backends.triton.layout import UNIT, addressed, padded
@@ -20,6 +22,8 @@ from maskflash.backends.triton.plan import DevicePlan
 from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import COMBINE, PARTS, Tile
 from maskflash.scores.strength import Strength
+
+_STEP: Final = 32  # keys, where it isn't known yet
 
 
 def serves(plan: DevicePlan, strength: Strength) -> bool:
@@ -30,6 +34,22 @@ def serves(plan: DevicePlan, strength: Strength) -> bool:
 def narrowed(tile: Tile, packed: int) -> Tile:
     """A tile with no more rows than hold those of a call."""
     return replace(tile, block_m=min(tile.block_m, max(16, 1 << (packed - 1).bit_length())))
+
+
+def told(plan: DevicePlan, problem: Problem, splits: int | None) -> dict[str, int | str]:
+    """What a call's programs load and how it is cut, as far as that is known without q and k.
+
+    Each head counts as one with keys of its own, and steps are of 32 keys.
+    """
+    batch, heads, *_ = problem.shape
+    columns = problem.block_size[1]
+    lines = plan.rows.counts.shape[2]
+    tokens = math.gcd(columns, _STEP)
+    copies = problem.batch * problem.heads // (batch * heads)
+    sizes = (lines, 1, tokens, columns // tokens)
+    pieces = plan.pieces((batch, heads), sizes, splits, gpu.programs(plan.device), copies)
+    visited = int(plan.rows.counts.sum()) * columns
+    return {"keys loaded for each key head": visited, "pieces of a row at most": pieces.most}
 
 
 @dataclass(slots=True, eq=False)
