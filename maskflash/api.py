@@ -82,7 +82,8 @@ def compile(
     tune = arguments.flag("compile", "tune", tune)
     check = arguments.flag("compile", "check", check)
     factor = None if scale is None else arguments.scale("compile", scale)
-    pieces = 0 if splits == "auto" else arguments.integer("compile", "splits", splits, low=1)
+    automatic = isinstance(splits, str) and splits == "auto"
+    pieces = 0 if automatic else arguments.length("compile", "splits", splits, low=1)
     whole, strength = _given("compile", mask, score)
     if not (whole.keywords or whole.implied_names):
         whole.slots({})

@@ -19,6 +19,7 @@ from tests.backends.triton.test_scores import RUNS, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of NaN and infinities
 KERNELS = st.sampled_from([nullcontext, expressions])
+BY_HEAD = ("alibi", "relative bias", "temperature", "pairs", "hidden by value", "hidden by the score", "functions")
 
 
 @contextmanager
@@ -36,13 +37,13 @@ def pieces_of(steps):
 @st.composite
 def sizes(draw):
     """Sizes of a step or of drafts: few rows, groups of any size."""
-    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 3)]))
     dims = draw(st.sampled_from([(16, 16), (8, 24), (20, 9), (1, 1)]))
-    lengths = draw(st.integers(1, 20)), draw(st.integers(0, 64))
+    lengths = draw(st.integers(1, 9)), draw(st.integers(0, 64))
     return Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, *lengths, *dims)
 
 
-@settings(max_examples=24)
+@settings(max_examples=12)
 @given(
     st.data(),
     sizes(),
@@ -64,14 +65,14 @@ def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, 
         assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device, **given)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name in RUNS if name in BY_HEAD])
 def test_scores_match_dense_float64(device, name):
     """With rows of several heads in one tile, so that what a score reads by head differs among them."""
-    score = scores(device, batch=2, heads=6)[name]
+    score = scores(device, heads=4)[name]
     with pieces_of(1):
         assert_matches_dense(
             mf.causal(),
-            Shape(2, 6, 2, 3, 40, 16, 16),
+            Shape(1, 4, 2, 3, 40, 16, 16),
             score=score,
             q_offset=30,
             block_size=16,
@@ -84,11 +85,11 @@ def step(device, batch=3, heads=4, kv_heads=2, rows=1, keys=160):
     return [x.detach() for x in Shape(batch, heads, kv_heads, rows, keys, 16, 16).tensors(torch.float32, device=device)]
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("splits", [1, 2, 4, 1000])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3, 1000])
 def test_a_row_has_the_same_bits_alone(device, rows, splits):
     """With a fixed number of splits: other requests, longer and shorter, change none."""
-    q, k, v = step(device, rows=rows)
+    q, k, v = step(device, heads=2, kv_heads=1, rows=rows)
     lengths = torch.tensor([160, 97, 30], device=device)
     visible = mf.mask(lambda b, h, q, kv, *, lengths: kv <= q + lengths[b] - rows)
     attn = mf.compile(visible, backend="triton", block_size=32, splits=splits)
