@@ -12,7 +12,7 @@ import maskflash as mf
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few, launch, pieces
 from maskflash.backends.triton import plan as triton_plan
-from maskflash.testing import Shape, assert_matches_dense, masks
+from maskflash.testing import Shape, assert_matches_dense, error_budget, masks
 from tests.backends.triton.conftest import expressions
 from tests.backends.triton.test_run import DTYPES
 from tests.backends.triton.test_scores import RUNS, scores
@@ -43,7 +43,17 @@ def sizes(draw):
     return Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, *lengths, *dims)
 
 
-@settings(max_examples=12)
+def dense(q, k, v, visible, sinks):
+    """Out and lse by definition, in the dtype of q."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    values = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~visible, -math.inf)
+    lse = values.logsumexp(-1) if k.shape[2] else values.new_full(values.shape[:3], -math.inf)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(q)[:, None].expand_as(lse))
+    return (values - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp() @ v, lse
+
+
+@settings(max_examples=20)
 @given(
     st.data(),
     sizes(),
@@ -54,15 +64,28 @@ def sizes(draw):
 )
 def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, block_size, kernels, steps):
     mask = data.draw(masks(max_len=64, batch=shape.batch, heads=shape.heads))
-    given = {}
+    sinks, q_offset = None, data.draw(st.integers(0, 40))
     if data.draw(st.booleans()):
         values = st.lists(st.sampled_from([-2.0, 0.5, 4.0, -math.inf]), min_size=shape.heads, max_size=shape.heads)
-        given["sinks"] = torch.tensor(data.draw(values), device=device)
+        sinks = torch.tensor(data.draw(values), device=device)
     if data.draw(st.booleans()):
-        offsets = torch.tensor(data.draw(st.lists(st.integers(0, 40), min_size=2, max_size=2)), device=device)
-        given["q_offset"] = offsets[: shape.batch] if data.draw(st.booleans()) else int(offsets[0])
+        q_offset = torch.tensor([q_offset, 3], device=device)[: shape.batch]
+    q, k, v = (x.detach() for x in shape.tensors(dtype, device=device))
     with kernels(), pieces_of(steps):
-        assert_matches_dense(mask, shape, dtype=dtype, block_size=block_size, backend="triton", device=device, **given)
+        found = mf.attention(
+            q, k, v, mask, block_size=block_size, backend="triton", q_offset=q_offset, sinks=sinks, return_lse=True
+        )
+    sizes = {"batch": shape.batch, "heads": shape.heads, "q_offset": q_offset, "device": device}
+    visible = mask.dense(shape.q_len, shape.kv_len, **sizes)
+    exact, plain = (dense(*(x.to(kind) for x in (q, k, v)), visible, sinks) for kind in (torch.float64, dtype))
+    norms = [float(x.norm(dim=-1).amax()) if x.numel() else 0.0 for x in (q.double(), k.double(), v.double())]
+    terms = {"out": norms[2], "lse": norms[0] * norms[1] * shape.head_dim**-0.5}  # what each is summed from
+    for name, ours, truth, other in zip(("out", "lse"), found, exact, plain, strict=True):
+        blind = truth == -math.inf
+        assert torch.equal(ours == -math.inf, blind), name
+        if ours.numel():
+            budget = error_budget(other, truth, dtype) + torch.finfo(dtype).eps * terms[name]
+            assert float((ours.double() - truth).masked_fill(blind, 0.0).abs().amax()) <= budget, name
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name in BY_HEAD])
