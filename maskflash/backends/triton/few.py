@@ -96,7 +96,7 @@ class SplitLauncher(Launcher):
                 len(pieces.table) * copies,
                 tile,
                 **own,
-                **addressed(q=self.q, k=self.k, v=self.v, out=parts[0]),
+                **{**addressed(q=self.q, k=self.k, v=self.v, out=parts[0]), "out_ptr": parts},
                 **self.plan.mask(self.problem),
                 **self._of_strength,
                 **self.plan.runs,
