@@ -109,9 +109,9 @@ class Explanation:
         plan = self.analysis.plan
         passes = _passes(plan)
         if not isinstance(plan, cpu.Plan | Prepared) and plan.has_few_rows:
-            from maskflash.backends.triton import few
+            from maskflash.backends.triton.few import told
 
-            passes["forward"] |= few.told(plan, self.problem, self.splits or None)
+            passes["forward"] |= told(plan, self.problem, self.splits or None)
         if self.backend != "cpu" or self.score is not None or not applies(self.problem):
             return passes
         few: dict[str, dict[str, int | str]] = {

@@ -18,6 +18,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel
 from maskflash.backends.triton.layout import UNIT, addressed, padded
+from maskflash.backends.triton.pieces import cut
 from maskflash.backends.triton.plan import DevicePlan
 from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import COMBINE, PARTS, Tile
@@ -41,15 +42,16 @@ def told(plan: DevicePlan, problem: Problem, splits: int | None) -> dict[str, in
 
     Each head counts as one with keys of its own, and steps are of 32 keys.
     """
+    assert plan.on_host is not None, "rows are few"
     batch, heads, *_ = problem.shape
     columns = problem.block_size[1]
     lines = plan.rows.counts.shape[2]
     tokens = math.gcd(columns, _STEP)
     copies = problem.batch * problem.heads // (batch * heads)
     sizes = (lines, 1, tokens, columns // tokens)
-    pieces = plan.pieces((batch, heads), sizes, splits, gpu.programs(plan.device), copies)
+    found = cut(plan.on_host, (batch, heads), *sizes, splits, gpu.programs(plan.device), copies)
     visited = int(plan.rows.counts.sum()) * columns
-    return {"keys loaded for each key head": visited, "pieces of a row at most": pieces.most}
+    return {"keys loaded for each key head": visited, "pieces of a row at most": found.most}
 
 
 @dataclass(slots=True, eq=False)
@@ -81,31 +83,39 @@ class SplitLauncher(Launcher):
         per_line = rows * pack // tile.block_m
         tiles = -(-q_len * pack // tile.block_m)
         sizes = (tiles, per_line, tile.block_n, columns // tile.block_n)
-        pieces = self.plan.pieces((own_batch, own_heads), sizes, self.splits, gpu.programs(self.q.device), copies)
+        pieces, starts, count = self.plan.pieces(
+            (own_batch, own_heads),
+            (batch, heads, q_len),
+            rows,
+            sizes,
+            self.splits,
+            gpu.programs(self.q.device),
+            copies,
+        )
         own = dict(own)
         out, lse, sinks = (own.pop(name) for name in ("out", "lse", "sinks"))
         maps = {"map_b": own_heads if own_batch > 1 else 0, "map_h": 1 if own_heads > 1 else 0}
         several = pieces.most > 1
-        if several:  # parts that a row doesn't have stay as they are, and are not read
-            parts = self.q.new_empty((pieces.most, *out.shape), dtype=torch.float32)
-            parts_lse = self.q.new_empty((pieces.most, *lse.shape), dtype=torch.float32)
-        else:
-            parts, parts_lse = out[None], lse[None]
+        parts, parts_lse = out, lse
+        if several:
+            parts = torch.empty((count, v_dim), dtype=torch.float32, device=out.device)
+            parts_lse = torch.empty((count,), dtype=torch.float32, device=out.device)
         with gpu.current(self.q.device):
             kernel(self.special, "split").launch(
                 len(pieces.table) * copies,
                 tile,
                 **own,
-                **{**addressed(q=self.q, k=self.k, v=self.v, out=parts[0]), "out_ptr": parts},
+                **addressed(q=self.q, k=self.k, v=self.v),
                 **self.plan.mask(self.problem),
                 **self._of_strength,
                 **self.plan.runs,
                 **maps,
+                out_ptr=parts,
                 lse_ptr=parts_lse,
                 sinks_ptr=lse if sinks is None else sinks,
                 HAS_SINKS=sinks is not None and not several,
-                out_part=parts.stride(0) // UNIT,
                 pieces=pieces.table,
+                starts=starts,
                 items=len(pieces.table),
                 groups=groups,
                 pack=pack,
@@ -128,19 +138,15 @@ class SplitLauncher(Launcher):
                 kernel(replace(NO_MASK, padded_dv=v_dim != padded(v_dim)), "combine").launch(
                     batch * heads * q_len,
                     COMBINE,
-                    **addressed(out=out),
-                    **maps,
+                    out_ptr=out,
                     lse_ptr=lse,
                     parts_ptr=parts,
                     parts_lse_ptr=parts_lse,
                     sinks_ptr=lse if sinks is None else sinks,
                     HAS_SINKS=sinks is not None,
-                    counts=pieces.counts,
+                    starts=starts,
                     heads=heads,
                     q_len=q_len,
-                    lines=pieces.counts.shape[1],
-                    line_rows=rows,
-                    UNIT=UNIT,
                     PARTS=PARTS,
                     DV=v_dim,
                     BLOCK_DV=padded(v_dim),

@@ -29,13 +29,24 @@ class Pieces:
     Attributes:
         table: (pieces, 10) int32: batch row and head of the map; row tile; part, the piece's number among those of its
             rows; then of the full walk, and of the partial one: run, first step, steps.
-        counts: (maps, lines) int32, how many pieces each line of the map has.
+        counts: (maps, lines) int32, how many pieces each line of the map has; it stays on the CPU.
         most: the largest of them.
     """
 
     table: Tensor
     counts: Tensor
     most: int
+
+    def starts(self, shape: tuple[int, int], rows: tuple[int, int, int], line_rows: int) -> Tensor:
+        """Where the parts of each row begin among those of all, and how many there are: (rows + 1,) int32.
+
+        Args:
+            shape: batch rows and heads that have maps of their own.
+            rows: batch rows, heads and q_len of the call.
+            line_rows: rows of a line of the map.
+        """
+        each = self.counts.view(*shape, -1).repeat_interleave(line_rows, 2)[..., : rows[2]].expand(rows)
+        return torch.nn.functional.pad(each.flatten().cumsum(0), (1, 0)).int()
 
 
 def are_few(q_len: int, kv_len: int) -> bool:

@@ -48,7 +48,7 @@ class DevicePlan:
     _seen: dict[bool, Tensor | None]
     _made: Upload
     _orders: dict[tuple[bool, int, int], tuple[Upload, dict[str, Tensor]]] = field(default_factory=dict)
-    _pieces: dict[tuple[Any, ...], tuple[Upload, Pieces]] = field(default_factory=dict)
+    _pieces: dict[tuple[Any, ...], tuple[Upload, Pieces, int]] = field(default_factory=dict)
 
     def walked(self, transposed: bool, tiles: int, per_line: int) -> dict[str, Tensor]:
         """What a pass walks, as arguments of its kernel.
@@ -82,27 +82,29 @@ class DevicePlan:
     def pieces(
         self,
         shape: tuple[int, int],
+        rows: tuple[int, int, int],
+        line_rows: int,
         sizes: tuple[int, int, int, int],
         splits: int | None,
         programs: int,
         copies: int,
-    ) -> Pieces:
-        """Pieces of what few rows see, on the device: see `pieces.cut`.
+    ) -> tuple[Pieces, Tensor, int]:
+        """Pieces of what few rows see, where the parts of rows begin, on the device, and how many parts there are.
 
         Raises:
             BackendError: they aren't known yet, and a CUDA graph is being captured.
         """
-        key = sizes, splits, programs, copies
+        key = rows, sizes, splits, programs, copies
         if key not in self._pieces:
             assert self.on_host is not None, "rows are few"
             found = cut(self.on_host, shape, *sizes, splits, programs, copies)
-            upload = Upload([found.table, found.counts], self.device)
-            table, counts = upload.tensors
-            self._pieces[key] = upload, Pieces(table, counts, found.most)
-        upload, found = self._pieces[key]
+            starts = found.starts(shape, rows, line_rows)
+            upload = Upload([found.table, starts], self.device)
+            self._pieces[key] = upload, replace(found, table=upload.tensors[0]), int(starts[-1])
+        upload, found, parts = self._pieces[key]
         for one in (upload, self._made):
             one.lend()
-        return found
+        return found, upload.tensors[1], parts
 
     @property
     def runs(self) -> dict[str, Tensor]:
@@ -129,7 +131,7 @@ class DevicePlan:
     def nbytes(self) -> int:
         """Bytes held, nearly all on the device."""
         counts = self.rows.counts.nbytes + self.columns.counts.nbytes
-        further = (upload for made in (self._orders, self._pieces) for upload, _ in made.values())
+        further = (upload for made in (self._orders, self._pieces) for upload, *_ in made.values())
         return counts + sum(upload.nbytes for upload in (self._made, *further))
 
 

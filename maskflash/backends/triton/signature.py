@@ -156,8 +156,8 @@ _DROPOUT: Final = [
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
-    "split": ("q k v out", "lse sinks", "qk_scale", "batch heads group pack groups items q_len kv_len"),
-    "combine": ("out", "lse parts parts_lse sinks", "", "heads q_len lines line_rows map_b map_h"),
+    "split": ("q k v", "out lse sinks", "qk_scale", "batch heads group pack groups items q_len kv_len"),
+    "combine": ("", "out lse parts parts_lse sinks", "", "heads q_len"),
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
     "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
@@ -184,13 +184,12 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
     if pass_name == "delta":
         lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV", "PRECISION")))
     elif pass_name == "combine":
-        lines += [_line("pointer", ["counts"]), _line("constant", ("HAS_SINKS", "UNIT", "PARTS", "DV", "BLOCK_DV"))]
+        lines += [_line("pointer", ["starts"]), _line("constant", ("HAS_SINKS", "PARTS", "DV", "BLOCK_DV"))]
     else:
         few = pass_name == "split"
         walked = ("start", "stop") if few else ("offsets", "tiles", "start", "stop")
         lines += [
-            _line("i64", ["out_part"] if few else []),
-            _line("pointer", ["pieces" if few else "order"]),
+            _line("pointer", ["pieces", "starts"] if few else ["order"]),
             *(_line("pointer", (f"{kind}_{what}" for what in walked)) for kind in ("full", "partial")),
             _line("i32", ["map_b", "map_h"]),
             *_of_mask(special),

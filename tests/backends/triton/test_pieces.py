@@ -1,9 +1,12 @@
 """Pieces of a line together walk each of its tiles once, in order, and are as even as numbers allow."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.runs import FULL, PARTIAL
 from maskflash.backends.triton.pieces import are_few, cut
 from maskflash.backends.triton.walks import split_runs
@@ -51,13 +54,16 @@ def test_pieces_walk_each_tile_once(block_map, per_line, per_tile, splits, progr
             if splits is not None:
                 assert len(own) == max(1, min(splits, sum(lengths)))
     assert pieces.most == int(pieces.counts.max())
+    sizes = (batch * 2 if batch == 1 else batch, heads, n_q * 16 - data.draw(st.sampled_from([0, 3])))
+    starts = pieces.starts((batch, heads), sizes, 16).tolist()
+    counts = pieces.counts.view(batch, heads, n_q).tolist()
+    rows = [(b % batch, h, q // 16) for b in range(sizes[0]) for h in range(sizes[1]) for q in range(sizes[2])]
+    assert [later - start for start, later in itertools.pairwise(starts)] == [counts[b][h][i] for b, h, i in rows]
     assert len(table) == int(pieces.counts[:, torch.arange(tiles) // per_line].sum())
 
 
 def test_pieces_are_for_the_processors_and_of_equal_length():
     causal = torch.tensor([[[[FULL] * 6 + [PARTIAL] + [0] * 57]], [[[FULL] * 63 + [PARTIAL]]]], dtype=torch.int8)
-    from maskflash.analysis.block_map import BlockMap
-
     block_map = BlockMap.from_kinds(causal, 1, 64 * 128, (128, 128))
     made = split_runs(block_map.rows, 1, 64, False)
     call = made, (2, 1), 1, 1, 64, 2
