@@ -16,14 +16,14 @@ from torch import Tensor
 
 from maskflash.backends.triton.walks import Walk, Walks
 
-FIELDS: Final = 10  # of a piece, see `Pieces.table`
+FIELDS: Final = 10  # of a piece, see `KeyPieces.table`
 _ROWS: Final = 64  # at most: with more, rows alone are work for all processors
 _WIDE: Final = 16  # keys for each row, at least: else there is little to cut
 _SHORTEST: Final = 256  # keys of a piece, at least: joining pieces costs time too
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pieces:
+class KeyPieces:
     """What programs compute.
 
     Attributes:
@@ -64,7 +64,7 @@ def cut(
     splits: int | None,
     programs: int,
     copies: int,
-) -> Pieces:
+) -> KeyPieces:
     """Cut the rows of a map.
 
     Args:
@@ -101,7 +101,7 @@ def cut(
         (walks.partial, (first - full).clamp(min=0), (last - full).clamp(min=0)),
     ):
         table += [*_place(walk, line, begin, per_tile), end - begin]
-    return Pieces(torch.stack(table, 1).int(), counts.int(), int(counts.max()))
+    return KeyPieces(torch.stack(table, 1).int(), counts.int(), int(counts.max()))
 
 
 def _place(walk: Walk, line: Tensor, step: Tensor, per_tile: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.layout import mask_values
-from maskflash.backends.triton.pieces import Pieces, are_few, cut
+from maskflash.backends.triton.pieces import KeyPieces, are_few, cut
 from maskflash.backends.triton.walks import Walk, Walks, seen, split_runs
 from maskflash.expr.bounds import Reach
 from maskflash.ground.transfer import Upload, capturing
@@ -48,7 +48,7 @@ class DevicePlan:
     _seen: dict[bool, Tensor | None]
     _made: Upload
     _orders: dict[tuple[bool, int, int], tuple[Upload, dict[str, Tensor]]] = field(default_factory=dict)
-    _pieces: dict[tuple[Any, ...], tuple[Upload, Pieces, int]] = field(default_factory=dict)
+    _pieces: dict[tuple[Any, ...], tuple[Upload, KeyPieces, int]] = field(default_factory=dict)
 
     def walked(self, transposed: bool, tiles: int, per_line: int) -> dict[str, Tensor]:
         """What a pass walks, as arguments of its kernel.
@@ -88,7 +88,7 @@ class DevicePlan:
         splits: int | None,
         programs: int,
         copies: int,
-    ) -> tuple[Pieces, Tensor, int]:
+    ) -> tuple[KeyPieces, Tensor, int]:
         """Pieces of what few rows see, where the parts of rows begin, on the device, and how many parts there are.
 
         Raises:
