@@ -23,7 +23,7 @@ from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import SCORE, PassName, ScoreKind, Specialisation, TableKind
-from maskflash.backends.triton.tiles import Tile
+from maskflash.backends.triton.tiles import PARTS, Tile
 from maskflash.functions.sizes import Sizes
 
 DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
@@ -164,7 +164,7 @@ def _constants(case: Case) -> dict[str, Any]:
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
-        **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False},
+        **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
     }
 
 
@@ -172,7 +172,7 @@ _TABLES: Final = {torch.float32: "*fp32", torch.int64: "*i64"}
 
 
 def _pointer(name: str, bits: int) -> str:
-    if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "totals", "factors"):
+    if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "parts_ptr", "parts_lse_ptr", "totals", "factors"):
         return "*fp32"
     if name.startswith("sums"):
         return "*i64"

@@ -54,8 +54,9 @@ from benchmarks.compiled import (
 from benchmarks.processors import AMD_SHARED, PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
 from benchmarks.sass.instructions import local_accesses, loops, parse, products_under_copies
-from maskflash.backends.triton.signature import PASSES
-from maskflash.backends.triton.tiles import DELTA, ROWS, SHARED_LIMITS, Tile, choose
+from maskflash.backends.triton.few import narrowed
+from maskflash.backends.triton.signature import FEW, PASSES
+from maskflash.backends.triton.tiles import COMBINE, DELTA, ROWS, SHARED_LIMITS, Tile, choose
 
 RESULTS: Final = ROOT / "benchmarks/results/static_gates.json"
 FLOAT32_STACK: Final = 600  # bytes: in full precision its products have no tensor cores, and registers run out
@@ -115,9 +116,10 @@ def faults(case: Case, found: Resources) -> list[str]:
         wrong.append(f"spills: {found.local} accesses to local memory in its loops")
     if not amd and not half and found.stack > FLOAT32_STACK:
         wrong.append(f"{found.stack} B of stack, more than {FLOAT32_STACK}")
-    if half and case.pass_name != "delta":
-        if found.product not in _PRODUCTS.get(case.arch, ("mma",)):
-            wrong.append(f"no {_PRODUCTS.get(case.arch, ('mma',))[0]}")
+    if half and case.pass_name not in ("delta", "combine"):
+        products = ("mma",) if case.arch == 90 and case.tile.block_m < 64 else _PRODUCTS.get(case.arch, ("mma",))
+        if found.product not in products:
+            wrong.append(f"no {products[0]}")
         if found.serialised:
             wrong.append("ptxas serialises wgmma (C7511)")
         # The model says so of these. On 8.6 and 8.9 a tile's products take longer than the copy of the next.
@@ -141,8 +143,12 @@ def table_cases(quick: bool) -> list[Case]:
         archs = _archs(row.arch, row.bits, quick)
         kind = (row.bits, row.head_dim, row.head_dim, row.tile)
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
+        if row.pass_name == "split" and (one := narrowed(row.tile, 1)) != row.tile:
+            few = (*kind[:-1], one)
+            cases += [Case(arch, "split", mask, *few) for arch in archs for mask in (masks[:1] if quick else masks)]
     for family, bits in product(SERVED, DTYPES):
-        cases += [Case(arch, "delta", "interval", bits, 256, 256, DELTA) for arch in _archs(family, bits, quick)]
+        for name, tile in (("delta", DELTA), ("combine", COMBINE)):
+            cases += [Case(arch, name, "interval", bits, 256, 256, tile) for arch in _archs(family, bits, quick)]
     largest = {(row.arch, row.pass_name, row.bits): row.head_dim for row in ROWS}
     for number, (served, dims) in enumerate(product(largest, ODD)):
         family, pass_name, bits = served
@@ -157,8 +163,9 @@ def table_cases(quick: bool) -> list[Case]:
 def score_cases(quick: bool) -> list[Case]:
     """The kernels of each score, and of dropout, with one mask; if quick, a few of them."""
     cases = []
-    for arch, dim, score, pass_name in product(SCORED, (64, 128), SCORES, (*PASSES, "dtables")):
-        if pass_name != "delta" and (pass_name != "dtables" or score in LEARNED):
+    for arch, dim, score, pass_name in product(SCORED, (64, 128), SCORES, (*PASSES, "split", "dtables")):
+        without = {"delta": True, "split": score == "dropout", "dtables": score not in LEARNED}
+        if not without.get(pass_name):
             tile = choose(arch, pass_name, DTYPES[16], dim, (BLOCK, BLOCK), None, OF_PAIRS.get(score, 0))
             cases.append(Case(arch, pass_name, "interval", 16, dim, dim, tile, score))
     return cases[::17] if quick else cases
@@ -262,7 +269,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile the tile table for real devices and check what it needs.")
     parser.add_argument("--quick", action="store_true", help="each row of the table once")
     parser.add_argument("--arch", type=_arch, choices=[*PROCESSORS, *AMD_SHARED], action="append", help="90 or gfx942")
-    parser.add_argument("--pass", dest="passes", choices=(*PASSES, "dtables"), action="append")
+    parser.add_argument("--pass", dest="passes", choices=(*PASSES, *FEW, "dtables"), action="append")
     parser.add_argument("--score", choices=("", *SCORES), action="append", help='"" for none')
     parser.add_argument("--mask", choices=MASKS, action="append")
     parser.add_argument("--bits", type=int, choices=DTYPES, action="append", help="of the dtype")

@@ -36,6 +36,7 @@ def compile(
     deterministic: bool = True,
     tune: bool = False,
     check: bool = False,
+    splits: int | Literal["auto"] = "auto",
     **others: Never,
 ) -> Attention:
     """Compile a mask to an attention op.
@@ -55,6 +56,9 @@ def compile(
             compiled graph uses what was found, and measures nothing.
         check: read every table at every call, and raise ArgumentError where one was written to by something that torch
             doesn't see (numpy, `.data`, another process); MASKFLASH_CHECK=1 in the environment does so for all calls.
+        splits: on a GPU, into how many pieces the keys of few rows are cut, by what these see: a step of decoding, or
+            drafts. "auto" has enough of them for the device's processors. With a number, which pieces a row has
+            depends on its own mask alone, so its bits don't depend on who else is in the batch; 1 cuts nothing.
         **others: none; those that other libraries have are answered by what to write here.
 
     Returns:
@@ -78,10 +82,12 @@ def compile(
     tune = arguments.flag("compile", "tune", tune)
     check = arguments.flag("compile", "check", check)
     factor = None if scale is None else arguments.scale("compile", scale)
+    automatic = isinstance(splits, str) and splits == "auto"
+    pieces = 0 if automatic else arguments.length("compile", "splits", splits, low=1)
     whole, strength = _given("compile", mask, score)
     if not (whole.keywords or whole.implied_names):
         whole.slots({})
-    return Attention(whole, factor, size, backend, deterministic, tune, check, strength)
+    return Attention(whole, factor, size, backend, deterministic, tune, check, strength, pieces)
 
 
 @overload

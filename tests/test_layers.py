@@ -85,7 +85,7 @@ ORDER = {
     ],
     "backends/triton": [
         *("signature", "score_kind", "emit", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),
-        *("walks", "layout", "intervals", "plan", "launch", "learned", "run"),
+        *("walks", "layout", "intervals", "pieces", "plan", "launch", "few", "learned", "run"),
     ],
     "op": [
         "spec",

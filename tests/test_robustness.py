@@ -279,7 +279,7 @@ DRAWN = {"ax": (None, NONE), "batch_row": (0, SIZES), "head": (0, SIZES), "legen
 # What each call takes: a right value of each argument, and which of VALUES are right as well.
 CALLS = {
     mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
-    mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, "tune": (False, FLAG)},
+    mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, "tune": (False, FLAG), "splits": (2, INTS)},
     ATTN: {**QKV, **CALL},
     mf.varlen_attention: {
         **PACKED,

@@ -39,7 +39,8 @@ class Ahead(Asking):
             q: as in a call.
             k: as in a call.
             v: as in a call.
-            pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn.
+            pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn. Of few rows over
+                many keys "forward" is "split", and "combine" joins what pieces of the keys have given.
             q_offset: as in a call.
             kv_offset: as in a call.
             dropout_p: as in a call.
@@ -58,10 +59,10 @@ class Ahead(Asking):
         """
         from maskflash.analysis.classify import classify
         from maskflash.backends.triton import run as triton
-        from maskflash.backends.triton.signature import PASSES
+        from maskflash.backends.triton.signature import FEW, PASSES
 
         qkv.check(q, k, v)
-        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, "dtables"))
+        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, *FEW, "dtables"))
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
         p = probability("Attention.source", dropout_p)
@@ -101,7 +102,7 @@ class Ahead(Asking):
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
         score = None if self.score is None else told(self.score, sight.sizes, sight.mask_args)
-        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why, score)
+        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why, score, self.splits)
 
     def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
         """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.

@@ -56,6 +56,7 @@ class Asking:
         deterministic: same inputs, same bits. Both backends always are.
         tune: measure tiles at the first call of a kind (triton only).
         check: read every table at every call, to find writes that torch doesn't see.
+        splits: as asked for, 0 for "auto".
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Asking:
         tune: bool = False,
         check: bool = False,
         score: Score | None = None,
+        splits: int = 0,
     ) -> None:
         self.given = mask
         self.name = mask.name
@@ -82,6 +84,7 @@ class Asking:
         self.deterministic = deterministic
         self.tune = tune
         self.check = check or checking.ALWAYS
+        self.splits = splits
 
     def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
         """The sizes of a call; its tensors are checked already, its offsets here."""
@@ -113,6 +116,7 @@ class Asking:
             *(slots.text, params, tables, *offsets, sinks, scale, self.block_size, backend, scored),
             seed=dropout.seed,
             dropout_p=0.0 if dropout.seed is None else dropout.p,  # a float of a module is an input to dynamo
+            splits=self.splits,
         )
 
     def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:

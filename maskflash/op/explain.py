@@ -48,12 +48,14 @@ class Explanation:
     backend: str
     why: str
     score: dict[str, Any] | None = None
+    splits: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data.
 
-        `passes` says what the backend runs for each, and `slices` of how many the mask would be for MagiAttention: see
-        `Mask.to_slices`; None where it has no such form.
+        `passes` says what the backend runs for each; of few rows on a GPU also how many keys the programs of a key head
+        load, and into how many pieces a row is cut at most, if each head had keys of its own. `slices` says of how many
+        the mask would be for MagiAttention: see `Mask.to_slices`; None where it has no such form.
         """
         return {**self._facts(), "slices": self._slices()}
 
@@ -104,7 +106,12 @@ class Explanation:
 
     def _passes(self) -> dict[str, dict[str, int | str]]:
         """What runs in each pass."""
-        passes = _passes(self.analysis.plan)
+        plan = self.analysis.plan
+        passes = _passes(plan)
+        if not isinstance(plan, cpu.Plan | Prepared) and plan.has_few_rows:
+            from maskflash.backends.triton.few import told
+
+            passes["forward"] |= told(plan, self.problem, self.splits or None)
         if self.backend != "cpu" or self.score is not None or not applies(self.problem):
             return passes
         few: dict[str, dict[str, int | str]] = {
@@ -190,7 +197,8 @@ def _passes(plan: cpu.Plan | triton.DevicePlan | Prepared) -> dict[str, dict[str
     if isinstance(plan, Prepared):
         return {"form": dict(plan.counts)}
     if not isinstance(plan, cpu.Plan):
-        walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
+        rows = ("forward", "dq") if plan.has_few_rows else ("forward, dq",)
+        walks = {**dict.fromkeys(rows, plan.rows), "dkdv": plan.columns}
         return {
             name: dict(zip(("full tiles", "partial tiles"), work.counts.sum((1, 2)).tolist(), strict=True))
             for name, work in walks.items()

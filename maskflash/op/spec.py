@@ -29,7 +29,7 @@ ENGINES: Final[tuple[Backend, ...]] = (
 SCHEMA: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, SymInt kv_offset, Tensor? kv_offsets, "
     "Tensor? sinks, Tensor[] score_tables, SymInt[] score_params, str score, bool[] learned, Tensor? seed, "
-    "float dropout_p, float scale, str expr, int[2] block_size, str backend"
+    "float dropout_p, float scale, str expr, int[2] block_size, int splits, str backend"
 )
 """The fields of a `Spec`, as torch declares the arguments of an op."""
 
@@ -69,6 +69,7 @@ class Spec(NamedTuple):
         scale: positive factor of the scores.
         expr: the mask's canonical text.
         block_size: (bq, bkv), a tile in tokens.
+        splits: pieces that few rows' keys are cut into on a GPU; 0 for as many as the device has work for.
         backend: which kernels run it.
     """
 
@@ -88,6 +89,7 @@ class Spec(NamedTuple):
     scale: float
     expr: str
     block_size: Sequence[int]
+    splits: int
     backend: Backend
 
     @classmethod
@@ -105,6 +107,7 @@ class Spec(NamedTuple):
         score: Scored = UNSCORED,
         seed: Tensor | None = None,
         dropout_p: float = 0.0,
+        splits: int = 0,
     ) -> Spec:
         """A spec of offsets that are either numbers or tensors."""
         q_number, q_tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
@@ -112,7 +115,7 @@ class Spec(NamedTuple):
         return cls(
             *(tables, params, q_number, q_tensor, kv_number, kv_tensor, sinks),
             *(score.tables, score.params, score.text, score.learned, seed, dropout_p),
-            *(scale, text, block_size, backend),
+            *(scale, text, block_size, splits, backend),
         )
 
     @classmethod

@@ -18,11 +18,19 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
-KERNELS: Final = ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores")  # tests that launch them
+KERNELS: Final = (
+    "run",
+    "interval_kernel",
+    "compiled_once",
+    "launch",
+    "sinks",
+    "scores",
+    "few",
+)  # tests that launch them
 FILES: Final = (
     *(
         f"tests/backends/triton/test_{name}.py"
-        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores")
+        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few")
     ),
     "tests/ptx/test_sabotage.py",
 )

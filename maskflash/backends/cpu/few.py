@@ -97,6 +97,18 @@ def look(problem: Problem, heads: int, kv_heads: int) -> list[Unit]:
     each = [torch.arange(n, device=problem.device) for n in sizes]
     places = [x.view([-1 if axis == at else 1 for axis in range(4)]) for at, x in enumerate(each)]
     return units_of(problem.visible(*places).expand(sizes).numpy(), problem.batch, heads, kv_heads)
+
+
+def units_of(bits: BoolArray, batch: int, heads: int, kv_heads: int) -> list[Unit]:
+    """The units of a mask.
+
+    Args:
+        bits: (batch or 1, heads or 1, q_len, kv_len), what is visible; 1 where all see the same.
+        batch: batch rows.
+        heads: query heads.
+        kv_heads: key heads.
+    """
+    own_batch, own_heads = bits.shape[:2]
     group = heads // kv_heads if own_heads > 1 else 1
     units: list[Unit] = []
     for b in range(own_batch):

@@ -3,7 +3,7 @@
 The only module that imports triton, and only when it is first needed. Under TRITON_INTERPRET=1 the same kernels run on
 CPU tensors, slowly: that is how they are tested without a GPU, and what "cpu" means here.
 
-Unmeasured: `heads_in_cache` and `part_of_group` follow from what devices have, and have been timed on none.
+Unmeasured: `heads_in_cache`, `part_of_group` and `programs` follow from what devices have, and have been timed on none.
 """
 
 from __future__ import annotations
@@ -198,6 +198,13 @@ def part_of_group(device: torch.device, group: int, programs: int) -> int:
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     divisors = [n for n in range(group, 0, -1) if group % n == 0]
     return next((part for part in divisors if programs * (group // part) >= wanted), 1)
+
+
+def programs(device: torch.device) -> int:
+    """How many programs should share the keys of few rows: two for each processor, so that one loads as one waits."""
+    if device.type != "cuda":
+        return 8
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Literal, get_args
 
 import torch
@@ -83,6 +84,7 @@ class Writer:
     Attributes:
         what: it is, for people.
         prefix: of its names.
+        alone: what indices differ in, of those that do within a tile.
         lines: statements by group.
         groups: of each node.
         names: of each node's value.
@@ -90,6 +92,7 @@ class Writer:
 
     what = "mask"
     prefix = ""
+    alone: Mapping[str, Group] = MappingProxyType({"q": "rows", "kv": "columns"})
 
     def __init__(
         self,
@@ -184,8 +187,8 @@ class Writer:
         return f"tl.full((), {text}, {self._type(dtype)})" if typed else text
 
     def _group(self, node: Node) -> Group:
-        if node.op in ("q", "kv"):
-            return "rows" if node.op == "q" else "columns"
+        if node.op in self.alone:
+            return self.alone[node.op]
         found = {self.groups[arg] for arg in node.args} - {"once"}
         if not found:
             return "once"

@@ -68,7 +68,12 @@ class EmittedScore:
 
 
 def emit_score(
-    kind: ScoreKind, *, backward: bool = False, transposed: bool = False, remarks: bool = False
+    kind: ScoreKind,
+    *,
+    backward: bool = False,
+    transposed: bool = False,
+    packed: bool = False,
+    remarks: bool = False,
 ) -> EmittedScore:
     """Write a score in Triton.
 
@@ -76,6 +81,7 @@ def emit_score(
         kind: the score; the derivatives of its `learned` tables are written too.
         backward: write its slope, unless tables learn: a kernel has the one or the other.
         transposed: the tile is keys x queries instead of queries x keys.
+        packed: the tile's rows are of several heads.
         remarks: name the user's lines above what comes of them.
 
     Raises:
@@ -89,6 +95,8 @@ def emit_score(
     # Derivatives are found by text: the lines may be those of another function that says the same.
     own = kind.expr.sources and (*kind.expr.sources, *derivatives.expr.sources[len(kind.expr.nodes) :])
     writer = _Writer(kind, Expr(nodes, own), transposed, remarks)
+    if packed:
+        writer.alone = {**writer.alone, "h": "rows"}
     writer.write_all((value, *(() if slope is None else (slope,)), *(root for pair in read for root in pair)))
     text = writer.value(value, torch.float32, "pairs", typed=True)
     if writer.groups[value] != "pairs":

@@ -23,6 +23,7 @@ from maskflash.expr.nodes import parse
 from maskflash.scores.strength import Strength
 
 ANY_MASK: Final = parse("const=True:bool~()")  # of kernels that have no mask's expression
+NO_MASK: Final = Specialisation(ANY_MASK)  # of those that look at no pair
 
 
 def specialisation(

@@ -31,7 +31,8 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
     """
     template = _environment().get_template(f"{pass_name}.py.jinja")
     transposed = pass_name == "dkdv"
-    score = {"backward": pass_name != "forward", "transposed": transposed, "remarks": remarks}
+    forward, few = pass_name in ("forward", "split"), pass_name == "split"
+    score = {"backward": not forward, "transposed": transposed, "packed": few, "remarks": remarks}
     return template.render(
         special=special,
         signature=signature(special, pass_name),

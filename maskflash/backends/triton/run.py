@@ -5,9 +5,11 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
+    few         few rows -> programs that share them, and what joins these
     learned     what a score's tables learn
 
-Forward is one kernel, backward three: delta, then dK and dV, then dQ; and one more where a score's tables learn.
+Forward is one kernel, or two where rows are few; backward three: delta, then dK and dV, then dQ; and one more where a
+score's tables learn.
 """
 
 from __future__ import annotations
@@ -23,23 +25,23 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import tile_choice
+from maskflash.backends.triton import few, tile_choice
 from maskflash.backends.triton.device import unavailable
 from maskflash.backends.triton.intervals import intervals
-from maskflash.backends.triton.launch import ANY_MASK, Launcher, kernel, specialisation
+from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
 from maskflash.backends.triton.learned import table_gradients, untouched
+from maskflash.backends.triton.pieces import are_few
 from maskflash.backends.triton.plan import DevicePlan, plan
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
-from maskflash.backends.triton.signature import PassName, Specialisation
+from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
 from maskflash.scores.strength import BoundScore, Gradients, Strength
 
 __all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
 
 _LOG2E: Final = 1.4426950408889634
-_NO_MASK: Final = Specialisation(ANY_MASK)  # of delta, which looks at no pair
 
 
 def source(
@@ -54,6 +56,8 @@ def source(
 ) -> str:
     """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
     interval, dims = intervals(seen) is not None, (whole(head_dim), whole(v_head_dim))
+    if pass_name == "forward" and not dropout and are_few(problem.q_len, problem.kv_len):
+        pass_name = "split"
     kind = None if score is None else score_kind(score, problem.extents)
     if kind is not None and score is not None and pass_name == "dtables":
         kind = replace(kind, wanted=score.wanted)
@@ -68,7 +72,8 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, st
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     q, k, v = laid_out(q, k, v)
-    if not tile_choice.find(Launcher(plan, problem, q, k, v, strength).case("forward")).measured:
+    first: PassName = "split" if few.serves(plan, strength) else "forward"
+    if not tile_choice.find(Launcher(plan, problem, q, k, v, strength).case(first)).measured:
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 
@@ -81,6 +86,7 @@ def forward(
     v: Tensor,
     strength: Strength,
     *,
+    splits: int | None = None,
     tuning: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
@@ -92,6 +98,7 @@ def forward(
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
         strength: how strongly pairs attend.
+        splits: pieces of the keys of each row where rows are few; None for as many as the device has work for.
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
@@ -106,6 +113,12 @@ def forward(
     if out.numel() == 0 or kv_len == 0:
         lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None] * _LOG2E)
         return cut(out.zero_(), v_dim), lse
+    factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
+    if few.serves(plan, strength):
+        q, k, v = laid_out(q, k, v)
+        launcher = few.SplitLauncher(plan, problem, q, k, v, strength, tuning, splits)
+        launcher.run("split", {"out": out, "lse": lse, "sinks": sinks, **factor})
+        return cut(out, v_dim), lse
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
@@ -114,7 +127,7 @@ def forward(
         "lse_ptr": lse,
         "sinks_ptr": lse if sinks is None else sinks,
         "HAS_SINKS": sinks is not None,
-        **({"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}),
+        **factor,
         "share": gpu.heads_in_cache(q.device, head_bytes, heads // kv_heads, batch * heads),
     }
     Launcher(plan, problem, q, k, v, strength, tuning).run("forward", own)
@@ -198,7 +211,7 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     tiles = -(-q_len // DELTA.block_m)
     with gpu.current(out.device):
-        kernel(_NO_MASK, "delta").launch(
+        kernel(NO_MASK, "delta").launch(
             tiles * batch * heads,
             DELTA,
             **addressed(out=out, dout=dout),

@@ -20,9 +20,11 @@ import torch
 from maskflash.expr.nodes import Expr, Node
 from maskflash.expr.ops import INDEX_VARIABLES
 
-PassName = Literal["forward", "delta", "dkdv", "dq", "dtables"]
+PassName = Literal["forward", "split", "combine", "delta", "dkdv", "dq", "dtables"]
 PASSES: Final[tuple[PassName, ...]] = ("forward", "delta", "dkdv", "dq")
 """Those of every mask; `dtables` is for scores that learn."""
+FEW: Final[tuple[PassName, ...]] = ("split", "combine")
+"""Forward where rows are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,17 +156,24 @@ _DROPOUT: Final = [
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
+    "split": ("q k v", "out lse sinks", "qk_scale", "batch heads group pack groups items q_len kv_len"),
+    "combine": ("", "out lse parts parts_lse sinks", "", "heads q_len"),
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
     "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
     "dtables": ("q k v dout", "lse delta", "scale", "batch heads group share q_len kv_len tiles_m"),
+}
+_FLAGS: Final[dict[PassName, tuple[str, ...]]] = {
+    "forward": ("HAS_SINKS",),
+    "split": ("HAS_SINKS",),
+    "dtables": ("MEASURE",),
 }
 
 
 def signature(special: Specialisation, pass_name: PassName) -> list[list[Parameter]]:
     """The arguments of a pass's kernel, line by line as its text has them."""
     strided, contiguous, reals, integers = (names.split() for names in _OWN[pass_name])
-    if special.score and pass_name != "delta":
+    if special.score and reals:
         reals = ["scale"]  # what a score is given is in natural units
     lines = [
         _line("pointer", (f"{tensor}_ptr" for tensor in (*strided, *contiguous))),
@@ -174,20 +183,21 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
     ]
     if pass_name == "delta":
         lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV", "PRECISION")))
+    elif pass_name == "combine":
+        lines += [_line("pointer", ["starts"]), _line("constant", ("HAS_SINKS", "PARTS", "DV", "BLOCK_DV"))]
     else:
+        few = pass_name == "split"
+        walked = ("start", "stop") if few else ("offsets", "tiles", "start", "stop")
         lines += [
-            _line("pointer", ["order"]),
-            *(
-                _line("pointer", (f"{kind}_{what}" for what in ("offsets", "tiles", "start", "stop")))
-                for kind in ("full", "partial")
-            ),
+            _line("pointer", ["pieces", "starts"] if few else ["order"]),
+            *(_line("pointer", (f"{kind}_{what}" for what in walked)) for kind in ("full", "partial")),
             _line("i32", ["map_b", "map_h"]),
             *_of_mask(special),
             *(_of_score(special.score, pass_name) if special.score else []),
             *(_DROPOUT if special.dropout else []),
-            _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", "ROWS", "SUB")),
+            _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", *([] if few else ["ROWS"]), "SUB")),
             _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
-            _line("constant", {"forward": ["HAS_SINKS"], "dtables": ["MEASURE"]}.get(pass_name, [])),
+            _line("constant", _FLAGS.get(pass_name, ())),
         ]
     return [line for line in lines if line]
 

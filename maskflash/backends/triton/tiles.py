@@ -80,11 +80,13 @@ def _rows() -> tuple[Row, ...]:
 # about.
 _FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
     ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    ("split", 32): {64: (32, 32, 4, 2), 128: (16, 32, 4, 2), 256: (16, 16, 4, 1)},
     ("dkdv", 32): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 16, 4, 1)},
     ("dq", 32): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 _CDNA: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
     ("forward", 16): {64: (128, 32, 4, 2), 128: (128, 32, 4, 2), 256: (64, 32, 4, 1)},
+    ("split", 16): {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 4, 1)},
     ("dkdv", 16): {64: (32, 64, 4, 2), 128: (16, 64, 4, 2), 256: (16, 32, 4, 1)},
     ("dq", 16): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
     **_FLOAT32,
@@ -92,24 +94,28 @@ _CDNA: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
 _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     80: {
         ("forward", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)},
+        ("split", 16): {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (32, 32, 4, 3)},
         ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 64, 4, 3), 256: (32, 64, 8, 3)},
         ("dq", 16): {64: (128, 32, 4, 3), 120: (32, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 3)},
         **_FLOAT32,
     },
     86: {
         ("forward", 16): {64: (64, 64, 4, 3), 120: (128, 32, 8, 3), 128: (128, 64, 8, 2), 256: (64, 16, 8, 3)},
+        ("split", 16): {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (32, 32, 4, 2)},
         ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
         ("dq", 16): {64: (128, 32, 4, 3), 120: (32, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
         **_FLOAT32,
     },
     90: {
         ("forward", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 2, 128), 256: (128, 32, 8, 3)},
+        ("split", 16): {64: (64, 64, 4, 3), 128: (64, 32, 4, 4), 256: (32, 32, 4, 3)},
         ("dkdv", 16): {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
         **_FLOAT32,
     },
     100: {
         ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        ("split", 16): {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 3)},
         ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (64, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
         **_FLOAT32,
@@ -120,6 +126,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     # does at any dim.
     "gfx1201": {
         ("forward", 16): {64: (64, 32, 8, 1), 128: (64, 32, 8, 1)},
+        ("split", 16): {64: (32, 32, 4, 1), 128: (32, 32, 4, 1)},
         ("dkdv", 16): {64: (32, 32, 4, 1), 128: (16, 32, 4, 1)},
         ("dq", 16): {64: (32, 32, 4, 1), 128: (32, 16, 4, 1)},
     },
@@ -127,6 +134,8 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 
 ROWS: Final = _rows()
 DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
+PARTS: Final = 16  # of a row that are joined at once
+COMBINE: Final = Tile(16, 16, 4, 1)  # it has no tile: a row for each program
 
 
 # AMD's architectures, each with its family: CDNA 3 and 4, RDNA 4.
@@ -202,7 +211,7 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     through the buffers' memory on the way there.
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
-    held = own if pass_name == "forward" else 2 * own
+    held = own if pass_name in ("forward", "split") else 2 * own
     dims = 1 << (head_dim - 1).bit_length()
     hopper = isinstance(arch, int) and arch >= 90
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)

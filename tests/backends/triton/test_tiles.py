@@ -9,7 +9,7 @@ import torch
 from maskflash.backends.triton.tiles import ROWS, SHARED_LIMITS, Tile, candidates, choose, shared_bytes, shrunk
 from maskflash.errors import BackendError
 
-PASSES = ("forward", "dkdv", "dq")
+PASSES = ("forward", "split", "dkdv", "dq")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -1,0 +1,203 @@
+"""Few rows over many keys, cut into pieces: results equal dense float64, whoever else is in the batch."""
+
+import math
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import maskflash as mf
+from maskflash.backends.triton import device as gpu
+from maskflash.backends.triton import few, launch, pieces
+from maskflash.backends.triton import plan as triton_plan
+from maskflash.testing import Shape, assert_matches_dense, error_budget, masks
+from tests.backends.triton.conftest import expressions
+from tests.backends.triton.test_run import DTYPES
+from tests.backends.triton.test_scores import RUNS, scores
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of NaN and infinities
+KERNELS = st.sampled_from([nullcontext, expressions])
+BY_HEAD = ("alibi", "relative bias", "temperature", "pairs", "hidden by value", "hidden by the score", "functions")
+
+
+@contextmanager
+def pieces_of(steps):
+    """Every call's rows count as few, and pieces have so many steps; None for one piece of each row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_plan, "are_few", lambda q_len, kv_len: q_len > 0)
+        patch.setattr(pieces, "_SHORTEST", 1 << 30 if steps is None else (steps - 1) * 16 + 1)
+        patch.setattr(gpu, "programs", lambda device: 1 << 20)
+        mf.invalidate()
+        yield
+    mf.invalidate()
+
+
+@st.composite
+def sizes(draw):
+    """Sizes of a step or of drafts: few rows, groups of any size."""
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 3)]))
+    dims = draw(st.sampled_from([(16, 16), (8, 24), (20, 9), (1, 1)]))
+    lengths = draw(st.integers(1, 9)), draw(st.integers(0, 64))
+    return Shape(draw(st.integers(1, 2)), kv_heads * group, kv_heads, *lengths, *dims)
+
+
+def dense(q, k, v, visible, sinks):
+    """Out and lse by definition, in the dtype of q."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    values = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(~visible, -math.inf)
+    lse = values.logsumexp(-1) if k.shape[2] else values.new_full(values.shape[:3], -math.inf)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(q)[:, None].expand_as(lse))
+    return (values - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp() @ v, lse
+
+
+@settings(max_examples=20)
+@given(
+    st.data(),
+    sizes(),
+    st.sampled_from(DTYPES),
+    st.sampled_from([16, 32, (16, 48), (48, 16)]),
+    KERNELS,
+    st.sampled_from([None, 1, 3]),
+)
+def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, block_size, kernels, steps):
+    mask = data.draw(masks(max_len=64, batch=shape.batch, heads=shape.heads))
+    sinks, q_offset = None, data.draw(st.integers(0, 40))
+    if data.draw(st.booleans()):
+        values = st.lists(st.sampled_from([-2.0, 0.5, 4.0, -math.inf]), min_size=shape.heads, max_size=shape.heads)
+        sinks = torch.tensor(data.draw(values), device=device)
+    if data.draw(st.booleans()):
+        q_offset = torch.tensor([q_offset, 3], device=device)[: shape.batch]
+    q, k, v = (x.detach() for x in shape.tensors(dtype, device=device))
+    with kernels(), pieces_of(steps):
+        found = mf.attention(
+            q, k, v, mask, block_size=block_size, backend="triton", q_offset=q_offset, sinks=sinks, return_lse=True
+        )
+    sizes = {"batch": shape.batch, "heads": shape.heads, "q_offset": q_offset, "device": device}
+    visible = mask.dense(shape.q_len, shape.kv_len, **sizes)
+    exact, plain = (dense(*(x.to(kind) for x in (q, k, v)), visible, sinks) for kind in (torch.float64, dtype))
+    norms = [float(x.norm(dim=-1).amax()) if x.numel() else 0.0 for x in (q.double(), k.double(), v.double())]
+    terms = {"out": norms[2], "lse": norms[0] * norms[1] * shape.head_dim**-0.5}  # what each is summed from
+    for name, ours, truth, other in zip(("out", "lse"), found, exact, plain, strict=True):
+        blind = truth == -math.inf
+        assert torch.equal(ours == -math.inf, blind), name
+        if ours.numel():
+            budget = error_budget(other, truth, dtype) + torch.finfo(dtype).eps * terms[name]
+            assert float((ours.double() - truth).masked_fill(blind, 0.0).abs().amax()) <= budget, name
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name in BY_HEAD])
+def test_scores_match_dense_float64(device, name):
+    """With rows of several heads in one tile, so that what a score reads by head differs among them."""
+    score = scores(device, heads=4)[name]
+    with pieces_of(1):
+        assert_matches_dense(
+            mf.causal(),
+            Shape(1, 4, 2, 3, 40, 16, 16),
+            score=score,
+            q_offset=30,
+            block_size=16,
+            backend="triton",
+            device=device,
+        )
+
+
+def step(device, batch=3, heads=4, kv_heads=2, rows=1, keys=160):
+    return [x.detach() for x in Shape(batch, heads, kv_heads, rows, keys, 16, 16).tensors(torch.float32, device=device)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3, 1000])
+def test_a_row_has_the_same_bits_alone(device, rows, splits):
+    """With a fixed number of splits: other requests, longer and shorter, change none."""
+    q, k, v = step(device, heads=2, kv_heads=1, rows=rows)
+    lengths = torch.tensor([160, 97, 30], device=device)
+    visible = mf.mask(lambda b, h, q, kv, *, lengths: kv <= q + lengths[b] - rows)
+    attn = mf.compile(visible, backend="triton", block_size=32, splits=splits)
+    together = attn(q, k, v, lengths=lengths, return_lse=True)
+    for b in range(3):
+        own = slice(b, b + 1)
+        alone = attn(q[own], k[own], v[own], lengths=lengths[own], return_lse=True)
+        assert all(torch.equal(x[own], y) for x, y in zip(together, alone, strict=True))
+
+
+def launched(monkeypatch):
+    """The kernels that are launched from here on: pass and number of programs."""
+    found, kernel = [], launch.kernel
+
+    def recorded(special, pass_name):
+        made = kernel(special, pass_name)
+
+        class Launched:
+            def launch(self, programs, tile, **named):
+                found.append((pass_name, programs))
+                made.launch(programs, tile, **named)
+
+        return Launched()
+
+    monkeypatch.setattr(few, "kernel", recorded)
+    return found
+
+
+def test_one_piece_needs_no_second_kernel(device, monkeypatch):
+    q, k, v = step(device)
+    found = launched(monkeypatch)
+    sinks = torch.linspace(-1, 1, 4, device=device)
+    call = {"q_offset": 159, "sinks": sinks, "return_lse": True}
+    whole = mf.compile(mf.causal(), backend="triton", splits=1)(q, k, v, **call)
+    assert found == [("split", 3 * 2)]  # batch rows and key heads: query heads of a group are in one tile
+    found.clear()
+    cut = mf.compile(mf.causal(), backend="triton", splits=2)(q, k, v, **call)
+    assert found == [("split", 3 * 2 * 2), ("combine", 3 * 4)]
+    for x, y in zip(whole, cut, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_window_has_work_for_what_it_sees_alone(device, monkeypatch):
+    q, k, v = step(device, batch=1, keys=1024)
+    found = launched(monkeypatch)
+    attn = mf.compile(mf.sliding_window(64), backend="triton", block_size=32, splits=1000)
+    attn(q, k, v, q_offset=1023)
+    tile = 32 // min(32, gpu_tile(q))
+    assert found[0] == ("split", 2 * 3 * tile)  # 65 keys are in three tiles of 32
+
+
+def gpu_tile(q):
+    from maskflash.backends.triton.tiles import choose
+
+    return choose(gpu.arch(q.device), "split", q.dtype, 16, (32, 32)).block_n
+
+
+def test_what_no_row_sees_is_not_copied_and_may_hold_anything(device, monkeypatch):
+    """Bit by bit; and nothing is zeroed before the kernels."""
+    q, k, v = step(device, batch=1, rows=3, keys=200)
+    mask = mf.sliding_window(40)
+    hidden = ~mask.dense(3, 200, q_offset=190, device=device)[0, 0].any(0)
+    assert hidden.any()
+    for by in (nullcontext, expressions):
+        with by():
+            attn = mf.compile(mask, backend="triton", block_size=64, splits=2)
+            clean = attn(q, k, v, q_offset=190, return_lse=True)
+            for poison in (math.nan, math.inf, -math.inf):
+                dirty = [x.masked_fill(hidden[:, None], poison) for x in (k, v)]
+                found = attn(q, *dirty, q_offset=190, return_lse=True)
+                assert all(torch.equal(x, y) for x, y in zip(clean, found, strict=True))
+
+
+def test_dropout_is_computed_by_the_kernel_of_many_rows(device, monkeypatch):
+    found = launched(monkeypatch)
+    q, k, v = step(device)
+    attn = mf.compile(mf.causal(), backend="triton", splits=3)
+    attn(q, k, v, q_offset=159, dropout_p=0.5, seed=1)
+    assert found == []
+    assert "row_words" in attn.source(q, k, v, q_offset=159, dropout_p=0.5)
+    assert "def split(" in attn.source(q, k, v, q_offset=159)
+    assert "def combine(" in attn.source(q, k, v, q_offset=159, pass_name="combine")
+
+
+@pytest.mark.parametrize("splits", [0, -1, 1.5, "many", True, None])
+def test_what_splits_may_be(splits):
+    with pytest.raises((mf.ArgumentError, mf.ArgumentTypeError), match="compile: splits is"):
+        mf.compile(mf.causal(), splits=splits)
