@@ -207,6 +207,23 @@ def test_what_lies_in_the_pool_is_not_copied(monkeypatch):
     assert [len(pages) for _, pages in calls] == [3, 3]  # of k and v: those of the short request
 
 
+def test_requests_may_be_partly_in_order():
+    cache = Cache([700, 90], 16, adjacent=True)
+    moved = cache.pages.block_table[0, :3].clone()
+    cache.pages.block_table[0, :3] = moved.flip(0)  # what is copied, before a run that isn't
+    for x in cache.k, cache.v:
+        x[0, :, :48] = x[0, :, :48].unflatten(1, (3, 16)).flip(1).flatten(1, 2)
+    assert_as_dense(cache, [1, 1], mf.causal())
+
+
+def test_tables_of_masks_may_end_with_the_longest_request():
+    marks = torch.tensor([0, 1, 1] * 7)[:19].expand(2, -1).contiguous()
+    mask = mf.mask(lambda b, h, q, kv: marks[b, kv] > 0)
+    cache, attn, q = Cache([19, 19], 16), mf.compile(mask), drawn(2, HEADS, 1, DIM)
+    out = attn.paged(q, *cache.pools, cache.pages)
+    assert torch.allclose(out, attn(q, cache.k, cache.v, q_offset=18), atol=1e-6)
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_what_no_query_sees_is_not_read(count, monkeypatch):
     cache = Cache([64, 64, 64], 4)
