@@ -16,7 +16,6 @@ from torch import Tensor
 
 from maskflash.backends.triton.walks import Walk, Walks
 
-FIELDS: Final = 10  # of a piece, see `KeyPieces.table`
 _ROWS: Final = 64  # at most: with more, rows alone are work for all processors
 _WIDE: Final = 16  # keys for each row, at least: else there is little to cut
 _SHORTEST: Final = 256  # keys of a piece, at least: joining pieces costs time too

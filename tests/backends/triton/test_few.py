@@ -201,3 +201,14 @@ def test_dropout_is_computed_by_the_kernel_of_many_rows(device, monkeypatch):
 def test_what_splits_may_be(splits):
     with pytest.raises((mf.ArgumentError, mf.ArgumentTypeError), match="compile: splits is"):
         mf.compile(mf.causal(), splits=splits)
+
+
+def test_more_parts_than_are_joined_at_once(device):
+    q, k, v = step(device, batch=1, heads=1, kv_heads=1, keys=1400)
+    q = q * 4  # so that maxima differ among parts
+    call = {"q_offset": 1399, "sinks": torch.tensor([3.0], device=device), "return_lse": True}
+    whole, cut = (
+        mf.compile(mf.causal(), backend="triton", block_size=32, splits=n)(q, k, v, **call) for n in (1, 1000)
+    )
+    for x, y in zip(whole, cut, strict=True):
+        torch.testing.assert_close(x, y)
