@@ -12,6 +12,7 @@ of torch.compile make it in each call, by an op of torch.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any, Final
@@ -32,6 +33,7 @@ _LONGEST: Final = 2.0**61  # of all sequences one after the other: beyond it, no
 _OPERATION: Final = "varlen_attention"
 
 _kept: OrderedDict[Hashable, tuple[Places, Watch]] = OrderedDict()
+_lock = threading.RLock()  # of it; nobody holds it while places are made
 
 _library = torch.library.Library("maskflash", "FRAGMENT")
 _library.define(
@@ -69,17 +71,19 @@ def find(starts: Tensor, kv_starts: Tensor, q_offset: int | Tensor, q_len: int, 
         return known[0]
     with modes.off():
         made = _make(starts, kv_starts, number, offsets, q_len, kv_len)
-    for gone in [old for old, (_, watch) in list(_kept.items()) if watch.expired()]:
-        _kept.pop(gone, None)
-    _kept[key] = made, Watch(tensors)
-    while len(_kept) > _MOST:
-        _kept.pop(next(iter(_kept)), None)
+    with _lock:
+        for gone in [old for old, (_, watch) in _kept.items() if watch.expired()]:
+            del _kept[gone]
+        _kept[key] = made, Watch(tensors)
+        while len(_kept) > _MOST:
+            _kept.popitem(last=False)
     return made
 
 
 def forget() -> None:
     """Make all places again when they are next needed."""
-    _kept.clear()
+    with _lock:
+        _kept.clear()
 
 
 def _make(

@@ -3,6 +3,8 @@
 import gc
 import math
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -291,6 +293,32 @@ def test_memory_does_not_grow():
     attn.varlen(q, k, v, *[torch.tensor([0, 8])] * 2)
     assert len(places._kept) <= 2
     assert sum(entry.analysis.block_map.q_len == 8 for entry in cache._entries.values()) <= 4
+
+
+def test_threads_make_and_forget_places():
+    given = [torch.tensor([0, 3, 8]) for _ in range(40)]
+    failed, before = [], sys.getswitchinterval()
+
+    def work(forgets):
+        try:
+            for _ in range(20):
+                for each in given:
+                    places.find(each, each, 0, 8, 8)
+                    if forgets:
+                        places.forget()
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(forgets,)) for forgets in (False, False, True)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert failed == []
 
 
 def test_inference_mode():
