@@ -306,7 +306,7 @@ def test_threads_make_and_forget_places():
                     places.find(each, each, 0, 8, 8)
                     if forgets:
                         places.forget()
-        except Exception as error:  # noqa: BLE001 - whatever it is
+        except Exception as error:
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(forgets,)) for forgets in (False, False, True)]
