@@ -33,7 +33,7 @@ _ROWS: Final = 128  # at most
 _WIDE: Final = 4  # keys for each row, at least: in squares a plan leaves out more than it costs
 _PAIRS: Final = 1 << 20  # evaluated at each call, at most
 _PACKED: Final = 32  # rows of a head; from there on heads are rows of their own products, which share a mask
-_LEAD: Final = 256  # columns that all rows see, from which on they are computed by themselves
+_LEAD: Final = 4096  # columns that all rows see, from which on they are computed by themselves
 _PART: Final = 4096  # keys
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu

@@ -137,6 +137,18 @@ def test_steps_leave_nothing_behind(looked_at):
     assert not cache._names
 
 
+def test_a_call_that_comes_again_and_again_has_an_analysis(looked_at):
+    cache.invalidate()
+    k, v = torch.randn(2, 1, 4, 300, 16).unbind()
+    attn = mf.compile(mf.causal())
+    outs = [attn(Q[:1], k, v, q_offset=299) for _ in range(80)]
+    assert 60 < len(looked_at) < 70
+    assert len(cache._entries) == 1
+    torch.testing.assert_close(outs[-1], outs[0])
+    attn(Q[:1], k, v, q_offset=298)
+    assert 61 < len(looked_at) < 71
+
+
 def test_gradients_come_from_an_analysis(looked_at):
     q, k, v = Q.clone().requires_grad_(), *torch.randn(2, 2, 4, 64, 16, requires_grad=True).unbind()
     out = mf.attention(q, k, v, mf.causal(), q_offset=40)
@@ -159,7 +171,7 @@ def test_other_calls_have_an_analysis(q_len, kv_len, score, few_rows, monkeypatc
     monkeypatch.setattr(FewRows, "of", lambda *given: made.append(honest(*given)) or made[-1])
     q, (k, v) = torch.randn(1, 2, q_len, 16), torch.randn(2, 1, 2, kv_len, 16)
     mf.attention(q, k, v, mf.causal(), score=score and mf.scores.softcap(5.0), q_offset=8)
-    assert [x is not None for x in made] == [few_rows]
+    assert any(x is not None for x in made) == few_rows
 
 
 def test_explain_says_so():
