@@ -156,7 +156,7 @@ def from_block_sparse(
             f"mask_block_cnt, {tuple(partial[0].shape)}, or 1"
         )
     kinds = listed_kinds(operation, partial, full, lattice[1])
-    function = of_tiles(mask(mask_mod), kinds, (q_len, kv_len), (rows, columns))
+    function = of_tiles(operation, mask(mask_mod), kinds, (q_len, kv_len), (rows, columns))
     shape = (kinds.shape[0], kinds.shape[1], q_len, kv_len)
     return SizedMask(function, f"{operation}({function.name})", shape, "block-sparse form", "use its mask_mod")
 

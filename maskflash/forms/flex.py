@@ -95,7 +95,7 @@ def from_flex(block_mask: BlockMask) -> Mask:
         full = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
     partial = block_mask.kv_num_blocks, block_mask.kv_indices
     kinds = listed_kinds("from_flex", partial, full, block_mask.kv_indices.shape[-1])
-    function = of_tiles(mask(block_mask.mask_mod), kinds, block_mask.seq_lengths, block_mask.BLOCK_SIZE)
+    function = of_tiles("from_flex", mask(block_mask.mask_mod), kinds, block_mask.seq_lengths, block_mask.BLOCK_SIZE)
     shape = (*kinds.shape[:2], *block_mask.seq_lengths)
     return SizedMask(function, f"from_flex({function.name})", shape, "BlockMask", "use its mask_mod")
 

@@ -184,6 +184,10 @@ def from_prefix_ranges(mm_prefix_range: Tensor | None = None, sliding_window: in
             f"{operation}: mm_prefix_range holds {int(table.min())}, expected positions, which are at least 0; pad "
             "with (0, 0)"
         )
+    if table.numel() and int(table.max()) >= arguments.MOST_TOKENS:
+        raise ArgumentError(
+            f"{operation}: mm_prefix_range holds {int(table.max())}, expected positions below {arguments.MOST_TOKENS:,}"
+        )
     low, high = _by_position(table)
     batch, length = low.shape
 

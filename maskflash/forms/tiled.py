@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
-from maskflash.errors import ArgumentError, MaskIndexError
+from maskflash.errors import ArgumentError, ArgumentTypeError, MaskIndexError
+from maskflash.functions.function import Function
 from maskflash.functions.sizes import Sizes
+from maskflash.functions.written import copied
 from maskflash.masks.mask import Mask
-from maskflash.masks.predicate import MaskLike, Predicate
+from maskflash.masks.predicate import MaskLike, Predicate, RecordedMask
 
 
-class SizedMask(Predicate):
-    """A mask for the one size that another engine's form is for.
+class _Sized(Function):
+    """Serves one size alone.
 
     Attributes:
         shape: (batch, heads, q_len, kv_len); a batch or heads of 1 serve all.
@@ -26,13 +28,9 @@ class SizedMask(Predicate):
         instead: what to do for another size.
     """
 
-    def __init__(
-        self, function: MaskLike, name: str, shape: tuple[int, int, int, int], form: str, instead: str
-    ) -> None:
-        super().__init__(function, name)
-        self.shape = shape
-        self.form = form
-        self.instead = instead
+    shape: tuple[int, int, int, int]
+    form: str
+    instead: str
 
     def implied(self, sizes: Sizes) -> dict[str, int]:
         """Nothing, if the sizes are right."""
@@ -47,15 +45,63 @@ class SizedMask(Predicate):
         return {}
 
 
-def of_tiles(function: Mask, kinds: Tensor, lengths: tuple[int, int], block_size: tuple[int, int]) -> Mask:
+class _RecordedSized(_Sized, RecordedMask):
+    """One that came out of a pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind, recorded = super().__reduce__()
+        return _again, (kind, recorded, self.shape, self.form, self.instead)
+
+
+class SizedMask(_Sized, Predicate):
+    """A mask for the one size that another engine's form is for."""
+
+    def __init__(
+        self, function: MaskLike, name: str, shape: tuple[int, int, int, int], form: str, instead: str
+    ) -> None:
+        super().__init__(function, name)
+        self.shape = shape
+        self.form = form
+        self.instead = instead
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (_RecordedSized, self._recorded(), self.shape, self.form, self.instead)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SizedMask:
+        function = copied(self.function, memo)
+        return SizedMask(function, self.name, self.shape, self.form, self.instead)
+
+
+def _again(
+    kind: type[_RecordedSized], recorded: tuple[Any, ...], shape: tuple[int, int, int, int], form: str, instead: str
+) -> _RecordedSized:
+    made = kind(*recorded)
+    made.shape, made.form, made.instead = shape, form, instead
+    return made
+
+
+def of_tiles(
+    operation: str, function: Mask, kinds: Tensor, lengths: tuple[int, int], block_size: tuple[int, int]
+) -> Mask:
     """The mask of tiles: the function itself where it alone says what they do.
 
     Args:
+        operation: what messages call it.
         function: what is visible in partial tiles.
         kinds: (B, H, nQ, nKV) int8; B or H of 1 serves all.
         lengths: q_len and kv_len.
         block_size: tokens per tile.
+
+    Raises:
+        ArgumentTypeError: the function needs more than a pair's indices.
     """
+    needed = [name for name in function.keywords if name not in function.defaults]
+    if needed or function.implied_names:
+        what = f"needs {', '.join(needed)}" if needed else "depends on the lengths of a call"
+        raise ArgumentTypeError(
+            f"{operation}: mask_mod {function.name} {what}, expected a function of (b, h, q, kv) alone, which is all "
+            "that the kernel passes; pass a predicate with the values in it"
+        )
     if _says_all(function, kinds, lengths, block_size):
         return function
     (batch, heads), (rows, columns) = kinds.shape[:2], block_size

@@ -155,7 +155,7 @@ class WrittenFunction(Function):
         """Itself where its function is found by name or captures nothing that is copied; else one of the copies."""
         if self._importable() is not None:
             return self
-        function = _copy(self.function, memo)
+        function = copied(self.function, memo)
         return self if function is self.function else _untraced(type(self), function, self.name, self.fits)
 
     def _recorded(self) -> tuple[str, tuple[str, ...], dict[str, Any], list[Record], Fits | None]:
@@ -195,11 +195,11 @@ def _is_method_by_name(function: Any) -> bool:
     return found is function.__func__
 
 
-def _copy(function: Any, memo: dict[int, Any]) -> Any:
+def copied(function: Any, memo: dict[int, Any]) -> Any:
     """A deep copy of a function with what its closure holds; itself where nothing of that is copied."""
     if isinstance(function, functools.partial):
         args, keywords = copy.deepcopy((function.args, function.keywords), memo)
-        return functools.partial(_copy(function.func, memo), *args, **keywords)
+        return functools.partial(copied(function.func, memo), *args, **keywords)
     if not isinstance(function, FunctionType):
         return copy.deepcopy(function, memo)
     if id(function) in memo or not function.__closure__:
@@ -212,8 +212,8 @@ def _copy(function: Any, memo: dict[int, Any]) -> Any:
         function.__module__,
     )
     memo[id(function)] = new
-    copied = [_fill(cell, old, memo) for cell, old in zip(cells, function.__closure__, strict=True)]
-    if not any(copied):
+    changed = [_fill(cell, old, memo) for cell, old in zip(cells, function.__closure__, strict=True)]
+    if not any(changed):
         memo[id(function)] = function
     return memo[id(function)]
 
@@ -227,7 +227,7 @@ def _fill(cell: CellType, old: CellType, memo: dict[int, Any]) -> bool:
     if isinstance(held, ModuleType):
         cell.cell_contents = held
     else:
-        cell.cell_contents = _copy(held, memo) if isinstance(held, FunctionType) else copy.deepcopy(held, memo)
+        cell.cell_contents = copied(held, memo) if isinstance(held, FunctionType) else copy.deepcopy(held, memo)
     return cell.cell_contents is not held
 
 

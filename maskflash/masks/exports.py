@@ -167,11 +167,10 @@ class Exports:
 
         What a block may be depends on the kernel's tiles. Forward on Blackwell wants a multiple of 256 queries (of 128
         for at most 128 queries, all query heads of a key's head together, or values of 256 dimensions) and of 128 keys;
-        on Hopper a multiple of 64 queries, and
-        128 keys up to a head dim of 128 (or fewer, in steps of 16). Backward wants a multiple of 128 queries and of 128
-        keys on Blackwell (an even one at a head dim of 192), of 128 queries and just 128 keys on Hopper up to a head
-        dim of 128. So (256, 128) serves forward on Blackwell, and (128, 128) Hopper. Forward and backward may come from
-        forms of different blocks. Other GPUs have no block-sparse kernels.
+        on Hopper a multiple of 64 queries, and 128 keys up to a head dim of 128 (or fewer, in steps of 16). Backward
+        wants a multiple of 128 queries and of 128 keys on Blackwell (an even one at a head dim of 192), of 128 queries
+        and just 128 keys on Hopper up to a head dim of 128. So (256, 128) serves forward on Blackwell, and (128, 128)
+        Hopper. Forward and backward may come from forms of different blocks. Other GPUs have no block-sparse kernels.
 
         Args:
             q_len: rows in tokens.

@@ -1,5 +1,8 @@
 """FlashAttention 4's block lists: decoded by the rules of its kernels, and compared with every pair; and back."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,3 +126,26 @@ def test_it_is_for_one_size():
         found.dense(32, 64)
     with pytest.raises(mf.ArgumentTypeError, match="mask_block_cnt"):
         mf.from_block_sparse(object(), mf.causal(), 64, 64, block_size=16)
+
+
+def test_what_needs_more_than_a_pair_is_no_mask_mod():
+    form = mf.causal().to_block_sparse(40, 40, block_size=16).forward
+    for mask_mod, what in (
+        (mf.from_arguments("flash_attn", causal=True), "depends on the lengths of a call"),
+        (lambda b, h, q, kv, *, w: q - kv < w, "needs w"),
+    ):
+        with pytest.raises(mf.ArgumentTypeError, match=f"from_block_sparse: mask_mod .* {what}"):
+            mf.from_block_sparse(form, mask_mod, 40, 40)
+
+
+def test_copies_are_for_the_same_size():
+    blocks = mf.causal().to_block_sparse(40, 40, block_size=16).forward
+    whole = mf.from_block_sparse(blocks, mf.causal(), 40, 40)
+    fewer = blocks._replace(full_block_cnt=torch.zeros_like(blocks.full_block_cnt))
+    packed = mf.from_packed_mask(mf.causal().to_packed_mask(40, 40).packed, 40, 40)
+    for mask in (whole, mf.from_block_sparse(fewer, mf.causal(), 40, 40), packed):
+        copied = copy.deepcopy(mask)
+        for same in (copied, pickle.loads(pickle.dumps(mask)), pickle.loads(pickle.dumps(copied))):
+            assert torch.equal(same.dense(40, 40), mask.dense(40, 40)) and str(same) == str(mask)
+            with pytest.raises(mf.ArgumentError, match=r"for \(batch, heads, q_len, kv_len\)"):
+                same.dense(41, 40)

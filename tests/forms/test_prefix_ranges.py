@@ -100,6 +100,7 @@ def test_the_first_row_is_named(mask, said):
         (torch.zeros(2, 3), None, "float32"),
         (torch.zeros(2, 3, dtype=torch.int32), None, r"has shape \(2, 3\), expected \(B, n, 2\)"),
         (torch.tensor([[-1, 3]]), None, "holds -1"),
+        (torch.tensor([[0, 2**40]]), None, "holds 1099511627776, expected positions below"),
         (None, 0, "sliding_window is 0, expected at least 1"),
     ],
 )
