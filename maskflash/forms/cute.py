@@ -40,8 +40,8 @@ class CuteMask:
     Attributes:
         text: a Python module with the function `mask_mod`, decorated with `cute.jit`; it takes (batch, head, m_idx,
             n_idx, seqlen_info, aux_tensors), and aux_scalars where there are any.
-        aux_tensors: the tables that it looks up, on the device of the call; bools as bytes. They are the mask's own where
-            they can be: what is written to them is seen, and block-sparse tensors made before are not.
+        aux_tensors: the tables that it looks up, on the device of the call; bools as bytes. They are the mask's own
+            where they can be: what is written to them is seen, and block-sparse tensors made before are not.
         scalars: a type of CuTe's and a number for each of its aux_scalars.
     """
 

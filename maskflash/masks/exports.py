@@ -60,6 +60,8 @@ class Exports:
     def to_block_mask(self, q_len: int, kv_len: int, *, block_size: BlockSize = 128, **call: Any) -> BlockMask:
         """FlexAttention's BlockMask of this mask, at the cost of a block map: for its kernel, without its wait.
 
+        Its lists have a number for each tile, skipped ones too: at a million tokens they are 2 GB in tiles of 128.
+
         Args:
             q_len: rows in tokens, at least 1.
             kv_len: columns in tokens, at least 1.
