@@ -117,7 +117,8 @@ def faults(case: Case, found: Resources) -> list[str]:
     if not amd and not half and found.stack > FLOAT32_STACK:
         wrong.append(f"{found.stack} B of stack, more than {FLOAT32_STACK}")
     if half and case.pass_name not in ("delta", "combine"):
-        products = ("mma",) if case.arch == 90 and case.tile.block_m < 64 else _PRODUCTS.get(case.arch, ("mma",))
+        short = case.arch == 90 and case.pass_name == "split" and case.tile.block_m < 64  # of rows of a product
+        products = ("mma",) if short else _PRODUCTS.get(case.arch, ("mma",))
         if found.product not in products:
             wrong.append(f"no {products[0]}")
         if found.serialised:

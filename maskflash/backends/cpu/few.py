@@ -32,9 +32,9 @@ from maskflash.backends.sinks import add_sinks
 _ROWS: Final = 128  # at most
 _WIDE: Final = 4  # keys for each row, at least: in squares a plan leaves out more than it costs
 _PAIRS: Final = 1 << 20  # evaluated at each call, at most
-_PACKED: Final = 32  # rows of a head; from there on heads are rows of their own products, which share a mask
 _LEAD: Final = 4096  # columns that all rows see, from which on they are computed by themselves
 _PART: Final = 4096  # keys
+_PARTS: Final = 4  # at least: joining fewer costs more than it gains
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu
 
@@ -217,15 +217,8 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) 
     """Out (n, heads, q_len, D) and lse (n, heads, q_len) of rows that see these columns, but for what is hidden."""
     (n, heads, q_len, width), kv_heads = q.shape, k.shape[1]
     group = heads // kv_heads
-    if hidden is None or q_len < _PACKED or len(hidden) > 1:
-        bias = None if hidden is None else _bias(hidden, group, q.dtype)
-        out, lse = _parts(q.reshape(n, kv_heads, group * q_len, width), k, v, bias, scale)
-    else:
-        bias, each = _bias(hidden, 1, q.dtype), []
-        for row in range(n):
-            keys, values = (x[row][:, None].expand(-1, group, -1, -1) for x in (k, v))
-            each.append(_kernel(q[row].unflatten(0, (kv_heads, group)), keys, values, attn_mask=bias, scale=scale))
-        out, lse = (torch.stack(x) for x in zip(*each, strict=True))
+    bias = None if hidden is None else _bias(hidden, group, q.dtype)
+    out, lse = _parts(q.reshape(n, kv_heads, group * q_len, width), k, v, bias, scale)
     out, lse = out.reshape(q.shape), lse.reshape(n, heads, q_len)
     if hidden is not None and bool((blind := hidden.all(-1)).any()):  # of rows that see nothing the kernel's lse is 0
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
@@ -243,7 +236,9 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     n, kv_heads, rows, width = q.shape
     keys = k.shape[2]
     count = keys // _PART
-    if count < 2 or k.dtype.itemsize == 2:  # a kernel of 16 bits rounds what it returns: once, not once for each part
+    if (
+        count < _PARTS or k.dtype.itemsize == 2
+    ):  # a kernel of 16 bits rounds what it returns: once, not once for each part
         out, lse = _kernel(q, k, v, attn_mask=bias, scale=scale)
         return out, lse
     whole = keys // count * count
