@@ -24,7 +24,6 @@ from maskflash.op.spec import ENGINES, Spec
 from maskflash.op.varlen import Varlen
 from maskflash.scores.seeds import probability, seed_of
 
-_REPEATS: Final = 64  # of a call with few rows, from which on it has an analysis: more than a model has layers
 _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
 
 
@@ -34,9 +33,6 @@ class Attention(Ahead, Inside, Varlen, Paged):
     It holds no tensors of a call. Analyses of the mask are remembered per lengths, parameters and tables, for all
     attention ops together, and made again when a table has been written to.
     """
-
-    _latest: Hashable | None = None  # name of the latest call with few rows
-    _repeats = 0  # of it
 
     @overload
     def __call__(
@@ -131,7 +127,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
             dropout = _dropout(dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
-        if plain and not (is_seen or self.check or self.backend in ENGINES):
+        if plain and not (is_seen or self.check or self.backend in ENGINES or may_be(q, k)):
             stamp = self.mask.look()
             name = self._name(q, k, v, q_offset, kv_offset, sinks, mask_args, stamp)
             analysis = None if name is None else cache.named(name)
@@ -146,8 +142,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
                 if is_seen or autograd.watched(*(x for x in spec.tensors if x is not None)):
                     out, lse = autograd.dispatch(spec, q, k, v)
                     return (out, autograd.natural(spec, lse)) if return_lse else out
-                often = self._often(name) if may_be(q, k) else True
-                analysis = autograd.found(spec, q, k) if often else autograd.prepared(spec, q, k)
+                analysis = autograd.prepared(spec, q, k)
             except MaskIndexError:  # of a mask with this text; the same again, from the user's own lines
                 from maskflash.analysis.classify import classify
 
@@ -155,8 +150,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
                 raise
             if self.tune and isinstance(analysis, Analysis) and spec.backend == "triton" and not capturing(q.device):
                 self._tune(analysis, spec, q, k, v)
-            known = name is not None and isinstance(analysis, Analysis)
-            if known and all(table.device == q.device for table in self.mask.held()):
+            if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
                 cache.note(name, [*self.mask.held(), *tensors], spec, sizes)
         if plain and not return_lse and sinks is None:
@@ -209,12 +203,6 @@ class Attention(Ahead, Inside, Varlen, Paged):
             *(self.backend, self.block_size, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype),
             *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *mask_args, *given),
         )
-
-    def _often(self, name: Hashable | None) -> bool:
-        """Whether the latest calls were all like this one, so that few rows are worth an analysis, too."""
-        again = name is not None and name == self._latest
-        self._latest, self._repeats = name, self._repeats + 1 if again else 0
-        return self._repeats >= _REPEATS
 
     def _tune(self, analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""

@@ -140,16 +140,11 @@ def test_steps_leave_nothing_behind(looked_at):
     assert cache._names == before
 
 
-def test_a_call_that_comes_again_and_again_has_an_analysis(looked_at):
-    cache.invalidate()
+def test_a_call_has_the_same_bits_however_often_it_comes():
     k, v = torch.randn(2, 1, 4, 300, 16).unbind()
     attn = mf.compile(mf.causal())
-    outs = [attn(Q[:1], k, v, q_offset=299) for _ in range(80)]
-    assert 60 < len(looked_at) < 70
-    assert len(cache._entries) == 1
-    torch.testing.assert_close(outs[-1], outs[0])
-    attn(Q[:1], k, v, q_offset=298)
-    assert 61 < len(looked_at) < 71
+    first = attn(Q[:1], k, v, q_offset=299)
+    assert all(torch.equal(attn(Q[:1], k, v, q_offset=299), first) for _ in range(100))
 
 
 def test_gradients_come_from_an_analysis(looked_at):
