@@ -37,7 +37,7 @@ from maskflash.presets.packed import causal_document
 from maskflash.scores.score import Score, score
 
 if TYPE_CHECKING:
-    from maskflash import testing, visualize
+    from maskflash import parallel, testing, visualize
     from maskflash.analysis.block_map import BlockMap
     from maskflash.backends.merge import merge
     from maskflash.flashmask.call import flashmask_attention
@@ -111,6 +111,7 @@ __all__ = [
     "merge",
     "natten",
     "padding",
+    "parallel",
     "prefix_lm",
     "prefix_tree",
     "presets",
@@ -157,7 +158,7 @@ _LATER: Final = {
 if not TYPE_CHECKING:  # else a type checker would take any name for one of ours
 
     def __getattr__(name: str) -> Any:
-        if name in ("testing", "visualize"):
+        if name in ("parallel", "testing", "visualize"):
             return import_module(f"maskflash.{name}")
         if name in _LATER:
             return getattr(import_module(_LATER[name]), name)

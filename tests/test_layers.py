@@ -14,7 +14,7 @@ ORDER = {
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
         *("forms", "scores", "backends", "engines", "op"),
         "api",
-        *("flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
+        *("parallel", "flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
     "ground": ["names", "modes", "arguments", "qkv", "identity", "transfer", "copies", "stretch"],
     "expr": [
@@ -108,6 +108,7 @@ ORDER = {
         "attention",
         "eager",
     ],
+    "parallel": ["links", "needs", "routes", "plan"],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],

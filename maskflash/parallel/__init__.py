@@ -1,0 +1,10 @@
+"""Context parallel for any mask: a mask and a number of ranks -> a plan of shards, and attention on them.
+
+`plan` says which tokens each rank holds, what it computes and what travels. `compile` makes the op that each rank
+calls with its shard of q, k and v. docs/parallel.md leads through both.
+"""
+
+from maskflash.parallel.links import Links
+from maskflash.parallel.plan import ShardPlan, plan
+
+__all__ = ["Links", "ShardPlan", "plan"]
