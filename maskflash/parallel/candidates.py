@@ -1,0 +1,200 @@
+r"""What lines compute and need -> ways to give them to ranks: those of the field, and searched ones start from them.
+
+Tokens are dealt in units: lines, or chunks of lines. A way is an int64 array with the rank of each unit.
+
+contiguous    0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3
+zigzag        0 0 1 1 2 2 3 3 3 3 2 2 1 1 0 0    balanced under a causal mask
+heap          2 0 1 3 2 1 0 3 3 0 1 2 1 0 3 2    the largest first, each to the rank with the least work
+affinity      2 2 1 0 0 1 3 3 2 1 1 0 0 3 2 3    likewise, but to one that has what it needs, while balance allows
+documents     0 0 0 1 3 3 2 2 2 2 3 3 1 1 1 0    each whole, or zigzag over as few ranks as can bear it
+
+No rank gets more than `room` units, which is its even share, rounded up.
+
+Sources: zigzag as in Zhu's ring-flash-attention; the heap is Graham's longest processing time first (1969), with the
+affinity of MagiAttention's dispatch; documents as in Wang et al., WLB-LLM, 2025 (arXiv 2503.17924).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from maskflash.analysis.runs import IntArray
+from maskflash.parallel.needs import Needs
+from maskflash.parallel.routes import Shards
+
+_HEAPS: Final = (2, 4, 8, 16)  # chunks of a rank
+_AFFINITIES: Final = (4, 8)
+
+Pick = Callable[[IntArray, Any], int]
+"""Units that are to be given away together, and whether each rank has room for them -> a rank that has."""
+
+
+def ways(layers: Sequence[Needs], area: IntArray, unit: int, ranks: int) -> Iterator[tuple[str, IntArray]]:
+    """All of them, with their names; the simple ones first.
+
+    Args:
+        layers: what the lines of each kind of layer need.
+        area: (units,) int64, visible pairs of all layers together.
+        unit: lines of a unit.
+        ranks: how many.
+    """
+    room = -(-len(area) // ranks)
+    tokens = unit * layers[0].tile
+    yield "contiguous", contiguous(len(area), ranks)
+    yield "zigzag", zigzag(len(area), ranks)
+    yield "documents", documents(area, find_cuts(layers, unit), ranks)
+    for grain in sorted({max(room // parts, 1) for parts in (*_HEAPS, room)}, reverse=True):
+        yield f"heap of {grain * tokens}", heap(area, ranks, grain)
+    for grain in sorted({max(room // parts, 1) for parts in _AFFINITIES}, reverse=True):
+        sees = find_sees(layers, grain * unit, grain * unit)
+        yield f"affinity of {grain * tokens}", affinity(area, sees, ranks, grain)
+
+
+def contiguous(units: int, ranks: int) -> IntArray:
+    """Neighbours together, as many to each rank."""
+    return np.repeat(np.arange(ranks), _even(units, ranks))
+
+
+def zigzag(units: int, ranks: int) -> IntArray:
+    """Rank r has the r-th part from the front and the r-th from the back."""
+    share = _even(units, ranks)
+    rank = np.arange(ranks)
+    return np.repeat(np.concatenate((rank, rank[::-1])), np.concatenate((share - share // 2, (share // 2)[::-1])))
+
+
+def _even(units: int, parts: int) -> IntArray:
+    return np.diff(np.arange(parts + 1) * units // parts)
+
+
+def heap(area: IntArray, ranks: int, grain: int) -> IntArray:
+    """Chunks of `grain` units, the largest area first, each to the rank with the least work of those with room."""
+    chunks = np.split(np.arange(len(area)), range(grain, len(area), grain))
+    return deal(area, ranks, chunks, lambda _, work: int(work.argmin()))
+
+
+def affinity(area: IntArray, sees: Any, ranks: int, grain: int) -> IntArray:
+    """Likewise, to the rank that lacks the fewest keys, of those that stay within their even share of the work.
+
+    Args:
+        area: (units,) int64.
+        sees: (chunks, layers, chunks) bool: whether rows of a chunk of `grain` units need keys of another.
+        ranks: how many.
+        grain: units of a chunk.
+    """
+    share = area.sum() / ranks
+    has = np.zeros((ranks, *sees.shape[1:]), dtype=np.bool_)
+
+    def pick(units: IntArray, work: Any) -> int:
+        chunk = units[0] // grain
+        lacks = (sees[chunk] & ~has).sum((1, 2)).astype(np.float64)
+        fits = work + area[units].sum() <= share
+        rank = int(np.where(fits, lacks * len(area) + work / share, np.inf).argmin() if fits.any() else work.argmin())
+        has[rank] |= sees[chunk]
+        has[rank, :, chunk] = True
+        return rank
+
+    chunks = np.split(np.arange(len(area)), range(grain, len(area), grain))
+    return deal(area, ranks, chunks, pick)
+
+
+def documents(area: IntArray, cuts: IntArray, ranks: int) -> IntArray:
+    """Each document whole, or where it is more than a rank's share, zigzag in as many parts as it has shares."""
+    share, room = max(area.sum() / ranks, 1), -(-len(area) // ranks)
+    pieces = []
+    for units in np.split(np.arange(len(area)), cuts):
+        parts = min(max(round(area[units].sum() / share), -(-len(units) // room), 1), ranks)
+        order = zigzag(len(units), parts)
+        pieces += [units[order == part] for part in range(parts)]
+    return deal(area, ranks, pieces, lambda _, work: int(work.argmin()))
+
+
+def deal(area: IntArray, ranks: int, pieces: Sequence[IntArray], pick: Pick) -> IntArray:
+    """Give pieces away, the largest area first; a piece that no rank has room for is cut.
+
+    Args:
+        area: (units,) int64.
+        ranks: how many.
+        pieces: the units of each.
+        pick: a piece and the work of each rank, infinite where the piece finds no room -> a rank.
+    """
+    room = np.full(ranks, -(-len(area) // ranks))
+    work, owner = np.zeros(ranks), np.zeros(len(area), dtype=np.int64)
+    sizes = np.array([area[piece].sum() for piece in pieces])
+    for place in np.argsort(-sizes, kind="stable"):
+        for piece in _fitting(pieces[place], room):
+            rank = pick(piece, np.where(room >= len(piece), work, np.inf))
+            owner[piece] = rank
+            work[rank] += area[piece].sum()
+            room[rank] -= len(piece)
+    return owner
+
+
+def _fitting(piece: IntArray, room: IntArray) -> Iterator[IntArray]:
+    while len(piece):
+        size = min(len(piece), int(room.max()))
+        yield piece[:size]
+        piece = piece[size:]
+
+
+def divide(owner: IntArray, head_ranks: int) -> IntArray:
+    """Units of groups of ranks -> units of ranks: each group's evenly, in ascending order, to its ranks."""
+    found = owner * head_ranks
+    for group in range(int(owner.max(initial=-1)) + 1 if head_ranks > 1 else 0):
+        units = np.flatnonzero(owner == group)
+        found[units] += contiguous(len(units), head_ranks)
+    return found
+
+
+def find_area(layers: Sequence[tuple[Needs, int]], unit: int) -> IntArray:
+    """(units,) int64: visible pairs of a unit's rows, in as many layers as there are of each kind."""
+    area = np.sum([needs.area * count for needs, count in layers], axis=0)
+    return np.add.reduceat(area, np.arange(0, len(area), unit))
+
+
+def find_sees(layers: Sequence[Needs], rows: int, columns: int) -> Any:
+    """(chunks, layers, columns) bool: whether a chunk of `rows` lines needs keys of a column of `columns` lines."""
+    lines = len(layers[0].area)
+    changes = np.zeros((-(-lines // rows), len(layers), -(-lines // columns) + 1), dtype=np.int32)
+    for place, needs in enumerate(layers):
+        chunk = np.repeat(np.arange(lines), np.diff(needs.offsets)) // rows
+        wide = needs.tile * columns
+        np.add.at(changes, (chunk, place, needs.start // wide), 1)
+        np.add.at(changes, (chunk, place, (needs.stop - 1) // wide + 1), -1)
+    return changes.cumsum(2, dtype=np.int32)[..., :-1] > 0
+
+
+def find_cuts(layers: Sequence[Needs], unit: int) -> IntArray:
+    """Units at which a document begins, other than the first: nothing before and nothing after sees across it.
+
+    Args:
+        layers: what the lines of each kind of layer need.
+        unit: lines of a unit.
+    """
+    tokens = unit * layers[0].tile
+    units = -(-layers[0].seq_len // tokens)
+    low, high = np.full(units, layers[0].seq_len), np.zeros(units, dtype=np.int64)
+    for needs in layers:
+        at = np.repeat(np.arange(len(needs.area)), np.diff(needs.offsets)) // unit
+        np.minimum.at(low, at, needs.start)
+        np.maximum.at(high, at, needs.stop)
+    begin = np.arange(1, units)
+    before = np.maximum.accumulate(high)[:-1]
+    after = np.minimum.accumulate(low[::-1])[::-1][1:]
+    clean = (before <= begin * tokens) & (after >= begin * tokens)
+    # A unit that rows of two documents share goes with the second one.
+    behind = np.append(after[1:], layers[0].seq_len)
+    mixed = (before <= np.minimum(behind, (begin + 1) * tokens)) & (behind >= begin * tokens)
+    return begin[clean | mixed]
+
+
+def as_shards(owner: IntArray, ranks: int, tokens: int, seq_len: int) -> Shards:
+    """The tokens of each rank, from the rank of each unit of `tokens` tokens."""
+    bounds = np.flatnonzero(np.diff(owner)) + 1
+    first, last = np.append(0, bounds), np.append(bounds, len(owner))
+    found: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for rank, start, stop in zip(owner[first].tolist(), first.tolist(), last.tolist(), strict=True):
+        found[rank].append((start * tokens, min(stop * tokens, seq_len)))
+    return tuple(map(tuple, found))
