@@ -108,7 +108,7 @@ ORDER = {
         "attention",
         "eager",
     ],
-    "parallel": ["links", "needs", "routes", "price", "candidates", "search", "plan"],
+    "parallel": ["links", "distance", "ranges", "needs", "routes", "price", "candidates", "search", "plan"],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],

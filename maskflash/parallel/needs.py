@@ -4,17 +4,31 @@ line 0   ■ · · · · ·  \  area 3     a line's keys are those that any of i
          ■ ■ · · · ·  /  keys 0..2  in any batch row and head
 line 1   · ■ ■ · · ·  \  area 4
          · · · ■ · ■  /  keys 1..4 and 5..6
+
+What rows see tells them, or what columns are seen by, or what pairs at each distance are. Only where nothing of these
+is known are the pairs of partial tiles evaluated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Final
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from maskflash.analysis.problem import Problem
-from maskflash.analysis.runs import IntArray
-from maskflash.forms.row_intervals import find_row_intervals
+from maskflash.analysis.classify import see
+from maskflash.analysis.facts import Facts
+from maskflash.analysis.problem import LARGEST_SUM, Problem
+from maskflash.analysis.runs import BoolArray, IntArray, Runs, Stretches
+from maskflash.parallel.distance import only_distance_counts
+from maskflash.parallel.ranges import Ranges, closed, runs_of, spread, union
+
+_WIDTH: Final = 128  # columns of a tile
+_PAIRS_AT_ONCE: Final = 1 << 20
+_MOST_RANGES: Final = 1 << 22  # of all lines: 100 MB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +42,8 @@ class Needs:
         offsets: (lines + 1,) int64; line i needs the ranges offsets[i] to offsets[i + 1].
         start: (ranges,) int64, first key of each; those of a line ascend and don't touch.
         stop: (ranges,) int64, one past its last key.
+        exact: whether some row of a line sees each of its keys. Where there would be more than four million ranges,
+            short gaps between them are closed, and the keys in these count as needed.
     """
 
     seq_len: int
@@ -36,44 +52,176 @@ class Needs:
     offsets: IntArray
     start: IntArray
     stop: IntArray
+    exact: bool = True
 
     def of(self, lines: IntArray) -> tuple[IntArray, IntArray]:
         """The keys that some lines need together: ranges (start, stop) that ascend and don't touch."""
-        count = np.diff(self.offsets)[lines]
-        first = np.repeat(self.offsets[lines] - np.cumsum(count) + count, count)
-        chosen = first + np.arange(len(first))
+        chosen = spread(self.offsets[lines], np.diff(self.offsets)[lines])
         _, start, stop = union(np.zeros(len(chosen), dtype=np.int64), self.start[chosen], self.stop[chosen])
         return start, stop
 
 
-def union(line: IntArray, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-    """Ranges of lines, in any order -> the same tokens in ranges that ascend, line by line, and don't touch."""
-    if not len(line):
-        return line, start, stop
-    order = np.lexsort((start, line))
-    line, start, stop = line[order], start[order], stop[order]
-    far = int(stop.max()) + 1
-    reach = np.maximum.accumulate(stop + line * far)
-    begins = np.ones(len(line), dtype=np.bool_)
-    begins[1:] = start[1:] + line[1:] * far > reach[:-1]
-    first = np.flatnonzero(begins)
-    last = np.append(first[1:], len(line)) - 1
-    return line[first], start[first], reach[last] - line[first] * far
+@dataclass(frozen=True, slots=True, eq=False)
+class _Told:
+    """What a way finds: (rows,) visible pairs of each row, or (lines,) of each line; and the ranges of lines."""
+
+    area: IntArray
+    needed: Ranges
+    exact: bool = True
 
 
 def find_needs(problem: Problem, tile: int) -> Needs:
     """What the lines of a square problem compute and need.
 
+    Args:
+        problem: as many keys as queries.
+        tile: rows of a line.
+
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
-    seen = find_row_intervals(problem)
-    lines = -(-problem.q_len // tile)
-    row, start, stop = (x.numpy() for x in (seen.rows, seen.start, seen.stop))
-    line = row % problem.q_len // tile
-    same = problem.batch * problem.heads // (seen.shape[0] * seen.shape[1])
-    area = np.zeros(lines, dtype=np.int64)
-    np.add.at(area, line, (stop - start) * same)
-    line, start, stop = union(line, start, stop)
+    facts = Facts(replace(problem.on_host(), block_size=(tile, _WIDTH)))
+    found = _by_rows(facts) or _by_distances(facts.problem) or _by_columns(facts) or _by_tiles(facts)
+    batch, heads, lines, _ = facts.problem.shape
+    area = found.area
+    if len(area) != lines:
+        area = np.add.reduceat(area, np.arange(0, len(area), tile))
+    line, start, stop = found.needed
+    gap = 1
+    while len(line) > _MOST_RANGES:
+        gap *= 2
+        line, start, stop = closed((line, start, stop), gap)
     offsets = np.concatenate(([0], np.bincount(line, minlength=lines).cumsum()))
-    return Needs(problem.q_len, tile, area, offsets, start, stop)
+    alike = problem.batch * problem.heads // (batch * heads)
+    return Needs(problem.q_len, tile, area * alike, offsets, start, stop, found.exact and gap == 1)
+
+
+def _by_rows(facts: Facts) -> _Told | None:
+    """Where the intervals of rows are known."""
+    rows, tile = facts.rows, facts.problem.block_size[0]
+    if rows is None or not bool(rows.told.all()):
+        return None
+    area = rows.count.sum((0, 1)).numpy()
+    line = np.arange(len(area)) // tile
+    parts = []
+    for b, h in product(*map(range, facts.problem.shape[:2])):
+        start, stop = rows.start[:, b, h].numpy(), rows.stop[:, b, h].numpy()
+        some = start < stop
+        parts.append(union(np.broadcast_to(line, start.shape)[some], start[some], stop[some]))
+    return _Told(area, _joined(parts))
+
+
+def _by_distances(problem: Problem) -> _Told | None:
+    """Where a pair is visible by its distance alone: one pair of each distance is evaluated.
+
+    Rows t to e see keys at distances a to z (half open) where they are at [t - z + 1, e - a).
+    """
+    if not only_distance_counts(problem.expr) or problem.largest() >= LARGEST_SUM:
+        return None
+    length, (tile, _) = problem.q_len, problem.block_size
+    area = np.zeros(length, dtype=np.int64)
+    parts, exact = [], True
+    for b, h in product(*map(range, problem.shape[:2])):
+        bits = _at_distances(problem, b, h)
+        before = np.concatenate(([0], bits.cumsum()))
+        area += before[length : 2 * length] - before[:length]  # row q has the distances q - length + 1 to q
+        _, start, stop = runs_of(bits[None])
+        found, whole = _of_distances(start - length + 1, stop - length + 1, length, tile)
+        parts.append(found)
+        exact &= whole
+    return _Told(area, _joined(parts), exact)
+
+
+def _at_distances(problem: Problem, b: int, h: int) -> BoolArray:
+    """Whether pairs at distances 1 - q_len to q_len - 1 are visible."""
+    distance = torch.arange(1 - problem.q_len, problem.q_len)
+    at = torch.tensor(b), torch.tensor(h)
+    parts = [
+        problem.visible(*at, part.clamp(min=0), (-part).clamp(min=0)).expand(len(part))
+        for part in distance.split(_PAIRS_AT_ONCE)
+    ]
+    bits: BoolArray = torch.cat(parts).numpy()
+    return bits
+
+
+def _of_distances(start: IntArray, stop: IntArray, length: int, tile: int) -> tuple[Ranges, bool]:
+    """What lines need of the distances at which keys are visible, and whether that is exact."""
+    whole, rest = divmod(length, tile)
+    parts, exact = [], True
+    for first, last, rows in ((0, whole, tile), (whole, whole + 1, rest)):
+        gap = rows  # the ranges of distances closer than this have keys without a gap
+        while rows and first < last:
+            _, near, far = closed((np.zeros_like(start), start, stop), gap)
+            low = np.clip((near - rows) // tile + 1, first, last)
+            count = np.clip(-(-(length + far - 1) // tile), low, last) - low
+            if count.sum() <= _MOST_RANGES:
+                line, which = spread(low, count), np.repeat(np.arange(len(low)), count)
+                begin, end = line * tile - far[which] + 1, line * tile + rows - near[which]
+                parts.append((line, np.maximum(begin, 0), np.minimum(end, length)))
+                break
+            gap, exact = gap * 2, False
+    return _joined(parts), exact
+
+
+def _by_columns(facts: Facts) -> _Told | None:
+    """Where the intervals of rows that see a column are known: they are lines that need it."""
+    columns, problem = facts.columns, facts.problem
+    if columns is None or not bool(columns.told.all()):
+        return None
+    tile, length = problem.block_size[0], problem.q_len
+    start, stop = columns.start.numpy(), columns.stop.numpy()
+    some = start < stop
+    column = np.broadcast_to(np.arange(length), start.shape)[some]
+    turns = np.bincount(start[some], minlength=length + 1) - np.bincount(stop[some], minlength=length + 1)
+    seen_by = union(column, start[some] // tile, -(-stop[some] // tile))
+    width = 1
+    while _across(seen_by) > _MOST_RANGES:  # columns are taken together, before their lines are listed
+        width *= 2
+        seen_by = union(seen_by[0] // 2, *seen_by[1:])
+    across = -(-length // width)
+    stretches = Stretches(*seen_by, np.zeros(len(seen_by[0]), dtype=np.bool_))
+    runs = Runs.from_stretches(across, stretches, problem.device).transposed(across, problem.shape[2])
+    line, start, stop = (x.numpy().astype(np.int64) for x in (runs.lines(), runs.start, runs.stop))
+    needed = line, start * width, np.minimum(stop * width, length)
+    return _Told(turns.cumsum()[:-1], needed, width == 1)
+
+
+def _across(ranges: Ranges) -> int:
+    """How many ranges those of columns are along lines: one where a line has a column and not the one before it."""
+    line, start, stop = ranges
+    both = union(np.concatenate((line, line + 1)), *(np.concatenate((x, x)) for x in (start, stop)))
+    return int((both[2] - both[1]).sum() - (stop - start).sum())
+
+
+def _by_tiles(facts: Facts) -> _Told:
+    """Of the tiles that are visited: all keys of full ones, and those that some row sees of partial ones."""
+    problem, block_map = facts.problem, see(facts).block_map
+    (tile, width), length, lines = problem.block_size, problem.q_len, problem.shape[2]
+    runs = block_map.rows
+    line, start, stop = (x[runs.full].numpy().astype(np.int64) for x in (runs.lines() % lines, runs.start, runs.stop))
+    parts = [(line, start * width, np.minimum(stop * width, length))]
+    area = np.zeros(lines, dtype=np.int64)
+    np.add.at(area, line, (parts[0][2] - parts[0][1]) * np.minimum(tile, length - line * tile))
+    for tiles in block_map.partial_tiles().split(max(1, _PAIRS_AT_ONCE // (tile * width))):
+        bits, line, column = _bits(problem, tiles), tiles[:, 2].numpy(), tiles[:, 3].numpy()
+        np.add.at(area, line, np.count_nonzero(bits, axis=(1, 2)))
+        needed: BoolArray = np.any(bits, axis=1)
+        place, start, stop = runs_of(needed)
+        parts.append((line[place], start + column[place] * width, stop + column[place] * width))
+    return _Told(area, _joined(parts))
+
+
+def _bits(problem: Problem, tiles: Tensor) -> BoolArray:
+    """Every pair of some tiles, given as (b, h, i, j): (n, rows, columns), False beyond the lengths."""
+    rows, columns = problem.block_size
+    b, h, i, j = (x[:, None, None] for x in tiles.T)
+    q, kv = i * rows + torch.arange(rows)[:, None], j * columns + torch.arange(columns)
+    last = problem.q_len - 1
+    visible = problem.visible(b, h, q.clamp(max=last), kv.clamp(max=last))
+    bits: BoolArray = (visible & (q <= last) & (kv <= last)).numpy()
+    return bits
+
+
+def _joined(parts: list[Ranges]) -> Ranges:
+    """The ranges of all parts."""
+    return union(*(np.concatenate(x) for x in zip(*parts, strict=True)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from maskflash.analysis.runs import IntArray
-from maskflash.parallel.needs import Needs, union
+from maskflash.parallel.needs import Needs
+from maskflash.parallel.ranges import spread
 
 Shards = tuple[tuple[tuple[int, int], ...], ...]
 """For each rank its tokens, as (start, stop) that ascend and don't touch."""
@@ -32,11 +34,11 @@ class Routes:
     work: IntArray
 
     def tokens(self) -> IntArray:
-        """(ranks, ranks) int64: how many keys of rank i rank j needs."""
+        """(ranks, ranks) int64: how many keys of rank i rank j needs; what it holds itself too."""
         ranks = len(self.work)
-        found = np.zeros((ranks, ranks), dtype=np.int64)
-        np.add.at(found, (self.source, self.target), self.stop - self.start)
-        return found
+        length = (self.stop - self.start).astype(np.float64)  # exact up to 2**53
+        found = np.bincount(self.source * ranks + self.target, length, minlength=ranks**2)
+        return found.astype(np.int64).reshape(ranks, ranks)
 
     def between(self, source: int, target: int) -> list[tuple[int, int]]:
         """The tokens that one rank needs of another, as (start, stop)."""
@@ -54,18 +56,26 @@ def owners(shards: Shards, seq_len: int, tile: int) -> IntArray:
 
 
 def find_routes(needs: Needs, shards: Shards) -> Routes:
-    """What travels where lines are computed by the ranks that hold them."""
-    owner = owners(shards, needs.seq_len, needs.tile)
-    by_rank = [needs.of(np.flatnonzero(owner == rank)) for rank in range(len(shards))]
-    target = np.repeat(np.arange(len(shards)), [len(start) for start, _ in by_rank])
-    start, stop = (np.concatenate(x) for x in zip(*by_rank, strict=True))
-    # Cut at the lines of keys, each of which one rank holds; then join what one rank holds again.
-    first, last = start // needs.tile, -(-stop // needs.tile)
-    count = last - first
-    piece = np.repeat(np.arange(len(start)), count)
-    line = np.repeat(first - np.cumsum(count) + count, count) + np.arange(len(piece))
-    start, stop = np.maximum(start[piece], line * needs.tile), np.minimum(stop[piece], (line + 1) * needs.tile)
-    pair, start, stop = union(target[piece] * len(shards) + owner[line], start, stop)
-    work = np.bincount(owner, weights=None, minlength=len(shards)) * 0
+    """What travels where lines are computed by the ranks that hold them.
+
+    Args:
+        needs: of lines.
+        shards: every line on one rank, as `owners` finds it.
+    """
+    ranks, owner = len(shards), owners(shards, needs.seq_len, needs.tile)
+    by_rank = np.argsort(owner, kind="stable")
+    ends = np.searchsorted(owner[by_rank], np.arange(ranks + 1))
+    needed = [needs.of(by_rank[first:last]) for first, last in pairwise(ends.tolist())]
+    target = np.repeat(np.arange(ranks), [len(start) for start, _ in needed])
+    start, stop = (np.concatenate(x) for x in zip(*needed, strict=True))
+    # Cut where another rank's tokens begin.
+    held = np.append(True, owner[1:] != owner[:-1])[: len(owner)].nonzero()[0]
+    begin, owner_of = held * needs.tile, owner[held]
+    first, last = np.searchsorted(begin, start, side="right") - 1, np.searchsorted(begin, stop, side="left")
+    which, of = np.repeat(np.arange(len(start)), last - first), spread(first, last - first)
+    after = np.append(begin[1:], needs.seq_len)
+    start, stop = np.maximum(start[which], begin[of]), np.minimum(stop[which], after[of])
+    order = np.argsort(target[which] * ranks + owner_of[of], kind="stable")
+    work = np.zeros(ranks, dtype=np.int64)
     np.add.at(work, owner, needs.area)
-    return Routes(pair % len(shards), pair // len(shards), start, stop, work)
+    return Routes(owner_of[of][order], target[which][order], start[order], stop[order], work)
