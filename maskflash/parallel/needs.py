@@ -22,7 +22,7 @@ from torch import Tensor
 from maskflash.analysis.classify import see
 from maskflash.analysis.facts import Facts
 from maskflash.analysis.problem import LARGEST_SUM, Problem
-from maskflash.analysis.runs import BoolArray, IntArray, Runs, Stretches
+from maskflash.analysis.runs import BoolArray, IntArray
 from maskflash.parallel.distance import only_distance_counts
 from maskflash.parallel.ranges import Ranges, closed, runs_of, spread, union
 
@@ -175,22 +175,33 @@ def _by_columns(facts: Facts) -> _Told | None:
     turns = np.bincount(start[some], minlength=length + 1) - np.bincount(stop[some], minlength=length + 1)
     seen_by = union(column, start[some] // tile, -(-stop[some] // tile))
     width = 1
-    while _across(seen_by) > _MOST_RANGES:  # columns are taken together, before their lines are listed
-        width *= 2
+    while True:
+        first, count = _differences(*seen_by, problem.shape[2])
+        if count.sum() <= 2 * _MOST_RANGES:
+            break
+        width *= 2  # columns are taken together, before their lines are listed
         seen_by = union(seen_by[0] // 2, *seen_by[1:])
-    across = -(-length // width)
-    stretches = Stretches(*seen_by, np.zeros(len(seen_by[0]), dtype=np.bool_))
-    runs = Runs.from_stretches(across, stretches, problem.device).transposed(across, problem.shape[2])
-    line, start, stop = (x.numpy().astype(np.int64) for x in (runs.lines(), runs.start, runs.stop))
-    needed = line, start * width, np.minimum(stop * width, length)
+    across = -(-length // width) + 1
+    column, line = np.divmod(spread(first, count), problem.shape[2] + 1)
+    ends = np.sort(line * across + column)  # by turns where a line's ranges start and stop
+    line, start = np.divmod(ends[::2], across)
+    needed = line, start * width, np.minimum((ends[1::2] - line * across) * width, length)
     return _Told(turns.cumsum()[:-1], needed, width == 1)
 
 
-def _across(ranges: Ranges) -> int:
-    """How many ranges those of columns are along lines: one where a line has a column and not the one before it."""
-    line, start, stop = ranges
-    both = union(np.concatenate((line, line + 1)), *(np.concatenate((x, x)) for x in (start, stop)))
-    return int((both[2] - both[1]).sum() - (stop - start).sum())
+def _differences(column: IntArray, start: IntArray, stop: IntArray, lines: int) -> tuple[IntArray, IntArray]:
+    """Where a line has a column and not the one before it, or that one and not it: column * (lines + 1) + line.
+
+    Columns' ranges of lines are as `union` returns them. The ends of two columns' ranges, taken together and sorted,
+    are by turns where such lines begin and end.
+
+    Returns:
+        first, count: (n,) int64, the first of consecutive numbers, and how many there are, which may be none.
+    """
+    far = lines + 1
+    own = np.concatenate((column * far + start, column * far + stop))
+    ends = np.sort(np.concatenate((own, own + far)))
+    return ends[::2], ends[1::2] - ends[::2]
 
 
 def _by_tiles(facts: Facts) -> _Told:
