@@ -16,7 +16,7 @@ ORDER = {
         "api",
         *("parallel", "flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
     ],
-    "ground": ["names", "modes", "arguments", "qkv", "identity", "transfer", "copies", "stretch"],
+    "ground": ["names", "units", "modes", "arguments", "qkv", "identity", "transfer", "copies", "stretch"],
     "expr": [
         "intervals",
         "ops",
@@ -108,7 +108,10 @@ ORDER = {
         "attention",
         "eager",
     ],
-    "parallel": ["links", "distance", "ranges", "needs", "routes", "price", "candidates", "search", "plan"],
+    "parallel": [
+        *("links", "distance", "ranges", "needs", "routes", "price", "candidates", "swaps", "search"),
+        *("report", "plan", "planning"),
+    ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],

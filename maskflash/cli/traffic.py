@@ -20,6 +20,7 @@ from typing import Final
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.ground import arguments
+from maskflash.ground.units import in_bytes
 
 __all__ = ["FAST_BYTES", "Traffic", "predict"]
 
@@ -54,8 +55,8 @@ class Traffic:
         return asdict(self)
 
     def __str__(self) -> str:
-        fused, stored = (f"{_size(n)} ({n / max(self.block_sparse, 1):.1f}x)" for n in (self.fused, self.stored))
-        return f"{_size(self.block_sparse)}; dense {fused}, dense with stored scores {stored}"
+        fused, stored = (f"{in_bytes(n)} ({n / max(self.block_sparse, 1):.1f}x)" for n in (self.fused, self.stored))
+        return f"{in_bytes(self.block_sparse)}; dense {fused}, dense with stored scores {stored}"
 
 
 def predict(
@@ -103,12 +104,3 @@ def predict(
         visited=visited,
         fast_bytes=fast_bytes,
     )
-
-
-def _size(count: int) -> str:
-    scaled, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if scaled < 1024:
-            break
-        scaled, unit = scaled / 1024, larger
-    return f"{scaled:.0f} {unit}" if scaled == int(scaled) else f"{scaled:.1f} {unit}"

@@ -5,6 +5,7 @@ calls with its shard of q, k and v. docs/parallel.md leads through both.
 """
 
 from maskflash.parallel.links import Links
-from maskflash.parallel.plan import ShardPlan, plan
+from maskflash.parallel.plan import PlannedLayer, PlannedPass, ShardPlan, Tried
+from maskflash.parallel.planning import plan
 
-__all__ = ["Links", "ShardPlan", "plan"]
+__all__ = ["Links", "PlannedLayer", "PlannedPass", "ShardPlan", "Tried", "plan"]

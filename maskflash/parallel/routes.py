@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from maskflash.analysis.runs import IntArray
+from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.ground import arguments
 from maskflash.parallel.needs import Needs
 from maskflash.parallel.ranges import spread
 
@@ -44,6 +48,46 @@ class Routes:
         """The tokens that one rank needs of another, as (start, stop)."""
         chosen = (self.source == source) & (self.target == target)
         return list(zip(self.start[chosen].tolist(), self.stop[chosen].tolist(), strict=True))
+
+
+def checked(operation: str, shards: Any, seq_len: int, tile: int) -> Shards:
+    """Shards as a caller passed them: every token on one rank, cut at multiples of `tile` alone.
+
+    Raises:
+        ArgumentError: a token is on no rank or on several, or a range is cut elsewhere.
+        ArgumentTypeError: they are no ranges.
+    """
+    try:
+        held = [[(operator.index(start), operator.index(stop)) for start, stop in ranges] for ranges in shards]
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"{operation}: shards is {arguments.by_type(shards)}, expected for each rank its tokens as (start, stop): "
+            "[[(0, 128), (384, 512)], [(128, 384)]]"
+        ) from None
+    for rank, ranges in enumerate(held):
+        ends = [-1, *(end for one in ranges for end in one)]
+        if any(after <= before for before, after in pairwise(ends)):
+            raise ArgumentError(
+                f"{operation}: shards[{rank}] is {_short(ranges)}, expected ranges that ascend and are apart"
+            )
+        for end in ends[1:]:
+            if end % tile and end != seq_len:
+                raise ArgumentError(
+                    f"{operation}: shards[{rank}] has the end {end}, expected multiples of {tile} tokens or "
+                    f"{seq_len}, the end of the sequence; chunk= sets other multiples"
+                )
+    every = sorted((start, stop, rank) for rank, ranges in enumerate(held) for start, stop in ranges)
+    place = 0
+    for start, stop, _ in [*every, (seq_len, seq_len, 0)]:
+        if start != place:
+            where = f"token {min(start, place)} is on {'no rank' if start > place else 'several ranks'}"
+            raise ArgumentError(f"{operation}: shards don't fit {seq_len} tokens: {where}, expected each on one rank")
+        place = stop
+    return tuple(map(tuple, held))
+
+
+def _short(ranges: list[tuple[int, int]]) -> str:
+    return f"{ranges}" if len(ranges) <= 4 else f"{ranges[:4]} and {len(ranges) - 4} more"
 
 
 def owners(shards: Shards, seq_len: int, tile: int) -> IntArray:
