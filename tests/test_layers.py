@@ -98,6 +98,7 @@ ORDER = {
         "later",
         "autograd",
         "flops",
+        "parts",
         "sharding",
         "asking",
         "ahead",
