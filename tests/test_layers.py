@@ -109,7 +109,7 @@ ORDER = {
         "attention",
         "eager",
     ],
-    "parallel": ["links", "needs", "routes", "plan"],
+    "parallel": ["links", "needs", "routes", "plan", "exchange", "agree", "attention", "compile"],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],

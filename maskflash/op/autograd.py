@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -55,7 +56,7 @@ def attend(analysis: Analysis | FewRows, spec: Spec, q: Tensor, k: Tensor, v: Te
     by_engine = analysis.differentiable(spec, q, k, v)
     if by_engine is not None:
         for node in {x.grad_fn for x in by_engine if x.grad_fn is not None}:
-            node.register_hook(_refused)
+            node.register_hook(refused)
         return by_engine
     result: tuple[Tensor, Tensor] = _Forward.apply(analysis, q, k, v, spec, *spec.tensors)
     return result
@@ -78,11 +79,12 @@ def at_once(analysis: Analysis | FewRows, scale: float, q: Tensor, k: Tensor, v:
     if out is None:
         return None
     if out.grad_fn is not None:
-        out.grad_fn.register_hook(_refused)
+        out.grad_fn.register_hook(refused)
     return out.contiguous()
 
 
-def _refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor | None, ...] | None:
+def refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor | None, ...] | None:
+    """A hook of a node: its gradients refuse to be differentiated once more."""
     final: tuple[Tensor | None, ...] | None = _Final.apply(*gradients) if torch.is_grad_enabled() else None
     return final  # None leaves them as they are
 
@@ -103,10 +105,7 @@ _Function: Any = torch.autograd.function._SingleLevelFunction
 
 
 class _Forward(_Function):  # type: ignore[misc]
-    """Saves q, k, v, out, lse and the spec's tensors: writing to any of them before backward is an error.
-
-    Tensors of inference mode can't be saved, and their analyses are found by content: of them copies are kept.
-    """
+    """Saves q, k, v, out, lse and the spec's tensors."""
 
     @staticmethod
     def forward(
@@ -124,16 +123,14 @@ class _Forward(_Function):  # type: ignore[misc]
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 out, lse = analysis.forward(spec, q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, *(None if _is_of_inference(x) else x for x in tensors))
-        ctx.copies = [None if x is None or not x.is_inference() else _copy(x) for x in tensors]
+        save(ctx, tensors, q, k, v, out, lse)
         ctx.analysis, ctx.spec = analysis, spec.with_tensors((None,) * len(tensors))
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
-        tensors = [x if copy is None else copy for x, copy in zip(saved, ctx.copies, strict=True)]
+        (q, k, v, out, lse), tensors = saved(ctx, 5)
         if dout is None and dlse is None:
             return (None,) * (5 + len(tensors))
         spec = ctx.spec.with_tensors(tensors)
@@ -150,7 +147,28 @@ class _Forward(_Function):  # type: ignore[misc]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
+        raise no_forward_mode()
+
+
+def no_forward_mode() -> NotImplementedError:
+    """The error of whoever asks for it."""
+    return NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None], *others: Tensor) -> None:
+    """Keep the tensors of a spec, and others, for backward: writing to one of them before that is an error.
+
+    Tensors of inference mode can't be saved, and their analyses are found by content: of them copies are kept.
+    """
+    ctx.save_for_backward(*others, *(None if _is_of_inference(x) else x for x in tensors))
+    ctx.copies = [None if x is None or not x.is_inference() else _copy(x) for x in tensors]
+
+
+def saved(ctx: Any, others: int) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """What `save` has kept: so many others, and the tensors of a spec."""
+    kept = ctx.saved_tensors
+    tensors = [x if copy is None else copy for x, copy in zip(kept[others:], ctx.copies, strict=True)]
+    return kept[:others], tensors
 
 
 def _is_of_inference(x: Tensor | None) -> bool:

@@ -4,7 +4,8 @@
 calls with its shard of q, k and v. docs/parallel.md leads through both.
 """
 
+from maskflash.parallel.compile import ShardedAttention, compile
 from maskflash.parallel.links import Links
 from maskflash.parallel.plan import ShardPlan, plan
 
-__all__ = ["Links", "ShardPlan", "plan"]
+__all__ = ["Links", "ShardPlan", "ShardedAttention", "compile", "plan"]
