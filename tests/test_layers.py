@@ -109,7 +109,7 @@ ORDER = {
         "attention",
         "eager",
     ],
-    "parallel": ["links", "needs", "routes", "plan", "exchange", "agree", "attention", "compile"],
+    "parallel": ["links", "needs", "routes", "plan", "peers", "exchange", "agree", "attention", "heads", "compile"],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],
