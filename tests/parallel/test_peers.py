@@ -60,9 +60,7 @@ def test_one_rank_needs_no_group():
     x, y = torch.arange(6).reshape(3, 2), torch.zeros(3, 2, dtype=torch.int64)
     assert found.heads.all_to_all(y, x, [3], [3]) is None and torch.equal(x, y)
     assert torch.equal(found.gather(x), x[None])
-    with pytest.raises(
-        mf.ArgumentError, match=r"the plan has 2 ranks and .* init_process_group first"
-    ):
+    with pytest.raises(mf.ArgumentError, match=r"the plan has 2 ranks and .*init_process_group first"):
         find_ranks(None, 2)
 
 
