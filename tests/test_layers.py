@@ -109,7 +109,9 @@ ORDER = {
         "attention",
         "eager",
     ],
-    "parallel": ["links", "needs", "routes", "plan", "peers", "exchange", "agree", "attention", "heads", "compile"],
+    "parallel": [
+        *("links", "needs", "routes", "plan", "peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
+    ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],

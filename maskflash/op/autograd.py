@@ -56,7 +56,7 @@ def attend(analysis: Analysis | FewRows, spec: Spec, q: Tensor, k: Tensor, v: Te
     by_engine = analysis.differentiable(spec, q, k, v)
     if by_engine is not None:
         for node in {x.grad_fn for x in by_engine if x.grad_fn is not None}:
-            node.register_hook(refused)
+            node.register_hook(_refused)
         return by_engine
     result: tuple[Tensor, Tensor] = _Forward.apply(analysis, q, k, v, spec, *spec.tensors)
     return result
@@ -79,14 +79,18 @@ def at_once(analysis: Analysis | FewRows, scale: float, q: Tensor, k: Tensor, v:
     if out is None:
         return None
     if out.grad_fn is not None:
-        out.grad_fn.register_hook(refused)
+        out.grad_fn.register_hook(_refused)
     return out.contiguous()
 
 
-def refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor | None, ...] | None:
-    """A hook of a node: its gradients refuse to be differentiated once more."""
-    final: tuple[Tensor | None, ...] | None = _Final.apply(*gradients) if torch.is_grad_enabled() else None
-    return final  # None leaves them as they are
+def _refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor | None, ...] | None:
+    return final(gradients) if torch.is_grad_enabled() else None  # which leaves them as they are
+
+
+def final(gradients: tuple[Tensor | None, ...], *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that refuse to be differentiated with respect to what they, or these inputs, are made of."""
+    found: tuple[Tensor | None, ...] = _Final.apply(*gradients, *inputs)
+    return found[: len(gradients)]
 
 
 def watched(*tensors: Tensor) -> bool:

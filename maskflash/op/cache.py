@@ -43,6 +43,7 @@ _sound: OrderedDict[Hashable, Watch] = OrderedDict()
 """Calls whose score function was found to look up what is there."""
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
+_forgotten = 0  # how often something was forgotten because someone asked for it
 
 
 def find(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Analysis:
@@ -151,14 +152,21 @@ def check_reads(spec: Spec, sizes: Sizes) -> None:
 
 def invalidate(expressions: set[str] | None = None) -> None:
     """Forget the analyses of these expressions (canonical texts), or all; and what was copied or seen of any table."""
+    global _forgotten
     copies.forget()
     checking.forget()
     places.forget()
     with _lock:
+        _forgotten += 1
         _sound.clear()
         for key in list(_entries):
             if expressions is None or (isinstance(key, tuple) and key[0] in expressions):
                 _forget(key)
+
+
+def epoch() -> int:
+    """A number that is another one after each `invalidate`: in the keys of what others keep of tables."""
+    return _forgotten
 
 
 def _get(key: Hashable) -> Analysis | None:

@@ -28,11 +28,12 @@ from maskflash.op.parts import Tokens, of_tokens
 from maskflash.op.spec import Spec
 from maskflash.parallel import exchange
 from maskflash.parallel.exchange import Arriving, Stage
+from maskflash.parallel.peers import Peers
 from maskflash.scores.strength import Gradients
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Share:
+class Portion:
     """Some of the keys that a rank needs.
 
     Attributes:
@@ -47,37 +48,37 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
+class Assignment:
     """What a rank computes in a call.
 
     Attributes:
         rows: its tokens.
-        shares: its own keys, and those of each stage.
-        group: the ranks; None for all.
+        portions: its own keys, and those of each stage.
+        peers: the ranks that hold the keys of all tokens.
     """
 
     rows: Tokens
-    shares: tuple[Share, ...]
-    group: Any
+    portions: tuple[Portion, ...]
+    peers: Peers
 
-    def spec(self, whole: Spec, share: Share) -> Spec:
+    def spec(self, whole: Spec, portion: Portion) -> Spec:
         """The spec of the queries and of some of the keys, of that of all tokens; sinks come once, at the end."""
-        return of_tokens(whole._replace(sinks=None), self.rows, share.keys)
+        return of_tokens(whole._replace(sinks=None), self.rows, portion.keys)
 
-    def arriving(self, k: Tensor, v: Tensor) -> Iterator[tuple[Share, Tensor, Tensor]]:
-        """Each share's k and v; those of the next are on their way when it comes."""
+    def arriving(self, k: Tensor, v: Tensor) -> Iterator[tuple[Portion, Tensor, Tensor]]:
+        """Each portion's k and v; those of the next are on their way when it comes."""
         coming: Arriving | None = None
-        for place, share in enumerate(self.shares):
+        for place, portion in enumerate(self.portions):
             here = k, v
-            if share.stage is not None and coming is not None:
-                here = exchange.keys_of(share.stage, coming.wait(), k, v)
-            for following in self.shares[place + 1 : place + 2]:
-                assert following.stage is not None, "only the first share has none"
-                coming = exchange.send_keys(following.stage, k, v, self.group)
-            yield share, *here
+            if portion.stage is not None and coming is not None:
+                here = exchange.keys_of(portion.stage, coming.wait(), k, v)
+            for following in self.portions[place + 1 : place + 2]:
+                assert following.stage is not None, "only the first portion has none"
+                coming = exchange.send_keys(following.stage, k, v, self.peers)
+            yield portion, *here
 
 
-def attend(work: Work, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(work: Assignment, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of a rank's queries, differentiable in q, k, v, sinks and a score's tables.
 
     Args:
@@ -93,8 +94,6 @@ def attend(work: Work, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     out: Tensor
     lse: Tensor
     out, lse = _OnShards.apply(work, q, k, v, spec, *spec.tensors)  # type: ignore[no-untyped-call]
-    if out.grad_fn is not None:
-        out.grad_fn.register_hook(autograd.refused)
     return out, lse
 
 
@@ -103,7 +102,7 @@ class _OnShards(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, work: Work, q: Tensor, k: Tensor, v: Tensor, spec: Spec, *tensors: Tensor | None
+        ctx: Any, work: Assignment, q: Tensor, k: Tensor, v: Tensor, spec: Spec, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         spec = spec.with_tensors(tensors)
         out, lse = _forward(work, spec, q, k, v)
@@ -122,23 +121,25 @@ class _OnShards(torch.autograd.Function):
         arriving = iter(found.tables)
         of_tables = [next(arriving) if learned else None for learned in spec.learned]
         others = [None] * (len(tensors) - 1 - len(of_tables))
-        return None, found.q, found.k, found.v, None, found.sinks, *of_tables, *others
+        gradients = (None, found.q, found.k, found.v, None, found.sinks, *of_tables, *others)
+        given = [x for x in (dout, dlse, q, k, v, *tensors) if x is not None]
+        return autograd.final(gradients, *given) if torch.is_grad_enabled() else gradients
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise autograd.no_forward_mode()
 
 
-def _forward(work: Work, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(work: Assignment, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     total, compute = _dtypes(work, spec, q)
     queries = q.to(compute)
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    for share, keys, values in work.arriving(k, v):
-        if share.analysis is None:
+    for portion, keys, values in work.arriving(k, v):
+        if portion.analysis is None:
             continue
-        own = work.spec(spec, share)
-        out, lse = share.analysis.forward(own, queries, keys.to(compute), values.to(compute))
+        own = work.spec(spec, portion)
+        out, lse = portion.analysis.forward(own, queries, keys.to(compute), values.to(compute))
         outs, lses = [*outs, out.to(total)], [*lses, autograd.natural(spec, lse)]
         if len(outs) > 1:
             outs, lses = ([x] for x in merge(outs, lses))
@@ -149,7 +150,7 @@ def _forward(work: Work, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[T
 
 
 def _backward(
-    work: Work,
+    work: Assignment,
     spec: Spec,
     dout: Tensor | None,
     dlse: Tensor | None,
@@ -170,35 +171,35 @@ def _backward(
     dq, dk, dv = (torch.zeros(x.shape, dtype=total, device=x.device) for x in (q, k, v))
     tables: list[Tensor] = []
     returning: list[tuple[Stage, Arriving]] = []
-    for share, keys, values in work.arriving(k, v):
-        of_keys, of_values = (x.new_zeros((*x.shape[:2], len(share.keys.at), x.shape[3])) for x in (dk, dv))
-        if share.analysis is not None:
-            own = work.spec(spec, share)
-            found = share.analysis.backward(
+    for portion, keys, values in work.arriving(k, v):
+        of_keys, of_values = (x.new_zeros((*x.shape[:2], len(portion.keys.at), x.shape[3])) for x in (dk, dv))
+        if portion.analysis is not None:
+            own = work.spec(spec, portion)
+            found = portion.analysis.backward(
                 own, douts, given[0], queries, keys.to(compute), values.to(compute), outs, given[1]
             )
             dq += found.q
             of_keys, of_values = found.k.to(total), found.v.to(total)
             tables = [a + b for a, b in zip(tables, found.tables, strict=True)] if tables else list(found.tables)
-        if share.stage is None:
+        if portion.stage is None:
             dk += of_keys
             dv += of_values
         else:
-            returning.append((share.stage, exchange.send_back(share.stage, of_keys, of_values, work.group)))
+            returning.append((portion.stage, exchange.send_back(portion.stage, of_keys, of_values, work.peers)))
     for stage, arriving in returning:
         exchange.add_back(stage, arriving.wait(), dk, dv)
-    return Gradients(*(dx.to(q.dtype) for dx in (dq, dk, dv)), dsinks, tuple(tables))
+    return Gradients(dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks, tuple(tables))
 
 
-def _dtypes(work: Work, spec: Spec, q: Tensor) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(work: Assignment, spec: Spec, q: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """What sums are in, and what shares are computed in: on the CPU the same where there is something to sum."""
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
-    several = spec.backend == "cpu" and len(work.shares) > 1
+    several = spec.backend == "cpu" and len(work.portions) > 1
     return total, total if several else q.dtype
 
 
 def _in_its_base(spec: Spec, dlse: Tensor | None, lse: Tensor) -> tuple[Tensor | None, Tensor]:
-    """dlse and lse as the backend has them: see `autograd.natural`."""
+    """Of dlse and lse what the backend has for them: see `autograd.natural`."""
     if spec.backend != "triton":
         return dlse, lse
     return None if dlse is None else dlse * math.log(2), lse / math.log(2)

@@ -15,16 +15,17 @@ receiver, and what it receives is another, sender by sender.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from maskflash.analysis.runs import IntArray
 from maskflash.op.parts import Tokens
 from maskflash.parallel.needs import union
+from maskflash.parallel.peers import Peers
 from maskflash.parallel.routes import Routes, Shards
 
 
@@ -91,14 +92,14 @@ def find_stages(routes: Routes, shards: Shards, rank: int, count: int, device: t
         order = None if (np.diff(rows) > 0).all() else torch.from_numpy(rows.argsort(kind="stable")).to(device)
         leaving = torch.from_numpy(np.searchsorted(held, np.concatenate(leaves))).to(device)
         received, sent = (tuple(map(len, each)) for each in (arrives, leaves))
-        found.append(Stage(Tokens.of(_joined(sum(ranges, [])), device), order, leaving, received, sent))
+        found.append(Stage(Tokens.of(_joined([*chain(*ranges)]), device), order, leaving, received, sent))
     return found
 
 
-def send_keys(stage: Stage, k: Tensor, v: Tensor, group: Any) -> Arriving:
+def send_keys(stage: Stage, k: Tensor, v: Tensor, peers: Peers) -> Arriving:
     """Send what others need of this rank's k (B, Hkv, S, D) and v (B, Hkv, S, Dv), and have theirs sent here."""
     rows = _packed(*(x.index_select(2, stage.leaving) for x in (k, v)))
-    return _send(rows, stage.sent, stage.received, group)
+    return _send(rows, stage.sent, stage.received, peers)
 
 
 def keys_of(stage: Stage, arrived: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,12 +108,12 @@ def keys_of(stage: Stage, arrived: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
     return unpacked(rows, k, v)
 
 
-def send_back(stage: Stage, dk: Tensor, dv: Tensor, group: Any) -> Arriving:
+def send_back(stage: Stage, dk: Tensor, dv: Tensor, peers: Peers) -> Arriving:
     """Send gradients of a stage's keys to the ranks that hold these, and have theirs sent here: as `add_back` wants."""
     rows = _packed(dk, dv)
     if stage.order is not None:
         rows = torch.empty_like(rows).index_copy_(0, stage.order, rows)
-    return _send(rows, stage.received, stage.sent, group)
+    return _send(rows, stage.received, stage.sent, peers)
 
 
 def add_back(stage: Stage, arrived: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -134,12 +135,10 @@ def _packed(k: Tensor, v: Tensor) -> Tensor:
     return torch.cat((k, v), 3).permute(2, 0, 1, 3).flatten(1).contiguous()
 
 
-def _send(rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], group: Any) -> Arriving:
+def _send(rows: Tensor, sent: tuple[int, ...], received: tuple[int, ...], peers: Peers) -> Arriving:
     """An exchange of rows, so many of them for each rank, that goes on while others compute."""
     arriving = rows.new_empty((sum(received), rows.shape[1]))
-    work = dist.all_to_all_single(
-        arriving.view(torch.uint8), rows.view(torch.uint8), list(received), list(sent), group=group, async_op=True
-    )
+    work = peers.all_to_all(arriving.view(torch.uint8), rows.view(torch.uint8), received, sent, wait=False)
     return Arriving(work, arriving, rows)
 
 

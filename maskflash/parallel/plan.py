@@ -26,6 +26,7 @@ class ShardPlan:
         work: visible pairs of each rank's queries, summed over batch rows, query heads and layers.
         received: keys that each rank needs and doesn't hold, summed over layers.
         sent: keys that each rank holds and others need, counted once for each of them, summed over layers.
+        head_ranks: how many ranks, one after the other, exchange heads for tokens.
     """
 
     seq_len: int
@@ -34,6 +35,7 @@ class ShardPlan:
     work: tuple[int, ...]
     received: tuple[int, ...]
     sent: tuple[int, ...]
+    head_ranks: int = 1
 
     @property
     def world_size(self) -> int:
