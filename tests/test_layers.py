@@ -98,6 +98,7 @@ ORDER = {
         "later",
         "autograd",
         "flops",
+        "parts",
         "sharding",
         "asking",
         "ahead",
@@ -111,6 +112,7 @@ ORDER = {
     "parallel": [
         *("links", "distance", "ranges", "needs", "routes", "price", "candidates", "swaps", "search"),
         *("report", "plan", "planning"),
+        *("peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],

@@ -20,6 +20,7 @@ from maskflash.op import checking
 from maskflash.op.spec import ENGINES, UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
+from maskflash.scores.seeds import probability, seed_of
 from maskflash.scores.strength import BoundScore
 
 BackendChoice = Literal["auto", "cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
@@ -40,6 +41,15 @@ KEPT: Final = Dropped()
 def asks_for_dropout(p: Any, generator: Any, seed: Any) -> bool:
     """Whether a call says anything of dropout but that there is none; nothing is checked yet."""
     return not (generator is None and seed is None and isinstance(p, int | float) and p == 0)
+
+
+def dropout_of(operation: str, p: Any, generator: Any, seed: Any, device: torch.device) -> Dropped:
+    """What a caller says of dropout, checked; a seed is drawn only where something is dropped."""
+    p = probability(operation, p)
+    if seed is None and p == 0:
+        return KEPT
+    found = seed_of(operation, seed, generator, device)
+    return Dropped(p, found) if p else KEPT
 
 
 class Asking:

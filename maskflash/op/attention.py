@@ -16,13 +16,12 @@ from maskflash.ground.transfer import capturing
 from maskflash.op import autograd, cache, later
 from maskflash.op.ahead import Ahead
 from maskflash.op.analyse import Analysis
-from maskflash.op.asking import KEPT, Dropped, asks_for_dropout
+from maskflash.op.asking import KEPT, asks_for_dropout, dropout_of
 from maskflash.op.few_rows import FewRows, may_be
 from maskflash.op.inside import Inside
 from maskflash.op.paged import Paged
 from maskflash.op.spec import ENGINES, Spec
 from maskflash.op.varlen import Varlen
-from maskflash.scores.seeds import probability, seed_of
 
 _TOLD: Final = frozenset((Tensor, int, bool, float, type(None)))  # a call's arguments, by identity or by value
 
@@ -124,7 +123,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
         dropout = KEPT  # the default of dropout_p is an int, since torch.compile would make a float an input
         if asks_for_dropout(dropout_p, generator, seed):
             qkv.check(q, k, v)
-            dropout = _dropout(dropout_p, generator, seed, q.device)
+            dropout = dropout_of("attention", dropout_p, generator, seed, q.device)
         plain = self.score is None and dropout.seed is None
         is_seen = torch.compiler.is_compiling() or autograd.watched(*((q, k, v) if sinks is None else (q, k, v, sinks)))
         if plain and not (is_seen or self.check or self.backend in ENGINES or may_be(q, k)):
@@ -287,15 +286,6 @@ class Attention(Ahead, Inside, Varlen, Paged):
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score.name}"
         return f"Attention({self.name}{score}, backend={self.backend!r}, block_size={self.block_size})"
-
-
-def _dropout(p: Any, generator: Any, seed: Any, device: torch.device) -> Dropped:
-    """What a caller says of dropout, checked; a seed is drawn only where something is dropped."""
-    p = probability("attention", p)
-    if seed is None and p == 0:
-        return KEPT
-    found = seed_of("attention", seed, generator, device)
-    return Dropped(p, found) if p else KEPT
 
 
 later.follow("torch._dynamo", "maskflash.op.eager")

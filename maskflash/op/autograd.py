@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -83,8 +84,13 @@ def at_once(analysis: Analysis | FewRows, scale: float, q: Tensor, k: Tensor, v:
 
 
 def _refused(gradients: tuple[Tensor | None, ...], arrived: Any) -> tuple[Tensor | None, ...] | None:
-    final: tuple[Tensor | None, ...] | None = _Final.apply(*gradients) if torch.is_grad_enabled() else None
-    return final  # None leaves them as they are
+    return final(gradients) if torch.is_grad_enabled() else None  # which leaves them as they are
+
+
+def final(gradients: tuple[Tensor | None, ...], *inputs: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that refuse to be differentiated with respect to what they, or these inputs, are made of."""
+    found: tuple[Tensor | None, ...] = _Final.apply(*gradients, *inputs)
+    return found[: len(gradients)]
 
 
 def watched(*tensors: Tensor) -> bool:
@@ -103,10 +109,7 @@ _Function: Any = torch.autograd.function._SingleLevelFunction
 
 
 class _Forward(_Function):  # type: ignore[misc]
-    """Saves q, k, v, out, lse and the spec's tensors: writing to any of them before backward is an error.
-
-    Tensors of inference mode can't be saved, and their analyses are found by content: of them copies are kept.
-    """
+    """Saves q, k, v, out, lse and the spec's tensors."""
 
     @staticmethod
     def forward(
@@ -124,16 +127,14 @@ class _Forward(_Function):  # type: ignore[misc]
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 out, lse = analysis.forward(spec, q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, *(None if _is_of_inference(x) else x for x in tensors))
-        ctx.copies = [None if x is None or not x.is_inference() else _copy(x) for x in tensors]
+        save(ctx, tensors, q, k, v, out, lse)
         ctx.analysis, ctx.spec = analysis, spec.with_tensors((None,) * len(tensors))
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
-        tensors = [x if copy is None else copy for x, copy in zip(saved, ctx.copies, strict=True)]
+        (q, k, v, out, lse), tensors = saved(ctx, 5)
         if dout is None and dlse is None:
             return (None,) * (5 + len(tensors))
         spec = ctx.spec.with_tensors(tensors)
@@ -150,7 +151,28 @@ class _Forward(_Function):  # type: ignore[misc]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
+        raise no_forward_mode()
+
+
+def no_forward_mode() -> NotImplementedError:
+    """The error of whoever asks for it."""
+    return NotImplementedError(f"maskflash: attention has no forward-mode derivative; use reverse mode, or {_DENSE}")
+
+
+def save(ctx: Any, tensors: Sequence[Tensor | None], *others: Tensor) -> None:
+    """Keep the tensors of a spec, and others, for backward: writing to one of them before that is an error.
+
+    Tensors of inference mode can't be saved, and their analyses are found by content: of them copies are kept.
+    """
+    ctx.save_for_backward(*others, *(None if _is_of_inference(x) else x for x in tensors))
+    ctx.copies = [None if x is None or not x.is_inference() else _copy(x) for x in tensors]
+
+
+def saved(ctx: Any, others: int) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """What `save` has kept: so many others, and the tensors of a spec."""
+    kept = ctx.saved_tensors
+    tensors = [x if copy is None else copy for x, copy in zip(kept[others:], ctx.copies, strict=True)]
+    return kept[:others], tensors
 
 
 def _is_of_inference(x: Tensor | None) -> bool:

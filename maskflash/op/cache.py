@@ -43,6 +43,7 @@ _sound: OrderedDict[Hashable, Watch] = OrderedDict()
 """Calls whose score function was found to look up what is there."""
 _turns: dict[Hashable, threading.Lock] = {}  # of threads that want an analysis which one of them is making
 _latest: Hashable = None  # key of the last analysis made
+_forgotten = 0  # how often something was forgotten because someone asked for it
 
 
 def find(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Analysis:
@@ -57,11 +58,42 @@ def find(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Analysis:
         saved: the tensors come from autograd. It has made sure that they are unchanged since forward, but may give out
             others of the same storage.
     """
-    key = _key(spec, sizes)
+    key = key_of(spec, sizes)
     found = _get(key)
     if found is None and saved:
-        found = named(_key(spec, sizes, saved=True))
+        found = named(key_of(spec, sizes, saved=True))
     return _make(key, spec, sizes) if found is None else found
+
+
+def key_of(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Hashable:
+    """All that an analysis depends on; batch rows and heads count only where they are looked at."""
+    reads = expression(spec.expr).reads
+    per_row = not (spec.q_offsets is None and spec.kv_offsets is None)
+    return (
+        spec.expr,
+        spec.backend,
+        *spec.block_size,
+        *spec.params,
+        sizes.q_len,
+        sizes.kv_len,
+        sizes.batch if per_row or "b" in reads else 1,
+        sizes.heads if "h" in reads else 1,
+        spec.q_offset,
+        spec.kv_offset,
+        sizes.device,
+        saved,
+        *[None if x is None else identity(x, saved) for x in spec.of_mask],
+    )
+
+
+def identity(tensor: Tensor, saved: bool = False) -> Hashable:
+    """What tells a tensor from others and from itself after a write."""
+    if tensor.is_inference():
+        return tensor.dtype, tensor.shape, hashlib.blake2b(contents(tensor), digest_size=16).digest()
+    if saved:
+        place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        return tensor.untyped_storage()._cdata, tensor._version, place
+    return id(owner(tensor)), *state(tensor)[1:]
 
 
 def of_problem(problem: Problem, backend: Backend) -> Analysis:
@@ -87,7 +119,7 @@ def note(name: Hashable, tensors: Iterable[Tensor], spec: Spec, sizes: Sizes) ->
     """
     if any(table.is_inference() for table in spec.tables):
         return
-    _name(name, _key(spec, sizes), Watch(tensors))
+    _name(name, key_of(spec, sizes), Watch(tensors))
 
 
 def check_reads(spec: Spec, sizes: Sizes) -> None:
@@ -101,8 +133,8 @@ def check_reads(spec: Spec, sizes: Sizes) -> None:
     # Numbers in a floating-point table change with each step of training, and decide nothing here.
     whole = [table for table in spec.score_tables if not table.is_floating_point()]
     shapes = tuple([table.shape for table in spec.score_tables])
-    decides = tuple([_identity(table, saved=False) for table in whole])
-    key = _key(spec, sizes), spec.score, *spec.score_params, shapes, decides
+    decides = tuple([identity(table) for table in whole])
+    key = key_of(spec, sizes), spec.score, *spec.score_params, shapes, decides
     known = _sound.get(key)
     if known is not None and not known.expired():
         return
@@ -120,14 +152,21 @@ def check_reads(spec: Spec, sizes: Sizes) -> None:
 
 def invalidate(expressions: set[str] | None = None) -> None:
     """Forget the analyses of these expressions (canonical texts), or all; and what was copied or seen of any table."""
+    global _forgotten
     copies.forget()
     checking.forget()
     places.forget()
     with _lock:
+        _forgotten += 1
         _sound.clear()
         for key in list(_entries):
             if expressions is None or (isinstance(key, tuple) and key[0] in expressions):
                 _forget(key)
+
+
+def epoch() -> int:
+    """A number that is another one after each `invalidate`: in the keys of what others keep of tables."""
+    return _forgotten
 
 
 def _get(key: Hashable) -> Analysis | None:
@@ -167,7 +206,7 @@ def _keep(key: Hashable, analysis: Analysis, spec: Spec, sizes: Sizes) -> None:
             latest.nbytes = latest.analysis.nbytes
         _entries[key] = _Entry(analysis, analysis.nbytes, watch)
         _latest = key
-        _name(_key(spec, sizes, saved=True), key, watch)
+        _name(key_of(spec, sizes, saved=True), key, watch)
         nbytes = sum(entry.nbytes for entry in _entries.values())
         while len(_entries) > CAPACITY or (nbytes > MEMORY and len(_entries) > 1):
             oldest = next(iter(_entries))
@@ -197,34 +236,3 @@ def _forget(key: Hashable) -> None:
         _entries.pop(key, None)
         for name in [name for name, (known, _) in _names.items() if known == key]:
             del _names[name]
-
-
-def _key(spec: Spec, sizes: Sizes, *, saved: bool = False) -> Hashable:
-    """All that an analysis depends on; batch rows and heads count only where they are looked at."""
-    reads = expression(spec.expr).reads
-    per_row = not (spec.q_offsets is None and spec.kv_offsets is None)
-    return (
-        spec.expr,
-        spec.backend,
-        *spec.block_size,
-        *spec.params,
-        sizes.q_len,
-        sizes.kv_len,
-        sizes.batch if per_row or "b" in reads else 1,
-        sizes.heads if "h" in reads else 1,
-        spec.q_offset,
-        spec.kv_offset,
-        sizes.device,
-        saved,
-        *[None if x is None else _identity(x, saved) for x in spec.of_mask],
-    )
-
-
-def _identity(tensor: Tensor, saved: bool) -> Hashable:
-    """What tells a tensor from others and from itself after a write."""
-    if tensor.is_inference():
-        return tensor.dtype, tensor.shape, hashlib.blake2b(contents(tensor), digest_size=16).digest()
-    if saved:
-        place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-        return tensor.untyped_storage()._cdata, tensor._version, place
-    return id(owner(tensor)), *state(tensor)[1:]

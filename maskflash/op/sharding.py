@@ -8,7 +8,6 @@ trained: their gradient is summed over the ranks that share the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -17,9 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
-from maskflash.expr.nodes import Builder
-from maskflash.expr.simplify import simplify
-from maskflash.functions.slots import expression
+from maskflash.op.parts import part
 from maskflash.op.spec import Spec
 
 _DIMENSIONS: Final = ("batch", "heads", "tokens", "head dim")
@@ -72,9 +69,12 @@ def _layout(q: Any, k: Any, v: Any) -> tuple[DeviceMesh, tuple[Placement, ...]]:
         for placement in x.placements:
             if not (placement.is_replicate() or placement.is_partial() or _is_split(placement)):
                 along = _DIMENSIONS[placement.dim] if isinstance(placement, Shard) else str(placement)
+                fix = f"bring it together first: {name}.redistribute(placements=...)"
+                if along == "tokens":
+                    fix += ", or attend on shards of a plan: maskflash.parallel.compile"
                 raise ArgumentError(
                     f"attention: {name} is a DTensor split along {along}, expected batch (Shard(0)) or heads "
-                    f"(Shard(1)); bring it together first: {name}.redistribute(placements=...)"
+                    f"(Shard(1)); {fix}"
                 )
     placements = tuple(p if _is_split(p) else Replicate() for p in q.placements)
     split = 1
@@ -129,23 +129,7 @@ def _here(args: Sequence[Any], q: DTensor | None, placements: tuple[Placement, .
     if q is None:
         return spec
     rows, of_heads = (_held(q.shape[dim], dim, q.device_mesh, placements) for dim in (0, 1))
-    firsts = {"b": rows.start, "h": of_heads.start}
-    text, params = _from(firsts, spec.expr, spec.params)
-    spec = spec._replace(expr=text, params=params)
-    if spec.score:
-        text, params = _from(firsts, spec.score, spec.score_params)
-        spec = spec._replace(score=text, score_params=params)
-    if spec.seed is not None:
-        spec = spec._replace(seed=torch.cat((spec.seed, spec.seed.new_tensor([rows.start, of_heads.start]))))
-    q_offsets, kv_offsets = (x if x is None else x[rows.start : rows.stop] for x in (spec.q_offsets, spec.kv_offsets))
-    sinks = None if spec.sinks is None else spec.sinks[of_heads.start : of_heads.stop]
-    return spec._replace(q_offsets=q_offsets, kv_offsets=kv_offsets, sinks=sinks)
-
-
-def _from(firsts: dict[str, int], text: str, params: Sequence[int]) -> tuple[str, Sequence[int]]:
-    """A function's text and params where b and h begin elsewhere than at 0."""
-    shifts = {name: first for name, first in firsts.items() if first and name in expression(text).reads}
-    return (_shifted(text, tuple(shifts), len(params)), [*params, *shifts.values()]) if shifts else (text, params)
+    return part(spec, rows, of_heads)
 
 
 def _held(size: int, dim: int, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> range:
@@ -163,22 +147,6 @@ def _all_of(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
     return x.to_local() if all(placement.is_replicate() for placement in x.placements) else x.full_tensor()
-
-
-@lru_cache(maxsize=256)
-def _shifted(text: str, names: tuple[str, ...], slot: int) -> str:
-    """A function's text with params, from this slot on, added to these indices."""
-    expr, builder = expression(text), Builder()
-    places: list[int] = []
-    for node in expr.nodes:
-        place = builder.add(
-            node.op, *(places[arg] for arg in node.args), dtype=node.dtype, weak=node.weak, value=node.value
-        )
-        if node.op in names:
-            param = builder.add("param", dtype=torch.int64, weak=True, value=slot + names.index(node.op))
-            place = builder.add("add", place, param)
-        places.append(place)
-    return simplify(builder.finish(places[-1])).text
 
 
 torch.library.register_torch_dispatch("maskflash::forward", DTensor, forward)

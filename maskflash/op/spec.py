@@ -64,7 +64,7 @@ class Spec(NamedTuple):
         score_params: values of its number slots; of a float its 64 bits.
         score: its canonical text; "" for none.
         learned: for each of its tables, whether its gradient is asked for.
-        seed: int64 (1,), or (3,), see `Dropout`; None for no dropout.
+        seed: int64 (1,) or longer, see `Dropout`; None for no dropout.
         dropout_p: probability of being dropped.
         scale: positive factor of the scores.
         expr: the mask's canonical text.

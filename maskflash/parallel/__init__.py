@@ -4,8 +4,18 @@
 calls with its shard of q, k and v. docs/parallel.md leads through both.
 """
 
+from maskflash.parallel.compile import ShardedAttention, compile
 from maskflash.parallel.links import Links
 from maskflash.parallel.plan import PlannedLayer, PlannedPass, ShardPlan, Tried
 from maskflash.parallel.planning import plan
 
-__all__ = ["Links", "PlannedLayer", "PlannedPass", "ShardPlan", "Tried", "plan"]
+__all__ = [
+    "Links",
+    "PlannedLayer",
+    "PlannedPass",
+    "ShardPlan",
+    "ShardedAttention",
+    "Tried",
+    "compile",
+    "plan",
+]

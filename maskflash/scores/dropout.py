@@ -44,13 +44,16 @@ def words(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> 
     Returns:
         (batch, heads, q_len) and (batch, heads, kv_len), int32, odd, on the device of the seed.
     """
-    seed, first = dropout.seed[:1], dropout.seed[1:]
+    seed, first, at = dropout.seed[:1], dropout.seed[1:3], dropout.seed[3:]
     b = torch.arange(batch, device=seed.device)[:, None, None]
     h = torch.arange(heads, device=seed.device)[:, None]
     if len(first):
         b, h = b + first[0], h + first[1]
-    rows, columns = _positions(dropout.q_offset, q_len, seed), _positions(dropout.kv_offset, kv_len, seed)
-    positions = torch.cat([x.expand(batch, 1, -1) for x in (rows, columns)], 2)
+    if len(at):
+        positions = at.expand(batch, 1, -1)
+    else:
+        rows, columns = _positions(dropout.q_offset, q_len, seed), _positions(dropout.kv_offset, kv_len, seed)
+        positions = torch.cat([x.expand(batch, 1, -1) for x in (rows, columns)], 2)
     side = (torch.arange(q_len + kv_len, device=seed.device) >= q_len).long()
     word = philox((positions & _WORD, h, b, side), (seed & _WORD, (seed >> 32) & _WORD))[0] | 1
     word = ((word ^ _SIGN) - _SIGN).to(torch.int32)  # the int32 with the same bits

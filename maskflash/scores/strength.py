@@ -51,7 +51,8 @@ class Dropout:
 
     Attributes:
         p: the probability of being dropped, 0 < p < 1.
-        seed: int64, on the device of the call: (1,), or (3,) with the first batch row and head of a part of a call.
+        seed: int64, on the device of the call: (1,), or (3,) with the first batch row and head of a part of a call; or
+            (3 + Sq + Skv,) with where all its rows and columns are too, and then no offset counts.
         q_offset: as of a score.
         kv_offset: as of a score.
     """

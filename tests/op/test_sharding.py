@@ -172,11 +172,11 @@ def test_a_shifted_mask_is_the_mask_of_shifted_indices(mask, shape, b, h):
     from maskflash.analysis.problem import Problem
     from maskflash.expr.evaluate import Inputs
     from maskflash.functions.slots import expression
-    from maskflash.op import sharding
+    from maskflash.op.parts import shifted
 
     slots, values = mask.slots({})
     params, tables = slots.filled(values, torch.device("cpu"))
-    text = sharding._shifted(slots.text, ("b", "h"), len(params))
+    text = shifted(slots.text, ("b", "h"), len(params))
     at = [torch.arange(n).view([-1 if i == dim else 1 for i in range(4)]) for dim, n in enumerate((4, 4, 9, 9))]
     small = Problem(expression(slots.text), Inputs(tuple(params), tuple(tables)), q_len=9, kv_len=9, batch=4, heads=4)
     moved = Problem(expression(text), Inputs((*params, b, h), tuple(tables)), q_len=9, kv_len=9, batch=4, heads=4)
@@ -197,6 +197,8 @@ def test_what_can_t_be_split_is_refused_by_name(world):
             mf.attention(spread(q, mesh, [Shard(dim)]), *whole[1:], by_row)
         with pytest.raises(mf.ArgumentError, match=rf"k is a DTensor split along {along}.* k.redistribute"):
             mf.attention(whole[0], spread(k, mesh, [Shard(dim)]), whole[2], by_row)
+    with pytest.raises(mf.ArgumentError, match=r"along tokens.*, or attend on shards of a plan: maskflash.parallel"):
+        mf.attention(spread(q, mesh, [Shard(2)]), *whole[1:], by_row)
     with pytest.raises(mf.ArgumentTypeError, match="k is a Tensor, expected a DTensor as the others are"):
         mf.attention(whole[0], k, whole[2], by_row)
     with pytest.raises(mf.ArgumentTypeError, match="q is a Tensor, expected a DTensor as the others are"):
