@@ -1,14 +1,12 @@
 """What ranks that share heads out compute, each a process of its own: how far it is from what one process does."""
 
+import traceback
+from dataclasses import replace
+
 import torch
 from torch import distributed
 
 import maskflash as mf
-from maskflash.functions.sizes import Sizes
-from maskflash.op import autograd
-from maskflash.op.asking import Dropped
-from maskflash.parallel.heads import HeadExchange, attend
-from maskflash.parallel.peers import find_ranks
 
 BATCH, HEADS, LENGTH, DIM, V_DIM = 2, 8, 37, 8, 5
 
@@ -50,6 +48,11 @@ def held(x, ranges):
     return torch.cat([x[:, :, :0], *(x[:, :, start:stop] for start, stop in ranges)], 2)
 
 
+def planned(world_size, head_ranks):
+    plan = mf.parallel.plan(causal, LENGTH, world_size, heads=HEADS, head_dim=DIM, chunk=1)
+    return replace(plan, shards=SHARDS[world_size], head_ranks=head_ranks)
+
+
 def trained(tensors, attention, sinks=None):
     """out, lse, and the gradients of q, k, v and what else is learned."""
     *qkv, of_out, of_lse = tensors
@@ -62,49 +65,110 @@ def trained(tensors, attention, sinks=None):
     return [out.detach(), lse.detach(), *(x.grad for x in learned[:3])], summed
 
 
-def compare(ranks, group, shards, name, kv_heads):
-    """How far each result is from one process's: out, lse, dq, dk, dv, and what ranks sum."""
+class Counted:
+    """What a process receives of others, in bytes, while this is entered."""
+
+    def __enter__(self):
+        self.bytes, self.send = 0, distributed.all_to_all_single
+
+        def send(received, sent, of_each, to_each, group=None, async_op=False):
+            own = of_each[distributed.get_rank(group)]
+            self.bytes += (sum(of_each) - own) * received[:1].nbytes
+            return self.send(received, sent, of_each, to_each, group=group, async_op=async_op)
+
+        distributed.all_to_all_single = send
+        return self
+
+    def __exit__(self, *error):
+        distributed.all_to_all_single = self.send
+
+
+def bytes_of(plan, rank, mask, kv_heads):
+    """What a rank receives forward and backward, counted on the dense mask; float64 all."""
+    ranks = plan.head_ranks
+    place = torch.full((LENGTH,), -1)
+    for other, ranges in enumerate(plan.shards):
+        for start, stop in ranges:
+            place[start:stop] = other // ranks
+    seen = mask.dense(LENGTH, LENGTH, batch=BATCH, heads=HEADS).expand(BATCH, HEADS, -1, -1).any((0, 1))
+    needs = [seen[place == t].any(0) for t in range(plan.world_size // ranks)]
+    here = rank // ranks
+    come = (needs[here] & (place != here)).sum()
+    go = sum((need & (place == here)).sum() for t, need in enumerate(needs) if t != here)
+    own = plan.tokens(rank)
+    others = int((place == here).sum()) - own
+    own *= ranks - 1
+    query, key, out, lse = (
+        BATCH * n // ranks * 8 for n in (HEADS * DIM, kv_heads * (DIM + V_DIM), HEADS * V_DIM, HEADS)
+    )
+    forward = others * (query + key) + own * (out + lse) + come * key
+    backward = own * (query + key) + others * (out + lse) + (come + go) * key
+    return int(forward), int(backward)
+
+
+def compare(rank, group, ranks, plan, name, kv_heads):
+    """How far out, lse, dq, dk, dv and what ranks sum are from one process's, and bytes from those that are needed."""
     mask, asked = CASES[name]
     table.requires_grad_(asked.get("score") is biased)
-    sinks = [asked["sinks"]] if "sinks" in asked else []
+    asked = dict(asked)
+    sinks, score = asked.pop("sinks", None), asked.pop("score", None)
+    one, all_ = mf.compile(mask, score=score), mf.parallel.compile(mask, plan, group=group, score=score)
+
+    def by(attn):
+        return lambda q, k, v, *sinks: attn(q, k, v, **asked, sinks=sinks[0] if sinks else None, return_lse=True)
+
     whole = tensors(kv_heads)
-    score, p, seed = asked.get("score"), asked.get("dropout_p", 0.0), asked.get("seed")
-    op = mf.compile(mask, score=score)
-
-    def of_one(q, k, v, *sinks):
-        return op(q, k, v, dropout_p=p, seed=seed, sinks=sinks[0] if sinks else None, return_lse=True)
-
-    def of_all(q, k, v, *sinks):
-        sizes = Sizes.of(*whole[:2])
-        dropout = Dropped(p, torch.tensor([seed])) if p else Dropped()
-        spec = op._spec(sizes, whole[0], sinks[0] if sinks else None, {}, dropout=dropout)
-        exchange = HeadExchange.of(shards, ranks.heads, q.device)
-        return attend(exchange, spec, q, k, v, lambda *x: autograd.dispatch(*x), lse=True)
-
-    expected, expected_sums = trained(whole, of_one, *sinks)
-    own = shards[ranks.rank]
-    found, sums = trained([held(x, own) for x in whole], of_all, *sinks)
+    expected, expected_sums = trained(whole, by(one), sinks)
+    with Counted() as counted:
+        found, sums = trained([held(x, plan.shards[rank]) for x in whole], by(all_), sinks)
     for x in sums:
-        distributed.all_reduce(x, group=group)
-    pairs = [(x, held(y, own)) for x, y in zip(found, expected, strict=True)] + list(
-        zip(sums, expected_sums, strict=True)
-    )
-    return [float((x - y).abs().max()) if x.numel() else 0.0 for x, y in pairs]
+        distributed.all_reduce(x, group=ranks)
+    pairs = [(x, held(y, plan.shards[rank])) for x, y in zip(found, expected, strict=True)]
+    pairs += zip(sums, expected_sums, strict=True)
+    errors = [float((x - y).abs().max()) if x.numel() else 0.0 for x, y in pairs]
+    return [*errors, abs(counted.bytes - sum(bytes_of(plan, rank, mask, kv_heads)))]
+
+
+def refused(*args, **call):
+    """The error of a call that can't be made."""
+    plan, group, mask, kv_heads = args
+    q, k, v, *_ = (held(x, plan.shards[distributed.get_rank()]) for x in tensors(kv_heads))
+    try:
+        mf.parallel.compile(mask, plan, group=group)(q, k, v, **call)
+    except mf.ArgumentError as error:
+        return str(error)
 
 
 def rank_of_four(rank, port, queue):
-    """All cases in one world of four: all share heads out; then pairs do, as groups and as rows of a mesh."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
-    pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    """All cases in one world of four, or what went wrong."""
+    try:
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
+        queue.put((rank, *cases(rank)))
+        distributed.barrier()
+        distributed.destroy_process_group()
+    except Exception:
+        queue.put((rank, traceback.format_exc(), None))
+
+
+def cases(rank):
+    """What `compare` finds, and what `refused` does."""
+    half, whole = rank // 2, distributed.group.WORLD
+    pair = [distributed.new_group([0, 1]), distributed.new_group([2, 3])][half]
     mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("tokens", "heads"))
-    whole, pair, row = find_ranks(None, 4, 4), find_ranks(pairs[rank // 2], 2, 2), find_ranks(mesh["heads"], 2, 2)
+    row = mesh["heads"]
     found = {}
     for name in CASES:
-        found["four", name] = compare(whole, None, SHARDS[4], name, kv_heads=4)
+        found["four", name] = compare(rank, None, whole, planned(4, 4), name, kv_heads=4)
+        found["two by two", name] = compare(rank, None, whole, planned(4, 2), name, kv_heads=2)
     for name in ("learned scores", "sinks"):
-        found["pair", name] = compare(pair, pairs[rank // 2], SHARDS[2], name, kv_heads=2)
-        found["row of a mesh", name] = compare(row, mesh.get_group("heads"), SHARDS[2], name, kv_heads=8)
-    queue.put((rank, found))
-    distributed.barrier()
-    distributed.destroy_process_group()
+        found["mesh", name] = compare(rank, mesh, whole, planned(4, 2), name, kv_heads=4)
+        found["pair", name] = compare(rank % 2, pair, pair, planned(2, 2), name, kv_heads=2)
+        found["row of a mesh", name] = compare(rank % 2, row, row.get_group(), planned(2, 2), name, kv_heads=8)
+    errors = {
+        "another mask": refused(planned(4, 2), mesh, by_head if rank == 2 else causal, 4),
+        "one key head": refused(planned(4, 2), mesh, causal, 1),
+        "another mesh": refused(planned(4, 4), mesh, causal, 4),
+        "another plan": refused(planned(4, 2 if rank else 4), None, causal, 4),
+    }
+    return found, errors

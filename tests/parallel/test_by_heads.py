@@ -1,5 +1,6 @@
 """Four processes that share heads out compute what one does."""
 
+import re
 import socket
 
 import pytest
@@ -10,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 @pytest.fixture(scope="module")
 def found():
-    """By rank and case, how far each result is from one process's."""
+    """By rank, what it computed and what it refused."""
     from tests.parallel.by_heads import rank_of_four
 
     with socket.socket() as free:
@@ -22,15 +23,32 @@ def found():
     for process in processes:
         process.start()
     try:
-        yield dict(queue.get(timeout=120) for _ in processes)
+        told = [queue.get(timeout=120) for _ in processes]
+        assert all(errors is not None for *_, errors in told), told
+        yield {rank: (cases, errors) for rank, cases, errors in told}
     finally:
         for process in processes:
             process.join(20)
             process.kill()
 
 
-def test_results_and_gradients_are_those_of_one_process(found):
+def test_results_gradients_and_bytes_are_those_of_one_process_and_the_dense_mask(found):
     assert sorted(found) == [0, 1, 2, 3]
-    for rank, cases in found.items():
+    for rank, (cases, _) in found.items():
+        assert len(cases) == 20
         for case, errors in cases.items():
-            assert len(errors) >= 5 and max(errors) < 1e-12, (rank, case, errors)
+            assert len(errors) >= 6 and max(errors) < 1e-12, (rank, case, errors)
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("another mask", r"the mask is .* on ranks 0, 1 and 3, .* on rank 2; expected the same call"),
+        ("one key head", r"k has 1 heads, expected a multiple of the plan's 2 head ranks"),
+        ("another mesh", r"group is a mesh of \(2, 2\) ranks, expected \(4,\) or \(1, 4\)"),
+        ("another plan", r"the plan is .* on rank 0, .* on ranks 1, 2 and 3; expected the same call"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_every_rank_alike(found, case, text):
+    errors = {errors[case] for _, errors in found.values()}
+    assert len(errors) == 1 and re.search(text, *errors), errors
