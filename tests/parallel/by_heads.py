@@ -7,6 +7,9 @@ import torch
 from torch import distributed
 
 import maskflash as mf
+from maskflash.parallel.links import Links
+from maskflash.parallel.needs import find_needs
+from maskflash.parallel.price import Load, price
 
 BATCH, HEADS, LENGTH, DIM, V_DIM = 2, 8, 37, 8, 5
 
@@ -129,6 +132,27 @@ def compare(rank, group, ranks, plan, name, kv_heads):
     return [*errors, abs(counted.bytes - sum(bytes_of(plan, rank, mask, kv_heads)))]
 
 
+def beside_price(rank, head_ranks):
+    """The bytes that a rank receives forward and backward, in float32 and bfloat16, each beside the plan's own."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = planned(4, head_ranks)
+        q, k, v = (
+            torch.randn(BATCH, heads, plan.tokens(rank), DIM, dtype=dtype, requires_grad=True)
+            for heads in (HEADS, 4, 4)
+        )
+        needs = find_needs(by_both.at(LENGTH, LENGTH, batch=BATCH, heads=HEADS).problem, plan.tile)
+        load = Load(BATCH, HEADS, 4, DIM, dtype)
+        (expected,) = price([(needs, 1)], plan.shards, head_ranks, load, Links.of("cpu"))
+        with Counted() as forward:
+            out = mf.parallel.compile(by_both, plan)(q, k, v)
+        with Counted() as backward:
+            out.sum().backward()
+        found.append((forward.bytes, int(expected.forward.received[rank])))
+        found.append((backward.bytes, int(expected.backward.received[rank])))
+    return found
+
+
 def refused(*args, **call):
     """The error of a call that can't be made."""
     plan, group, mask, kv_heads = args
@@ -148,7 +172,7 @@ def rank_of_four(rank, port, queue):
         distributed.barrier()
         distributed.destroy_process_group()
     except Exception:
-        queue.put((rank, traceback.format_exc(), None))
+        queue.put((rank, traceback.format_exc(), None, None))
 
 
 def cases(rank):
@@ -165,10 +189,11 @@ def cases(rank):
         found["mesh", name] = compare(rank, mesh, whole, planned(4, 2), name, kv_heads=4)
         found["pair", name] = compare(rank % 2, pair, pair, planned(2, 2), name, kv_heads=2)
         found["row of a mesh", name] = compare(rank % 2, row, row.get_group(), planned(2, 2), name, kv_heads=8)
+    bytes_ = [pair for head_ranks in (1, 2, 4) for pair in beside_price(rank, head_ranks)]
     errors = {
         "another mask": refused(planned(4, 2), mesh, by_head if rank == 2 else causal, 4),
         "one key head": refused(planned(4, 2), mesh, causal, 1),
         "another mesh": refused(planned(4, 4), mesh, causal, 4),
         "another plan": refused(planned(4, 2 if rank else 4), None, causal, 4),
     }
-    return found, errors
+    return found, bytes_, errors

@@ -25,7 +25,7 @@ def found():
     try:
         told = [queue.get(timeout=120) for _ in processes]
         assert all(errors is not None for *_, errors in told), told
-        yield {rank: (cases, errors) for rank, cases, errors in told}
+        yield {rank: others for rank, *others in told}
     finally:
         for process in processes:
             process.join(20)
@@ -34,10 +34,16 @@ def found():
 
 def test_results_gradients_and_bytes_are_those_of_one_process_and_the_dense_mask(found):
     assert sorted(found) == [0, 1, 2, 3]
-    for rank, (cases, _) in found.items():
+    for rank, (cases, *_) in found.items():
         assert len(cases) == 20
         for case, errors in cases.items():
             assert len(errors) >= 6 and max(errors) < 1e-12, (rank, case, errors)
+
+
+def test_bytes_are_those_of_the_plan(found):
+    for rank, (_, pairs, _) in found.items():
+        assert len(pairs) == 12 and all(counted == expected for counted, expected in pairs), (rank, pairs)
+        assert any(counted for counted, _ in pairs)
 
 
 @pytest.mark.parametrize(
@@ -50,5 +56,5 @@ def test_results_gradients_and_bytes_are_those_of_one_process_and_the_dense_mask
     ],
 )
 def test_what_does_not_fit_is_refused_by_every_rank_alike(found, case, text):
-    errors = {errors[case] for _, errors in found.values()}
+    errors = {errors[case] for *_, errors in found.values()}
     assert len(errors) == 1 and re.search(text, *errors), errors
