@@ -5,7 +5,8 @@ calls with its shard of q, k and v. docs/parallel.md leads through both.
 """
 
 from maskflash.parallel.links import Links
-from maskflash.parallel.plan import PlannedLayer, PlannedPass, ShardPlan, Tried
+from maskflash.parallel.plan import PlannedLayer, PlannedPass, ShardPlan
 from maskflash.parallel.planning import plan
+from maskflash.parallel.search import Candidate
 
-__all__ = ["Links", "PlannedLayer", "PlannedPass", "ShardPlan", "Tried", "plan"]
+__all__ = ["Candidate", "Links", "PlannedLayer", "PlannedPass", "ShardPlan", "plan"]

@@ -102,9 +102,7 @@ def choose(
     """
     load = Load(batch, heads, kv_heads, head_dim, dtype)
     unit = max((chunk or 0) // layers[0][0].tile, 1)
-    shared = [
-        n for n in range(1, min(world_size, kv_heads) + 1) if not (world_size % n or heads % n or kv_heads % n)
-    ]
+    shared = [n for n in range(1, min(world_size, kv_heads) + 1) if not (world_size % n or heads % n or kv_heads % n)]
     search = _Search(layers, world_size, load, links, unit)
     for head_ranks in shared:
         search.price_ways(head_ranks)

@@ -23,7 +23,9 @@ import numpy as np
 
 from maskflash.analysis.runs import IntArray
 
-LIMIT: Final = 1.019  # of a rank's even share: 2 % are borne for fewer bytes, and search counts less exactly than prices
+LIMIT: Final = (
+    1.019  # of a rank's even share: 2 % are borne for fewer bytes, and search counts less exactly than prices
+)
 _OVER: Final = 300  # what a rank's even share beyond the limit costs, beside the bytes of the rank that moves most: 1
 _TRIES: Final = 64  # swaps of a pass that are counted exactly
 _ROWS: Final = 512  # chunks of the ranks of a pass
