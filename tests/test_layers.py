@@ -111,7 +111,7 @@ ORDER = {
     ],
     "parallel": [
         *("links", "distance", "ranges", "needs", "routes", "price", "candidates", "swaps", "search"),
-        *("report", "plan", "planning"),
+        *("plan", "report", "planning"),
         *("peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
     ],
     "flashmask": ["paper", "call"],
@@ -134,7 +134,7 @@ ORDER = {
 }
 STRANGERS = ["reference", "cpu", "triton"]  # backends: they never import one another
 TRITON_AT_HOME = ["backends/triton/device.py"]
-LATE = {  # what a method of every mask returns, how an expression is shown, and the paper's twelve among the presets
+LATE = {  # what methods of masks return, how expressions and plans are shown, and the paper's twelve masks
     *(
         (f"masks/{asked}.py", f"masks/{name}")
         for asked in ("sight", "mask")
@@ -143,6 +143,7 @@ LATE = {  # what a method of every mask returns, how an expression is shown, and
     *((f"masks/{path}.py", f"forms/{name}") for path in ("sight", "exports") for name in ORDER["forms"]),
     ("masks/exports.py", "masks/columns"),
     ("expr/nodes.py", "expr/format"),
+    ("parallel/plan.py", "parallel/report"),
     ("presets/__init__.py", "flashmask/paper"),
     *(
         (f"{path}.py", "visualize/notebook")  # what notebooks show

@@ -242,6 +242,7 @@ MAP = CAUSAL.block_map(4, 4, block_size=2)
 VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
 BLOCKS_OF_CAUSAL = CAUSAL.to_block_sparse(4, 4, block_size=2)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
+PLAN = mf.parallel.plan(CAUSAL, 4, 2, chunk=1, shards=[[(0, 2)], [(2, 4)]])
 PACKED = {
     **dict.fromkeys("qkv", (torch.randn(4, 2, 8), set())),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (torch.tensor([0, 1, 4]), set())),
@@ -439,6 +440,17 @@ CALLS = {
         "block_size": (2, BLOCKS),
         **SIZED,
     },
+    mf.parallel.plan: {
+        "mask": (CAUSAL, set()),
+        **dict.fromkeys(("seq_len", "world_size"), (4, INTS)),
+        **{"batch": (1, INTS), "heads": (6, INTS), "kv_heads": (None, INTS | NONE), "head_dim": (8, INTS)},
+        **{"dtype": (torch.float32, set()), "chunk": (1, INTS | NONE), "links": (None, NONE), "shards": (None, NONE)},
+    },
+    PLAN.tokens: {"rank": (0, {"0", "1"})},
+    PLAN.positions: {"rank": (0, {"0", "1"}), "device": ("cpu", set())},
+    PLAN.shard: {"x": (X, set()), "rank": (0, {"0", "1"}), "dim": (2, set())},
+    PLAN.unshard: {"parts": ([X[:, :, :2], X[:, :, 2:]], set()), "dim": (2, {"1", "numpy int"})},
+    mf.parallel.ShardPlan.from_dict: {"data": (PLAN.to_dict(), set())},
     mf.merge: {"outs": ((X, X), set()), "lses": ((X[..., 0], X[..., 0]), set())},
     traffic.predict: {
         "block_map": (MAP, set()),
@@ -472,7 +484,7 @@ def test_an_argument_of_any_kind_is_right_or_told(call, argument, tmp_path, monk
 
 
 def test_the_table_has_every_public_function():
-    modules = mf, mf.testing, mf.visualize
+    modules = mf, mf.parallel, mf.testing, mf.visualize
     functions = {getattr(module, name) for module in modules for name in module.__all__}
     functions = {function for function in functions if inspect.isfunction(function)}
     presets = {function for function in functions if function.__module__.startswith("maskflash.presets")}

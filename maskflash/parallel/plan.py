@@ -22,6 +22,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.parallel.links import Links
 from maskflash.parallel.routes import Shards, checked
+from maskflash.parallel.search import Candidate
 
 _READ: Final = "ShardPlan.from_dict"
 
@@ -72,25 +73,6 @@ class PlannedLayer:
     backward: PlannedPass
 
 
-@dataclass(frozen=True, slots=True)
-class Tried:
-    """A way to lay tokens out that a plan was chosen from.
-
-    Attributes:
-        name: what it is called.
-        seconds: of a training step's attention, as the cost model predicts them.
-        imbalance: the largest work of a rank over the mean.
-        most_bytes: that a rank receives or sends in a training step.
-        all_bytes: that all ranks receive in a training step.
-    """
-
-    name: str
-    seconds: float
-    imbalance: float
-    most_bytes: int
-    all_bytes: int
-
-
 @dataclass(frozen=True)
 class ShardPlan:
     """Which tokens each rank holds, and what follows from it for a mask: plain data, the same on every rank.
@@ -130,7 +112,7 @@ class ShardPlan:
     head_ranks: int
     name: str
     layers: tuple[PlannedLayer, ...]
-    tried: tuple[Tried, ...]
+    tried: tuple[Candidate, ...]
     batch: int
     heads: int
     kv_heads: int
@@ -284,7 +266,7 @@ class ShardPlan:
         for layer in layers:
             layer |= {name: PlannedPass(**_fields(PlannedPass, layer[name])) for name in ("forward", "backward")}
         top["layers"] = tuple([PlannedLayer(**layer) for layer in layers])
-        top["tried"] = tuple([Tried(**_fields(Tried, one)) for one in top["tried"]])
+        top["tried"] = tuple([Candidate(**_fields(Candidate, one)) for one in top["tried"]])
         top["links"] = Links(**_fields(Links, top["links"]))
         top["dtype"] = next((x for x in arguments.DTYPES if str(x) == top["dtype"]), top["dtype"])
         arguments.dtype(_READ, top["dtype"])

@@ -16,7 +16,7 @@ from maskflash.masks.predicate import mask as as_mask
 from maskflash.parallel import search
 from maskflash.parallel.links import Links
 from maskflash.parallel.needs import Needs, find_needs
-from maskflash.parallel.plan import PerRank, PlannedLayer, PlannedPass, ShardPlan, Tried
+from maskflash.parallel.plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 from maskflash.parallel.price import LayerPrice, Load, Pass, price
 from maskflash.parallel.routes import Shards, checked
 
@@ -109,8 +109,7 @@ def plan(
     layers = [(_needs(x, length, tile, load, masks, args), count) for x, count in masks]
     if held is None:
         choice = search.choose(layers, ranks, chunk=most, **sizes, dtype=load.dtype, links=rates)
-        held, head_ranks, name = choice.shards, choice.head_ranks, choice.name
-        tried = tuple([Tried(x.name, x.seconds, x.imbalance, x.most_bytes, x.all_bytes) for x in choice.tried])
+        held, head_ranks, name, tried = choice.shards, choice.head_ranks, choice.name, choice.tried
     else:
         head_ranks, name, tried = 1, "given", ()
     prices = price(layers, held, head_ranks, load, rates)
@@ -150,8 +149,8 @@ def _needs(
     for name in mask.keywords:
         if name in _OWN:
             raise ArgumentError(
-                f"{_OPERATION}: the argument {name!r} of {mask.name} would never reach it: it is one of mf.parallel.plan; "
-                f"plan a mask that has its value: mf.mask(lambda b, h, q, kv: f(b, h, q, kv, {name}=...))"
+                f"{_OPERATION}: the argument {name!r} of {mask.name} would never reach it: the plan has one too; plan "
+                f"a mask that has its value: mf.mask(lambda b, h, q, kv: f(b, h, q, kv, {name}=...))"
             )
     own = {name: value for name, value in args.items() if name in mask.keywords}
     call = {"batch": load.batch, "heads": load.heads, **own}

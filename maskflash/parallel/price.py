@@ -21,7 +21,8 @@ import torch
 
 from maskflash.analysis.runs import IntArray
 from maskflash.parallel.links import Links
-from maskflash.parallel.needs import Needs, union
+from maskflash.parallel.needs import Needs
+from maskflash.parallel.ranges import union
 from maskflash.parallel.routes import Shards, owners
 
 Layers = Sequence[tuple[Needs, int]]

@@ -16,7 +16,7 @@ _OF_RANKS: Final = (
     *("messages", "seconds"),
 )
 _OF_LAYERS: Final = ("mask", "layers", "imbalance", "keys travel", "bytes travel", "forward", "backward")
-_OF_TRIED: Final = ("tried", "seconds", "imbalance", "most bytes of a rank", "bytes of all")
+_OF_TRIED: Final = ("tried", "head ranks", "seconds", "imbalance", "most bytes of a rank", "bytes of all")
 
 
 def report(plan: ShardPlan) -> str:
@@ -49,7 +49,14 @@ def report(plan: ShardPlan) -> str:
         for layer in plan.layers
     ]
     tried = [
-        (x.name, in_seconds(x.seconds), f"{x.imbalance:.3f}", in_bytes(x.most_bytes), in_bytes(x.all_bytes))
+        (
+            x.name,
+            f"{x.head_ranks}",
+            in_seconds(x.seconds),
+            f"{x.imbalance:.3f}",
+            in_bytes(x.bytes_max),
+            in_bytes(x.bytes_sum),
+        )
         for x in plan.tried
     ]
     more = [f"... and {ranks - _RANKS:,} more ranks"] if ranks > _RANKS else []

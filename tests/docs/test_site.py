@@ -17,7 +17,7 @@ from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
 import maskflash as mf
-from maskflash import presets, scores, testing, visualize
+from maskflash import parallel, presets, scores, testing, visualize
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +80,7 @@ def test_fetching_is_found(tmp_path):
 
 def test_every_public_name_is_in_the_reference(site):
     there = set(re.findall(r'id="maskflash\.([\w.]+)"', (site / "reference.html").read_text(encoding="utf-8")))
-    modules = {"presets": presets, "scores": scores, "testing": testing, "visualize": visualize}
+    modules = {"parallel": parallel, "presets": presets, "scores": scores, "testing": testing, "visualize": visualize}
     names = {f"{module}.{name}" for module, found in modules.items() for name in found.__all__}
     names |= {name for name in mf.__all__ if f"presets.{name}" not in names}  # these are also in maskflash itself
     names |= {"integrations.transformers.register", "cli.traffic.predict"}

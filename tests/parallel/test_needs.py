@@ -15,6 +15,7 @@ from maskflash.parallel import needs as module
 from maskflash.parallel.needs import find_needs
 from maskflash.parallel.routes import find_routes, owners
 from maskflash.testing import masks
+from tests.parallel.shards import dealt
 
 LENGTH, TILE = st.integers(1, 64), st.integers(1, 70)
 WINDOWS = torch.tensor([0, 3, 9])
@@ -122,25 +123,10 @@ def test_a_fault_of_the_mask_comes_through():
             find_needs(mf.mask(predicate).at(40, 40).problem, 8)
 
 
-@st.composite
-def shards(draw, length, tile, ranks):
-    """Every line on some rank, however many tokens that holds."""
-    lines = -(-length // tile)
-    owner = draw(st.lists(st.integers(0, ranks - 1), min_size=lines, max_size=lines))
-    found = [[] for _ in range(ranks)]
-    for line, rank in enumerate(owner):
-        start, stop = line * tile, min((line + 1) * tile, length)
-        if found[rank] and found[rank][-1][1] == start:
-            found[rank][-1] = found[rank][-1][0], stop
-        else:
-            found[rank].append((start, stop))
-    return owner, tuple(map(tuple, found))
-
-
 @settings(max_examples=200)
 @given(masks(), LENGTH, TILE, st.integers(1, 7), st.data())
 def test_routes_are_what_all_pairs_say(mask, length, tile, ranks, data):
-    owner, parts = data.draw(shards(length, tile, ranks))
+    owner, parts = data.draw(dealt(length, tile, ranks))
     assert owners(parts, length, tile).tolist() == owner
     needs = find_needs(mask.at(length, length, **SIZES).problem, tile)
     routes = find_routes(needs, parts)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import maskflash as mf
 from maskflash.parallel import Links, ShardPlan
 from maskflash.testing import masks
+from tests.parallel.shards import dealt
 
 SIZES = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": torch.float32}
 SHARDS = (((0, 2), (6, 7)), (), ((2, 6),))
@@ -20,15 +21,34 @@ PLAN = mf.parallel.plan(mf.causal(), 7, 3, chunk=1, shards=SHARDS, **SIZES)
 
 
 @settings(max_examples=100)
+@given(masks(), st.integers(1, 64), st.integers(1, 70), st.integers(1, 9), st.data())
+def test_a_plan_of_shards_is_what_all_pairs_say(mask, length, tile, ranks, data):
+    _, shards = data.draw(dealt(length, tile, ranks))
+    check(mask, mf.parallel.plan(mask, length, ranks, chunk=tile, shards=shards, **SIZES))
+
+
+@settings(max_examples=10)
 @given(masks(), st.integers(1, 64), st.integers(1, 9), st.sampled_from([None, 1, 3, 16, 200]))
-def test_a_plan_is_what_all_pairs_say(mask, length, ranks, chunk):
+def test_a_plan_that_was_searched_is_what_all_pairs_say(mask, length, ranks, chunk):
     plan = mf.parallel.plan(mask, length, ranks, chunk=chunk, **SIZES)
-    tile = plan.tile
-    assert tile == (128 if chunk is None else chunk)
+    assert plan.tile == (128 if chunk is None else chunk)
+    most = math.ceil(math.ceil(length / ranks) / plan.tile) * plan.tile
+    assert all(plan.tokens(rank) <= most for rank in range(ranks))
+    assert plan.name in {one.name for one in plan.tried}
+    chosen = next(one for one in plan.tried if (one.name, one.head_ranks) == (plan.name, plan.head_ranks))
+    assert plan.seconds == pytest.approx(chosen.seconds)
+    assert plan.head_ranks > 1 or plan.imbalance == pytest.approx(chosen.imbalance)
+    assert chosen.bytes_max == max(*plan.bytes_received, *plan.bytes_sent)
+    assert chosen.bytes_sum == sum(plan.bytes_received)
+    check(mask, plan)
+
+
+def check(mask, plan):
+    """Everything that is counted, again from all pairs."""
+    length, ranks = plan.seq_len, plan.world_size
     held = torch.full((length,), -1)
     for rank in range(ranks):
-        assert plan.tokens(rank) <= math.ceil(math.ceil(length / ranks) / tile) * tile
-        assert (held[plan.positions(rank)] == -1).all()
+        assert plan.tokens(rank) == len(plan.positions(rank)) and (held[plan.positions(rank)] == -1).all()
         held[plan.positions(rank)] = rank
     assert (held >= 0).all()
     dense = mask.dense(length, length, batch=2, heads=4).sum((0, 1))
