@@ -93,7 +93,7 @@ def per_document(layout: Layout, ranks: int) -> Shards | None:
 
 
 def per_document_as_cut(layout: Layout, ranks: int) -> Shards | None:
-    """torch's per-document balancer as the torch that is installed cuts it."""
+    """Torch's per-document balancer as the torch that is installed cuts it."""
     if not _divide(layout.documents, 2 * ranks):
         return None
     return _equal_parts(_order(_PerDocumentHeadTailLoadBalancer([list(layout.documents or ())], ranks, "cpu")), ranks)

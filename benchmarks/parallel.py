@@ -30,22 +30,22 @@ from rich.table import Table
 import maskflash as mf
 from benchmarks import runner
 from benchmarks.balancers import BALANCERS, Layout, visited_tiles
-from benchmarks.runner import ROOT, WIDTH
-from benchmarks.shard_tables import TABLES
-from benchmarks.sharding import LAYER, Step, gathered, needed, ring
+from benchmarks.runner import WIDTH
+from benchmarks.shard_tables import RESULTS, SIZE, TABLES
+from benchmarks.sharding import LAYER, LayerStep, gathered, needed, ring
 from maskflash.flashmask.paper import PAPER, paper
 from maskflash.parallel.links import KNOWN, Links
 from maskflash.parallel.needs import Needs, find_needs
 from maskflash.parallel.routes import Shards
 
-RESULTS: Final = ROOT / "benchmarks/results/cpu/parallel.json"
 QUESTION: Final = "How do plans of shards compare with what others lay out?"
-GRID: Final = ((65_536, (2, 8, 64)), (262_144, (32, 256)), (1_048_576, (8, 256, 1024)))
-QUICK: Final = ((8192, (2, 4)),)
-FRONTIER: Final = (65_536, 8)
+WHOLE: Final = ((65_536, 2), (65_536, 8), (65_536, 64))
+"""Tokens and ranks of every mask, with a plan for each of the known links."""
+LONG: Final = ((262_144, 16), (262_144, 128), (1_048_576, 32), (1_048_576, 256), (1_048_576, 1024))
+"""The same of the masks below, with a plan for InfiniBand."""
+QUICK: Final = ((8192, 2), (8192, 4))
 BANDWIDTHS: Final = tuple(10.0**power for power in (9, 9.5, 10, 10.5, 11, 11.5))
 """Bytes per second, for which the frontier has a plan each; operations are those of an H100."""
-PLANS: Final = {f"plan, {name}": links for name, links in KNOWN.items()}
 
 _BLOCK: Final = 65_536  # tokens, after which the masks below begin anew
 _UNIT: Final = 256  # tokens, so that torch's per-document balancer takes them at up to 128 ranks
@@ -127,15 +127,15 @@ MASKS: Final[dict[str, Callable[[int], Case]]] = {
     "prefix trees": lambda n: Case("prefix trees", n, prefix_trees(n)),
     "window of 1,024": lambda n: Case("window of 1,024", n, mf.sliding_window(_WINDOW - 1)),
 }
-LEAN: Final = ("13 causal documents", "16K question, 12 answers")  # of which the goals speak
-DRAWN: Final = ("causal", *LEAN, "prefix trees")
+LONG_MASKS: Final = ("causal", "causal_document", "share_question", *tuple(MASKS)[len(PAPER) :])
+DRAWN: Final = ("causal", *tuple(MASKS)[len(PAPER) : -1])
 
 
-def steps(case: Case, ranks: int) -> Iterator[tuple[str, Step, float]]:
+def steps(case: Case, ranks: int, links: Sequence[str]) -> Iterator[tuple[str, LayerStep, float]]:
     """Each contender's name, its step, and how long its shards took to find; those that take the sizes."""
     layout = case.layout
-    for name, links in PLANS.items():
-        yield (name, *planned(case, ranks, links))
+    for name in links:
+        yield (f"plan, {name}", *planned(case, ranks, KNOWN[name]))
     if LAYER.kv_heads % ranks == 0:
         shards = BALANCERS["contiguous"](layout, ranks)
         assert shards is not None, "it takes every size"
@@ -154,7 +154,7 @@ def steps(case: Case, ranks: int) -> Iterator[tuple[str, Step, float]]:
             yield "ring: zigzag", ring(needs, shards), seconds
 
 
-def planned(case: Case, ranks: int, links: Links) -> tuple[Step, float]:
+def planned(case: Case, ranks: int, links: Links) -> tuple[LayerStep, float]:
     """A plan's step, judged as everybody's, and how long it took, needs included."""
     start = time.perf_counter()
     plan = mf.parallel.plan(
@@ -170,7 +170,7 @@ def planned(case: Case, ranks: int, links: Links) -> tuple[Step, float]:
     return needed(case.judged(plan.shards), plan.shards, getattr(plan, "head_ranks", 1)), seconds
 
 
-def row(table: str, case: Case, ranks: int, name: str, step: Step, seconds: float) -> dict[str, Any]:
+def row(table: str, case: Case, ranks: int, name: str, step: LayerStep, seconds: float) -> dict[str, Any]:
     """A contender's figures: bytes are a rank's most, and all ranks' sum; milliseconds by link."""
     figures: dict[str, Any] = {"imbalance": step.imbalance}
     for title, one in (("forward", step.forward), ("backward", step.backward)):
@@ -183,17 +183,19 @@ def row(table: str, case: Case, ranks: int, name: str, step: Step, seconds: floa
 
 def grid(quick: bool, masks: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every mask at every size by every contender."""
-    for tokens, several in QUICK if quick else GRID:
-        for name in masks:
+    some = [name for name in masks if name in LONG_MASKS]
+    kinds = [(QUICK, masks, KNOWN)] if quick else [(WHOLE, masks, KNOWN), (LONG, some, ("infiniband",))]
+    for sizes, names, links in kinds:
+        for name, tokens in dict.fromkeys((name, tokens) for name in names for tokens, _ in sizes):
             case = MASKS[name](tokens)
-            for ranks in several:
-                for by, step, seconds in steps(case, ranks):
+            for ranks in (ranks for size, ranks in sizes if size == tokens):
+                for by, step, seconds in steps(case, ranks, tuple(links)):
                     yield row("grid", case, ranks, by, step, seconds)
 
 
 def frontier(quick: bool, masks: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Plans for slower and faster links: fewer bytes, or better balance."""
-    tokens, ranks = (8192, 4) if quick else FRONTIER
+    tokens, ranks = (8192, 4) if quick else SIZE
     for name in masks:
         case = MASKS[name](tokens)
         for bandwidth in BANDWIDTHS[:2] if quick else BANDWIDTHS:

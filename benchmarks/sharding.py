@@ -11,7 +11,6 @@ it gathered, and scatters gradients in the dtype of keys. What a group exchanged
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,8 +54,8 @@ LAYER: Final = Model(heads=32, kv_heads=8, head_dim=128, itemsize=2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pass:
-    """What ranks receive and send in one pass: (ranks,) bytes each, and messages that reach each rank."""
+class Moved:
+    """What travels: (ranks,) bytes that each receives and sends, and messages: of both ways the more."""
 
     received: Floats
     sent: Floats
@@ -64,7 +63,35 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Step:
+class Journey:
+    """A pass of a layer.
+
+    Attributes:
+        keys: what travels while ranks compute.
+        heads: what a group exchanges before and after, while they wait.
+    """
+
+    keys: Moved
+    heads: Moved
+
+    @property
+    def received(self) -> Floats:
+        """(ranks,) bytes."""
+        return self.keys.received + self.heads.received
+
+    @property
+    def sent(self) -> Floats:
+        """(ranks,) bytes."""
+        return self.keys.sent + self.heads.sent
+
+    @property
+    def messages(self) -> Floats:
+        """(ranks,) of both kinds."""
+        return self.keys.messages + self.heads.messages
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerStep:
     """A layer's forward and backward on some shards.
 
     Attributes:
@@ -74,8 +101,8 @@ class Step:
     """
 
     work: Floats
-    forward: Pass
-    backward: Pass
+    forward: Journey
+    backward: Journey
 
     @property
     def imbalance(self) -> float:
@@ -83,68 +110,70 @@ class Step:
         return float(self.work.max() / self.work.mean()) if self.work.any() else 1.0
 
     def seconds(self, links: Links, model: Model = LAYER) -> float:
-        """The slowest rank's forward, then the slowest rank's backward; ranks compute while they receive and send."""
-        return sum(
-            max(
-                max(links.compute(work, model.head_dim, backward=backward), links.transfer(received, sent, messages))
-                for work, received, sent, messages in zip(
-                    self.work.tolist(), one.received.tolist(), one.sent.tolist(), one.messages.tolist(), strict=True
-                )
-            )
-            for backward, one in ((False, self.forward), (True, self.backward))
-        )
+        """The slowest rank's forward, then the slowest rank's backward."""
+        total = 0.0
+        for backward, one in ((False, self.forward), (True, self.backward)):
+            compute = np.array([links.compute(x, model.head_dim, backward=backward) for x in self.work.tolist()])
+            total += float((np.maximum(compute, _took(one.keys, links)) + _took(one.heads, links)).max())
+        return total
 
 
-Sender = Callable[[Needs, Shards], Step]
+def _took(moved: Moved, links: Links) -> Floats:
+    each = zip(moved.received.tolist(), moved.sent.tolist(), moved.messages.tolist(), strict=True)
+    return np.array([links.transfer(*one) for one in each])
 
 
-def needed(needs: Needs, shards: Shards, head_ranks: int = 1, model: Model = LAYER) -> Step:
+def needed(needs: Needs, shards: Shards, head_ranks: int = 1, model: Model = LAYER) -> LayerStep:
     """What travels where ranks receive the keys that they need, exact to the token."""
     groups = [tuple(sorted(sum(shards[i : i + head_ranks], ()))) for i in range(0, len(shards), head_ranks)]
     routes = find_routes(needs, tuple(groups))
     tokens = routes.tokens().astype(np.float64)
     np.fill_diagonal(tokens, 0)
-    # By rank: what its group receives, a part of the heads of it.
-    came, went = (np.repeat(x, head_ranks) / head_ranks for x in (tokens.sum(0), tokens.sum(1)))
-    to, out = (np.repeat((tokens > 0).sum(axis), head_ranks).astype(np.float64) for axis in (0, 1))
-    own, other = _exchanged(shards, head_ranks)
-    q, kv = model.query / head_ranks, model.key / head_ranks
-    forward = Pass(
-        came * model.key + other * (q + kv) + own * q,
-        went * model.key + own * (q + kv) + other * q,
-        to + 2 * (head_ranks - 1),
+    # Each rank of a group receives what the group needs, for its own part of the heads.
+    come, go = (np.repeat(tokens.sum(axis), head_ranks) / head_ranks for axis in (0, 1))
+    sources, targets = (np.repeat((tokens > 0).sum(axis), head_ranks).astype(np.float64) for axis in (0, 1))
+    keys, gradients = (come * model.key, go * model.key), (go * model.gradient, come * model.gradient)
+    back = (keys[0] + gradients[0], keys[1] + gradients[1])
+    heads = _exchanged(shards, head_ranks, model)
+    return LayerStep(
+        np.repeat(routes.work / head_ranks, head_ranks),
+        Journey(Moved(*keys, np.maximum(sources, targets)), heads),
+        Journey(Moved(*back, sources + targets), Moved(heads.sent, heads.received, heads.messages)),
     )
-    backward = Pass(
-        came * model.key + went * model.gradient + other * q + own * (q + kv),
-        went * model.key + came * model.gradient + own * q + other * (q + kv),
-        to + out + 2 * (head_ranks - 1),
-    )
-    return Step(np.repeat(routes.work / head_ranks, head_ranks), forward, backward)
 
 
-def gathered(needs: Needs, shards: Shards, model: Model = LAYER) -> Step:
+def gathered(needs: Needs, shards: Shards, model: Model = LAYER) -> LayerStep:
     """What travels where every rank gathers all keys."""
     foreign, turns = _foreign(needs, shards)
-    forward = Pass(foreign * model.key, foreign * model.key, turns)
-    return Step(find_routes(needs, shards).work.astype(np.float64), forward, forward)
+    keys = Moved(foreign * model.key, foreign * model.key, turns)
+    one = Journey(keys, _exchanged(shards, 1, model))
+    return LayerStep(find_routes(needs, shards).work.astype(np.float64), one, one)
 
 
-def ring(needs: Needs, shards: Shards, model: Model = LAYER) -> Step:
+def ring(needs: Needs, shards: Shards, model: Model = LAYER) -> LayerStep:
     """What travels where keys go round, and backward their gradients with them."""
     foreign, turns = _foreign(needs, shards)
-    both = foreign * (model.key + model.gradient)
-    forward = Pass(foreign * model.key, foreign * model.key, turns)
-    return Step(find_routes(needs, shards).work.astype(np.float64), forward, Pass(both, both, 2 * turns))
+    keys, both, nothing = foreign * model.key, foreign * (model.key + model.gradient), _exchanged(shards, 1, model)
+    return LayerStep(
+        find_routes(needs, shards).work.astype(np.float64),
+        Journey(Moved(keys, keys, turns), nothing),
+        Journey(Moved(both, both, 2 * turns), nothing),
+    )
 
 
 def _foreign(needs: Needs, shards: Shards) -> tuple[Floats, Floats]:
     """For each rank, how many tokens it doesn't hold, and how many other ranks there are."""
-    held = np.array([sum(stop - start for start, stop in ranges) for ranges in shards], dtype=np.float64)
-    return needs.seq_len - held, np.full(len(shards), len(shards) - 1.0)
+    return needs.seq_len - _held(shards), np.full(len(shards), len(shards) - 1.0)
 
 
-def _exchanged(shards: Shards, head_ranks: int) -> tuple[Floats, Floats]:
-    """For each rank, tokens of its own times the other ranks of its group, and those that the others hold."""
-    held = np.array([sum(stop - start for start, stop in ranges) for ranges in shards], dtype=np.float64)
-    group = held.reshape(-1, head_ranks).sum(1).repeat(head_ranks)
-    return held * (head_ranks - 1), group - held
+def _exchanged(shards: Shards, head_ranks: int, model: Model) -> Moved:
+    """What each rank of a group exchanges forward: q, k and v before, out after; backward it is the other way round."""
+    held = _held(shards)
+    own, other = held * (head_ranks - 1), held.reshape(-1, head_ranks).sum(1).repeat(head_ranks) - held
+    row, key = model.query / head_ranks, model.key / head_ranks
+    messages = np.full(len(shards), 2.0 * (head_ranks - 1))
+    return Moved(other * (row + key) + own * row, own * (row + key) + other * row, messages)
+
+
+def _held(shards: Shards) -> Floats:
+    return np.array([sum(stop - start for start, stop in ranges) for ranges in shards], dtype=np.float64)
