@@ -81,13 +81,13 @@ class Case:
 
 
 def documents(tokens: int, seed: int = 0) -> tuple[int, ...]:
-    """13 lengths from 512 to 13,056 for each 65,536 tokens, multiples of 256, drawn until they fit; fewer for less."""
+    """13 lengths from 512 to 13,056 for each 65,536 tokens, multiples of 256, drawn until they fit; 3 at least."""
     draw, found = random.Random(seed), []
     count, least, most = _DOCUMENTS
     for block in range(0, tokens, _BLOCK):
-        room, parts = min(_BLOCK, tokens - block), max(1, count * min(_BLOCK, tokens - block) // _BLOCK)
+        room, parts = min(_BLOCK, tokens - block), max(3, count * min(_BLOCK, tokens - block) // _BLOCK)
         lengths: list[int] = []
-        while not lengths or min(lengths) < least or max(lengths) > max(most, room // parts):
+        while not lengths or min(lengths) < least or max(lengths) > most:
             cuts = sorted(draw.sample(range(1, room // _UNIT), parts - 1))
             lengths = [_UNIT * (b - a) for a, b in zip([0, *cuts], [*cuts, room // _UNIT], strict=True)]
         found += lengths
