@@ -15,7 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from benchmarks import decode, flashmask, flex, forms, gpu, million, overhead, runner, sass_model, scores, train_packed
+from benchmarks import (
+    decode,
+    flashmask,
+    flex,
+    forms,
+    gpu,
+    million,
+    overhead,
+    runner,
+    sass_model,
+    scores,
+    shard_tables,
+    train_packed,
+)
 from benchmarks.compiled import arch_name
 from benchmarks.runner import ROOT, Row, Spread
 from maskflash.backends.triton.tiles import ROWS
@@ -107,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the docs' tables from the stored results.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
     check = parser.parse_args(argv).check
-    results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS) | load_model(sass_model.RESULTS)
+    results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS)
+    results |= load_model(sass_model.RESULTS) | load_shards(shard_tables.RESULTS)
     stale = []
     for path in FILES:
         before = path.read_text(encoding="utf-8")
@@ -156,13 +170,27 @@ def load_gpus(folder: Path) -> Results:
     return results
 
 
-def load_model(path: Path) -> Results:
-    """What `benchmarks/sass_model.py` stored: kernels of known speed, then those of the table, as they are there."""
+def load_shards(path: Path) -> Results:
+    """What `benchmarks/parallel.py` stored, as it is there."""
+    stored = _plain(path)
+    return {"parallel": Result(stored["conditions"], stored["rows"])} if stored else {}
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """What a file has; nothing if there is none."""
     if not path.exists():
         return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if stored["conditions"]["quick"]:
         sys.exit(f"{path} comes from a --quick run, which predicts nothing; run it again without")
+    return stored
+
+
+def load_model(path: Path) -> Results:
+    """What `benchmarks/sass_model.py` stored: kernels of known speed, then those of the table, as they are there."""
+    stored = _plain(path)
+    if not stored:
+        return {}
     return {f"model {part}": Result(stored["conditions"], stored[part]) for part in ("validation", "rows")}
 
 
@@ -185,6 +213,8 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
             blocks[f"{question} {table}"] = partial(_table, question, table)
     blocks |= {f"flashmask {dtype}": partial(_twelve, dtype) for dtype in flashmask.DTYPES}
     blocks[gpu.QUESTION] = _gpus
+    blocks |= {f"parallel {name}": partial(_sharded, name) for name in shard_tables.TABLES}
+    blocks["parallel conditions"] = partial(_conditions, "parallel")
     blocks |= {"model validation": _known, "model tiles": _tiles, "model conditions": _model_conditions}
     return blocks
 
@@ -274,6 +304,12 @@ def _twelve(dtype: str, results: Results) -> str:
     """A line of medians for each of the FlashMask paper's masks."""
     rows = results["flashmask"].rows if "flashmask" in results else []
     columns, lines = flashmask.twelve(rows, dtype)
+    return _markdown(columns, lines or [[MISSING] * len(columns)])
+
+
+def _sharded(name: str, results: Results) -> str:
+    """A table of plans of shards beside others' layouts."""
+    columns, lines = shard_tables.TABLES[name][1](results["parallel"].rows if "parallel" in results else [])
     return _markdown(columns, lines or [[MISSING] * len(columns)])
 
 

@@ -1,8 +1,9 @@
 """The repository's pages -> the site's: pages from outside docs/, the notebook, links between them, and pictures.
 
 mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- picture: mask, 64, 64 -->` becomes a
-picture of what the sessions above it have made, and `<!-- listing: text -->` a listing of a text; both are what
-`picture(mask, 64, 64)` and `listing(text)` return in the sessions' own namespace.
+picture of what the sessions above it have made, `<!-- shards: plan, mask -->` one of a plan's ranks over a mask, and
+`<!-- listing: text -->` a listing of a text; they are what `picture(mask, 64, 64)`, `shards(plan, mask)` and
+`listing(text)` return in the sessions' own namespace. `<!-- chart: "frontier" -->` draws stored results.
 """
 
 import doctest
@@ -24,7 +25,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
-SHOWN = re.compile(r"^<!-- ((?:picture|listing): .*) -->$", re.MULTILINE)
+SHOWN = re.compile(r"^<!-- ((?:picture|shards|chart|listing): .*) -->$", re.MULTILINE)
 ROW = re.compile(r"^\|.*$", re.MULTILINE)
 CODE = re.compile(r"`[^`]*`")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
@@ -43,14 +44,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw what the page wants to show, and lead its links to where the site has their targets."""
 
-    def picture(*arguments: Any, **options: Any) -> str:
-        drawing, title = drawn(*arguments, **options)
+    def added(drawing: bytes, title: str) -> str:
         place = f"pictures/{Path(uri).stem}-{sum(file.src_uri.startswith('pictures/') for file in files)}.svg"
         files.append(File.generated(config, place, content=drawing))
         return f"![{title}]({relpath(place, Path(uri).parent)}){{ loading=lazy }}"
 
     uri = page.file.src_uri
-    shown = shown_in(markdown, uri, {"picture": picture, "listing": listing})
+    makers = {
+        "picture": lambda *arguments, **options: added(*drawn(*arguments, **options)),
+        "shards": lambda *arguments, **options: added(*sharded(*arguments, **options)),
+        "chart": lambda name: added(*charted(name)),
+        "listing": listing,
+    }
+    shown = shown_in(markdown, uri, makers)
     markdown = SHOWN.sub(lambda _: next(shown), markdown)
     # In a table a git host wants | escaped inside of code, too; here the backslash would show.
     markdown = ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
@@ -116,7 +122,6 @@ def drawn(
     mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, form: Any = None, **options: Any
 ) -> tuple[bytes, str]:
     """A mask's pairs beside its tiles or another engine's form, or its heads' pairs side by side, as SVG; a title."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     import maskflash as mf
@@ -141,10 +146,33 @@ def drawn(
         else:
             visualize.draw_mask(mask, q_len, kv_len, ax=axes[1], legend=False, **options)
             visualize.draw_row_intervals(form, ax=axes[1]).set_title("row intervals")
+    return as_svg(figure), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
+
+
+def sharded(plan: Any, mask: Any, **options: Any) -> tuple[bytes, str]:
+    """A plan's ranks over a mask, as SVG; a title."""
+    from maskflash import visualize
+
+    figure = visualize.draw_shards(plan, mask, **options)
+    return as_svg(figure), f"{mask.name}, {plan.seq_len} tokens on {plan.world_size} ranks"
+
+
+def charted(name: str) -> tuple[bytes, str]:
+    """A chart of stored results, as SVG; a title."""
+    from benchmarks import shard_tables
+
+    draw, title = {"frontier": (shard_tables.stored_frontier, "balance over bytes of plans and balancers")}[name]
+    return as_svg(draw()), title
+
+
+def as_svg(figure: Any) -> bytes:
+    """A figure as a file: the same picture, the same bytes."""
+    import matplotlib as mpl
+
     file = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "maskflash"}):  # the same picture, the same bytes
+    with mpl.rc_context({"svg.hashsalt": "maskflash"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue(), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
+    return file.getvalue()
 
 
 def listing(text: str) -> str:

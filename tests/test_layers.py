@@ -116,7 +116,7 @@ ORDER = {
     ],
     "flashmask": ["paper", "call"],
     "integrations": ["closures", "layers", "transformers"],
-    "visualize": ["cells", "notebook", "style", "vectors", "forms", "figures", "deciders", "marks", "page"],
+    "visualize": ["cells", "notebook", "style", "vectors", "forms", "shards", "figures", "deciders", "marks", "page"],
     "cli": [
         "parser",
         "traffic",

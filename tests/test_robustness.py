@@ -432,6 +432,11 @@ CALLS = {
         **dict.fromkeys(("q_len", "kv_len"), (4, SIZES)),
     },
     mf.visualize.draw_row_intervals: {"intervals": (CAUSAL.to_row_intervals(4, 4), set()), **DRAWN},
+    mf.visualize.draw_shards: {
+        "plan": (mf.parallel.plan(CAUSAL, 4, 2), set()),
+        "mask": (CAUSAL, set()),
+        **{name: x for name, x in DRAWN.items() if name in ("batch_row", "head")},
+    },
     mf.visualize.side_by_side: {"panels": ({"a": CAUSAL}, set()), "q_len": (4, SIZES), "kv_len": (4, SIZES)},
     mf.visualize.explorer: {
         "shown": (CAUSAL, set()),

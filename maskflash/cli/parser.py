@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Final
 
 import maskflash
+from maskflash.errors import MaskflashError
+from maskflash.parallel.links import KNOWN, Links
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -62,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     _show(commands)
     _explain(commands)
     _export(commands)
+    _shard(commands)
     _bench(commands)
     _warm(commands)
     _demo(commands)
@@ -144,6 +147,42 @@ def _export(commands: Commands[argparse.ArgumentParser]) -> None:
     export.add_argument("--to", required=True, choices=FORMS, metavar="FORM", help="whose form; see above")
 
 
+def _shard(commands: Commands[argparse.ArgumentParser]) -> None:
+    shard = _about(
+        commands,
+        "shard",
+        "plan which tokens each of several ranks holds",
+        "Plan context parallel attention: which tokens each rank holds, what it computes, receives and sends, and how "
+        "long a training step's attention takes by a model of the links. Several masks are those of a model's layers, "
+        "which share one plan. Nothing runs, and no process group is needed.",
+        'maskflash shard "causal & document([4096] * 16)" --world 8 --heads 32 --kv-heads 8',
+        "maskflash shard causal --world 64 --tokens 1048576 --links infiniband --png plan.png",
+        'maskflash shard causal "sliding_window(4096)" --layers 8 --layers 24 --world 16 --tokens 65536',
+        "maskflash shard causal --world 4 --tokens 32768 --links 6.1e14,2.2e10,8e-6 --json",
+        nargs="+",
+    )
+    shard.add_argument("--world", type=_count, required=True, metavar="N", help="ranks")
+    shard.add_argument(
+        "--tokens", type=_count, metavar="N", help="of the sequence (default: the longest mask's own, else 4,096)"
+    )
+    shard.add_argument(
+        "--layers", type=_count, action="append", metavar="N", help="with each mask, in order; repeat it"
+    )
+    _of_sizes(shard)
+    shard.add_argument("--kv-heads", type=_count, metavar="N", help="heads of k and v (default: as many as queries')")
+    shard.add_argument("--head-dim", type=_count, default=128, metavar="N", help="of q, k, v (default: %(default)s)")
+    shard.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of q, k and v (default: %(default)s)")
+    shard.add_argument("--chunk", type=_count, metavar="N", help="ranks hold multiples of as many tokens")
+    shard.add_argument(
+        "--links",
+        type=_links,
+        metavar="LINKS",
+        help=f"{', '.join(KNOWN)}, or what you measured: FLOPS,BANDWIDTH[,LATENCY] in operations and bytes per second, "
+        "and seconds (default: nvlink)",
+    )
+    shard.add_argument("--png", metavar="FILE", help="also draw ranks over the first mask with matplotlib")
+
+
 def _bench(commands: Commands[argparse.ArgumentParser]) -> None:
     bench = _of_mask(
         commands,
@@ -222,6 +261,27 @@ def _of_mask(
     nargs: str | None = None,
 ) -> argparse.ArgumentParser:
     """A command about a mask at some lengths."""
+    made = _about(commands, name, summary, description, *examples, nargs=nargs)
+    made.add_argument(
+        "--q-len", type=_count, metavar="N", help="queries in tokens (default: the mask's own, else 4,096)"
+    )
+    made.add_argument("--kv-len", type=_count, metavar="N", help="keys in tokens (default: as many as queries)")
+    _of_sizes(made)
+    made.add_argument(
+        "--block-size", type=_block_size, metavar="N[xM]", help="tokens of a tile, by queries and keys (default: 128)"
+    )
+    return made
+
+
+def _about(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    description: str,
+    *examples: str,
+    nargs: str | None = None,
+) -> argparse.ArgumentParser:
+    """A command about a mask."""
     listed = "\n".join(f"  {example}" for example in examples)
     made = commands.add_parser(
         name,
@@ -231,17 +291,14 @@ def _of_mask(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("mask", metavar="MASK", nargs=nargs, help="an expression of presets, or file.py:function")
-    made.add_argument(
-        "--q-len", type=_count, metavar="N", help="queries in tokens (default: the mask's own, else 4,096)"
-    )
-    made.add_argument("--kv-len", type=_count, metavar="N", help="keys in tokens (default: as many as queries)")
-    made.add_argument("--batch", type=_count, default=1, metavar="N", help="batch rows (default: %(default)s)")
-    made.add_argument("--heads", type=_count, default=1, metavar="N", help="query heads (default: %(default)s)")
-    made.add_argument(
-        "--block-size", type=_block_size, metavar="N[xM]", help="tokens of a tile, by queries and keys (default: 128)"
-    )
     made.add_argument("--json", action="store_true", help="print JSON")
     return made
+
+
+def _of_sizes(command: argparse.ArgumentParser) -> None:
+    """How many batch rows and heads a call has."""
+    command.add_argument("--batch", type=_count, default=1, metavar="N", help="batch rows (default: %(default)s)")
+    command.add_argument("--heads", type=_count, default=1, metavar="N", help="query heads (default: %(default)s)")
 
 
 def _of_call(command: argparse.ArgumentParser) -> None:
@@ -266,3 +323,15 @@ def _block_size(text: str) -> tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"expected N or NxM, got {text!r}")
     return sides[0], sides[-1]
+
+
+def _links(text: str) -> Links:
+    if text in KNOWN:
+        return KNOWN[text]
+    try:
+        return Links(*map(float, text.split(",")))
+    except (TypeError, ValueError) as error:
+        reason = f": {error}" if isinstance(error, MaskflashError) else ""
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(KNOWN)} or FLOPS,BANDWIDTH[,LATENCY], got {text!r}{reason}"
+        ) from None

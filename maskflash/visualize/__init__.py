@@ -8,9 +8,19 @@ none.
 from maskflash.visualize.figures import draw_mask, draw_tiles, side_by_side
 from maskflash.visualize.forms import draw_row_intervals, draw_slices
 from maskflash.visualize.page import explorer
+from maskflash.visualize.shards import draw_shards
 from maskflash.visualize.vectors import draw_intervals
 
-__all__ = ["draw_intervals", "draw_mask", "draw_row_intervals", "draw_slices", "draw_tiles", "explorer", "side_by_side"]
+__all__ = [
+    "draw_intervals",
+    "draw_mask",
+    "draw_row_intervals",
+    "draw_shards",
+    "draw_slices",
+    "draw_tiles",
+    "explorer",
+    "side_by_side",
+]
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
@@ -38,8 +39,12 @@ def axes(ax: Axes | None) -> Axes:
     return ax
 
 
-def figure(panels: int) -> Figure:
-    """A figure with square panels side by side; no window belongs to it, and nothing has to be closed.
+def figure(panels: int, widths: Sequence[float] | None = None) -> Figure:
+    """A figure with panels side by side; no window belongs to it, and nothing has to be closed.
+
+    Args:
+        panels: how many.
+        widths: of each, as parts of a square one; None makes all square.
 
     Raises:
         BackendError: matplotlib is not installed.
@@ -50,9 +55,9 @@ def figure(panels: int) -> Figure:
         raise BackendError(
             "visualize: pictures need matplotlib, which is not installed here; pip install 'maskflash[plot]'"
         ) from None
-    made = Figure(figsize=(5.2 * panels, 5.4), dpi=160, layout="constrained")
-    for _ in range(panels):
-        made.add_subplot(1, panels, len(made.axes) + 1)
+    widths = [1.0] * panels if widths is None else widths
+    made = Figure(figsize=(5.2 * sum(widths), 5.4), dpi=160, layout="constrained")
+    made.subplots(1, panels, width_ratios=widths)
     return made
 
 
