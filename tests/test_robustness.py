@@ -453,7 +453,7 @@ CALLS = {
     },
     PLAN.tokens: {"rank": (0, {"0", "1"})},
     PLAN.positions: {"rank": (0, {"0", "1"}), "device": ("cpu", set())},
-    PLAN.shard: {"x": (X, set()), "rank": (0, {"0", "1"}), "dim": (2, set())},
+    PLAN.shard: {"x": (X, set()), "rank": (0, {"0", "1"}), "dim": (2, {"numpy int"})},
     PLAN.unshard: {"parts": ([X[:, :, :2], X[:, :, 2:]], set()), "dim": (2, {"1", "numpy int"})},
     mf.parallel.ShardPlan.from_dict: {"data": (PLAN.to_dict(), set())},
     mf.merge: {"outs": ((X, X), set()), "lses": ((X[..., 0], X[..., 0]), set())},
