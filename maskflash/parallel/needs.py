@@ -88,7 +88,7 @@ def find_needs(problem: Problem, tile: int) -> Needs:
         area = np.add.reduceat(area, np.arange(0, len(area), tile))
     line, start, stop = found.needed
     gap = 1
-    while len(line) > _MOST_RANGES:
+    while len(line) > _most(lines):
         gap *= 2
         line, start, stop = closed((line, start, stop), gap)
     offsets = np.concatenate(([0], np.bincount(line, minlength=lines).cumsum()))
@@ -154,7 +154,7 @@ def _of_distances(start: IntArray, stop: IntArray, length: int, tile: int) -> tu
             _, near, far = closed((np.zeros_like(start), start, stop), gap)
             low = np.clip((near - rows) // tile + 1, first, last)
             count = np.clip(-(-(length + far - 1) // tile), low, last) - low
-            if count.sum() <= _MOST_RANGES:
+            if count.sum() <= _most(whole + 1):
                 line, which = spread(low, count), np.repeat(np.arange(len(low)), count)
                 begin, end = line * tile - far[which] + 1, line * tile + rows - near[which]
                 parts.append((line, np.maximum(begin, 0), np.minimum(end, length)))
@@ -177,7 +177,7 @@ def _by_columns(facts: Facts) -> _Told | None:
     width = 1
     while True:
         first, count = _differences(*seen_by, problem.shape[2])
-        if count.sum() <= 2 * _MOST_RANGES:
+        if count.sum() <= 2 * _most(problem.shape[2]):
             break
         width *= 2  # columns are taken together, before their lines are listed
         seen_by = union(seen_by[0] // 2, *seen_by[1:])
@@ -231,6 +231,11 @@ def _bits(problem: Problem, tiles: Tensor) -> BoolArray:
     visible = problem.visible(b, h, q.clamp(max=last), kv.clamp(max=last))
     bits: BoolArray = (visible & (q <= last) & (kv <= last)).numpy()
     return bits
+
+
+def _most(lines: int) -> int:
+    """How many ranges lines may have together: at least one each."""
+    return max(_MOST_RANGES, lines)
 
 
 def _joined(parts: list[Ranges]) -> Ranges:

@@ -109,6 +109,8 @@ def test_every_way_that_applies_finds_the_same(name, way):
 def test_keys_are_taken_together_where_ranges_would_be_too_many(name, monkeypatch):
     mask = MASKS[name]
     whole = find_needs(mask.at(64, 64, **SIZES).problem, 3)
+    monkeypatch.setattr(module, "_MOST_RANGES", 1)  # each line may have one, all the same
+    assert (decoded(find_needs(mask.at(64, 64, **SIZES).problem, 1)).sum(1) >= 1).all()
     monkeypatch.setattr(module, "_MOST_RANGES", 30)
     found = find_needs(mask.at(64, 64, **SIZES).problem, 3)
     assert not found.exact and len(found.start) <= 30 < len(whole.start)
