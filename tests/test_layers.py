@@ -111,7 +111,7 @@ ORDER = {
     ],
     "parallel": [
         *("links", "distance", "ranges", "needs", "routes", "price", "candidates", "swaps", "search"),
-        *("plan", "report", "planning"),
+        *("shard_plan", "report", "planning"),
         *("peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
     ],
     "flashmask": ["paper", "call"],
@@ -143,7 +143,7 @@ LATE = {  # what methods of masks return, how expressions and plans are shown, a
     *((f"masks/{path}.py", f"forms/{name}") for path in ("sight", "exports") for name in ORDER["forms"]),
     ("masks/exports.py", "masks/columns"),
     ("expr/nodes.py", "expr/format"),
-    ("parallel/plan.py", "parallel/report"),
+    ("parallel/shard_plan.py", "parallel/report"),
     ("presets/__init__.py", "flashmask/paper"),
     *(
         (f"{path}.py", "visualize/notebook")  # what notebooks show

@@ -36,8 +36,8 @@ from maskflash.parallel.exchange import find_stages
 from maskflash.parallel.heads import HeadExchange
 from maskflash.parallel.needs import find_needs
 from maskflash.parallel.peers import Ranks, find_ranks
-from maskflash.parallel.plan import ShardPlan
 from maskflash.parallel.routes import find_routes
+from maskflash.parallel.shard_plan import ShardPlan
 from maskflash.scores.score import ScoreLike
 
 _OPERATION: Final = "parallel attention"

@@ -16,9 +16,9 @@ from maskflash.masks.predicate import mask as as_mask
 from maskflash.parallel import search
 from maskflash.parallel.links import Links
 from maskflash.parallel.needs import Needs, find_needs
-from maskflash.parallel.plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 from maskflash.parallel.price import LayerPrice, Load, Pass, price
 from maskflash.parallel.routes import Shards, checked
+from maskflash.parallel.shard_plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 
 _OPERATION: Final = "parallel.plan"
 _TILE: Final = 128
@@ -84,8 +84,8 @@ def plan(
 
     Example:
         >>> import maskflash as mf
-        >>> plan = mf.parallel.plan(mf.causal(), 1024, 2, heads=8, kv_heads=2)
-        >>> plan.imbalance < 1.01
+        >>> plan = mf.parallel.plan(mf.causal(), 65536, 2, heads=32, kv_heads=8)
+        >>> plan.imbalance < 1.02
         True
         >>> both = [(mf.sliding_window(127), 5), mf.causal()]  # five layers of windows for one that sees all
         >>> [layer.count for layer in mf.parallel.plan(both, 1024, 2).layers]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from maskflash.ground.units import in_bytes, in_seconds
 
 if TYPE_CHECKING:
-    from maskflash.parallel.plan import ShardPlan
+    from maskflash.parallel.shard_plan import ShardPlan
 
 _RANKS: Final = 64  # that are listed
 _OF_RANKS: Final = (

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.ground import arguments
 from maskflash.masks.mask import Mask
-from maskflash.parallel.plan import ShardPlan
+from maskflash.parallel.shard_plan import ShardPlan
 from maskflash.visualize.cells import cells
 from maskflash.visualize.style import COLOURS, figure, frame
 
