@@ -42,10 +42,11 @@ def plan(
 ) -> ShardPlan:
     """Plan which tokens each of several ranks holds, so that attention under a mask is soon done.
 
-    Rows are computed where their tokens are; keys that a rank needs and doesn't hold travel. The plan is the one of the
-    candidates, each improved by local search, that the cost model predicts to be done first: the time of forward and
-    backward on the slowest rank, all layers together. No process group is needed, and no tensor: every process that
-    makes the same call gets the same plan.
+    Rows are computed where their tokens are; keys that a rank needs and doesn't hold travel. The plan is one of the
+    candidates, the best of which local search improves. The cost model predicts the time of forward and backward on the
+    slowest rank, all layers together. Of those that take at most 2 % longer than perfectly shared work (or, where none
+    does, than the fastest), the plan has the least product of seconds and bytes. No process group is needed, and no
+    tensor: every process that makes the same call gets the same plan.
 
         contiguous     balanced windows stay as they are: hardly any key travels
         zigzag         rank r of W has the r-th and the (2W - 1 - r)-th of 2W parts: balanced under a causal mask
