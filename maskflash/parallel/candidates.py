@@ -84,7 +84,7 @@ def affinity(area: IntArray, sees: Any, ranks: int, grain: int) -> IntArray:
         ranks: how many.
         grain: units of a chunk.
     """
-    share = area.sum() / ranks
+    share = max(area.sum() / ranks, 1)
     has = np.zeros((ranks, *sees.shape[1:]), dtype=np.bool_)
 
     def pick(units: IntArray, work: Any) -> int:
@@ -150,8 +150,9 @@ def divide(owner: IntArray, head_ranks: int) -> IntArray:
 
 def find_area(layers: Sequence[tuple[Needs, int]], unit: int) -> IntArray:
     """(units,) int64: visible pairs of a unit's rows, in as many layers as there are of each kind."""
-    area = np.sum([needs.area * count for needs, count in layers], axis=0)
-    return np.add.reduceat(area, np.arange(0, len(area), unit))
+    area: IntArray = np.sum([needs.area * count for needs, count in layers], axis=0)
+    found: IntArray = np.add.reduceat(area, np.arange(0, len(area), unit))
+    return found
 
 
 def find_sees(layers: Sequence[Needs], rows: int, columns: int) -> Any:
@@ -161,8 +162,8 @@ def find_sees(layers: Sequence[Needs], rows: int, columns: int) -> Any:
     for place, needs in enumerate(layers):
         chunk = np.repeat(np.arange(lines), np.diff(needs.offsets)) // rows
         wide = needs.tile * columns
-        np.add.at(changes, (chunk, place, needs.start // wide), 1)
-        np.add.at(changes, (chunk, place, (needs.stop - 1) // wide + 1), -1)
+        np.add.at(changes[:, place], (chunk, needs.start // wide), 1)
+        np.add.at(changes[:, place], (chunk, (needs.stop - 1) // wide + 1), -1)
     return changes.cumsum(2, dtype=np.int32)[..., :-1] > 0
 
 
@@ -184,10 +185,12 @@ def find_cuts(layers: Sequence[Needs], unit: int) -> IntArray:
     before = np.maximum.accumulate(high)[:-1]
     after = np.minimum.accumulate(low[::-1])[::-1][1:]
     clean = (before <= begin * tokens) & (after >= begin * tokens)
-    # A unit that rows of two documents share goes with the second one.
-    behind = np.append(after[1:], layers[0].seq_len)
+    # A unit with rows of two documents goes with the second: those before it and those after it see apart.
+    behind = np.append(after[1:], 0)
     mixed = (before <= np.minimum(behind, (begin + 1) * tokens)) & (behind >= begin * tokens)
-    return begin[clean | mixed]
+    mixed &= ~(clean | np.append(clean[1:], True))
+    found: IntArray = begin[clean | mixed]
+    return found
 
 
 def as_shards(owner: IntArray, ranks: int, tokens: int, seq_len: int) -> Shards:

@@ -16,9 +16,9 @@ from maskflash.masks.predicate import mask as as_mask
 from maskflash.parallel import search
 from maskflash.parallel.links import Links
 from maskflash.parallel.needs import Needs, find_needs
+from maskflash.parallel.plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 from maskflash.parallel.price import LayerPrice, Load, Pass, price
 from maskflash.parallel.routes import Shards, checked
-from maskflash.parallel.shard_plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 
 _OPERATION: Final = "parallel.plan"
 _TILE: Final = 128
@@ -42,16 +42,16 @@ def plan(
 ) -> ShardPlan:
     """Plan which tokens each of several ranks holds, so that attention under a mask is soon done.
 
-    Rows are computed where their tokens are; keys that a rank needs and doesn't hold travel. Candidates are priced, and
-    the best are improved by local search. The plan is the one that the cost model predicts to be done first, forward
-    and backward, on its slowest rank; or nearly first, with fewer bytes. No process group is needed, and no tensor of
-    tokens: every process that makes the same call gets the same plan.
+    Rows are computed where their tokens are; keys that a rank needs and doesn't hold travel. The plan is one of the
+    candidates, the best of which local search improves. The cost model predicts the time of forward and backward on the
+    slowest rank, all layers together. Of those that take at most 2 % longer than perfectly shared work (or, where none
+    does, than the fastest), the plan has the least product of seconds and bytes. No process group is needed, and no
+    tensor: every process that makes the same call gets the same plan.
 
         contiguous     balanced windows stay as they are: hardly any key travels
         zigzag         rank r of W has the r-th and the (2W - 1 - r)-th of 2W parts: balanced under a causal mask
         documents      whole documents, where they fit
         heap           chunks, the largest work first, each to the rank with the least
-        affinity       likewise, to the rank that lacks the fewest keys, while balance allows
 
     Args:
         mask: a mask or a predicate; or a sequence of the masks of a model's layers, each alone or as (mask, layers).
@@ -71,8 +71,8 @@ def plan(
         **args: the masks' own arguments; each goes to the masks that take it.
 
     Returns:
-        The plan. A rank holds at most ceil(seq_len / world_size) tokens, rounded up to a multiple of `chunk`, or of
-        128 where that is None. Short sequences leave ranks without tokens.
+        The plan. A rank holds at most ceil(seq_len / world_size) tokens, rounded up to a whole tile, which is 128
+        tokens, or `chunk` where it is no multiple of 128. Short sequences leave ranks without tokens.
 
     Raises:
         ArgumentError: a number out of range, or arguments that don't fit together.
@@ -80,12 +80,12 @@ def plan(
         MaskTraceError: a predicate does something that can't become an expression.
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
 
-    Source: the candidates are the field's; `maskflash/parallel/candidates.py` names whose.
+    Source: candidates and cost model are those of maskflash.parallel.candidates and .links.
 
     Example:
         >>> import maskflash as mf
-        >>> plan = mf.parallel.plan(mf.causal(), 65536, 2, heads=32, kv_heads=8)
-        >>> plan.imbalance < 1.02
+        >>> plan = mf.parallel.plan(mf.causal(), 1024, 2, heads=8, kv_heads=2)
+        >>> plan.imbalance < 1.01
         True
         >>> both = [(mf.sliding_window(127), 5), mf.causal()]  # five layers of windows for one that sees all
         >>> [layer.count for layer in mf.parallel.plan(both, 1024, 2).layers]

@@ -136,7 +136,8 @@ def _price(
         ways = (come * key + backward * go * gradient, go * key + backward * come * gradient)
         messages = sources + targets if backward else np.maximum(sources, targets)
         took = np.maximum(links.compute(work, load.head_dim, backward=backward), _transfer(links, *ways, messages))
-        swapped = _exchanged(tokens, head_ranks, load)[:: -1 if backward else 1]
+        comes, goes = _exchanged(tokens, head_ranks, load)
+        swapped = (goes, comes) if backward else (comes, goes)
         calls = np.full_like(messages, 2 * (head_ranks - 1))
         took = took + _transfer(links, *swapped, calls)
         passes.append(Pass(ways[0] + swapped[0], ways[1] + swapped[1], messages + calls, took))
@@ -175,12 +176,12 @@ def seconds(layers: list[LayerPrice]) -> float:
 
 def imbalance(layers: list[LayerPrice]) -> float:
     """The largest work of a rank over the mean, all layers together; 1 where there is none."""
-    work = sum(x.count * x.work for x in layers)
+    work = np.sum([x.count * x.work for x in layers], axis=0)
     return float(work.max() / work.mean()) if work.any() else 1.0
 
 
 def moved(layers: list[LayerPrice]) -> tuple[int, int]:
     """Bytes of a training step: the most that a rank receives or sends, and the sum that all receive."""
-    received = sum(x.count * (x.forward.received + x.backward.received) for x in layers)
-    sent = sum(x.count * (x.forward.sent + x.backward.sent) for x in layers)
+    received = np.sum([x.count * (x.forward.received + x.backward.received) for x in layers], axis=0)
+    sent = np.sum([x.count * (x.forward.sent + x.backward.sent) for x in layers], axis=0)
     return int(np.maximum(received, sent).max()), int(received.sum())

@@ -168,7 +168,9 @@ class _Search:
             aligned = [name for name in owners if _is_aligned(owners[name], grain)]
             few = -(-len(self.area) // grain) <= _FEW
             aligned.sort(key=lambda name: self.preference(now[name]))
-            chunks = self.chunks(grain, groups) if aligned else None
+            if not aligned:
+                continue
+            chunks = self.chunks(grain, groups)
             for name in aligned[: _MANY if few else _KEPT]:
                 swaps = Swaps(chunks, owners[name][::grain])
                 swaps.improve(self.aim(swaps, head_ranks))

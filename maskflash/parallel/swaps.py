@@ -27,11 +27,12 @@ LIMIT: Final = (
     1.019  # of a rank's even share: 2 % are borne for fewer bytes, and search counts less exactly than prices
 )
 _OVER: Final = 300  # what a rank's even share beyond the limit costs, beside the bytes of the rank that moves most: 1
-_TRIES: Final = 64  # swaps of a pass that are counted exactly
+_TRIES: Final = 48  # swaps of a pass that are counted exactly
 _ROWS: Final = 512  # chunks of the ranks of a pass
-_PASSES: Final = 40
-_PRODUCTS: Final = 2e10  # multiplications of all passes
-_LEAST: Final = 1e-9  # gain: below it sums in another order would differ as much
+_PASSES: Final = (4, 30)  # at least and at most
+_PRODUCTS: Final = 4e9  # multiplications of all passes, between these
+_LEAST: Final = 1e-9  # gain of a swap: below it sums in another order would differ as much
+_IDLE: Final = 1e-3  # of the cost: a pass that gains less has found nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Aim:
         """Of one rank, or of each."""
         busy = np.maximum(work / self.work, np.maximum(received, sent) / self.keys)
         come, go = received / self.most, sent / self.most
-        return _OVER * np.maximum(busy - LIMIT, 0) + (come + go) / 2 + come**4 + go**4
+        return _OVER * np.maximum(busy - LIMIT, 0) + (come + go) / 2 + (come * come) ** 2 + (go * go) ** 2
 
 
 class Chunks:
@@ -122,8 +123,10 @@ class Swaps:
         size = min(max(_ROWS // slots, 2), ranks)
         products = (size * slots) ** 2 * len(self.chunks.home)
         idle = 0
-        for _ in range(int(min(max(_PRODUCTS // products, 4), _PASSES))):
-            idle = 0 if self._pass(self._some_ranks(aim, size), aim) else idle + size
+        cost = self.costs(aim).sum()
+        for _ in range(int(np.clip(_PRODUCTS // products, *_PASSES))):
+            before, cost = cost, self._pass(self._some_ranks(aim, size), aim, cost)
+            idle = 0 if before - cost > _IDLE * before else idle + size
             if idle >= ranks:
                 return
 
@@ -134,8 +137,8 @@ class Swaps:
         self.turn += size - size // 2
         return np.concatenate((dear, np.roll(others, -self.turn)[: size - size // 2]))
 
-    def _pass(self, ranks: IntArray, aim: Aim) -> bool:
-        """Do the best of all swaps between ranks; whether any gained."""
+    def _pass(self, ranks: IntArray, aim: Aim, cost: float) -> float:
+        """Do the best of all swaps between ranks; what all shares cost then."""
         members = self.members[ranks].ravel()
         gains = self.estimate(ranks, aim)
         top = np.argpartition(gains, min(4 * _TRIES, gains.size - 1), axis=None)[: 4 * _TRIES]
@@ -143,13 +146,18 @@ class Swaps:
         swapped: set[int] = set()
         tries = 0
         for place in top[gains.ravel()[top] < -_LEAST]:
-            one, other = members[place // len(members)], members[place % len(members)]
+            one, other = int(members[place // len(members)]), int(members[place % len(members)])
             if tries == _TRIES:
                 break
             if not swapped & {one, other}:
                 tries += 1
-                swapped |= {one, other} if self._swap(one, other, aim) else set()
-        return bool(swapped)
+                needs, count = self.swapped(one, other)
+                now = float(aim.cost(*count[3:]).sum())
+                if now < cost - _LEAST:
+                    self._swap(one, other, needs, count)
+                    swapped |= {one, other}
+                    cost = now
+        return cost
 
     def estimate(self, ranks: IntArray, aim: Aim) -> Any:
         """(chunks, chunks) float64: what a swap of two chunks of `ranks` costs more; infinite inside one rank."""
@@ -172,23 +180,18 @@ class Swaps:
         # [i, j]: the rank of i, once j has taken its place.
         received = (count.received[ranks][at] + leaves)[:, None] + brings[:, at].T + both.T
         work = (count.work[ranks][at] - chunks.area[members])[:, None] + chunks.area[members]
-        cost = aim.cost(work, received, count.sent[ranks][at][:, None]) - self.costs(aim)[ranks][at][:, None]
-        gains = cost + cost.T
+        now = aim.cost(work, received, count.sent[ranks][at][:, None]) - self.costs(aim)[ranks][at][:, None]
+        gains = now + now.T
         gains[at[:, None] >= at] = np.inf
         return gains
 
-    def _swap(self, one: int, other: int, aim: Aim) -> bool:
-        """Swap two chunks if that gains."""
-        needs, count = self.swapped(one, other)
-        if aim.cost(*count[3:]).sum() > self.costs(aim).sum() - _LEAST:
-            return False
+    def _swap(self, one: int, other: int, needs: IntArray, count: Count) -> None:
         ranks = self.owner[[one, other]]
         self.members[ranks[0]][self.members[ranks[0]] == one] = other
         self.members[ranks[1]][self.members[ranks[1]] == other] = one
         self.owner[[other, one]] = ranks
         self.needs[ranks] = needs
         self.count = count
-        return True
 
     def swapped(self, one: int, other: int) -> tuple[IntArray, Count]:
         """What the ranks of two chunks need of each column, and what all ranks move, once they have swapped them."""

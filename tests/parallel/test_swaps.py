@@ -1,0 +1,90 @@
+"""Swaps: what they leave is counted as if from the start, they never cost more, and ranks keep as many chunks."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskflash.parallel.swaps import Aim, Chunks, Swaps
+
+
+@st.composite
+def deals(draw):
+    """Random needs, and a deal of the chunks; some ranks have room left."""
+    ranks, room, wide = draw(st.integers(2, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    count = draw(st.integers(1, ranks * room))
+    random = np.random.default_rng(draw(st.integers(0, 1000)))
+    home = np.repeat(np.arange(count), wide)
+    sees = random.random((count, len(home))) < draw(st.sampled_from([0.05, 0.3, 0.7]))
+    chunks = Chunks(sees, random.integers(1, 9, len(home)) * 1.0, home, random.integers(0, 99, count) * 1.0, ranks)
+    owner = random.permutation(np.repeat(np.arange(ranks), chunks.slots))[:count]
+    return chunks, sees, owner
+
+
+def counted(chunks, sees, owner):
+    """Work, keys received and keys sent of each rank, key by key."""
+    work, received, sent = (np.zeros(chunks.ranks) for _ in range(3))
+    for chunk, rank in enumerate(owner):
+        work[rank] += chunks.area[chunk]
+    for column, home in enumerate(chunks.home):
+        for rank in range(chunks.ranks):
+            if rank != owner[home] and sees[owner == rank, column].any():
+                received[rank] += chunks.width[column]
+                sent[owner[home]] += chunks.width[column]
+    return work, received, sent
+
+
+@given(deals())
+def test_a_deal_is_counted(deal):
+    chunks, sees, owner = deal
+    for got, expected in zip(Swaps(chunks, owner).count[3:], counted(chunks, sees, owner), strict=True):
+        np.testing.assert_allclose(got, expected)
+
+
+@given(deals(), st.data())
+def test_a_swap_is_counted_as_a_new_deal(deal, data):
+    chunks, sees, owner = deal
+    swaps = Swaps(chunks, owner)
+    one, other = (data.draw(st.integers(0, len(swaps.owner) - 1)) for _ in range(2))
+    if swaps.owner[one] == swaps.owner[other]:
+        return
+    _, count = swaps.swapped(one, other)
+    after = swaps.owner.copy()
+    after[[one, other]] = after[[other, one]]
+    for got, expected in zip(count[3:], counted(chunks, sees, after[: len(owner)]), strict=True):
+        np.testing.assert_allclose(got, expected)
+
+
+@settings(max_examples=150)
+@given(deals(), st.sampled_from([1.0, 20.0, 1e9]))
+def test_swaps_never_cost_more(deal, keys):
+    chunks, sees, owner = deal
+    swaps = Swaps(chunks, owner)
+    aim = Aim(max(swaps.count.work.mean(), 1), keys, max(swaps.count.received.max(), swaps.count.sent.max(), 1))
+    before = swaps.costs(aim).sum()
+    swaps.improve(aim)
+    assert swaps.costs(aim).sum() <= before
+    assert np.bincount(swaps.owner).tolist() == [chunks.slots] * chunks.ranks
+    assert sorted(swaps.members.ravel()) == list(range(len(swaps.owner)))
+    assert (swaps.owner[swaps.members] == np.arange(chunks.ranks)[:, None]).all()
+    for got, expected in zip(swaps.count[3:], counted(chunks, sees, swaps.owner[: len(owner)]), strict=True):
+        np.testing.assert_allclose(got, expected)
+
+
+def test_swaps_balance():
+    """Eight chunks that need nothing, of areas 7 to 0, in order on two ranks: 22 to 6 becomes 14 to 14."""
+    area = np.arange(7, -1, -1) * 1.0
+    chunks = Chunks(np.zeros((8, 8), dtype=bool), np.ones(8), np.arange(8), area, 2)
+    swaps = Swaps(chunks, np.repeat([0, 1], 4))
+    assert swaps.count.work.tolist() == [22, 6]
+    swaps.improve(Aim(14, 1e9, 1))
+    assert swaps.count.work.tolist() == [14, 14]
+
+
+def test_swaps_bring_together_what_needs_one_another():
+    """Four documents of two chunks, dealt apart."""
+    same = np.arange(8) // 2
+    chunks = Chunks(same[:, None] == same, np.ones(8), np.arange(8), np.ones(8), 4)
+    swaps = Swaps(chunks, np.array([0, 1, 1, 2, 2, 3, 3, 0]))
+    assert swaps.count.received.sum() == 8
+    swaps.improve(Aim(2, 1e9, 2))
+    assert swaps.count.received.sum() == 0
