@@ -45,7 +45,7 @@ _FACTS: Final = (
     *("the plan", "the mask", "what its tables hold", "the score", "what tables of the score hold", "the shape"),
     *("sinks", "the dtype", "the scale", "dropout", "what asks for gradients", "the number of stages"),
 )
-_STAGES: Final = 1  # of keys that travel, where nobody asks for another number
+_STAGES: Final = 2  # of keys that travel, where nobody asks for another number
 _MOST: Final = 16  # works that are kept; the least recently used goes first
 
 

@@ -113,6 +113,7 @@ def test_torch_compile_leaves_the_call_as_it_is():
     assert torch._dynamo.explain(step)(q, k, v).graph_break_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch's forward mode
 def test_what_has_no_derivative_says_so():
     x = q.clone().requires_grad_()
     attn = mf.parallel.compile(mf.causal(), alone)
