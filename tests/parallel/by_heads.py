@@ -1,6 +1,5 @@
 """What ranks that share heads out compute, each a process of its own: how far it is from what one process does."""
 
-import traceback
 from dataclasses import replace
 
 import torch
@@ -45,10 +44,6 @@ def tensors(kv_heads):
     shapes = [(HEADS, DIM), (kv_heads, DIM), (kv_heads, V_DIM), (HEADS, V_DIM), (HEADS, 1)]
     drawn = torch.Generator().manual_seed(kv_heads)
     return [torch.randn(BATCH, h, LENGTH, d, generator=drawn, dtype=torch.float64) for h, d in shapes]
-
-
-def held(x, ranges):
-    return torch.cat([x[:, :, :0], *(x[:, :, start:stop] for start, stop in ranges)], 2)
 
 
 def planned(world_size, head_ranks):
@@ -123,10 +118,10 @@ def compare(rank, group, ranks, plan, name, kv_heads):
     whole = tensors(kv_heads)
     expected, expected_sums = trained(whole, by(one), sinks)
     with Counted() as counted:
-        found, sums = trained([held(x, plan.shards[rank]) for x in whole], by(all_), sinks)
+        found, sums = trained([plan.shard(x, rank) for x in whole], by(all_), sinks)
     for x in sums:
         distributed.all_reduce(x, group=ranks)
-    pairs = [(x, held(y, plan.shards[rank])) for x, y in zip(found, expected, strict=True)]
+    pairs = [(x, plan.shard(y, rank)) for x, y in zip(found, expected, strict=True)]
     pairs += zip(sums, expected_sums, strict=True)
     errors = [float((x - y).abs().max()) if x.numel() else 0.0 for x, y in pairs]
     return [*errors, abs(counted.bytes - sum(bytes_of(plan, rank, mask, kv_heads)))]
@@ -156,23 +151,11 @@ def beside_price(rank, head_ranks):
 def refused(*args, **call):
     """The error of a call that can't be made."""
     plan, group, mask, kv_heads = args
-    q, k, v, *_ = (held(x, plan.shards[distributed.get_rank()]) for x in tensors(kv_heads))
+    q, k, v, *_ = (plan.shard(x, distributed.get_rank()) for x in tensors(kv_heads))
     try:
         mf.parallel.compile(mask, plan, group=group)(q, k, v, **call)
     except mf.ArgumentError as error:
         return str(error)
-
-
-def rank_of_four(rank, port, queue):
-    """All cases in one world of four, or what went wrong."""
-    try:
-        torch.set_num_threads(1)
-        distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=4)
-        queue.put((rank, *cases(rank)))
-        distributed.barrier()
-        distributed.destroy_process_group()
-    except Exception:
-        queue.put((rank, traceback.format_exc(), None, None))
 
 
 def cases(rank):

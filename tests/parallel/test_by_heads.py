@@ -1,35 +1,21 @@
 """Four processes that share heads out compute what one does."""
 
 import re
-import socket
 
 import pytest
 import torch
+
+from tests.parallel.worlds import in_processes
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
 @pytest.fixture(scope="module")
 def found():
-    """By rank, what it computed and what it refused."""
-    from tests.parallel.by_heads import rank_of_four
+    """By rank, what it computed, received and refused."""
+    from tests.parallel.by_heads import cases
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=rank_of_four, args=(rank, port, queue)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    try:
-        told = [queue.get(timeout=120) for _ in processes]
-        assert all(errors is not None for *_, errors in told), told
-        yield {rank: others for rank, *others in told}
-    finally:
-        for process in processes:
-            process.join(20)
-            process.kill()
+    return in_processes(4, cases)
 
 
 def test_results_gradients_and_bytes_are_those_of_one_process_and_the_dense_mask(found):

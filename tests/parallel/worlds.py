@@ -47,7 +47,8 @@ def in_processes(world_size, rank_does, *args, exit_codes=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["maskflash.parallel"])  # torch is loaded once, not in each process
     queue = context.Queue()
     processes = [
         context.Process(target=_run, args=(rank_does, rank, world_size, port, queue, args))
