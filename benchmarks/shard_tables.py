@@ -130,7 +130,7 @@ def seconds(rows: Iterable[Row]) -> Lines:
 
 
 def planning(rows: Iterable[Row]) -> Lines:
-    """How long plans took, by size: the median of masks and links, and the longest."""
+    """CPU seconds that plans took, by size: the median of masks and links, and the longest."""
     found: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if row["table"] == "grid" and row["by"].startswith("plan"):
@@ -253,5 +253,5 @@ TABLES: Final[dict[str, tuple[str, Callable[[Iterable[Row]], Lines]]]] = {
         balance,
     ),
     "seconds": ("Predicted time over the plan's: median of the masks (least-most)", seconds),
-    "planning": ("Planning, needs included", planning),
+    "planning": ("CPU time of planning, needs included", planning),
 }
