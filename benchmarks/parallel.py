@@ -185,12 +185,12 @@ def row(table: str, case: Case, ranks: int, name: str, step: LayerStep, seconds:
     return {**head, **figures, "planning": seconds}
 
 
-def grid(quick: bool, seed: int, masks: Sequence[str], lengths: Sequence[int] | None) -> Iterator[dict[str, Any]]:
+def grid(quick: bool, seed: int, masks: Sequence[str], wanted: Sequence[int] | None) -> Iterator[dict[str, Any]]:
     """Every mask at every size by every contender."""
     some = [name for name in masks if name in LONG_MASKS]
     kinds = [(QUICK, masks, KNOWN)] if quick else [(WHOLE, masks, KNOWN), (LONG, some, ("infiniband",))]
     for sizes, names, links in kinds:
-        sizes = [size for size in sizes if lengths is None or size[0] in lengths]
+        sizes = [size for size in sizes if wanted is None or size[1] in wanted]
         for name, tokens in dict.fromkeys((name, tokens) for name in names for tokens, _ in sizes):
             case = case_of(name, tokens, seed)
             for ranks in (ranks for size, ranks in sizes if size == tokens):
@@ -211,17 +211,17 @@ def frontier(quick: bool, seed: int, masks: Sequence[str]) -> Iterator[dict[str,
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = runner.arguments(__doc__ or "")
     parser.add_argument("--mask", action="append", choices=MASKS, metavar="NAME", help="only these; repeat it")
-    parser.add_argument("--tokens", type=int, action="append", metavar="N", help="only sequences so long; repeat it")
+    parser.add_argument("--ranks", type=int, action="append", metavar="N", help="only so many; repeat it")
     options = parser.parse_args(argv)
     chosen = [name for name in MASKS if options.mask is None or name in options.mask]
     torch.set_grad_enabled(False)
-    rows = list(grid(options.quick, options.seed, chosen, options.tokens))
+    rows = list(grid(options.quick, options.seed, chosen, options.ranks))
     rows += frontier(options.quick, options.seed, [name for name in chosen if name in DRAWN])
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, made in TABLES.values():
         console.print(_table(title, *made(rows)))
     where = runner.conditions(options.quick)
-    console.print(f"simulated; planning in CPU seconds; {runner.describe(where)}", highlight=False)
+    console.print(f"simulated; planning in CPU seconds; {runner.describe(where)}", highlight=False, soft_wrap=True)
     if options.json:
         runner.store_lines(options.json, {"question": QUESTION, "conditions": where}, rows)
     return rows
