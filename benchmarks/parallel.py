@@ -171,7 +171,7 @@ def planned(case: Case, ranks: int, links: Links) -> tuple[LayerStep, float]:
         links=links,
     )
     seconds = time.process_time() - start
-    return needed(case.judged(plan.shards), plan.shards, getattr(plan, "head_ranks", 1)), seconds
+    return needed(case.judged(plan.shards), plan.shards, plan.head_ranks), seconds
 
 
 def row(table: str, case: Case, ranks: int, name: str, step: LayerStep, seconds: float) -> dict[str, Any]:
