@@ -52,6 +52,7 @@ bench: $(STAMP)  ## run the CPU benchmarks and print their tables
 	$(BIN)/python -m benchmarks.scores $(ARGS)
 	$(BIN)/python -m benchmarks.decode $(ARGS)
 	$(BIN)/python -m benchmarks.forms $(ARGS)
+	$(BIN)/python -m benchmarks.parallel $(ARGS)
 	$(BIN)/python -m benchmarks.train_packed $(ARGS)
 
 figures: $(STAMP)  ## run them, store the results and write the docs' tables
@@ -65,6 +66,7 @@ figures: $(STAMP)  ## run them, store the results and write the docs' tables
 	$(BIN)/python -m benchmarks.scores --json benchmarks/results/cpu/scores.json $(ARGS)
 	$(BIN)/python -m benchmarks.decode --json benchmarks/results/cpu/decode.json $(ARGS)
 	$(BIN)/python -m benchmarks.forms --json benchmarks/results/cpu/forms.json $(ARGS)
+	$(BIN)/python -m benchmarks.parallel --json benchmarks/results/cpu/parallel.json $(ARGS)
 	$(BIN)/python -m benchmarks.train_packed --json benchmarks/results/cpu/train_packed.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 

@@ -7,12 +7,11 @@ exact counts, under the package's own model of links. docs/parallel.md says what
     benchmarks/sharding.py      tokens of each rank  -> work, bytes, messages and seconds
     this file                   the masks, the sizes, the goals; tables, and what the docs draw
 
-Run: python -m benchmarks.parallel [--quick] [--json] [--mask NAME ...]
+Run: python -m benchmarks.parallel
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import sys
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -31,7 +29,7 @@ import maskflash as mf
 from benchmarks import runner
 from benchmarks.balancers import BALANCERS, Layout, visited_tiles
 from benchmarks.runner import WIDTH
-from benchmarks.shard_tables import RESULTS, SIZE, TABLES
+from benchmarks.shard_tables import SIZE, TABLES
 from benchmarks.sharding import LAYER, LayerStep, gathered, needed, ring
 from maskflash.flashmask.paper import PAPER, paper
 from maskflash.parallel.links import KNOWN, Links
@@ -80,7 +78,7 @@ class Case:
         return self.layout.needs if tile == 128 else self.needs(tile)
 
 
-def documents(tokens: int, seed: int = 0) -> tuple[int, ...]:
+def documents(tokens: int, seed: int) -> tuple[int, ...]:
     """13 lengths from 512 to 13,056 for each 65,536 tokens, multiples of 256, drawn until they fit; 3 at least."""
     draw, found = random.Random(seed), []
     count, least, most = _DOCUMENTS
@@ -100,7 +98,7 @@ def share_question(tokens: int) -> mf.Mask:
     return mf.presets.share_question([(block // 4, [block // 16] * 12)] * (tokens // block))
 
 
-def prefix_trees(tokens: int, seed: int = 0) -> mf.Mask:
+def prefix_trees(tokens: int, seed: int) -> mf.Mask:
     """Prompts of 16,384 tokens with their rollouts: a third is shared, and the rest parts in 2 to 4, three times."""
     draw, end = random.Random(seed), torch.empty(tokens, dtype=torch.int64)
 
@@ -118,21 +116,27 @@ def prefix_trees(tokens: int, seed: int = 0) -> mf.Mask:
     return mf.mask(lambda b, h, q, kv: kv <= q and q < end[kv])
 
 
-MASKS: Final[dict[str, Callable[[int], Case]]] = {
-    **{name: lambda n, name=name: Case(name, n, paper(name, n).predicate) for name in PAPER},
-    "13 causal documents": lambda n: Case(
-        "13 causal documents", n, mf.causal() & mf.document(list(documents(n))), documents(n)
-    ),
-    "16K question, 12 answers": lambda n: Case("16K question, 12 answers", n, share_question(n)),
-    "prefix trees": lambda n: Case("prefix trees", n, prefix_trees(n)),
-    "window of 1,024": lambda n: Case("window of 1,024", n, mf.sliding_window(_WINDOW - 1)),
+MASKS: Final[dict[str, Callable[[int, int], mf.Mask]]] = {
+    **{name: lambda n, seed, name=name: paper(name, n, seed).predicate for name in PAPER},
+    "13 causal documents": lambda n, seed: mf.causal() & mf.document(list(documents(n, seed))),
+    "16K question, 12 answers": lambda n, seed: share_question(n),
+    "prefix trees": lambda n, seed: prefix_trees(n, seed),
+    "window of 1,024": lambda n, seed: mf.sliding_window(_WINDOW - 1),
 }
+
+
+def case_of(name: str, tokens: int, seed: int = 0) -> Case:
+    """One of the masks."""
+    lengths = documents(tokens, seed) if name == "13 causal documents" else None
+    return Case(name, tokens, MASKS[name](tokens, seed), lengths)
+
+
 LONG_MASKS: Final = ("causal", "causal_document", "share_question", *tuple(MASKS)[len(PAPER) :])
 DRAWN: Final = ("causal", *tuple(MASKS)[len(PAPER) : -1])
 
 
 def steps(case: Case, ranks: int, links: Sequence[str]) -> Iterator[tuple[str, LayerStep, float]]:
-    """Each contender's name, its step, and how long its shards took to find; those that take the sizes."""
+    """Each contender's name, its step, and the CPU seconds that its shards took; those that take the sizes."""
     layout = case.layout
     for name in links:
         yield (f"plan, {name}", *planned(case, ranks, KNOWN[name]))
@@ -141,9 +145,9 @@ def steps(case: Case, ranks: int, links: Sequence[str]) -> Iterator[tuple[str, L
         assert shards is not None, "it takes every size"
         yield "Ulysses", needed(layout.needs, shards, ranks), 0.0
     for name, balancer in BALANCERS.items():
-        start = time.perf_counter()
+        start = time.process_time()
         shards = balancer(layout, ranks)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if shards is None:
             continue
         needs = case.judged(shards)
@@ -155,8 +159,8 @@ def steps(case: Case, ranks: int, links: Sequence[str]) -> Iterator[tuple[str, L
 
 
 def planned(case: Case, ranks: int, links: Links) -> tuple[LayerStep, float]:
-    """A plan's step, judged as everybody's, and how long it took, needs included."""
-    start = time.perf_counter()
+    """A plan's step, judged as everybody's, and the CPU seconds that it took, needs included."""
+    start = time.process_time()
     plan = mf.parallel.plan(
         case.mask,
         case.tokens,
@@ -166,8 +170,8 @@ def planned(case: Case, ranks: int, links: Links) -> tuple[LayerStep, float]:
         head_dim=LAYER.head_dim,
         links=links,
     )
-    seconds = time.perf_counter() - start
-    return needed(case.judged(plan.shards), plan.shards, getattr(plan, "head_ranks", 1)), seconds
+    seconds = time.process_time() - start
+    return needed(case.judged(plan.shards), plan.shards, plan.head_ranks), seconds
 
 
 def row(table: str, case: Case, ranks: int, name: str, step: LayerStep, seconds: float) -> dict[str, Any]:
@@ -181,39 +185,43 @@ def row(table: str, case: Case, ranks: int, name: str, step: LayerStep, seconds:
     return {**head, **figures, "planning": seconds}
 
 
-def grid(quick: bool, masks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def grid(quick: bool, seed: int, masks: Sequence[str], wanted: Sequence[int] | None) -> Iterator[dict[str, Any]]:
     """Every mask at every size by every contender."""
     some = [name for name in masks if name in LONG_MASKS]
     kinds = [(QUICK, masks, KNOWN)] if quick else [(WHOLE, masks, KNOWN), (LONG, some, ("infiniband",))]
     for sizes, names, links in kinds:
+        sizes = [size for size in sizes if wanted is None or size[1] in wanted]
         for name, tokens in dict.fromkeys((name, tokens) for name in names for tokens, _ in sizes):
-            case = MASKS[name](tokens)
+            case = case_of(name, tokens, seed)
             for ranks in (ranks for size, ranks in sizes if size == tokens):
                 for by, step, seconds in steps(case, ranks, tuple(links)):
                     yield row("grid", case, ranks, by, step, seconds)
 
 
-def frontier(quick: bool, masks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def frontier(quick: bool, seed: int, masks: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Plans for slower and faster links: fewer bytes, or better balance."""
     tokens, ranks = (8192, 4) if quick else SIZE
     for name in masks:
-        case = MASKS[name](tokens)
+        case = case_of(name, tokens, seed)
         for bandwidth in BANDWIDTHS[:2] if quick else BANDWIDTHS:
             links = Links(KNOWN["infiniband"].flops, bandwidth, KNOWN["infiniband"].latency)
             yield row("frontier", case, ranks, f"plan, {bandwidth:.0e}", *planned(case, ranks, links))
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    options = _options(argv)
+    parser = runner.arguments(__doc__ or "")
+    parser.add_argument("--mask", action="append", choices=MASKS, metavar="NAME", help="only these; repeat it")
+    parser.add_argument("--ranks", type=int, action="append", metavar="N", help="only so many; repeat it")
+    options = parser.parse_args(argv)
     chosen = [name for name in MASKS if options.mask is None or name in options.mask]
     torch.set_grad_enabled(False)
-    rows = list(grid(options.quick, chosen))
-    rows += frontier(options.quick, [name for name in chosen if name in DRAWN])
+    rows = list(grid(options.quick, options.seed, chosen, options.ranks))
+    rows += frontier(options.quick, options.seed, [name for name in chosen if name in DRAWN])
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, made in TABLES.values():
         console.print(_table(title, *made(rows)))
     where = runner.conditions(options.quick)
-    console.print(f"simulated; planning measured; {runner.describe(where)}", highlight=False)
+    console.print(f"simulated; planning in CPU seconds; {runner.describe(where)}", highlight=False, soft_wrap=True)
     if options.json:
         runner.store_lines(options.json, {"question": QUESTION, "conditions": where}, rows)
     return rows
@@ -226,16 +234,6 @@ def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -
     for line in lines:
         table.add_row(*line)
     return table
-
-
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Judge plans of shards and others' layouts by simulation.")
-    parser.add_argument("--quick", action="store_true", help="few tokens and ranks: does it run at all?")
-    parser.add_argument("--mask", action="append", choices=MASKS, metavar="NAME", help="only these; repeat it")
-    parser.add_argument(
-        "--json", type=Path, nargs="?", const=RESULTS, metavar="FILE", help=f"also store it (default: {RESULTS})"
-    )
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.runner import ROOT
 from benchmarks.sharding import LAYER
+from maskflash.parallel.links import KNOWN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +28,6 @@ Lines = tuple[Sequence[str], Sequence[Sequence[str]]]
 """A table's columns, and its lines."""
 
 RESULTS: Final = ROOT / "benchmarks/results/cpu/parallel.json"
-LINKS: Final = ("nvlink", "infiniband", "cpu")
 BALANCED: Final = 1.02
 SAVED: Final = 0.7  # of the bytes of the leanest balanced layout
 LEAN: Final = ("13 causal documents", "16K question, 12 answers")
@@ -35,19 +35,7 @@ FINEST: Final = "heap, 128"
 PLANNING: Final = {(65_536, 64): 2, (1_048_576, 256): 20}  # seconds, by tokens and ranks
 SIZE: Final = (65_536, 8)  # of the table of balancers
 
-_SHOWN: Final = (
-    "contiguous",
-    "head and tail",
-    "per document",
-    "round robin",
-    "heap, 2048",
-    "heap, 512",
-    "affine heap, 2048",
-    "affine heap, 512",
-)
-
-
-_MARKERS: Final = {
+_SHOWN: Final = {  # and how the picture marks them
     "contiguous": "s",
     "head and tail": "X",
     "per document": "P",
@@ -115,7 +103,7 @@ def seconds(rows: Iterable[Row]) -> Lines:
     for cell in cells(rows):
         by_size.setdefault(_size(next(iter(cell.values()))), []).append(cell)
     for (tokens, ranks), some in by_size.items():
-        for link in LINKS:
+        for link in KNOWN:
             texts = []
             for choose in kinds.values():
                 ratios = [
@@ -130,7 +118,7 @@ def seconds(rows: Iterable[Row]) -> Lines:
 
 
 def planning(rows: Iterable[Row]) -> Lines:
-    """How long plans took, by size: the median of masks and links, and the longest."""
+    """CPU seconds that plans took, by size: the median of masks and links, and the longest."""
     found: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         if row["table"] == "grid" and row["by"].startswith("plan"):
@@ -148,7 +136,7 @@ def planning(rows: Iterable[Row]) -> Lines:
 def goals(rows: Iterable[Row]) -> Lines:
     """What was wanted, and what is there with the plans for each link."""
     rows = list(rows)
-    found = {link: [cell for cell in cells(rows) if f"plan, {link}" in cell] for link in LINKS}
+    found = {link: [cell for cell in cells(rows) if f"plan, {link}" in cell] for link in KNOWN}
     checks: list[tuple[str, str, Callable[[Sequence[Cell], str], str]]] = [
         ("causal by head and tail at 8 ranks: bytes of a gather's", "0.75", _anchor),
         (f"imbalance where the finest heap has at most {BALANCED}", f"at most {BALANCED}", _balanced),
@@ -166,8 +154,8 @@ def goals(rows: Iterable[Row]) -> Lines:
             for (tokens, ranks), limit in PLANNING.items()
         ),
     ]
-    return ("goal", "wanted", *LINKS), [
-        [goal, wanted, *(check(found[link], f"plan, {link}") for link in LINKS)] for goal, wanted, check in checks
+    return ("goal", "wanted", *KNOWN), [
+        [goal, wanted, *(check(found[link], f"plan, {link}") for link in KNOWN)] for goal, wanted, check in checks
     ]
 
 
@@ -228,7 +216,7 @@ def frontier(rows: Iterable[Row]) -> Figure:
     for number, (mask, line) in enumerate(plans.items()):
         ax = made.add_subplot(math.ceil(len(plans) / 2), 2, number + 1)
         cell = next(x for x in cells(rows) if mask == (one := next(iter(x.values())))["mask"] and _size(one) == SIZE)
-        for name, marker in _MARKERS.items():
+        for name, marker in _SHOWN.items():
             if name in cell:
                 ax.plot(most(cell[name]), cell[name]["imbalance"], marker, markersize=8, label=name, alpha=0.85)
         ax.plot([most(x) for x in line], [x["imbalance"] for x in line], ".-k", label="plans", zorder=3)
@@ -253,5 +241,5 @@ TABLES: Final[dict[str, tuple[str, Callable[[Iterable[Row]], Lines]]]] = {
         balance,
     ),
     "seconds": ("Predicted time over the plan's: median of the masks (least-most)", seconds),
-    "planning": ("Planning, needs included", planning),
+    "planning": ("CPU time of planning, needs included", planning),
 }

@@ -126,6 +126,7 @@ ORDER = {
         "show",
         "explain",
         "export",
+        "shard",
         "bench",
         "warm",
         "doctor",

@@ -16,7 +16,7 @@ SIZES = {"heads": LAYER.heads, "kv_heads": LAYER.kv_heads, "head_dim": LAYER.hea
 
 
 def laid_out(name, tokens, ranks, balancer):
-    case = parallel.MASKS[name](tokens)
+    case = parallel.case_of(name, tokens)
     shards = BALANCERS[balancer](case.layout, ranks)
     return case, shards, needed(case.judged(shards), shards)
 
@@ -55,7 +55,7 @@ def test_layouts_are_worth_what_earlier_simulations_found(name, balancer, imbala
 @pytest.mark.parametrize("balancer", BALANCERS)
 @pytest.mark.parametrize("name", ["13 causal documents", "share_question"])
 def test_every_token_is_on_one_rank_and_counts_are_those_of_all_pairs(name, balancer):
-    case = parallel.MASKS[name](4096)
+    case = parallel.case_of(name, 4096)
     shards = BALANCERS[balancer](case.layout, 2)
     if shards is None:
         assert case.documents is None and balancer.startswith("per document")
@@ -95,7 +95,7 @@ def test_affinity_keeps_documents_together():
 
 @pytest.mark.parametrize("name", ["causal", "prefix trees", "random_eviction"])
 def test_needed_keys_of_chunks_and_visited_tiles_are_those_of_all_pairs(name):
-    case = parallel.MASKS[name](2048)
+    case = parallel.case_of(name, 2048)
     dense = case.mask.dense(2048, 2048)[0, 0]
     needs = dense.reshape(4, 512, 4, 512).any(1).sum(2)
     assert _needed(case.layout.needs, 512).tolist() == needs.tolist()
@@ -107,7 +107,7 @@ def test_needed_keys_of_chunks_and_visited_tiles_are_those_of_all_pairs(name):
 @pytest.mark.parametrize("links", KNOWN)
 @pytest.mark.parametrize("name", ["causal", "13 causal documents", "sliding_window"])
 def test_a_plan_says_of_itself_what_is_counted_here(name, links):
-    case = parallel.MASKS[name](8192)
+    case = parallel.case_of(name, 8192)
     plan = mf.parallel.plan(case.mask, 8192, 4, links=links, **SIZES)
     step = needed(case.judged(plan.shards), plan.shards, plan.head_ranks)
     assert plan.seconds == pytest.approx(step.seconds(KNOWN[links]))
@@ -171,7 +171,7 @@ def test_goals_can_be_missed():
 
 def test_the_frontier_has_a_panel_for_each_mask():
     pytest.importorskip("matplotlib", reason="an extra: pip install 'maskflash[plot]'")
-    case = parallel.MASKS["16K question, 12 answers"](65_536)
+    case = parallel.case_of("16K question, 12 answers", 65_536)
     shards = BALANCERS["contiguous"](case.layout, 8)
     step = needed(case.layout.needs, shards)
     rows = [parallel.row(table, case, 8, by, step, 0.1) for table, by in (("grid", "contiguous"), ("frontier", "plan"))]
@@ -183,7 +183,7 @@ def test_the_frontier_has_a_panel_for_each_mask():
 
 def test_prefix_trees_are_what_packing_gives():
     """A row sees its path: whoever is seen sees no more than the row does."""
-    dense = parallel.prefix_trees(1024).dense(1024, 1024)[0, 0]
+    dense = parallel.prefix_trees(1024, 0).dense(1024, 1024)[0, 0]
     assert dense.diagonal().all()
     for q in torch.arange(0, 1024, 37):
         path = dense[q].nonzero().flatten()
