@@ -16,9 +16,9 @@ from maskflash.masks.predicate import mask as as_mask
 from maskflash.parallel import search
 from maskflash.parallel.links import Links
 from maskflash.parallel.needs import Needs, find_needs
-from maskflash.parallel.plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 from maskflash.parallel.price import LayerPrice, Load, Pass, price
 from maskflash.parallel.routes import Shards, checked
+from maskflash.parallel.shard_plan import PerRank, PlannedLayer, PlannedPass, ShardPlan
 
 _OPERATION: Final = "parallel.plan"
 _TILE: Final = 128
@@ -52,6 +52,7 @@ def plan(
         zigzag         rank r of W has the r-th and the (2W - 1 - r)-th of 2W parts: balanced under a causal mask
         documents      whole documents, where they fit
         heap           chunks, the largest work first, each to the rank with the least
+        affinity       likewise, to the rank that lacks the fewest keys, while balance allows
 
     Args:
         mask: a mask or a predicate; or a sequence of the masks of a model's layers, each alone or as (mask, layers).
@@ -71,8 +72,8 @@ def plan(
         **args: the masks' own arguments; each goes to the masks that take it.
 
     Returns:
-        The plan. A rank holds at most ceil(seq_len / world_size) tokens, rounded up to a whole tile, which is 128
-        tokens, or `chunk` where it is no multiple of 128. Short sequences leave ranks without tokens.
+        The plan. A rank holds at most ceil(seq_len / world_size) tokens, rounded up to a multiple of `chunk`, or of
+        128 where that is None. Short sequences leave ranks without tokens.
 
     Raises:
         ArgumentError: a number out of range, or arguments that don't fit together.
@@ -80,12 +81,12 @@ def plan(
         MaskTraceError: a predicate does something that can't become an expression.
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
 
-    Source: candidates and cost model are those of maskflash.parallel.candidates and .links.
+    Source: the candidates are the field's; `maskflash/parallel/candidates.py` names whose.
 
     Example:
         >>> import maskflash as mf
-        >>> plan = mf.parallel.plan(mf.causal(), 1024, 2, heads=8, kv_heads=2)
-        >>> plan.imbalance < 1.01
+        >>> plan = mf.parallel.plan(mf.causal(), 65536, 2, heads=32, kv_heads=8)
+        >>> plan.imbalance < 1.02
         True
         >>> both = [(mf.sliding_window(127), 5), mf.causal()]  # five layers of windows for one that sees all
         >>> [layer.count for layer in mf.parallel.plan(both, 1024, 2).layers]
