@@ -1,7 +1,7 @@
 """How do plans of shards compare with what others lay out: balance, bytes, messages and predicted time, by simulation?
 
 Nothing is sent. For each mask, length and number of ranks a plan and the balancers of others are judged by the same
-exact counts, under the package's own model of links. docs/parallel.md says what the model leaves out.
+exact counts, under the package's own model of links: maskflash/parallel/links.py.
 
     benchmarks/balancers.py     a mask, ranks        -> tokens of each rank, as others lay them out
     benchmarks/sharding.py      tokens of each rank  -> work, bytes, messages and seconds

@@ -155,7 +155,8 @@ def goals(rows: Iterable[Row]) -> Lines:
         ),
     ]
     return ("goal", "wanted", *KNOWN), [
-        [goal, wanted, *(check(found[link], f"plan, {link}") for link in KNOWN)] for goal, wanted, check in checks
+        [goal, wanted, *(check(found[link], f"plan, {link}") or "not run" for link in KNOWN)]
+        for goal, wanted, check in checks
     ]
 
 
@@ -216,9 +217,10 @@ def frontier(rows: Iterable[Row]) -> Figure:
     for number, (mask, line) in enumerate(plans.items()):
         ax = made.add_subplot(math.ceil(len(plans) / 2), 2, number + 1)
         cell = next(x for x in cells(rows) if mask == (one := next(iter(x.values())))["mask"] and _size(one) == SIZE)
-        for name, marker in _SHOWN.items():
+        for place, (name, marker) in enumerate(_SHOWN.items()):
             if name in cell:
-                ax.plot(most(cell[name]), cell[name]["imbalance"], marker, markersize=8, label=name, alpha=0.85)
+                spot = most(cell[name]), cell[name]["imbalance"]
+                ax.plot(*spot, marker, color=f"C{place}", markersize=8, label=name, alpha=0.85)
         ax.plot([most(x) for x in line], [x["imbalance"] for x in line], ".-k", label="plans", zorder=3)
         ax.set_title(mask)
         ax.set_xlabel("bytes of the rank that receives most, of a gather's")

@@ -20,7 +20,7 @@ from maskflash.analysis.runs import FULL, PARTIAL, SKIP
 from maskflash.ground import arguments
 from maskflash.masks.mask import Mask
 from maskflash.parallel.shard_plan import ShardPlan
-from maskflash.visualize.cells import cells
+from maskflash.visualize.cells import Cells, cells
 from maskflash.visualize.style import COLOURS, figure, frame
 
 if TYPE_CHECKING:
@@ -75,28 +75,35 @@ def draw_shards(plan: ShardPlan, mask: Mask, *, batch_row: int = 0, head: int = 
     made = figure(3, widths=(1, 0.45, 0.45))
     place, work, moved = made.axes
     colours = _colours(plan.world_size)
-    edges, holders = _held(plan)
-    if drawn.kinds.size:
-        own = colours[holders[np.searchsorted(edges, drawn.rows[:-1], side="right") - 1]][:, None]
-        kind = drawn.kinds[:, :, None]
-        blank = np.array([int(COLOURS[SKIP][i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        image = np.select([kind == FULL, kind == PARTIAL], [own, _lighter(own)], blank)
-        place.pcolorfast(drawn.columns, drawn.rows, image)
-        for where, upright in (((1.015, 0, _STRIP, 1), True), ((0, -0.015 - _STRIP, 1, _STRIP), False)):
-            strip = place.inset_axes(where)
-            strip.set_axis_off()
-            _strip(strip, edges, colours[holders], upright)
+    _map(place, plan, drawn, colours)
     frame(place, tokens, tokens)
     place.set_title(mask.name)
     total = np.array(plan.work, dtype=np.float64)
     _bars(work, [total / (total.mean() or 1.0)], colours)
     work.axvline(1, color="#404040", linewidth=0.8)
     work.set_title("work over the mean")
-    received = [np.array(one.received) / _MIB for one in (plan.forward, plan.backward)]
-    _bars(moved, received, colours)
-    moved.set_title("MiB received")
     work.set_ylabel("rank")
+    _bars(moved, [np.array(one.received) / _MIB for one in (plan.forward, plan.backward)], colours)
+    moved.set_title("MiB received")
     return made
+
+
+def _map(ax: Axes, plan: ShardPlan, drawn: Cells, colours: Colours) -> None:
+    """Cells in the colours of who holds their rows, and strips of who holds rows and keys."""
+    held = sorted((start, stop, rank) for rank, ranges in enumerate(plan.shards) for start, stop in ranges)
+    edges = np.array([start for start, _, _ in held] + [plan.seq_len], dtype=np.int64)
+    held_by = colours[[rank for _, _, rank in held]]
+    own = held_by[np.searchsorted(edges, drawn.rows[:-1], side="right") - 1][:, None]
+    kind = drawn.kinds[:, :, None]
+    blank = np.array([int(COLOURS[SKIP][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    ax.pcolorfast(drawn.columns, drawn.rows, np.select([kind == FULL, kind == PARTIAL], [own, _lighter(own)], blank))
+    right, below = ax.inset_axes((1.015, 0, _STRIP, 1)), ax.inset_axes((0, -0.015 - _STRIP, 1, _STRIP))
+    right.pcolorfast([0, 1], edges, held_by[:, None])
+    right.set_ylim(plan.seq_len, 0)
+    below.pcolorfast(edges, [0, 1], held_by[None])
+    below.set_xlim(0, plan.seq_len)
+    for strip in (right, below):
+        strip.set_axis_off()
 
 
 def _colours(ranks: int) -> Colours:
@@ -109,23 +116,6 @@ def _colours(ranks: int) -> Colours:
 
 def _lighter(colours: Colours) -> Colours:
     return colours + _LIGHT * (1 - colours)
-
-
-def _held(plan: ShardPlan) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where ranges begin and the last ends, in order, and the rank of each."""
-    held = sorted((start, stop, rank) for rank, ranges in enumerate(plan.shards) for start, stop in ranges)
-    edges = np.array([start for start, _, _ in held] + [plan.seq_len], dtype=np.int64)
-    return edges, np.array([rank for _, _, rank in held], dtype=np.int64)
-
-
-def _strip(ax: Axes, edges: NDArray[np.int64], colours: Colours, upright: bool) -> None:
-    """The sequence as a band, downwards or to the right."""
-    if upright:
-        ax.pcolorfast([0, 1], edges, colours[:, None])
-        ax.set_ylim(edges[-1], 0)
-    else:
-        ax.pcolorfast(edges, [0, 1], colours[None])
-        ax.set_xlim(0, edges[-1])
 
 
 def _bars(ax: Axes, parts: list[NDArray[np.float64]], colours: Colours) -> None:
