@@ -56,7 +56,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ShardChoice:
     """The shards that were chosen, and what else was tried.
 
     Attributes:
@@ -83,7 +83,7 @@ def choose(
     head_dim: int,
     dtype: torch.dtype,
     links: Links,
-) -> Choice:
+) -> ShardChoice:
     """Find the tokens of each rank.
 
     Args:
@@ -109,7 +109,7 @@ def choose(
     for head_ranks in sorted({1, search.best()[0].head_ranks}):
         search.swap(head_ranks)
     best, shards = search.best()
-    return Choice(shards, best.head_ranks, best.name, tuple(candidate for candidate, _ in search.found.values()))
+    return ShardChoice(shards, best.head_ranks, best.name, tuple(candidate for candidate, _ in search.found.values()))
 
 
 class _Search:

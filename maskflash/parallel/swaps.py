@@ -164,16 +164,16 @@ class Swaps:
         chunks, count = self.chunks, self.count
         members = self.members[ranks].ravel()
         at = np.repeat(np.arange(len(ranks)), chunks.slots)
-        sees = chunks.sees[members].astype(np.float32)
+        sees = chunks.sees[members].astype(np.float64)  # sums of whole numbers: the same in any order, on any machine
         needs, away = self.needs[ranks], count.holder != ranks[:, None]
-        width = chunks.width.astype(np.float32)
+        width = chunks.width
         # Of columns that others hold, a chunk brings those that its new rank lacks, and takes those it alone needs.
         only = sees * (width * ((needs == 1) & away))[at]
         brings = sees @ (width * ((needs == 0) & away)).T
         both = sees @ only.T
         # Its own columns come along: its new rank receives them no more, and its old one does, if it still needs them.
         used = np.where(needs > 0, 1, chunks.own) * width
-        sums = np.pad(used.cumsum(1, dtype=np.float64), ((0, 0), (1, 0)))
+        sums = np.pad(used.cumsum(1), ((0, 0), (1, 0)))
         brings = brings - (sums[:, chunks.first[members + 1]] - sums[:, chunks.first[members]]).T
         still = self.needs[count.holder, np.arange(len(chunks.home))] > chunks.own
         leaves = np.bincount(chunks.home, width * still, len(chunks.area))[members] - only.sum(1)
