@@ -243,6 +243,8 @@ VECTORS = mf.ColumnIntervals(torch.tensor([4, 4, 4, 4]), causal=True)
 BLOCKS_OF_CAUSAL = CAUSAL.to_block_sparse(4, 4, block_size=2)
 QKV = {"q": (X, set()), "k": (X, set()), "v": (X, set())}
 PLAN = mf.parallel.plan(CAUSAL, 4, 2, chunk=1, shards=[[(0, 2)], [(2, 4)]])
+ALONE = mf.parallel.plan(CAUSAL, 4, 1)
+ON_SHARDS = mf.parallel.compile(CAUSAL, ALONE)
 PACKED = {
     **dict.fromkeys("qkv", (torch.randn(4, 2, 8), set())),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (torch.tensor([0, 1, 4]), set())),
@@ -455,6 +457,12 @@ CALLS = {
     PLAN.positions: {"rank": (0, {"0", "1"}), "device": ("cpu", set())},
     PLAN.shard: {"x": (X, set()), "rank": (0, {"0", "1"}), "dim": (2, {"numpy int"})},
     PLAN.unshard: {"parts": ([X[:, :, :2], X[:, :, 2:]], set()), "dim": (2, {"1", "numpy int"})},
+    mf.parallel.compile: {
+        **{"mask": (CAUSAL, {"tensor of floats"}), "plan": (ALONE, set()), "group": (None, NONE)},
+        **{name: x for name, x in HOW.items() if name != "deterministic"},
+        "stages": (1, INTS | NONE),
+    },
+    ON_SHARDS: {**QKV, **{name: x for name, x in CALL.items() if "offset" not in name}},
     mf.parallel.ShardPlan.from_dict: {"data": (PLAN.to_dict(), set())},
     mf.merge: {"outs": ((X, X), set()), "lses": ((X[..., 0], X[..., 0]), set())},
     traffic.predict: {

@@ -160,19 +160,25 @@ def within_budget(plan, rank, mask, args, dtype):
     ]
 
 
-def counted(plan, rank, mask, args):
+def counted(plan, rank, mask, args, v_dim=5):
     """Bytes that a rank hands to torch for other ranks in forward and in backward, and how many come to it."""
     found, send = [], dist.all_to_all_single
 
     def counting(received, sent, of_each, to_each, **more):
-        found.append([sum(n for r, n in enumerate(x) if r != rank) * sent.shape[1] for x in (of_each, to_each)])
+        found.append(
+            [
+                sum(n for r, n in enumerate(x) if r != rank) * sent.shape[1] * sent.element_size()
+                for x in (of_each, to_each)
+            ]
+        )
         return send(received, sent, of_each, to_each, **more)
 
-    qkv = tensors(torch.float32)[:3]
+    q, k, _ = tensors(torch.float32)[:3]
+    v = k[..., :v_dim]
     attn = mf.parallel.compile(mask, plan)
     dist.all_to_all_single = counting
     try:
-        q, k, v = (held(plan, x, rank).requires_grad_() for x in qkv)
+        q, k, v = (held(plan, x, rank).requires_grad_() for x in (q, k, v))
         out = attn(q, k, v, **args)
         forward = [sum(n) for n in zip(*found, strict=True)] or [0, 0]
         found.clear()

@@ -32,6 +32,12 @@ def everything(rank):
 
 def traffic(rank):
     """By mask and plan, the bytes that were received and sent, forward and backward."""
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": torch.float32, "chunk": 8}
+    for name in ("causal", "documents", "by batch row"):
+        mask, args = MASKS[name]
+        plan = mf.parallel.plan(mask, on_shards.LENGTH, dist.get_world_size(), **sizes, **args)
+        for which, count in zip((plan.forward, plan.backward), counted(plan, rank, mask, args, v_dim=8), strict=True):
+            assert count == [which.received[rank], which.sent[rank]], (name, plan.name)
     return {
         (name, kind): counted(plan, rank, *MASKS[name])
         for kind, plan in plans(dist.get_world_size()).items()
