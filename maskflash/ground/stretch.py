@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Numbers = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +37,7 @@ class Stretch:
     page_size: int
 
     @staticmethod
-    def of(seen: npt.NDArray[np.bool_], page_size: int) -> Stretch:
+    def of(seen: BoolArray, page_size: int) -> Stretch:
         """The stretch of all columns, given whether some row sees them."""
         columns = np.flatnonzero(seen)
         start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
