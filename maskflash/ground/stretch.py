@@ -67,6 +67,13 @@ class Stretch:
         return whole.transpose(0, 1)[None]
 
 
+def span(numbers: Numbers) -> slice | Numbers:
+    """Ascending numbers as a slice, where they have no gap: what it picks is a view."""
+    if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
+
+
 def are_adjacent(pool: Tensor) -> bool:
     """Whether pages (P, page_size, H, D) that follow one another are one tensor of tokens."""
     return pool.stride(0) == pool.shape[1] * pool.stride(1)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.runs import BoolArray
 from maskflash.backends.cpu import few, paged
 from maskflash.backends.cpu.scored import Scored
 from maskflash.errors import ArgumentError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
 from maskflash.ground import arguments, qkv
-from maskflash.ground.stretch import Numbers, Stretch
+from maskflash.ground.stretch import BoolArray, Numbers, Stretch, span
 from maskflash.masks.requests import REQUESTS, OfRequests
 from maskflash.op.asking import Asking, asks_for_dropout
 from maskflash.op.page_table import Layout, PageTable
@@ -203,7 +202,7 @@ class Paged(Asking):
         out = q.new_empty(*q.shape[:-1], v_pages.shape[3])
         lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
         for part, pages in zip(of_few, ids, strict=False):
-            at = torch.from_numpy(part.rows if packed else part.requests)
+            at = part.rows if packed else span(part.requests)
             rows = q[at].transpose(1, 2) if packed else q[at]
             step = paged.Step(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
             found = paged.forward(step, spec.sinks, apart=spec.splits > 0)

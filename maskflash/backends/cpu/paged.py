@@ -28,7 +28,7 @@ from maskflash.backends.cpu.scored import Scored
 from maskflash.backends.merge import merge_stacked
 from maskflash.backends.sinks import add_sinks
 from maskflash.ground import modes
-from maskflash.ground.stretch import BoolArray, Numbers, are_adjacent
+from maskflash.ground.stretch import BoolArray, Numbers, are_adjacent, span
 
 _IN_PLACE: Final = 1 << 20  # bytes of keys that lie one after the other, from which on they are read where they are
 _COPIED: Final = 1 << 21  # bytes of keys, about, that are copied at once
@@ -134,9 +134,10 @@ def shared(seen: BoolArray, ids: Numbers, least: int) -> list[Share]:
         ids: (requests, pages), where these are in the pool.
         least: pages.
     """
-    alike, found = np.where(seen, ids, -1), list[Share]()
-    if len(set(alike[np.arange(len(seen)), seen.argmax(1)].tolist())) == len(seen):  # of the first that each sees
+    found = list[Share]()
+    if len(set(ids[np.arange(len(seen)), seen.argmax(1)].tolist())) == len(seen):  # of the first that each sees
         return found
+    alike = np.where(seen, ids, -1)
     groups = [(np.arange(len(seen)), 0)]
     while groups:
         requests, first = groups.pop()
@@ -174,16 +175,16 @@ def _runs(seen: BoolArray, ids: Numbers, least: int, *, whole: bool) -> list[tup
 
 def _of_share(step: Step, share: Share) -> Iterator[Part]:
     """Attention to pages of one request, or to those that several share: their rows are rows of one request."""
-    requests, (heads, q_len, _), page_size = share.requests, step.q.shape[1:], step.page_size
-    rows, of_pages = len(requests) * q_len, step.ids[requests[0]]
-    q = step.q[torch.from_numpy(requests)].transpose(0, 1).reshape(1, heads, rows, -1)
+    requests, (heads, q_len, _), page_size = span(share.requests), step.q.shape[1:], step.page_size
+    rows, of_pages = len(share.requests) * q_len, step.ids[share.requests[0]]
+    q = step.q[requests].transpose(0, 1).reshape(1, heads, rows, -1)
     for pages in _pieces(step, share):
-        columns = (pages[:, None] * page_size + np.arange(page_size)).reshape(-1)
+        columns = span((pages[:, None] * page_size + np.arange(page_size)).reshape(-1))
         bits = step.bits[requests][..., columns]
         bits = bits.transpose(1, 0, 2, 3).reshape(1, bits.shape[1], rows, -1)
         k, v = _keys(step, of_pages[pages])
         units = few.units_of(bits, 1, heads, k.shape[1])
-        scored = None if step.scored is None else _stacked(step.scored, requests, torch.from_numpy(columns))
+        scored = None if step.scored is None else _stacked(step.scored, requests).columns(columns)
         out, lse = few.forward(units, q, k, v, step.scale, None, scored)
         out, lse = (x.unflatten(2, (-1, q_len))[0].transpose(0, 1) for x in (out, lse))
         yield Part(requests, out, lse)
@@ -207,13 +208,12 @@ def _keys(step: Step, ids: Numbers) -> tuple[Tensor, ...]:
     return tuple(x.flatten(0, 1).transpose(0, 1)[None] for x in found)
 
 
-def _stacked(scored: Scored, requests: Numbers, columns: Tensor) -> Scored:
+def _stacked(scored: Scored, requests: slice | Numbers) -> Scored:
     """The score of several requests' rows as those of one."""
-    each = torch.from_numpy(requests)
-    b, q = scored.b[each], scored.q[each]
+    b, q = scored.b[requests], scored.q[requests]
     b = b.expand(-1, -1, q.shape[2], -1)
     b, q = (x.reshape(1, 1, -1, 1) for x in (b, q))
-    return replace(scored, b=b, q=q).columns(columns)
+    return replace(scored, b=b, q=q)
 
 
 def _copied(step: Step, seen: BoolArray, *, apart: bool) -> list[Part]:
@@ -224,30 +224,32 @@ def _copied(step: Step, seen: BoolArray, *, apart: bool) -> list[Part]:
         return []
     group, page_size = len(seen), step.page_size
     order = np.argsort(~seen, axis=1, kind="stable")[:, :most]  # those that are seen, ascending; then any
-    used = np.arange(most) < counts[:, None]
-    chosen = np.where(used, np.take_along_axis(step.ids, order, 1), 0)
+    chosen, bits = np.take_along_axis(step.ids, order, 1), step.bits
     columns = (order[:, :, None] * page_size + np.arange(page_size)).reshape(group, -1)
-    bits = np.take_along_axis(step.bits, columns[:, None, None], 3) & used.repeat(page_size, 1)[:, None, None]
+    if (columns == columns[0]).all():
+        bits = bits[..., span(columns[0])]
+    else:
+        bits = np.take_along_axis(bits, columns[:, None, None], 3)
+    if (counts < most).any():
+        used = np.arange(most) < counts[:, None]
+        chosen, bits = np.where(used, chosen, 0), bits & used.repeat(page_size, 1)[:, None, None]
     at_once = max(1, _ALONE // page_size if apart else _COPIED // (group * step.page_bytes))
     at_once = most if step.q.dtype.itemsize == 2 else min(most, at_once)
     parts: list[Part] = []
     for first in range(0, most, at_once):
         rows = np.flatnonzero(counts > first)
-        for some in rows[:, None] if apart else [rows]:
-            end = min(first + at_once, int(counts[some].max()))
-            tokens = slice(first * page_size, end * page_size)
+        for some in np.split(rows, len(rows)) if apart else [rows]:
+            end, picked = min(first + at_once, int(counts[some].max())), span(some)
             k, v = (
                 x.view(len(some), -1, *x.shape[2:]).transpose(1, 2)
-                for x in _copies(step, chosen[some, first:end].reshape(-1))
+                for x in _copies(step, chosen[picked, first:end].reshape(-1))
             )
-            visible, scored, queries = bits[some, :, :, tokens], step.scored, step.q
-            if len(some) < group:
-                queries = queries[torch.from_numpy(some)]
+            tokens, scored = slice(first * page_size, end * page_size), step.scored
             if scored is not None:
-                kv = torch.from_numpy(columns[some, tokens])[:, None, None]
-                b, q = (x[torch.from_numpy(some)] for x in (scored.b, scored.q))
-                scored = replace(scored, b=b, q=q, kv=kv)
-            parts.append(Part(some, *_attend(visible, queries, k, v, step.scale, scored)))
+                kv = torch.from_numpy(columns[picked, tokens])[:, None, None]
+                scored = replace(scored, b=scored.b[picked], q=scored.q[picked], kv=kv)
+            visible = bits[picked, :, :, tokens]
+            parts.append(Part(picked, *_attend(visible, step.q[picked], k, v, step.scale, scored)))
     return parts
 
 

@@ -17,6 +17,7 @@ from maskflash.backends.cpu.programs import look_up
 from maskflash.backends.cpu.softmax import exponentials
 from maskflash.backends.cpu.views import prepared
 from maskflash.expr.evaluate import compute
+from maskflash.ground.stretch import Numbers
 from maskflash.scores.strength import BoundScore
 
 _PAIRS: Final = 1 << 20  # whose scores are in memory at once, where a batch row has no more
@@ -45,7 +46,7 @@ class Scored:
         b, q, kv = (x if len(x) == 1 else x[batch] for x in (self.b, self.q, self.kv))
         return Scored(self.score, b, self.h[:, heads], q, kv)
 
-    def columns(self, some: slice | Tensor) -> Scored:
+    def columns(self, some: slice | Tensor | Numbers) -> Scored:
         """On some columns."""
         return replace(self, kv=self.kv[..., some])
 
