@@ -75,10 +75,11 @@ def test_long_keys_are_computed_in_parts(layout, tokens, looked_at, monkeypatch)
     assert len(looked_at) == 2
 
 
-def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch_and_on_any_number_of_threads(monkeypatch):
+@pytest.mark.parametrize("score", [None, mf.scores.softcap(5.0)])
+def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch_and_on_any_number_of_threads(score, monkeypatch):
     monkeypatch.setattr(few, "_PARTS", 2)
     k, v = torch.randn(2, 3, 2, 9000, 16).unbind()
-    q, attn = torch.randn(3, 4, 1, 16), mf.compile(mf.causal())
+    q, attn = torch.randn(3, 4, 1, 16), mf.compile(mf.causal(), score=score)
     whole = attn(q, k, v, q_offset=8999)
     before = torch.get_num_threads()
     try:
@@ -161,9 +162,10 @@ def test_a_call_has_the_same_bits_however_often_it_comes():
     assert all(torch.equal(attn(Q[:1], k, v, q_offset=299), first) for _ in range(100))
 
 
-def test_gradients_come_from_an_analysis(looked_at):
+@pytest.mark.parametrize("score", [None, mf.scores.softcap(5.0)])
+def test_gradients_come_from_an_analysis(score, looked_at):
     q, k, v = Q.clone().requires_grad_(), *torch.randn(2, 2, 4, 64, 16, requires_grad=True).unbind()
-    out = mf.attention(q, k, v, mf.causal(), q_offset=40)
+    out = mf.attention(q, k, v, mf.causal(), score=score, q_offset=40)
     assert len(looked_at) == 1
     for x in torch.autograd.grad(out.sum(), (q, k)):
         assert bool((x != 0).any())
