@@ -64,19 +64,6 @@ def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> t
     return reduce(torch.add, shares).to(outs[0].dtype), safe.logsumexp(0).masked_fill(nowhere, -torch.inf)
 
 
-def merge_stacked(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """`merge` of parts that are one tensor each, (parts, ..., D) and (parts, ...), without its checks and gradients.
-
-    What saw nothing, with lse -inf, has out 0.
-    """
-    highest = lses.amax(0).clamp_min_(torch.finfo(lses.dtype).min)
-    weights = (lses - highest).exp_()
-    sums = weights.sum(0)
-    out = (outs * weights[..., None]).sum(0)
-    lse = sums.log().add_(highest)
-    return out.div_(sums.masked_fill_(sums == 0, 1.0)[..., None]), lse
-
-
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merge one more part into out (..., D) and lse (...), in place; in each row both have seen something.
 

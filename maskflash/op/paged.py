@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.backends.cpu import few, paged
-from maskflash.backends.cpu.scored import Scored
+from maskflash.backends.cpu.scored import ScoredPairs
 from maskflash.errors import ArgumentError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
@@ -85,7 +85,7 @@ class _FewOf(NamedTuple):
     rows: Numbers
     bits: BoolArray
     seen: BoolArray
-    scored: Scored | None
+    scored: ScoredPairs | None
 
 
 class Paged(Asking):
@@ -204,7 +204,7 @@ class Paged(Asking):
         for part, pages in zip(of_few, ids, strict=False):
             at = part.rows if packed else span(part.requests)
             rows = q[at].transpose(1, 2) if packed else q[at]
-            step = paged.Step(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
+            step = paged.PagedRows(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
             found = paged.forward(step, spec.sinks, apart=spec.splits > 0)
             if packed:
                 out[at], lse[:, at] = found[0].transpose(1, 2), found[1].transpose(0, 1)
@@ -263,7 +263,7 @@ def _evaluated(spec: Spec, problem: Problem, sequences: _Sequences, requests: Nu
     by_page: BoolArray = bits.reshape(len(requests), heads * count, -1, page_size)
     seen: BoolArray = np.logical_or.reduce(by_page, axis=(1, 3))
     rows = (sequences.ends[requests] - count)[:, None] + np.arange(count)
-    scored = None if score is None else Scored(score, b, few.along(1, problem.heads), q + last + (1 - count), kv)
+    scored = None if score is None else ScoredPairs(score, b, few.along(1, problem.heads), q + last + (1 - count), kv)
     return _FewOf(requests, rows, bits, seen, scored)
 
 

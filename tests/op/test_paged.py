@@ -294,9 +294,18 @@ def test_prefixes_are_found_level_by_level():
     assert paged.shared(seen, torch.arange(16).view(4, 4).numpy(), 1) == []
 
 
+def test_shared_prefixes_of_16_bits_are_rounded_once(computed_once):
+    cache, q = Cache([61, 40, 55], 4, shared=9, dtype=torch.bfloat16), drawn(3, HEADS, 1, DIM, dtype=torch.bfloat16)
+    attn = mf.compile(mf.causal())
+    wide = attn.paged(q.float(), *(x.float() for x in cache.pools), cache.pages)
+    assert torch.equal(attn.paged(q, *cache.pools, cache.pages), wide.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("score", [None, mf.scores.softcap(3.0)])
-def test_with_splits_the_bits_of_a_request_are_its_own(dtype, score, computed_once):
+def test_with_splits_the_bits_of_a_request_are_its_own(dtype, score, computed_once, monkeypatch):
+    monkeypatch.setattr(paged, "_COPIED", 2048)  # as many pages at once as there are requests for
+    monkeypatch.setattr(paged, "_ALONE", 20)
     cache, q = Cache([61, 40, 55], 4, shared=9, dtype=dtype), drawn(3, HEADS, 1, DIM, dtype=dtype)
     attn = mf.compile(mf.causal(), score=score, splits=1)
     together = attn.paged(q, *cache.pools, cache.pages)

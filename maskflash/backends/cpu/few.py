@@ -25,7 +25,7 @@ from torch import Tensor
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import BoolArray
 from maskflash.backends.cpu.costs import candidates
-from maskflash.backends.cpu.scored import Scored, attend
+from maskflash.backends.cpu.scored import ScoredPairs, attend
 from maskflash.backends.cpu.views import prepared
 from maskflash.backends.merge import merge
 from maskflash.backends.sinks import add_sinks
@@ -109,12 +109,12 @@ def along(axis: int, count: int) -> Tensor:
     return torch.arange(count, device="cpu").view((1,) * axis + (count,) + (1,) * (3 - axis))
 
 
-def scored(score: BoundScore, batch: int, heads: int, q_len: int, kv_len: int) -> Scored:
+def scored(score: BoundScore, batch: int, heads: int, q_len: int, kv_len: int) -> ScoredPairs:
     """A score function on all pairs of a call."""
     b, h, *tokens = (along(axis, n) for axis, n in enumerate((batch, heads, q_len, kv_len)))
     offsets = (x.long().view(-1, 1, 1, 1) if isinstance(x, Tensor) else x for x in (score.q_offset, score.kv_offset))
     q, kv = (x + offset for x, offset in zip(tokens, offsets, strict=True))
-    return Scored(score, b, h, q, kv)
+    return ScoredPairs(score, b, h, q, kv)
 
 
 def units_of(bits: BoolArray, batch: int, heads: int, kv_heads: int) -> list[Unit]:
@@ -169,7 +169,7 @@ def forward(
     v: Tensor,
     scale: float,
     sinks: Tensor | None,
-    scored: Scored | None = None,
+    scored: ScoredPairs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of few rows: see `run.forward`.
 
@@ -205,7 +205,7 @@ def forward(
 
 
 def _attend(
-    window: Window, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: Scored | None
+    window: Window, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: ScoredPairs | None
 ) -> tuple[Tensor, Tensor]:
     """Out (n, heads, q_len, Dv) and lse (n, heads, q_len) of one unit."""
     n, heads, q_len, _ = q.shape
@@ -223,7 +223,7 @@ def _attend(
 
 
 def seen(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, scored: Scored | None = None
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, scored: ScoredPairs | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention to columns of which each is seen by some row, or holds finite numbers.
 

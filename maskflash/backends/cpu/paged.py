@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from maskflash.backends.cpu import few
-from maskflash.backends.cpu.scored import Scored
-from maskflash.backends.merge import merge_stacked
+from maskflash.backends.cpu.scored import ScoredPairs
+from maskflash.backends.cpu.softmax import merge_some
 from maskflash.backends.sinks import add_sinks
 from maskflash.ground import modes
 from maskflash.ground.stretch import BoolArray, Numbers, are_adjacent, span
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     lse: Tensor
 
 
-class Share(NamedTuple):
+class SharedPages(NamedTuple):
     """Pages first to stop of some requests, which are the same in the pool for all of them."""
 
     requests: Numbers
@@ -55,7 +55,7 @@ class Share(NamedTuple):
     stop: int
 
 
-class Step(NamedTuple):
+class PagedRows(NamedTuple):
     """Equally few rows of several requests.
 
     Attributes:
@@ -76,7 +76,7 @@ class Step(NamedTuple):
     k_pages: Tensor
     v_pages: Tensor
     scale: float
-    scored: Scored | None
+    scored: ScoredPairs | None
 
     @property
     def page_size(self) -> int:
@@ -95,7 +95,7 @@ class Step(NamedTuple):
         return tokens * heads * head_dim * self.k_pages.itemsize
 
 
-def forward(step: Step, sinks: Tensor | None, *, apart: bool) -> tuple[Tensor, Tensor]:
+def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tensor, Tensor]:
     """Attention of equally few rows of several requests.
 
     Args:
@@ -115,7 +115,7 @@ def forward(step: Step, sinks: Tensor | None, *, apart: bool) -> tuple[Tensor, T
     least = -(-_IN_PLACE // step.page_bytes)
     if seen.shape[1] >= least and step.adjacent:
         runs = _runs(seen, step.ids, least, whole=step.q.dtype.itemsize == 2)
-        shares += [Share(np.array([request]), first, stop) for request, first, stop in runs]
+        shares += [SharedPages(np.array([request]), first, stop) for request, first, stop in runs]
         for request, first, stop in runs:
             seen[request, first:stop] = False
     parts = [part for share in shares for part in _of_share(step, share)]
@@ -126,7 +126,7 @@ def forward(step: Step, sinks: Tensor | None, *, apart: bool) -> tuple[Tensor, T
     return out.to(dtype), lse
 
 
-def shared(seen: BoolArray, ids: Numbers, least: int) -> list[Share]:
+def shared(seen: BoolArray, ids: Numbers, least: int) -> list[SharedPages]:
     """Pages that several requests begin with, where computing them once saves reading at least so many.
 
     Args:
@@ -134,7 +134,7 @@ def shared(seen: BoolArray, ids: Numbers, least: int) -> list[Share]:
         ids: (requests, pages), where these are in the pool.
         least: pages.
     """
-    found = list[Share]()
+    found = list[SharedPages]()
     if len(set(ids[np.arange(len(seen)), seen.argmax(1)].tolist())) == len(seen):  # of the first that each sees
         return found
     alike = np.where(seen, ids, -1)
@@ -145,7 +145,7 @@ def shared(seen: BoolArray, ids: Numbers, least: int) -> list[Share]:
         same = (own == own[0]).all(0)
         stop = first + int(np.argmin(np.append(same[first:], False)))
         if (len(requests) - 1) * int(seen[requests[0], first:stop].sum()) >= least:
-            found.append(Share(requests, first, stop))
+            found.append(SharedPages(requests, first, stop))
         if stop < own.shape[1]:
             names, of = np.unique(own[:, stop], return_inverse=True)
             several = [n for n in range(len(names)) if np.count_nonzero(of == n) > 1] if len(names) < len(own) else []
@@ -173,7 +173,7 @@ def _runs(seen: BoolArray, ids: Numbers, least: int, *, whole: bool) -> list[tup
     return list(found)
 
 
-def _of_share(step: Step, share: Share) -> Iterator[Part]:
+def _of_share(step: PagedRows, share: SharedPages) -> Iterator[Part]:
     """Attention to pages of one request, or to those that several share: their rows are rows of one request."""
     requests, (heads, q_len, _), page_size = span(share.requests), step.q.shape[1:], step.page_size
     rows, of_pages = len(share.requests) * q_len, step.ids[share.requests[0]]
@@ -190,7 +190,7 @@ def _of_share(step: Step, share: Share) -> Iterator[Part]:
         yield Part(requests, out, lse)
 
 
-def _pieces(step: Step, share: Share) -> list[Numbers]:
+def _pieces(step: PagedRows, share: SharedPages) -> list[Numbers]:
     """The seen pages of a share, as many at once as are read at once."""
     pages = share.first + np.flatnonzero(step.seen[share.requests[0], share.first : share.stop])
     if step.adjacent and (np.diff(step.ids[share.requests[0], pages]) == 1).all():
@@ -199,7 +199,7 @@ def _pieces(step: Step, share: Share) -> list[Numbers]:
     return [x for x in np.array_split(pages, max(1, count)) if len(x)]
 
 
-def _keys(step: Step, ids: Numbers) -> tuple[Tensor, ...]:
+def _keys(step: PagedRows, ids: Numbers) -> tuple[Tensor, ...]:
     """K and V of pages, (1, Hkv, tokens, D): views where they are adjacent, else copies that hold until the next."""
     if step.adjacent and (np.diff(ids) == 1).all():
         found = [x[int(ids[0]) : int(ids[-1]) + 1] for x in (step.k_pages, step.v_pages)]
@@ -208,7 +208,7 @@ def _keys(step: Step, ids: Numbers) -> tuple[Tensor, ...]:
     return tuple(x.flatten(0, 1).transpose(0, 1)[None] for x in found)
 
 
-def _stacked(scored: Scored, requests: slice | Numbers) -> Scored:
+def _stacked(scored: ScoredPairs, requests: slice | Numbers) -> ScoredPairs:
     """The score of several requests' rows as those of one."""
     b, q = scored.b[requests], scored.q[requests]
     b = b.expand(-1, -1, q.shape[2], -1)
@@ -216,7 +216,7 @@ def _stacked(scored: Scored, requests: slice | Numbers) -> Scored:
     return replace(scored, b=b, q=q)
 
 
-def _copied(step: Step, seen: BoolArray, *, apart: bool) -> list[Part]:
+def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[Part]:
     """Attention to these pages, some at a time."""
     counts = seen.sum(1)
     most = int(counts.max(initial=0))
@@ -254,7 +254,7 @@ def _copied(step: Step, seen: BoolArray, *, apart: bool) -> list[Part]:
 
 
 def _attend(
-    visible: BoolArray, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: Scored | None
+    visible: BoolArray, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: ScoredPairs | None
 ) -> tuple[Tensor, Tensor]:
     """Attention to copied keys; those that no row sees may hold anything, and are zeroed."""
     hidden = None
@@ -266,19 +266,22 @@ def _attend(
     return few.seen(q, k, v, hidden, scale, scored)
 
 
-def _joined(step: Step, parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """The parts of each request merged."""
+def _joined(step: PagedRows, parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """The parts of each request merged, one after the other, whatever parts others have."""
     total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     if len(parts) == 1 and len(parts[0].out) == len(step.q):
         return parts[0].out.contiguous(), parts[0].lse.contiguous()
-    outs = step.q.new_zeros(max(1, len(parts)), *step.q.shape[:3], step.v_pages.shape[3], dtype=total)
-    lses = step.q.new_full(outs.shape[:-1], -torch.inf, dtype=total)
-    for place, (requests, out, lse) in enumerate(parts):
-        outs[place, requests], lses[place, requests] = out.to(total), lse
-    return merge_stacked(outs, lses)
+    out = step.q.new_zeros(*step.q.shape[:3], step.v_pages.shape[3], dtype=total)
+    lse = step.q.new_full(out.shape[:-1], -torch.inf, dtype=total)
+    for requests, part, part_lse in parts:
+        of_part, of_part_lse = out[requests], lse[requests]
+        merge_some(of_part, of_part_lse, part.to(total), part_lse)
+        if not isinstance(requests, slice):  # then these are copies
+            out[requests], lse[requests] = of_part, of_part_lse
+    return out, lse
 
 
-def _copies(step: Step, ids: Numbers) -> list[Tensor]:
+def _copies(step: PagedRows, ids: Numbers) -> list[Tensor]:
     """These pages of k and v, in memory that the next copies of this thread take again."""
     pages, pools = torch.from_numpy(ids), (step.k_pages, step.v_pages)
     shapes = [(len(ids), *x.shape[1:]) for x in pools]

@@ -24,7 +24,7 @@ _PAIRS: Final = 1 << 20  # whose scores are in memory at once, where a batch row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
+class ScoredPairs:
     """A score function on the pairs of some rows.
 
     Attributes:
@@ -41,12 +41,12 @@ class Scored:
     q: Tensor
     kv: Tensor
 
-    def part(self, batch: slice, heads: slice) -> Scored:
+    def part(self, batch: slice, heads: slice) -> ScoredPairs:
         """On some batch rows and query heads."""
         b, q, kv = (x if len(x) == 1 else x[batch] for x in (self.b, self.q, self.kv))
-        return Scored(self.score, b, self.h[:, heads], q, kv)
+        return ScoredPairs(self.score, b, self.h[:, heads], q, kv)
 
-    def columns(self, some: slice | Tensor | Numbers) -> Scored:
+    def columns(self, some: slice | Tensor | Numbers) -> ScoredPairs:
         """On some columns."""
         return replace(self, kv=self.kv[..., some])
 
@@ -57,7 +57,7 @@ class Scored:
 
 
 def attend(
-    scored: Scored, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    scored: ScoredPairs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to these columns, but for what is hidden.
 
@@ -89,7 +89,7 @@ def attend(
 
 
 def _attend(
-    scored: Scored, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
+    scored: ScoredPairs, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     (n, heads, rows, head_dim), (kv_heads, columns) = q.shape, k.shape[1:3]
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
