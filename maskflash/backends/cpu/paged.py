@@ -39,7 +39,7 @@ _KEPT: Final = 8 << 20  # bytes of a thread's memory for copies, at most, that a
 _room = threading.local()
 
 
-class Part(NamedTuple):
+class PagesOut(NamedTuple):
     """Attention of some requests to some of their pages."""
 
     requests: slice | Numbers
@@ -173,7 +173,7 @@ def _runs(seen: BoolArray, ids: Numbers, least: int, *, whole: bool) -> list[tup
     return list(found)
 
 
-def _of_share(step: PagedRows, share: SharedPages) -> Iterator[Part]:
+def _of_share(step: PagedRows, share: SharedPages) -> Iterator[PagesOut]:
     """Attention to pages of one request, or to those that several share: their rows are rows of one request."""
     requests, (heads, q_len, _), page_size = span(share.requests), step.q.shape[1:], step.page_size
     rows, of_pages = len(share.requests) * q_len, step.ids[share.requests[0]]
@@ -187,7 +187,7 @@ def _of_share(step: PagedRows, share: SharedPages) -> Iterator[Part]:
         scored = None if step.scored is None else _stacked(step.scored, requests).columns(columns)
         out, lse = few.forward(units, q, k, v, step.scale, None, scored)
         out, lse = (x.unflatten(2, (-1, q_len))[0].transpose(0, 1) for x in (out, lse))
-        yield Part(requests, out, lse)
+        yield PagesOut(requests, out, lse)
 
 
 def _pieces(step: PagedRows, share: SharedPages) -> list[Numbers]:
@@ -216,7 +216,7 @@ def _stacked(scored: ScoredPairs, requests: slice | Numbers) -> ScoredPairs:
     return replace(scored, b=b, q=q)
 
 
-def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[Part]:
+def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     """Attention to these pages, some at a time."""
     counts = seen.sum(1)
     most = int(counts.max(initial=0))
@@ -235,7 +235,7 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[Part]:
         chosen, bits = np.where(used, chosen, 0), bits & used.repeat(page_size, 1)[:, None, None]
     at_once = max(1, _ALONE // page_size if apart else _COPIED // (group * step.page_bytes))
     at_once = most if step.q.dtype.itemsize == 2 else min(most, at_once)
-    parts: list[Part] = []
+    parts: list[PagesOut] = []
     for first in range(0, most, at_once):
         rows = np.flatnonzero(counts > first)
         for some in np.split(rows, len(rows)) if apart else [rows]:
@@ -249,7 +249,7 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[Part]:
                 kv = torch.from_numpy(columns[picked, tokens])[:, None, None]
                 scored = replace(scored, b=scored.b[picked], q=scored.q[picked], kv=kv)
             visible = bits[picked, :, :, tokens]
-            parts.append(Part(picked, *_attend(visible, step.q[picked], k, v, step.scale, scored)))
+            parts.append(PagesOut(picked, *_attend(visible, step.q[picked], k, v, step.scale, scored)))
     return parts
 
 
@@ -266,7 +266,7 @@ def _attend(
     return few.seen(q, k, v, hidden, scale, scored)
 
 
-def _joined(step: PagedRows, parts: list[Part]) -> tuple[Tensor, Tensor]:
+def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
     """The parts of each request merged, one after the other, whatever parts others have."""
     total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     if len(parts) == 1 and len(parts[0].out) == len(step.q):
