@@ -4,7 +4,8 @@ A step has one query for each batch row. The cache is a part of larger tensors a
 so that no call is like the one before: ours evaluates its mask each time, SDPA is given a mask of bool that was made
 before its time is taken. By turns, without gradients, on all cores. Beside one long sequence stands what it takes to
 read the same keys and values once: their sum. Steps over pages, in any order and in the pool's, stand beside the same
-steps over contiguous keys.
+steps over contiguous keys. Requests that share the pages of a prefix stand beside the same ones, each with pages of
+its own.
 
 Run: python -m benchmarks.decode
 """
@@ -28,6 +29,7 @@ TITLES: Final = {
     "steps": "A step of decoding, 8 query heads, 2 key heads, D 64, float32: maskflash beside SDPA with a ready mask",
     "reading": "The same beside reading the keys and values once",
     "pages": "The same over pages of 16 tokens beside contiguous keys and values, maskflash both",
+    "shared": "A step of requests that share their first pages, beside the same with pages of their own",
 }
 HEADS: Final = 8
 KV_HEADS: Final = 2
@@ -36,6 +38,9 @@ PAIRS: Final = 60
 WINDOW: Final = 256
 DRAFTS: Final = 64
 PAGE: Final = 16
+REQUESTS: Final = 16
+SHARED: Final = 4096  # tokens
+OWN: Final = 256
 
 
 class Case(NamedTuple):
@@ -104,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             rows += rows_of(case, pairs)
         for case in CASES[:4]:
             rows += [beside_pages(case, pairs, shuffled=shuffled) for shuffled in (True, False)]
+        rows.append(beside_copies(pairs))
     return runner.finish(str(__doc__).partition("\n")[0], TITLES, rows, options)
 
 
@@ -142,6 +148,32 @@ def beside_pages(case: Case, pairs: int, *, shuffled: bool) -> Row:
     (mine,), (theirs,) = runner.alternate(run, ours(case, k, v), pairs)
     name = f"{case.name}, batch {case.batch}, {'shuffled' if shuffled else 'in order'}"
     return runner.compared("pages", name, case.tokens, "forward", mine, theirs, dtype="float32", floor=1 / 1.3)
+
+
+def beside_copies(pairs: int) -> Row:
+    """The time of requests that share a prefix beside that of the same requests, where each has a copy of it."""
+    own, prefix = -(-(OWN + pairs + 4) // PAGE), SHARED // PAGE
+    shared, copied = requests(own, prefix, copies=1), requests(own, prefix, copies=REQUESTS)
+    (mine,), (theirs,) = runner.alternate(shared, copied, pairs)
+    name = f"{REQUESTS} requests, {SHARED:,} tokens shared, {OWN} of their own"
+    return runner.compared("shared", name, SHARED + OWN, "forward", mine, theirs, dtype="float32")
+
+
+def requests(own: int, prefix: int, *, copies: int) -> runner.Contender:
+    """A step of all requests, whose first pages are of so many copies."""
+    total = copies * prefix + REQUESTS * own
+    table = torch.randperm(total)
+    prefixes = table[: copies * prefix].view(copies, prefix).expand(REQUESTS, prefix)
+    table = torch.cat([prefixes, table[copies * prefix :].view(REQUESTS, own)], 1)
+    pages = mf.PageTable(table, torch.full((REQUESTS,), SHARED + OWN), PAGE)
+    pools, attn = torch.randn(2, total, PAGE, KV_HEADS, HEAD_DIM).unbind(), mf.compile(mf.causal())
+
+    def run() -> Sequence[float]:
+        q = torch.randn(REQUESTS, HEADS, 1, HEAD_DIM)
+        pages.lengths += 1
+        return runner.timed(lambda: attn.paged(q, *pools, pages))()
+
+    return run
 
 
 def steps(case: Case, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:

@@ -58,7 +58,8 @@ def compile(
             doesn't see (numpy, `.data`, another process); MASKFLASH_CHECK=1 in the environment does so for all calls.
         splits: on a GPU, into how many pieces the keys of few rows are cut, by what these see: a step of decoding, or
             drafts. "auto" has enough of them for the device's processors. With a number, which pieces a row has
-            depends on its own mask alone, so its bits don't depend on who else is in the batch; 1 cuts nothing.
+            depends on its own mask alone, so its bits don't depend on who else is in the batch; 1 cuts nothing. On a
+            CPU any number has steps over pages compute each request as if it were alone, with the same end.
         **others: none; those that other libraries have are answered by what to write here.
 
     Returns:

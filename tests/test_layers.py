@@ -81,7 +81,7 @@ ORDER = {
     "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
-        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "few", "paged", "run"),
+        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "scored", "few", "paged", "run"),
     ],
     "backends/triton": [
         *("signature", "score_kind", "emit", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +15,7 @@ from maskflash.errors import MaskIndexError
 from maskflash.expr.nodes import Expr, Node, Scalar, operand_dtype
 from maskflash.expr.ops import INDEX_VARIABLES, OPERATIONS
 
+_KEPT: Final = 1 << 18  # pairs, up to which every value is kept: so a fault costs no second evaluation
 _SHARED: Final = {"b": "batch", "h": "heads"}  # of what a dimension of 1 might be meant to serve all
 
 LookUp = Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor | None]]
@@ -42,13 +44,21 @@ def evaluate(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) -> Tensor:
     Raises:
         MaskIndexError: a look-up out of range or a division by zero that no guard excludes.
     """
-    shape = np.broadcast_shapes(*(pairs[name].shape for name in INDEX_VARIABLES))
+    shapes = {pairs[name].shape for name in INDEX_VARIABLES}
+    shape = np.broadcast_shapes(*shapes)
     if 0 in shape:
         return torch.zeros(shape, dtype=torch.bool, device=pairs["q"].device)
-    value, faults = compute(expr, inputs, pairs)
-    if any(bool(fault.any()) for fault in faults):
-        raise_if_reached(expr, inputs, pairs)
-    return value.to(torch.bool).expand(shape)
+    if math.prod(shape) <= _KEPT:
+        values, places = every_value(expr, inputs, pairs)
+        if any(fault is not None and bool(fault.any()) for fault in places):
+            _raise_if_reached(expr, inputs, pairs, values, places)
+        value = values[-1]
+    else:
+        value, faults = compute(expr, inputs, pairs)
+        if any(bool(fault.any()) for fault in faults):
+            raise_if_reached(expr, inputs, pairs)
+    value = value if value.dtype == torch.bool else value.to(torch.bool)
+    return value if value.shape == shape else value.expand(shape)
 
 
 def compute(
@@ -131,7 +141,7 @@ def compute_node(
     if node.op == "cast":
         return operands[0].to(node.dtype), None
     dtype = operand_dtype(node, [expr.nodes[arg] for arg in node.args])
-    operands = [operand.to(dtype) for operand in operands]
+    operands = [x if x.dtype == dtype else x.to(dtype) for x in operands]  # `to` costs as much as adding few numbers
     operation, fault = OPERATIONS[node.op], None
     assert operation.compute is not None
     if operation.faults and not dtype.is_floating_point:
@@ -181,7 +191,13 @@ def raise_if_reached(expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor]) ->
     Raises:
         MaskIndexError: with the user's line, the index and the fix.
     """
-    values, faults = every_value(expr, inputs, pairs)
+    _raise_if_reached(expr, inputs, pairs, *every_value(expr, inputs, pairs))
+
+
+def _raise_if_reached(
+    expr: Expr, inputs: Inputs, pairs: Mapping[str, Tensor], values: list[Tensor], faults: list[Tensor | None]
+) -> None:
+    """The same, given every value."""
     truth = [value.to(torch.bool) for value in values]
     for position, (fault, reach) in enumerate(zip(faults, reached(expr, truth, truth), strict=True)):
         if fault is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Numbers = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +37,7 @@ class Stretch:
     page_size: int
 
     @staticmethod
-    def of(seen: npt.NDArray[np.bool_], page_size: int) -> Stretch:
+    def of(seen: BoolArray, page_size: int) -> Stretch:
         """The stretch of all columns, given whether some row sees them."""
         columns = np.flatnonzero(seen)
         start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
@@ -64,6 +65,13 @@ class Stretch:
         whole = found.new_zeros(self.stop - self.start, *found.shape[1:])
         whole[torch.from_numpy(there).to(pool.device)] = found[torch.from_numpy(within).to(pool.device)]
         return whole.transpose(0, 1)[None]
+
+
+def span(numbers: Numbers) -> slice | Numbers:
+    """Ascending numbers as a slice, where they have no gap: what it picks is a view."""
+    if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return numbers
 
 
 def are_adjacent(pool: Tensor) -> bool:

@@ -112,7 +112,7 @@ class Explanation:
             from maskflash.backends.triton.few import told
 
             passes["forward"] |= told(plan, self.problem, self.splits or None)
-        if self.backend != "cpu" or self.score is not None or not applies(self.problem):
+        if self.backend != "cpu" or not applies(self.problem, scored=self.score is not None):
             return passes
         few: dict[str, dict[str, int | str]] = {
             "forward": {"rows, evaluated at each call without a plan": self.problem.q_len}

@@ -34,14 +34,18 @@ class FewRows:
         Raises:
             MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
         """
-        if spec.backend != "cpu" or spec.score or spec.seed is not None or not may_be(q, k):
+        if spec.backend != "cpu" or spec.seed is not None or not may_be(q, k):
             return None
         problem = spec.problem(Sizes.of(q, k))
-        return FewRows(few.look(problem, q.shape[1], k.shape[1])) if applies(problem) else None
+        if not applies(problem, scored=bool(spec.score)):
+            return None
+        return FewRows(few.look(problem, q.shape[1], k.shape[1]))
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out and lse."""
-        return few.forward(self.units, q, k, v, spec.scale, spec.sinks)
+        score = spec.strength.score
+        scored = None if score is None else few.scored(score, len(q), q.shape[1], q.shape[2], k.shape[2])
+        return few.forward(self.units, q, k, v, spec.scale, spec.sinks, scored)
 
     def backward(
         self,
@@ -66,9 +70,10 @@ class FewRows:
         return
 
 
-def applies(problem: Problem) -> bool:
-    """Whether calls on the CPU with this mask at these sizes are steps, where no score function is in the way."""
-    return few.are_few(*problem.shape[:2], problem.q_len, problem.kv_len)
+def applies(problem: Problem, *, scored: bool) -> bool:
+    """Whether calls on the CPU with this mask at these sizes are steps; `scored`: by a score function of all heads."""
+    batch, heads = problem.shape[:2]
+    return few.are_few(batch, problem.heads if scored else heads, problem.q_len, problem.kv_len)
 
 
 def may_be(q: Tensor, k: Tensor) -> bool:

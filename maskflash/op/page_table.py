@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments, modes
-from maskflash.ground.stretch import Numbers
+from maskflash.ground.stretch import BoolArray, Numbers
 
 Layout = Literal["NHD", "HND"]
 
@@ -283,24 +283,23 @@ class PageTable:
         return pool
 
     def ids(
-        self,
-        operation: str,
-        requests: Numbers,
-        logical: Numbers,
-        pages: int,
+        self, operation: str, requests: Numbers, logical: Numbers, pages: int, used: BoolArray | None = None
     ) -> Numbers:
-        """The pages in the pool of requests' logical pages, which are used.
+        """The pages in the pool of requests' logical pages, arrays that broadcast; those that are not used, unchecked.
 
         Raises:
-            ArgumentError: an entry that the pool doesn't have.
+            ArgumentError: an entry that is used and that the pool doesn't have.
         """
-        found: Numbers = _on_host(self.block_table)[requests, logical]
-        wrong = np.flatnonzero((found < 0) | (found >= pages))
-        if len(wrong):
-            at = int(wrong[0])
+        found: Numbers = _as_array(self.block_table)[requests, logical].astype(np.int64)
+        wrong = (found < 0) | (found >= pages)
+        if used is not None:
+            wrong &= used
+        if wrong.any():
+            at = tuple(np.argwhere(wrong)[0])
+            request, page = (np.broadcast_to(x, found.shape)[at] for x in (requests, logical))
             raise ArgumentError(
-                f"{operation}: block_table is {found[at]} for page {logical[at]} of request {requests[at]}, which is "
-                f"used; expected 0 to {pages - 1}, a page of the pool"
+                f"{operation}: block_table is {found[at]} for page {page} of request {request}, which is used; "
+                f"expected 0 to {pages - 1}, a page of the pool"
             )
         return found
 
@@ -317,8 +316,15 @@ def _packed(operation: str, name: str, x: Any, starts: Any) -> Tensor:
 
 
 def _on_host(x: Tensor) -> Numbers:
+    return _as_array(x).astype(np.int64)
+
+
+def _as_array(x: Tensor) -> Numbers:
+    """The integers of a tensor, in its own dtype; on a CPU no copy."""
+    if x.device.type == "cpu" and torch._C._len_torch_dispatch_stack() == 0:
+        return x.detach().numpy()
     with modes.off():
-        return x.detach().cpu().numpy().astype(np.int64)
+        return x.detach().cpu().numpy()
 
 
 def _shown(numbers: Numbers) -> str:

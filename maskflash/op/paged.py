@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
-from maskflash.analysis.runs import BoolArray
 from maskflash.backends.cpu import few, paged
+from maskflash.backends.cpu.scored import ScoredPairs
 from maskflash.errors import ArgumentError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
 from maskflash.ground import arguments, qkv
-from maskflash.ground.stretch import Numbers, Stretch
+from maskflash.ground.stretch import BoolArray, Numbers, Stretch, span
 from maskflash.masks.requests import REQUESTS, OfRequests
 from maskflash.op.asking import Asking, asks_for_dropout
 from maskflash.op.page_table import Layout, PageTable
@@ -78,12 +78,14 @@ class _FewOf(NamedTuple):
         rows: (n, q_len), their queries among all, where they are packed.
         bits: (n, heads or 1, q_len, pages * page_size), what each sees.
         seen: (n, pages), of which pages some of its queries see a column.
+        scored: the score function on these pairs, or None.
     """
 
     requests: Numbers
     rows: Numbers
     bits: BoolArray
     seen: BoolArray
+    scored: ScoredPairs | None
 
 
 class Paged(Asking):
@@ -164,7 +166,7 @@ class Paged(Asking):
             problem = spec.problem(sizes)
             sequences = _Sequences(counts, lengths, pages.page_size)
             steps, others = _apart(spec, problem, sequences)
-            of_few = [_evaluated(problem, sequences, requests) for requests in steps]
+            of_few = [_evaluated(spec, problem, sequences, requests) for requests in steps]
             alone = [self._share(problem, sequences, request, mask_args) for request in others]
             ids = _ids(pages, len(pools[0]), of_few, alone)
             out, lse = self._attend_pages(spec, q, pools, of_few, alone, ids, cu_seqlens_q is not None, mask_args)
@@ -200,9 +202,10 @@ class Paged(Asking):
         out = q.new_empty(*q.shape[:-1], v_pages.shape[3])
         lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
         for part, pages in zip(of_few, ids, strict=False):
-            at = torch.from_numpy(part.rows if packed else part.requests)
+            at = part.rows if packed else span(part.requests)
             rows = q[at].transpose(1, 2) if packed else q[at]
-            found = paged.forward(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, spec.sinks)
+            step = paged.PagedRows(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
+            found = paged.forward(step, spec.sinks, apart=spec.splits > 0)
             if packed:
                 out[at], lse[:, at] = found[0].transpose(1, 2), found[1].transpose(0, 1)
             else:
@@ -232,37 +235,36 @@ class Paged(Asking):
 
 def _apart(spec: Spec, problem: Problem, sequences: _Sequences) -> tuple[list[Numbers], list[int]]:
     """Requests whose few queries are evaluated together, and those that are calls of their own."""
-    counts, lengths, heads = sequences.counts, sequences.lengths, problem.shape[1]
-    some = np.flatnonzero(counts)
-    if spec.backend != "cpu" or spec.score:
-        return [], some.tolist()
-    alone = [r for r in some.tolist() if not few.are_few(1, heads, int(counts[r]), int(lengths[r]))]
-    steps, rest = [], np.setdiff1d(some, alone)
-    for count in np.unique(counts[rest]).tolist():
-        alike = rest[counts[rest] == count]
-        while len(alike):
-            # As many as are few together; at least one is.
-            longest = np.maximum.accumulate(lengths[alike])
-            fit = [few.are_few(n + 1, heads, count, most) for n, most in enumerate(longest.tolist())]
-            steps.append(alike[: max(1, sum(fit))])
-            alike = alike[len(steps[-1]) :]
-    return steps, alone
+    lengths, heads = sequences.lengths.tolist(), problem.heads if spec.score else problem.shape[1]
+    steps, alone = dict[int, list[list[int]]](), list[int]()
+    for request, count in enumerate(sequences.counts.tolist()):
+        if spec.backend != "cpu" or not few.are_few(1, heads, count, lengths[request]):
+            alone += [request] if count else []
+            continue
+        groups = steps.setdefault(count, [[]])
+        longest = max(lengths[r] for r in (*groups[-1], request))
+        if not few.are_few(len(groups[-1]) + 1, heads, count, longest):
+            groups.append([])
+        groups[-1].append(request)
+    return [np.array(group) for groups in steps.values() for group in groups], alone
 
 
-def _evaluated(problem: Problem, sequences: _Sequences, requests: Numbers) -> _FewOf:
+def _evaluated(spec: Spec, problem: Problem, sequences: _Sequences, requests: Numbers) -> _FewOf:
     """What some requests' queries see, of which each has equally many."""
     counts, lengths, heads = sequences.counts[requests], sequences.lengths[requests], problem.shape[1]
-    count, page_size = int(counts[0]), sequences.page_size
+    count, page_size, score = int(counts[0]), sequences.page_size, spec.strength.score
     tokens = -(-int(lengths.max()) // page_size) * page_size
     b, last = (torch.from_numpy(x)[:, None, None, None] for x in (requests, lengths - 1))
-    places = torch.arange(heads)[:, None, None], torch.arange(count)[:, None]
+    h, q, kv = few.along(1, heads), few.along(2, count), few.along(3, tokens)
     # The mask is not asked beyond a request's length, where its tables may end: its last token stands for all there.
-    kv = torch.arange(tokens)
-    visible = problem.visible(b, *places, torch.minimum(kv, last)) & (kv <= last)
+    inside = kv <= last
+    visible = problem.visible(b, h, q, torch.minimum(kv, last)) & inside
     bits: BoolArray = visible.expand(len(requests), heads, count, tokens).numpy()
-    seen: BoolArray = np.logical_or.reduce(bits.reshape(len(requests), heads * count, -1, page_size), axis=(1, 3))
+    by_page: BoolArray = bits.reshape(len(requests), heads * count, -1, page_size)
+    seen: BoolArray = np.logical_or.reduce(by_page, axis=(1, 3))
     rows = (sequences.ends[requests] - count)[:, None] + np.arange(count)
-    return _FewOf(requests, rows, bits, seen)
+    scored = None if score is None else ScoredPairs(score, b, few.along(1, problem.heads), q + last + (1 - count), kv)
+    return _FewOf(requests, rows, bits, seen, scored)
 
 
 def _ids(pages: PageTable, count: int, of_few: list[_FewOf], alone: list[_Share]) -> list[Numbers]:
@@ -271,19 +273,11 @@ def _ids(pages: PageTable, count: int, of_few: list[_FewOf], alone: list[_Share]
     Raises:
         ArgumentError: an entry that is used, and that the pool of so many pages doesn't have.
     """
-    places = [np.nonzero(part.seen) for part in of_few]
-    used = [(part.requests[rows], logical) for part, (rows, logical) in zip(of_few, places, strict=True)]
-    used += [(np.full(len(each.stretch.pages), each.request), each.stretch.pages) for each in alone]
-    if not used:
-        return []
-    requests, logical = (np.concatenate(x) for x in zip(*used, strict=True))
-    ids = pages.ids(_OPERATION, requests, logical, count)
-    found = np.split(ids, np.cumsum([len(of) for _, of in used]))[:-1]
-    for place, (part, where) in enumerate(zip(of_few, places, strict=True)):
-        whole = np.zeros(part.seen.shape, np.int64)
-        whole[where] = found[place]
-        found[place] = whole
-    return found
+    ids = [
+        pages.ids(_OPERATION, part.requests[:, None], np.arange(part.seen.shape[1]), count, part.seen)
+        for part in of_few
+    ]
+    return ids + [pages.ids(_OPERATION, np.array(each.request), each.stretch.pages, count) for each in alone]
 
 
 def _of_request(mask_args: dict[str, Any], request: int, device: torch.device) -> dict[str, Any]:

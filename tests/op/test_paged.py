@@ -4,11 +4,11 @@ import gc
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.backends.cpu import paged
+from maskflash.backends.cpu import few, paged
 from maskflash.backends.dense import DenseCall
 from maskflash.ground.stretch import Stretch
 from maskflash.scores.score import as_score
@@ -182,6 +182,7 @@ def test_trees_of_drafts_behind_a_cache():
 @pytest.mark.parametrize("adjacent", [False, True])
 def test_long_requests_are_read_in_pieces(length, adjacent, monkeypatch):
     monkeypatch.setattr(paged, "_COPIED", 1 << 14)
+    monkeypatch.setattr(paged, "_IN_PLACE", 1 << 14)
     cache = Cache([length, length // 3], 16, adjacent=adjacent)
     assert_as_dense(cache, [1, 2], mf.causal())
     assert_as_dense(cache, [3, 1], mf.sliding_window(300))
@@ -198,6 +199,7 @@ def test_runs_among_shuffled_pages_are_read_where_they_lie():
 
 
 def test_what_lies_in_the_pool_is_not_copied(monkeypatch):
+    monkeypatch.setattr(paged, "_IN_PLACE", 1 << 14)
     cache, attn, calls = Cache([600, 40], 16, adjacent=True), mf.compile(mf.causal()), []
     index_select = torch.index_select
     monkeypatch.setattr(
@@ -207,13 +209,110 @@ def test_what_lies_in_the_pool_is_not_copied(monkeypatch):
     assert [len(pages) for _, pages in calls] == [3, 3]  # of k and v: those of the short request
 
 
-def test_requests_may_be_partly_in_order():
+def test_requests_may_be_partly_in_order(monkeypatch):
+    monkeypatch.setattr(paged, "_IN_PLACE", 1 << 14)
     cache = Cache([700, 90], 16, adjacent=True)
     moved = cache.pages.block_table[0, :3].clone()
     cache.pages.block_table[0, :3] = moved.flip(0)  # what is copied, before a run that isn't
     for x in cache.k, cache.v:
         x[0, :, :48] = x[0, :, :48].unflatten(1, (3, 16)).flip(1).flatten(1, 2)
     assert_as_dense(cache, [1, 1], mf.causal())
+
+
+PREFIXES = st.fixed_dictionaries(
+    {
+        "page_size": st.sampled_from([1, 2, 3, 4, 7, 16]),
+        "layout": st.sampled_from(["NHD", "HND"]),
+        "shared": st.integers(1, 12),
+        "adjacent": st.booleans(),
+        "dtype": st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
+    }
+)
+
+
+@st.composite
+def steps(draw):
+    """Lengths of requests with equally few queries each."""
+    count = draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(few._WIDE * count, TABLES), min_size=2, max_size=3))
+    return lengths, [count] * len(lengths)
+
+
+@pytest.fixture
+def computed_once(monkeypatch):
+    """What is shared is computed once, however little it is, in pieces; the shares that there were."""
+    monkeypatch.setattr(paged, "_SHARED", 0)
+    found, honest = [], paged.shared
+    monkeypatch.setattr(paged, "shared", lambda *given: found.append(honest(*given)) or found[-1])
+    return found
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mask=masks(2 * TABLES, batch=3, heads=4), call=steps(), paged_as=PREFIXES, pieces=st.booleans())
+def test_shared_prefixes(computed_once, mask, call, paged_as, pieces):
+    with pytest.MonkeyPatch.context() as patch:
+        if pieces:
+            patch.setattr(paged, "_COPIED", 512)
+        assert_as_dense(Cache(call[0], **paged_as), call[1], mask)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    mask=masks(2 * TABLES, batch=3, heads=4),
+    score=scores(2 * TABLES, batch=3, heads=4),
+    call=steps(),
+    paged_as=PREFIXES,
+)
+def test_shared_prefixes_with_scores(computed_once, mask, score, call, paged_as):
+    assert_as_dense(Cache(call[0], **paged_as), call[1], mask, score=score)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -torch.inf, 2.0, -1.0])])
+def test_what_is_shared_is_computed_once(sinks, computed_once, monkeypatch):
+    cache, copied, honest = Cache([61, 40, 55], 4, shared=9), [], torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda x, dim, at, **out: copied.append(len(at)) or honest(x, dim, at, **out)
+    )
+    mask = mf.mask(lambda b, h, q, kv: q >= kv and kv >= 1 + b)  # rows differ on the shared pages, too
+    assert_as_dense(cache, [1, 1, 1], mask, sinks=sinks)
+    ((share,),) = computed_once
+    assert (share.requests.tolist(), share.first, share.stop) == ([0, 1, 2], 0, 9)
+    assert sum(copied) == 2 * (9 + 7 + 7 + 7)  # of k and v; the rest of each is copied as far as the longest one's
+
+
+def test_prefixes_are_found_level_by_level():
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 1], [5, 6, 9, 2], [3, 6, 7, 8]]).numpy()
+    seen = torch.ones(4, 4, dtype=torch.bool).numpy()
+    found = [(share.requests.tolist(), share.first, share.stop) for share in paged.shared(seen, ids, 1)]
+    assert found == [([0, 1, 2], 0, 2), ([1, 2], 2, 3)]
+    assert [share.requests.tolist() for share in paged.shared(seen, ids, 2)] == [[0, 1, 2]]
+    seen[2, 0] = False  # what a request doesn't see, it doesn't share
+    assert [(x.requests.tolist(), x.first, x.stop) for x in paged.shared(seen, ids, 1)] == [([0, 1], 0, 2)]
+    seen[:, 0] = False  # behind all windows
+    found = [(share.requests.tolist(), share.first, share.stop) for share in paged.shared(seen, ids, 1)]
+    assert found == [([0, 1, 2, 3], 0, 2), ([1, 2], 2, 3), ([0, 3], 2, 4)]
+    assert paged.shared(seen, torch.arange(16).view(4, 4).numpy(), 1) == []
+
+
+def test_shared_prefixes_of_16_bits_are_rounded_once(computed_once):
+    cache, q = Cache([61, 40, 55], 4, shared=9, dtype=torch.bfloat16), drawn(3, HEADS, 1, DIM, dtype=torch.bfloat16)
+    attn = mf.compile(mf.causal())
+    wide = attn.paged(q.float(), *(x.float() for x in cache.pools), cache.pages)
+    assert torch.equal(attn.paged(q, *cache.pools, cache.pages), wide.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", [None, mf.scores.softcap(3.0)])
+def test_with_splits_the_bits_of_a_request_are_its_own(dtype, score, computed_once, monkeypatch):
+    monkeypatch.setattr(paged, "_COPIED", 2048)  # as many pages at once as there are requests for
+    monkeypatch.setattr(paged, "_ALONE", 20)
+    cache, q = Cache([61, 40, 55], 4, shared=9, dtype=dtype), drawn(3, HEADS, 1, DIM, dtype=dtype)
+    attn = mf.compile(mf.causal(), score=score, splits=1)
+    together = attn.paged(q, *cache.pools, cache.pages)
+    assert not computed_once
+    for r in range(3):
+        pages = mf.PageTable(cache.pages.block_table[r : r + 1], cache.pages.lengths[r : r + 1], 4)
+        assert torch.equal(attn.paged(q[r : r + 1], *cache.pools, pages)[0], together[r])
 
 
 def test_tables_of_masks_may_end_with_the_longest_request():

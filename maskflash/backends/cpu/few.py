@@ -25,9 +25,11 @@ from torch import Tensor
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import BoolArray
 from maskflash.backends.cpu.costs import candidates
+from maskflash.backends.cpu.scored import ScoredPairs, attend
 from maskflash.backends.cpu.views import prepared
 from maskflash.backends.merge import merge
 from maskflash.backends.sinks import add_sinks
+from maskflash.scores.strength import BoundScore
 
 _ROWS: Final = 128  # at most
 _WIDE: Final = 4  # keys for each row, at least: in squares a plan leaves out more than it costs
@@ -35,6 +37,8 @@ _PAIRS: Final = 1 << 20  # evaluated at each call, at most
 _LEAD: Final = 4096  # columns that all rows see, from which on they are computed by themselves
 _PART: Final = 4096  # keys
 _PARTS: Final = 4  # at least: joining fewer costs more than it gains
+
+_FIRST: Final = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device="cpu")
 
 _kernel = torch._scaled_dot_product_flash_attention_for_cpu
 
@@ -94,9 +98,23 @@ def look(problem: Problem, heads: int, kv_heads: int) -> list[Unit]:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
     sizes = *problem.shape[:2], problem.q_len, problem.kv_len
-    each = [torch.arange(n, device=problem.device) for n in sizes]
-    places = [x.view([-1 if axis == at else 1 for axis in range(4)]) for at, x in enumerate(each)]
+    places = [along(axis, n) for axis, n in enumerate(sizes)]
     return units_of(problem.visible(*places).expand(sizes).numpy(), problem.batch, heads, kv_heads)
+
+
+def along(axis: int, count: int) -> Tensor:
+    """0 to count, along one of the four axes b, h, q and kv."""
+    if count == 1:
+        return _FIRST
+    return torch.arange(count, device="cpu").view((1,) * axis + (count,) + (1,) * (3 - axis))
+
+
+def scored(score: BoundScore, batch: int, heads: int, q_len: int, kv_len: int) -> ScoredPairs:
+    """A score function on all pairs of a call."""
+    b, h, *tokens = (along(axis, n) for axis, n in enumerate((batch, heads, q_len, kv_len)))
+    offsets = (x.long().view(-1, 1, 1, 1) if isinstance(x, Tensor) else x for x in (score.q_offset, score.kv_offset))
+    q, kv = (x + offset for x, offset in zip(tokens, offsets, strict=True))
+    return ScoredPairs(score, b, h, q, kv)
 
 
 def units_of(bits: BoolArray, batch: int, heads: int, kv_heads: int) -> list[Unit]:
@@ -127,6 +145,8 @@ def units_of(bits: BoolArray, batch: int, heads: int, kv_heads: int) -> list[Uni
 
 def _window(bits: BoolArray) -> Window:
     """What rows (heads, q_len, kv_len) see."""
+    if bits.all():
+        return Window(0, bits.shape[2], None, None)
     seen = bits.reshape(-1, bits.shape[-1])
     columns: BoolArray = seen[0] if len(seen) == 1 else np.logical_or.reduce(seen)
     start = int(columns.argmax())
@@ -143,7 +163,13 @@ def _window(bits: BoolArray) -> Window:
 
 
 def forward(
-    units: list[Unit], q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None
+    units: list[Unit],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    sinks: Tensor | None,
+    scored: ScoredPairs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of few rows: see `run.forward`.
 
@@ -154,61 +180,87 @@ def forward(
         v: (B, Hkv, Skv, Dv).
         scale: factor of the scores.
         sinks: (Hq,), or None.
+        scored: the score function on all pairs, or None.
     """
     batch, heads, q_len, _ = q.shape
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
     if batch == 0:
         return q.new_zeros(0, heads, q_len, v.shape[3]), q.new_zeros((0, heads, q_len), dtype=total)
     group = heads // k.shape[1]
-    outs, lses = [], []
-    for unit in units:
-        own = slice(unit.kv_heads.start * group, unit.kv_heads.stop * group)
-        part = q[unit.batch, own], k[unit.batch, unit.kv_heads], v[unit.batch, unit.kv_heads]
-        out, lse = _attend(unit.window, *part, scale)
-        outs.append(out)
-        lses.append(lse)
     if len(units) == 1:
-        out, lse = outs[0].contiguous(), lses[0].contiguous()  # the kernel's have tokens before heads
+        out, lse = (
+            x.contiguous() for x in _attend(units[0].window, q, k, v, scale, scored)
+        )  # tokens are before heads in them
     else:
-        out = outs[0].new_empty(batch, heads, q_len, v.shape[3])
-        lse = lses[0].new_empty(batch, heads, q_len)
-        for unit, part_out, part_lse in zip(units, outs, lses, strict=True):
+        out = q.new_empty(batch, heads, q_len, v.shape[3], dtype=total)
+        lse = q.new_empty(batch, heads, q_len, dtype=total)
+        for unit in units:
             own = slice(unit.kv_heads.start * group, unit.kv_heads.stop * group)
-            out[unit.batch, own], lse[unit.batch, own] = part_out, part_lse
+            part = q[unit.batch, own], k[unit.batch, unit.kv_heads], v[unit.batch, unit.kv_heads]
+            some = None if scored is None else scored.part(unit.batch, own)
+            out[unit.batch, own], lse[unit.batch, own] = _attend(unit.window, *part, scale, some)
     if sinks is not None:
         add_sinks(out, lse, sinks)
     return out.to(q.dtype), lse
 
 
-def _attend(window: Window, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    window: Window, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: ScoredPairs | None
+) -> tuple[Tensor, Tensor]:
     """Out (n, heads, q_len, Dv) and lse (n, heads, q_len) of one unit."""
-    n, heads, q_len, head_dim = q.shape
-    kv_heads, v_head_dim = k.shape[1], v.shape[3]
+    n, heads, q_len, _ = q.shape
     total = torch.float64 if q.dtype == torch.float64 else torch.float32
     if window.start >= window.stop:
-        return q.new_zeros(n, heads, q_len, v_head_dim), q.new_full((n, heads, q_len), -torch.inf, dtype=total)
-    if window.columns is None:
-        k, v = (x[:, :, window.start : window.stop] for x in (k, v))
-    else:
+        return q.new_zeros(n, heads, q_len, v.shape[3]), q.new_full((n, heads, q_len), -torch.inf, dtype=total)
+    if window.columns is not None:
         k, v = (x.index_select(2, window.columns) for x in (k, v))
-    keys, hidden = k.shape[2], window.hidden
-    ways = candidates("forward", q.dtype)
-    native = min(ways, key=lambda way: way.of(heads // kv_heads * q_len, keys, masked=hidden is not None)).native
-    compute, width = q.dtype if native else total, max(head_dim, v_head_dim)
+    elif window.stop - window.start < k.shape[2]:
+        k, v = k[:, :, window.start : window.stop], v[:, :, window.start : window.stop]
+    if scored is not None:
+        some = slice(window.start, window.stop) if window.columns is None else window.columns
+        scored = scored.columns(some)
+    return seen(q, k, v, None if window.hidden is None else window.hidden[None], scale, scored)
+
+
+def seen(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, scored: ScoredPairs | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention to columns of which each is seen by some row, or holds finite numbers.
+
+    Args:
+        q: (n, heads, q_len, D).
+        k: (n, kv_heads, columns, D).
+        v: (n, kv_heads, columns, Dv).
+        hidden: (n or 1, heads or 1, q_len, columns) bool, what rows don't see; None for nothing. A single key head may
+            have as many heads there as q has.
+        scale: factor of the scores.
+        scored: the score function on these pairs, or None.
+
+    Returns:
+        out (n, heads, q_len, Dv), in q's dtype or a wider one, and lse (n, heads, q_len).
+    """
+    if scored is not None:
+        return attend(scored, q, k, v, hidden, scale)
+    total = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute, width, v_head_dim = total, max(q.shape[3], v.shape[3]), v.shape[3]
+    if q.dtype != total:
+        ways, rows = candidates("forward", q.dtype), q.shape[1] // k.shape[1] * q.shape[2]
+        if min(ways, key=lambda way: way.of(rows, k.shape[2], masked=hidden is not None)).native:
+            compute = q.dtype
     q, k, v = (prepared(x, compute, width) for x in (q, k, v))
     lead = 0 if hidden is None or compute.itemsize == 2 else _lead(hidden)
     if hidden is None or not lead:
         out, lse = _seen(q, k, v, hidden, scale)
     else:
         before = _seen(q, k[:, :, :lead], v[:, :, :lead], None, scale)
-        after = _seen(q, k[:, :, lead:], v[:, :, lead:], hidden[:, :, lead:], scale)
+        after = _seen(q, k[:, :, lead:], v[:, :, lead:], hidden[..., lead:], scale)
         out, lse = merge(*zip(before, after, strict=True))
-    return out[..., :v_head_dim], lse
+    return out if width == v_head_dim else out[..., :v_head_dim], lse
 
 
 def _lead(hidden: Tensor) -> int:
     """How many columns all rows see before the first of which something is hidden, if they are worth their own call."""
-    some = hidden.flatten(0, 1).any(0).numpy()
+    some = hidden.flatten(0, 2).any(0).numpy()
     lead = int(some.argmax())
     return lead if lead >= _LEAD and 2 * lead >= len(some) else 0
 
@@ -217,7 +269,7 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) 
     """Out (n, heads, q_len, D) and lse (n, heads, q_len) of rows that see these columns, but for what is hidden."""
     (n, heads, q_len, width), kv_heads = q.shape, k.shape[1]
     group = heads // kv_heads
-    bias = None if hidden is None else _bias(hidden, group, q.dtype)
+    bias = None if hidden is None else _bias(hidden, kv_heads, group, q.dtype)
     out, lse = _parts(q.reshape(n, kv_heads, group * q_len, width), k, v, bias, scale)
     out, lse = out.reshape(q.shape), lse.reshape(n, heads, q_len)
     if hidden is not None and bool((blind := hidden.all(-1)).any()):  # of rows that see nothing the kernel's lse is 0
@@ -225,10 +277,13 @@ def _seen(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) 
     return out, lse
 
 
-def _bias(hidden: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """0 and -inf for the kernel, (rows, columns), from what is hidden of heads, or of a group of heads alike."""
+def _bias(hidden: Tensor, kv_heads: int, group: int, dtype: torch.dtype) -> Tensor:
+    """0 and -inf for the kernel, (n or 1, kv_heads or 1, rows, columns)."""
     bias = hidden.new_zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return (bias.expand(group, -1, -1) if len(bias) == 1 else bias).reshape(-1, bias.shape[2])
+    n, heads, rows, columns = bias.shape
+    if heads > 1:
+        return bias.view(n, kv_heads, group * rows, columns)
+    return bias.expand(n, group, rows, columns).reshape(n, 1, group * rows, columns)
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -247,9 +302,13 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
     found: list[tuple[Tensor, Tensor]] = []
     for some in [slice(0, n)] if alike else [slice(row, row + 1) for row in range(n)]:
         of_heads = q[some].flatten(0, 1), k[some].flatten(0, 1), v[some].flatten(0, 1)
-        each = [_part(*of_heads, bias, slice(0, whole), count, scale)]
+        own = bias
+        if own is not None and (len(own) > 1 or own.shape[1] > 1):
+            own = (own if len(own) == 1 else own[some]).expand(len(q[some]), kv_heads, -1, -1)
+        own = None if own is None else own.flatten(0, 1)
+        each = [_part(*of_heads, own, slice(0, whole), count, scale)]
         if whole < keys:
-            each.append(_part(*of_heads, bias, slice(whole, keys), 1, scale))
+            each.append(_part(*of_heads, own, slice(whole, keys), 1, scale))
         found.append(merge(*(torch.cat(x) for x in zip(*each, strict=True))))
     out, lse = (torch.cat(x) for x in zip(*found, strict=True))
     return out.view(n, kv_heads, rows, width), lse.view(n, kv_heads, rows)
@@ -264,8 +323,8 @@ def _part(
     if bias is None:
         out, lse = _kernel(queries, keys, values, scale=scale)
         return out.transpose(0, 1), lse.transpose(0, 1)
-    mask = bias[:, tokens].unflatten(1, (count, -1)).transpose(0, 1)
-    out, lse = _kernel(queries, keys, values, attn_mask=mask[None], scale=scale)
+    mask = bias[..., tokens].unflatten(2, (count, -1)).transpose(1, 2)
+    out, lse = _kernel(queries, keys, values, attn_mask=mask, scale=scale)
     # Of a row that sees nothing of a part the kernel says 0.
     lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
     return out.transpose(0, 1), lse.transpose(0, 1)

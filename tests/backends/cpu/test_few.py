@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.backends.cpu import few
+from maskflash.backends.cpu import few, scored
 from maskflash.op import cache
 from maskflash.op.few_rows import FewRows
-from maskflash.testing import Shape, assert_matches_dense, masks
+from maskflash.testing import Shape, assert_matches_dense, masks, scores
 
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
 Q = torch.randn(2, 4, 1, 16)
@@ -42,6 +42,20 @@ def test_few_rows_agree_with_dense_float64(mask, data, dtype, split):
         assert_matches_dense(mask, shape, dtype=dtype, sinks=sinks, q_offset=max(kv_len - q_len, 0))
 
 
+@settings(max_examples=40)
+@given(masks(), scores(), st.data(), DTYPES, st.booleans())
+def test_few_rows_with_scores_agree_with_dense_float64(mask, score, data, dtype, split):
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2)]))
+    q_len, batch = data.draw(st.sampled_from([1, 1, 2, 5, 16])), data.draw(st.integers(1, 2))
+    kv_len = data.draw(st.integers(few._WIDE * q_len, 64))
+    sinks = torch.randn(kv_heads * group) if data.draw(st.booleans()) else None
+    shape = Shape(batch, kv_heads * group, kv_heads, q_len, kv_len, 16, data.draw(st.sampled_from([16, 8, 24])))
+    with pytest.MonkeyPatch.context() as patch:
+        if split:
+            patch.setattr(scored, "_PAIRS", kv_heads * group * q_len * kv_len * 3 // 2)
+        assert_matches_dense(mask, shape, dtype=dtype, sinks=sinks, score=score, q_offset=max(kv_len - q_len, 0))
+
+
 @pytest.mark.parametrize("layout", ["heads, tokens", "tokens, heads"])
 @pytest.mark.parametrize("tokens", [4096, 8192, 9001])
 def test_long_keys_are_computed_in_parts(layout, tokens, looked_at, monkeypatch):
@@ -61,10 +75,11 @@ def test_long_keys_are_computed_in_parts(layout, tokens, looked_at, monkeypatch)
     assert len(looked_at) == 2
 
 
-def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch_and_on_any_number_of_threads(monkeypatch):
+@pytest.mark.parametrize("score", [None, mf.scores.softcap(5.0)])
+def test_a_row_has_the_same_bits_whatever_else_is_in_its_batch_and_on_any_number_of_threads(score, monkeypatch):
     monkeypatch.setattr(few, "_PARTS", 2)
     k, v = torch.randn(2, 3, 2, 9000, 16).unbind()
-    q, attn = torch.randn(3, 4, 1, 16), mf.compile(mf.causal())
+    q, attn = torch.randn(3, 4, 1, 16), mf.compile(mf.causal(), score=score)
     whole = attn(q, k, v, q_offset=8999)
     before = torch.get_num_threads()
     try:
@@ -147,9 +162,10 @@ def test_a_call_has_the_same_bits_however_often_it_comes():
     assert all(torch.equal(attn(Q[:1], k, v, q_offset=299), first) for _ in range(100))
 
 
-def test_gradients_come_from_an_analysis(looked_at):
+@pytest.mark.parametrize("score", [None, mf.scores.softcap(5.0)])
+def test_gradients_come_from_an_analysis(score, looked_at):
     q, k, v = Q.clone().requires_grad_(), *torch.randn(2, 2, 4, 64, 16, requires_grad=True).unbind()
-    out = mf.attention(q, k, v, mf.causal(), q_offset=40)
+    out = mf.attention(q, k, v, mf.causal(), score=score, q_offset=40)
     assert len(looked_at) == 1
     for x in torch.autograd.grad(out.sum(), (q, k)):
         assert bool((x != 0).any())
@@ -162,13 +178,20 @@ def test_a_fault_names_the_users_line():
 
 
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "score", "few_rows"), [(1, 64, None, True), (32, 64, None, False), (1, 64, "softcap", False)]
+    ("q_len", "kv_len", "given", "few_rows"),
+    [
+        (1, 64, {}, True),
+        (32, 64, {}, False),
+        (1, 64, {"score": mf.scores.softcap(5.0)}, True),
+        (1, 64, {"dropout_p": 0.1}, False),
+        (128, 8192, {"score": mf.scores.softcap(5.0)}, False),  # as many pairs of all heads as one evaluates at most
+    ],
 )
-def test_other_calls_have_an_analysis(q_len, kv_len, score, few_rows, monkeypatch):
+def test_other_calls_have_an_analysis(q_len, kv_len, given, few_rows, monkeypatch):
     made, honest = [], FewRows.of
     monkeypatch.setattr(FewRows, "of", lambda *given: made.append(honest(*given)) or made[-1])
     q, (k, v) = torch.randn(1, 2, q_len, 16), torch.randn(2, 1, 2, kv_len, 16)
-    mf.attention(q, k, v, mf.causal(), score=score and mf.scores.softcap(5.0), q_offset=8)
+    mf.attention(q, k, v, mf.causal(), **given, q_offset=8)
     assert any(x is not None for x in made) == few_rows
 
 
@@ -176,5 +199,5 @@ def test_explain_says_so():
     few_rows = mf.compile(mf.causal()).explain(1, 64, q_offset=63).to_dict()["passes"]
     assert few_rows["forward"] == {"rows, evaluated at each call without a plan": 1}
     assert "forward" not in mf.compile(mf.causal()).explain(64, 64).to_dict()["passes"]
-    capped = mf.compile(mf.causal(), score=mf.scores.softcap(5.0)).explain(1, 64, q_offset=63)
-    assert "forward" not in capped.to_dict()["passes"]
+    capped = mf.compile(mf.causal(), score=mf.scores.softcap(5.0)).explain(1, 64, q_offset=63).to_dict()["passes"]
+    assert capped["forward"] == few_rows["forward"]
