@@ -84,7 +84,18 @@ ORDER = {
         *("work", "softmax", "programs", "values", "biases", "sums", "engine", "few", "paged", "run"),
     ],
     "backends/triton": [
-        *("signature", "score_kind", "emit", "spans", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),
+        *(
+            "signature",
+            "score_kind",
+            "emit",
+            "spans",
+            "emit_score",
+            "render",
+            "tiles",
+            "modules",
+            "device",
+            "tile_choice",
+        ),
         *("walks", "layout", "intervals", "plan", "launch", "few", "learned", "run"),
     ],
     "op": [

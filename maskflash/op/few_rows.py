@@ -90,7 +90,7 @@ class FewRows:
         return
 
 
-def shown(spec: Spec, problem: Problem) -> bool:
+def shown(spec: Spec, problem: Problem, *, paged: bool = False) -> bool:
     """Whether sizes alone show that a mask and a score on a GPU look up only what is there.
 
     Raises:
@@ -98,7 +98,7 @@ def shown(spec: Spec, problem: Problem) -> bool:
     """
     from maskflash.backends.triton.few import is_shown
 
-    if is_shown(problem, spec.strength.score):
+    if is_shown(problem, spec.strength.score, paged=paged):
         return True
     if capturing(problem.device):
         raise BackendError(

@@ -20,7 +20,17 @@ from torch import Tensor
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton.launch import NO_MASK, Launches, kernel, specialisation
-from maskflash.backends.triton.layout import UNIT, addressed, cut, fits, laid_out, mask_values, padded, score_values, whole
+from maskflash.backends.triton.layout import (
+    UNIT,
+    addressed,
+    cut,
+    fits,
+    laid_out,
+    mask_values,
+    padded,
+    score_values,
+    whole,
+)
 from maskflash.backends.triton.plan import keep
 from maskflash.backends.triton.score_kind import score_kind
 from maskflash.backends.triton.signature import PassName, Specialisation
@@ -32,6 +42,7 @@ from maskflash.scores.strength import BoundScore, Strength
 _ROWS: Final = 64  # at most: with more, rows alone are work for all processors
 _WIDE: Final = 16  # keys for each row, at least: else there is little to cut
 _SHORTEST: Final = 256  # keys of a piece, at least: joining pieces costs time too
+_REQUESTS: Final = 128  # that a program looks at together
 _ANYWHERE: Final = (-(1 << 62), 1 << 62)  # what an offset that the host doesn't look at may move an index to
 _LOG2E: Final = 1.4426950408889634
 
@@ -69,18 +80,23 @@ def can_read(k: Tensor, v: Tensor) -> bool:
     return fits(k) and fits(v) and k.shape[3] % UNIT == v.shape[3] % UNIT == 0
 
 
-def is_shown(problem: Problem, score: BoundScore | None) -> bool:
+def is_shown(problem: Problem, score: BoundScore | None, *, paged: bool = False) -> bool:
     """Whether sizes alone show that the mask and the score look up only what is there: kernels can't say otherwise."""
-    extents = extents_of(problem)
+    extents = extents_of(problem, paged=paged)
     masks = cannot_fault(problem.expr, problem.inputs, extents)
     return masks and (score is None or cannot_fault(score.expr, score.inputs, extents))
 
 
-def extents_of(problem: Problem) -> dict[str, Reach]:
-    """For `b`, `h`, `q`, `kv` the first and the last index; of what an offset on the device moves, anything."""
+def extents_of(problem: Problem, *, paged: bool = False) -> dict[str, Reach]:
+    """For `b`, `h`, `q`, `kv` the first and the last index; of what an offset on the device moves, anything.
+
+    Queries over pages are some of the tokens that there is room for: else the kernel makes them NaN.
+    """
     ends = {name: (0, size - 1) for name, size in (("b", problem.batch), ("h", problem.heads))}
     for name, offset, length in (("q", problem.q_offset, problem.q_len), ("kv", problem.kv_offset, problem.kv_len)):
         ends[name] = _ANYWHERE if isinstance(offset, Tensor) else (offset, offset + length - 1)
+    if paged:
+        ends["q"] = ends["kv"]
     return ends
 
 
@@ -88,7 +104,7 @@ def special_of(
     problem: Problem, dim: int, v_dim: int, score: BoundScore | None, *, paged: bool = False
 ) -> Specialisation:
     """What the text of the kernel depends on: nothing that is in tensors."""
-    extents = extents_of(problem)
+    extents = extents_of(problem, paged=paged)
     sizes = [size for table in problem.inputs.tables for size in table.shape]
     found = largest(problem.expr, problem.inputs, extents, Unread())
     narrow = found is not None and max(found, *sizes, 0) < 2**31
@@ -136,7 +152,8 @@ def forward(
     """Attention of few rows: see `run.forward`. The host looks at no tensor's contents.
 
     Args:
-        problem: the mask; where keys lie in pages its q_len is at least the queries of each batch row.
+        problem: the mask; with starts its q_len is how many queries a batch row has on average, rounded up. Where keys
+            lie in pages its kv_len is how many the table has room for.
         q: (B, Hq, Sq, D); with starts (1, Hq, T, D), those of all batch rows end to end.
         k: (B, Hkv, Skv, D), or pools of pages (P, Hkv, page_size, D).
         v: (B, Hkv, Skv, Dv), or likewise.
@@ -195,6 +212,7 @@ class SplitLauncher(Launches):
             "page_size": pages.page_size,
             "room": pages.room,
             "RAGGED": pages.starts is not None,
+            "REQUESTS": _REQUESTS,
         }
 
     def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
@@ -207,9 +225,10 @@ class SplitLauncher(Launches):
         """
         (_, heads, head_rows, dim), (_, kv_heads, _, v_dim) = self.q.shape, self.v.shape
         batch, q_len, group = self.problem.batch, self.problem.q_len, heads // kv_heads
+        ragged = self.pages is not None and self.pages.starts is not None
         tile = narrowed(tile, q_len * group)
         tiles = -(-q_len * group // tile.block_m)
-        lanes = tiles * kv_heads * batch
+        lanes = (batch + head_rows * group // tile.block_m if ragged else tiles * batch) * kv_heads
         pieces = pieces_of(self.splits, lanes, self.problem.kv_len, tile.block_n, self.q.device)
         own = dict(own)
         out, lse, sinks = (own.pop(name) for name in ("out", "lse", "sinks"))
@@ -217,7 +236,7 @@ class SplitLauncher(Launches):
         if pieces > 1:
             parts = torch.empty((lse.numel(), pieces, v_dim), dtype=torch.float32, device=out.device)
             parts_lse = torch.empty((lse.numel(), pieces), dtype=torch.float32, device=out.device)
-        if self.pages is not None and self.pages.starts is not None:
+        if ragged:
             parts_lse.fill_(math.nan)  # of rows that starts leave out nobody else says anything
             out.fill_(math.nan)
         with gpu.current(self.q.device):

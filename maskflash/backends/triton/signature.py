@@ -157,13 +157,16 @@ _DROPOUT: Final = [
 ]
 _WALKED: Final = [
     [Parameter("order", "pointer")],
-    *([Parameter(f"{kind}_{x}", "pointer") for x in ("offsets", "tiles", "start", "stop")] for kind in ("full", "partial")),
+    *(
+        [Parameter(f"{kind}_{x}", "pointer") for x in ("offsets", "tiles", "start", "stop")]
+        for kind in ("full", "partial")
+    ),
     [Parameter("map_b", "i32"), Parameter("map_h", "i32")],
 ]
 _PAGED: Final = [
     [Parameter(name, "view") for name in ("block_table", "lengths", "starts")],
     [Parameter("table_step", "i64"), *(Parameter(name, "i32") for name in ("pages", "page_size", "room"))],
-    [Parameter("RAGGED", "constant")],
+    [Parameter("RAGGED", "constant"), Parameter("REQUESTS", "constant")],
 ]
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {

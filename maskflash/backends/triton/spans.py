@@ -78,7 +78,11 @@ def emit_few(
 def _walk(writer: Writer) -> tuple[list[str], str]:
     finder = _Finder(writer)
     spans = finder.spans(len(writer.expr.nodes) - 1)
-    lines = [*finder.lines, "shift = kv_first.to(tl.int64)", f"near = (shift < {_NEAR}) & (shift > -{_NEAR})"] if spans else []
+    lines = (
+        [*finder.lines, "shift = kv_first.to(tl.int64)", f"near = (shift < {_NEAR}) & (shift > -{_NEAR})"]
+        if spans
+        else []
+    )
     for n, span in enumerate(spans):
         low = f"tl.where(within, {span.low or f'-{_FAR}'}, {_FAR})"
         stop = f"tl.where(within, {span.stop or _FAR}, -{_FAR})"

@@ -115,4 +115,4 @@ def test_sums_that_may_wrap_are_not_rearranged(far):
         mf.mask(lambda b, h, q, kv: abs(kv - q) < far),
     ):
         assert set(walked(mask, 2, 30, 10)) >= set(tiles_of(mask, 2, 30, q_offset=10))
-    assert set(walked(mf.causal(), 1, 30, kv_offset=2**61)) >= set(tiles_of(mf.causal(), 1, 30, kv_offset=2**61))
+    assert set(walked(mf.causal(), 1, 30, kv_offset=2**59)) >= set(tiles_of(mf.causal(), 1, 30, kv_offset=2**59))
