@@ -103,8 +103,8 @@ def shown(spec: Spec, problem: Problem, *, paged: bool = False) -> bool:
     if capturing(problem.device):
         raise BackendError(
             "attention: a CUDA graph is being captured, and only what tensors hold could show that the mask, or the "
-            "score, looks up what is there; bound its indices by the sizes of the tables, as in `table[min(q, n - 1)]`, "
-            "or capture a call whose offsets are numbers"
+            "score, looks up what is there; bound its indices by the tables' sizes, as in `table[min(q, n - 1)]`, or "
+            "capture a call whose offsets are numbers"
         )
     return False
 

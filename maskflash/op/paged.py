@@ -6,7 +6,8 @@
 
 First the mask says which columns each request's queries see, and the pages that hold them are checked; then those
 pages are read. On the CPU few rows evaluate their mask then and there, as in contiguous calls: `backends/cpu/paged.py`.
-All others, and all on a GPU, are calls of their own, with k and v gathered out of the pages that some row sees.
+On a GPU their kernel follows the table itself, and the host reads nothing: `backends/triton/few.py`. All others are
+calls of their own, with k and v gathered out of the pages that some row sees.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ class Paged(Asking):
         q = length - queries + i. Pages that no query sees are not read. Neither they, nor slots that no query sees,
         need hold anything; their entries in the table may be anything, too.
 
+        On a GPU few rows are attended without a look at lengths, cu_seqlens_q and the table by the host. What would be an
+        error in their numbers makes the rows in question NaN, unless the op was compiled with check=True.
+
         Args:
             q: (R, Hq, Sq, D), Sq queries of each request; with cu_seqlens_q (T, Hq, D), those of all, end to end.
             k_pages: (P, page_size, Hkv, D), the pool of pages; with layout "HND" (P, Hkv, page_size, D). Any strides.
@@ -213,8 +217,8 @@ class Paged(Asking):
         problem = spec.problem(sizes)
         if not shown(spec, problem, paged=True):
             return None
-        how = {"splits": spec.splits or None, "pages": where, "tuning": self.tune and not capturing(q.device)}
-        out, lse = on_device.forward(problem, q, *pools, spec.strength, **how)
+        tuning, splits = self.tune and not capturing(q.device), spec.splits or None
+        out, lse = on_device.forward(problem, q, *pools, spec.strength, splits=splits, pages=where, tuning=tuning)
         lse = lse * math.log(2)
         return (out, lse) if starts is None else (out[0].transpose(0, 1).contiguous(), lse[0])
 

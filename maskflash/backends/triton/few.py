@@ -1,11 +1,11 @@
-"""Few rows over many keys -> attention by programs that share the rows, each over a piece of the keys. There is no plan.
+"""Few rows over many keys -> attention by programs that share the rows, each over a piece of the keys, without a plan.
 
     split       a program for each piece, key head and row tile: rows of all query heads of a group lie in one tile. It
                 finds on the device which tiles of keys its rows may see, and takes its share of them
     combine     a program for each row, which joins what its pieces found; where rows have one piece there is none
 
-How many pieces there are is decided by the sizes of the call and the device's processors, or by the caller: never by what
-tensors hold, so a CUDA graph replays with others. Keys are contiguous, or lie in pages.
+How many pieces there are is decided by the call's sizes and the device's processors, or by the caller: never by what
+tensors hold, so that a CUDA graph replays with others. Keys are contiguous, or lie in pages.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def forward(
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
-        out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) float32, in base 2; with starts of batch 1. Rows of a request
-        whose length is none, or that sees a page which the pool doesn't have, are NaN.
+        out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) float32, in base 2; with starts of batch 1. Rows whose
+        length can't be, or that see a page which the pool doesn't have, are NaN.
     """
     v_dim = v.shape[3]
     if pages is None:

@@ -44,6 +44,7 @@ def laid_out(*tensors: Tensor) -> list[Tensor]:
 
 
 def fits(x: Tensor) -> bool:
+    """Whether a tensor (B, heads, tokens, n) lies in memory as the kernels address it."""
     return (
         x.stride(3) == 1
         and x.stride(2) < _LARGEST_STEP

@@ -1,13 +1,13 @@
-"""A mask -> its statements for few rows, and between which columns the rows of a tile may see anything, before the loop.
+"""A mask -> its statements for few rows, and between which columns these may see anything, found before the loop.
 
-    q - kv <= 2 or kv < 1      row 5    # . . # # #        [q - 2, end) and [0, 1): what is between is not walked
-    and q >= kv                row 6    # . . . # # #
+    q >= kv and                row 6    # . . . # # # .     columns [q - 2, q + 1) and [0, 1):
+    (q - kv <= 2 or kv < 1)    row 7    # . . . . # # #     what is between is not walked
 
-    columns    0   1   2   3   4   5   6   7               in tiles of two columns, of both rows:
-    tiles      walked  -       walked  walked              spans [0, 1) and [1, 4), which share no tile
+    columns    0   1   2   3   4   5   6   7            in tiles of two columns, of both rows:
+    tiles      walked  -       walked  walked           spans [0, 1) and [2, 4), which share no tile
 
-Comparisons of kv, or of a sum with it, with something of the row say where a row's columns begin or end; `and`, `or` and
-`select` join them. Everything else may see all. So spans hold all that is seen, and more; which of their pairs are
+Comparisons of kv, or of a sum with it, with something of the row say where a row's columns begin or end; `and`, `or`
+and `select` join them. Everything else may see all. So spans hold all that is seen, and more; which of their pairs are
 visible, the mask says. Sums are rearranged only where no number in them is so far from 0 that one of them may wrap.
 """
 
@@ -54,8 +54,8 @@ class Walked(Emitted):
     """Triton text of a mask, and of the tiles that its rows walk.
 
     Attributes:
-        walk: statements that leave in `total` how many tiles there are. They find the rows that there are in `within`, the
-            first column's number in `kv_first`, and how many columns there are in `kv_len`.
+        walk: statements that leave in `total` how many tiles there are. They find in `within` which rows there are, in
+            `kv_first` the first column's number, and in `kv_len` how many columns there are.
         at: the expression of the `step`-th of these tiles.
     """
 
@@ -76,7 +76,7 @@ def emit_few(
 
 
 def _walk(writer: Writer) -> tuple[list[str], str]:
-    finder = _Finder(writer)
+    finder = _SpansOf(writer)
     spans = finder.spans(len(writer.expr.nodes) - 1)
     lines = (
         [*finder.lines, "shift = kv_first.to(tl.int64)", f"near = (shift < {_NEAR}) & (shift > -{_NEAR})"]
@@ -114,7 +114,7 @@ def _walk(writer: Writer) -> tuple[list[str], str]:
     return [*lines, f"total = {total}"] if spans else ["total = 0"], at if spans else "step"
 
 
-class _Finder:
+class _SpansOf:
     """Finds the spans of nodes, of which it says nothing twice."""
 
     def __init__(self, writer: Writer) -> None:

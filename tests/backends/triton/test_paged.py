@@ -77,13 +77,12 @@ def test_every_mask_and_table_matches_dense_float64(device, data):
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     ids, pools, (k, v) = cache(draw, lengths, page_size, kv_heads, dims, dtype, device, layout)
     q = [torch.randn(heads, n, dims[0], generator=draw).to(dtype).to(device) for n in counts]
-    visible = [
-        mask.dense(n, length, batch=requests, heads=heads, q_offset=length - n, device=device)[r : r + 1]
-        if mask.dense(n, length, batch=requests, heads=heads, q_offset=length - n, device=device).shape[0] > 1
-        else mask.dense(n, length, batch=requests, heads=heads, q_offset=length - n, device=device)
-        for r, (n, length) in enumerate(zip(counts, lengths, strict=True))
-    ]
-    for r, (see, length) in enumerate(zip(visible, lengths, strict=True)):
+    sizes = {"batch": requests, "heads": heads, "device": device}
+    visible = []
+    for r, (n, length) in enumerate(zip(counts, lengths, strict=True)):
+        see = mask.dense(n, length, q_offset=length - n, **sizes)
+        visible.append(see[r : r + 1] if len(see) > 1 else see)
+    for r, see in enumerate(visible):
         places = torch.arange(ids.shape[1], device=device)
         columns = see.flatten(0, 2).any(0)
         used = torch.zeros_like(places, dtype=torch.bool)
@@ -100,9 +99,7 @@ def test_every_mask_and_table_matches_dense_float64(device, data):
         patch.setattr(few, "are_few", lambda q_len, kv_len: q_len > 0)
         patch.setattr(few, "_SHORTEST", 16)
         patch.setattr(gpu, "programs", lambda device: 1 << 20)
-        out, lse = attn.paged(
-            packed, *pools, pages, cu_seqlens_q=starts, layout=layout, sinks=sinks, return_lse=True
-        )
+        out, lse = attn.paged(packed, *pools, pages, cu_seqlens_q=starts, layout=layout, sinks=sinks, return_lse=True)
     for r, n in enumerate(counts):
         if ragged:
             rows = slice(sum(counts[:r]), sum(counts[:r]) + n)
@@ -160,7 +157,7 @@ def test_the_host_reads_nothing(device, by_table):
 
 def test_a_request_has_the_same_bits_alone(device):
     """With a fixed number of splits, whoever else is there, and however its pages lie."""
-    q, pools, pages, (k, v) = steps(device)
+    q, pools, pages, _ = steps(device)
     attn = mf.compile(mf.sliding_window(25), backend="triton", splits=3)
     together = attn.paged(q, *pools, pages, return_lse=True)
     for r in range(3):

@@ -80,7 +80,7 @@ def tiles_of(mask, q_len, kv_len, **offsets):
         mf.causal() & (mf.global_tokens(2) | mf.sliding_window(5)),
         mf.prefix_lm(13),
         mf.mask(lambda b, h, q, kv: abs(q - kv) <= 6),
-        mf.mask(lambda b, h, q, kv: 6 > abs(kv - q)),
+        mf.mask(lambda b, h, q, kv: abs(kv - q) < 6),
         mf.mask(lambda b, h, q, kv: kv == q or kv == 3),
         mf.mask(lambda b, h, q, kv: kv < 5 or 20 <= kv < 23 or kv - q > -2),
         mf.mask(lambda b, h, q, kv: kv <= q if q > 31 else kv < 3),
