@@ -109,13 +109,13 @@ class Explanation:
         plan = self.analysis.plan
         passes = _passes(plan)
         if self.backend == "triton":
-            from maskflash.backends.triton import few as on_device
+            from maskflash.backends.triton import run as triton
 
-            if not on_device.are_few(self.problem.q_len, self.problem.kv_len):
+            if not triton.few.are_few(self.problem.q_len, self.problem.kv_len):
                 return passes
             rows = passes.pop("forward, dq")
             own = {"rows, whose mask is evaluated in the kernel": self.problem.q_len}
-            told = on_device.told(self.problem, self.problem.heads, self.splits or None)
+            told = triton.few.told(self.problem, self.problem.heads, self.splits or None)
             return {"forward": {**own, **told}, "dq": rows, **passes}
         if self.backend != "cpu" or self.score is not None or not applies(self.problem):
             return passes

@@ -63,9 +63,9 @@ class FewRows:
         """Out and lse."""
         if self.units is not None:
             return few.forward(self.units, q, k, v, spec.scale, spec.sinks)
-        from maskflash.backends.triton import few as on_device
+        from maskflash.backends.triton import run as triton
 
-        return on_device.forward(self.problem, q, k, v, spec.strength, splits=spec.splits or None, tuning=tuning)
+        return triton.few.forward(self.problem, q, k, v, spec.strength, splits=spec.splits or None, tuning=tuning)
 
     def backward(
         self,

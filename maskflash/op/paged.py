@@ -114,8 +114,8 @@ class Paged(Asking):
         q = length - queries + i. Pages that no query sees are not read. Neither they, nor slots that no query sees,
         need hold anything; their entries in the table may be anything, too.
 
-        On a GPU few rows are attended without a look at lengths, cu_seqlens_q and the table by the host. What would be an
-        error in their numbers makes the rows in question NaN, unless the op was compiled with check=True.
+        On a GPU few rows are attended without the host's reading lengths, cu_seqlens_q or the table. What would be an error
+        in their numbers makes the rows in question NaN, unless the op was compiled with check=True.
 
         Args:
             q: (R, Hq, Sq, D), Sq queries of each request; with cu_seqlens_q (T, Hq, D), those of all, end to end.
@@ -195,11 +195,11 @@ class Paged(Asking):
         requests, (_, heads, tokens, _) = len(pages.lengths), q.shape
         if self.check or self._backend_for(q.device) != "triton" or not requests:
             return None
-        from maskflash.backends.triton import few as on_device
+        from maskflash.backends.triton import run as triton
 
         pools = pools[0].transpose(1, 2), pools[1].transpose(1, 2)
         each, room = tokens if starts is None else -(-tokens // requests), pages.block_table.shape[1] * pages.page_size
-        if not (on_device.are_few(each, room) and on_device.can_read(*pools)):
+        if not (triton.few.are_few(each, room) and triton.few.can_read(*pools)):
             return None
         if starts is None:
             counts: int | Tensor = tokens
@@ -208,7 +208,7 @@ class Paged(Asking):
             if len(starts) != requests + 1 or starts.device != q.device:
                 return None  # which says what is wrong
             counts = starts.diff()
-        where = on_device.Pages(pages.block_table, pages.lengths, pages.page_size, starts)
+        where = triton.few.Pages(pages.block_table, pages.lengths, pages.page_size, starts)
         offsets = pages.lengths.long() - counts
         sizes = Sizes(each, room, requests, heads, q.device, offsets, operation=_OPERATION)
         spec = self._spec(sizes, q, sinks, mask_args)
@@ -218,7 +218,7 @@ class Paged(Asking):
         if not shown(spec, problem, paged=True):
             return None
         tuning, splits = self.tune and not capturing(q.device), spec.splits or None
-        out, lse = on_device.forward(problem, q, *pools, spec.strength, splits=splits, pages=where, tuning=tuning)
+        out, lse = triton.few.forward(problem, q, *pools, spec.strength, splits=splits, pages=where, tuning=tuning)
         lse = lse * math.log(2)
         return (out, lse) if starts is None else (out[0].transpose(0, 1).contiguous(), lse[0])
 

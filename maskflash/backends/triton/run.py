@@ -38,7 +38,7 @@ from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
 from maskflash.scores.strength import BoundScore, Gradients, Strength
 
-__all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
+__all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable"]
 
 _LOG2E: Final = 1.4426950408889634
 
