@@ -114,8 +114,8 @@ class Paged(Asking):
         q = length - queries + i. Pages that no query sees are not read. Neither they, nor slots that no query sees,
         need hold anything; their entries in the table may be anything, too.
 
-        On a GPU few rows are attended without the host's reading lengths, cu_seqlens_q or the table. What would be an error
-        in their numbers makes the rows in question NaN, unless the op was compiled with check=True.
+        On a GPU few rows are attended without the host's reading lengths, cu_seqlens_q or the table. What would be an
+        error in their numbers makes the rows in question NaN, unless the op was compiled with check=True.
 
         Args:
             q: (R, Hq, Sq, D), Sq queries of each request; with cu_seqlens_q (T, Hq, D), those of all, end to end.
