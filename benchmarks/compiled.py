@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.triton import modules
+from maskflash.backends.triton.few import special_of
 from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
@@ -36,7 +37,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v, one of SCORES."""
+    """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v, one of SCORES.
+
+    Of "split" the mask "interval" is a window's expression, and keys may lie in pages.
+    """
 
     arch: int | str
     pass_name: PassName
@@ -46,6 +50,7 @@ class Case:
     v_head_dim: int
     tile: Tile
     score: str = ""
+    paged: bool = False
 
 
 def compile_case(case: Case) -> Any:
@@ -147,14 +152,18 @@ def _specialisation(case: Case) -> Specialisation:
         "score": _score(case),
         "dropout": case.score == "dropout",
     }
-    if case.mask == "interval":
+    few = case.pass_name == "split"
+    if case.mask == "interval" and not few:
         return Specialisation(ANY_MASK, interval=True, **further)
     columns = torch.zeros(2, 2, 8, dtype=torch.int32)  # of each batch row and head
     made, tables = {
+        "interval": (mf.sliding_window(4), {}),
         "causal document": (mf.mask(_causal_document), {"doc": columns[0]}),
         "flashmask": (mf.ColumnIntervals(columns, columns, columns, columns, causal=True), {}),
     }[case.mask]
     problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
+    if few:
+        return replace(special_of(problem, case.head_dim, case.v_head_dim, None, paged=case.paged), **further)
     return Specialisation(problem.expr, tuple(map(TableKind.of, problem.inputs.tables)), **further)
 
 
@@ -165,6 +174,7 @@ def _constants(case: Case) -> dict[str, Any]:
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
         **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
+        **{"RAGGED": True, "REQUESTS": 128},
     }
 
 

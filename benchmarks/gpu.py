@@ -42,7 +42,9 @@ TITLES = {
     "flex": "TFLOP/s of the visible area, bf16, maskflash beside compiled FlexAttention",
     "flash": "the same, beside SDPA's flash backend",
     "cudnn": "the same, beside SDPA's cuDNN backend",
+    "copy": "a step of decoding, bf16, beside a copy that moves as many bytes as its keys and values have",
 }
+STEP_FLOOR = 0.85  # of a copy's bandwidth
 PASSES = ("forward", "backward", "forward + backward")
 WARM_UP, RUNS = 3, 10  # of one sample
 QUESTION = "gpu attention"
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         options.json = options.folder / device.slug(called) / _name(options)
     cases = list(_cases(options))
     _compile_ahead(options, len(cases), AHEAD * options.seconds)
-    rows: list[Row] = []
+    rows = _steps(options.pairs, options.dry) if not (options.tokens or options.dim) else []
     for case in cases:
         if not clock.left:
             print(f"out of time before {case}", file=sys.stderr)
@@ -227,6 +229,40 @@ def _measured(case: Case, pairs: int, dry: bool) -> list[Row]:
                 floor=floor,
             )
             rows.append(replace(row, predicted=beside.get(measure)))
+    return rows
+
+
+def _steps(pairs: int, dry: bool) -> list[Row]:
+    """One query over a long cache, contiguous and in pages of 16."""
+    tokens, heads, kv_heads, dim = (512, 2, 1, 16) if dry else (131072, 32, 8, 128)
+    on, dtype = ("cpu", torch.float16) if dry else ("cuda", torch.bfloat16)
+    q, *pools = (
+        torch.randn(*shape, dim, device=on, dtype=dtype)
+        for shape in ((1, heads, 1), (tokens // 16, 16, kv_heads), (tokens // 16, 16, kv_heads))
+    )
+    k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in pools)
+    table = torch.randperm(tokens // 16, device=on)[None]
+    pages = mf.PageTable(table, torch.tensor([tokens], device=on), 16)
+    attn = mf.compile(mf.causal(), backend="triton")
+    source, target = torch.empty(2, k.numel(), device=on, dtype=dtype).unbind()  # half is read, half is written
+
+    def contender(run: Callable[[], object]) -> runner.Contender:
+        def timed() -> tuple[float, ...]:
+            for _ in range(WARM_UP):
+                run()
+            return (_seconds(run, q.device),)
+
+        return timed
+
+    rows = []
+    for name, run in (
+        ("contiguous", lambda: attn(q, k, v, q_offset=tokens - 1)),
+        ("in shuffled pages of 16", lambda: attn.paged(q, *pools, pages)),
+    ):
+        (mine,), (theirs,) = runner.alternate(contender(run), contender(lambda: target.copy_(source)), pairs)
+        what = f"{name}, D{dim}, heads {heads}:{kv_heads}, {2 * k.nbytes / min(mine) / 1e12:.2f} TB/s at best"
+        kind = str(dtype).removeprefix("torch.")
+        rows.append(runner.compared("copy", what, tokens, "forward", mine, theirs, dtype=kind, floor=STEP_FLOOR))
     return rows
 
 

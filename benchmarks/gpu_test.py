@@ -23,13 +23,18 @@ from typing import Final
 from benchmarks import device, memory_check, runner
 from benchmarks.runner import ROOT
 
-KERNELS: Final = ("run", "interval_kernel", "compiled_once", "launch", "sinks", "few")  # tests that launch them
+KERNELS: Final = (
+    "run",
+    "interval_kernel",
+    "compiled_once",
+    "launch",
+    "sinks",
+    "few",
+    "paged",
+)  # tests that launch them
 TESTS: Final = (
     "tests/test_gpu.py",
-    *(
-        f"tests/backends/triton/test_{name}.py"
-        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks", "few")
-    ),
+    *(f"tests/backends/triton/test_{name}.py" for name in KERNELS),
 )
 DRY: Final = ("tests/backends/triton/test_run.py", "-k", "test_empty_lengths or test_what_it_cannot_do_is_told")
 CHECKER: Final = 60.0  # seconds that the memory checker may have, out of all

@@ -144,6 +144,8 @@ def table_cases(quick: bool) -> list[Case]:
         archs = _archs(row.arch, row.bits, quick)
         kind = (row.bits, row.head_dim, row.head_dim, row.tile)
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
+        if row.pass_name == "split":
+            cases += [Case(arch, "split", "interval", *kind, paged=True) for arch in archs]
         if row.pass_name == "split" and (one := narrowed(row.tile, 1)) != row.tile:
             few = (*kind[:-1], one)
             cases += [Case(arch, "split", mask, *few) for arch in archs for mask in (masks[:1] if quick else masks)]
@@ -316,8 +318,8 @@ def _line(case: Case) -> str:
 
 
 def _what(case: Case) -> str:
-    """The mask, and the score where there is one."""
-    return f"{case.mask}, {case.score}" if case.score else case.mask
+    """The mask, and the score and the pages where there are any."""
+    return ", ".join([case.mask, *([case.score] if case.score else []), *(["paged"] if case.paged else [])])
 
 
 def _dims(case: Case) -> str:

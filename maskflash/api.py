@@ -56,6 +56,7 @@ def compile(
             compiled graph uses what was found, and measures nothing.
         check: read every table at every call, and raise ArgumentError where one was written to by something that torch
             doesn't see (numpy, `.data`, another process); MASKFLASH_CHECK=1 in the environment does so for all calls.
+            On a GPU `paged` then reads lengths and page tables on the host, and raises what is wrong with them.
         splits: on a GPU, into how many pieces the keys of few rows are cut, by what these see: a step of decoding, or
             drafts. "auto" has enough of them for the device's processors. With a number, which pieces a row has
             depends on its own mask alone, so its bits don't depend on who else is in the batch; 1 cuts nothing. On a

@@ -237,6 +237,77 @@ def test_a_captured_step_replays_and_outlives_its_plan():
     assert same(captured, step(attn, q, k, v, dout))
 
 
+def recorded(run):
+    """A graph of a call that has run before, and what the call returns."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph, found
+
+
+@pytest.mark.parametrize("splits", ["auto", 1, 7])
+@pytest.mark.parametrize("name", ["causal", "window", "sinks and window", "by request"])
+def test_a_captured_step_over_pages_replays_with_other_lengths(name, splits):
+    """Lengths, table, starts and the mask's own table are written in place; up to what the table holds."""
+    own = torch.tensor([9, 700, 30, 1], device="cuda")
+    mask, given = {
+        "causal": (mf.causal(), {}),
+        "window": (mf.sliding_window(200), {}),
+        "sinks and window": (mf.causal() & (mf.global_tokens(4) | mf.sliding_window(300)), {}),
+        "by request": (mf.mask(lambda b, h, q, kv, *, own: own[b] <= kv + 100 <= q + 100), {"own": own}),
+    }[name]
+    table = torch.randperm(4 * 128 + 5, device="cuda")[: 4 * 128].view(4, 128).int()
+    pages = mf.PageTable(table, torch.tensor([2048, 900, 40, 17], device="cuda"), 16)
+    pools = torch.randn(2, 4 * 128 + 5, 16, 2, 128, device="cuda", dtype=torch.bfloat16).unbind()
+    q, starts = (
+        torch.randn(4, 8, 128, device="cuda", dtype=torch.bfloat16),
+        torch.tensor([0, 1, 2, 3, 4], device="cuda"),
+    )
+    attn = mf.compile(mask, splits=splits)
+
+    def run():
+        packed = attn.paged(q, *pools, pages, cu_seqlens_q=starts, return_lse=True, **given)
+        return *packed, *attn.paged(q[:, :, None], *pools, pages, return_lse=True, **given)
+
+    graph, found = recorded(run)
+    for lengths, ends in (([1, 2, 3, 4], [0, 1, 2, 3, 4]), ([2048, 2047, 1, 800], [0, 3, 3, 4, 4])):
+        pages.lengths.copy_(torch.tensor([max(n, 3) for n in lengths]))
+        starts.copy_(torch.tensor(ends))
+        table.copy_(table[torch.randperm(4, device="cuda")])
+        own.add_(1)
+        graph.replay()
+        assert same(found, run())
+        told = mf.compile(mask, splits=splits, check=True)  # reads all of it on the host, and gathers
+        for ours, theirs in zip(
+            found[2:], told.paged(q[:, :, None], *pools, pages, return_lse=True, **given), strict=True
+        ):
+            torch.testing.assert_close(ours.float(), theirs.float(), atol=2e-2, rtol=2e-2, equal_nan=True)
+
+
+def test_a_captured_step_replays_at_another_place():
+    q, k, v = (x.detach() for x in Shape(2, 8, 2, 1, 4096, 128, 128).tensors(torch.bfloat16, device="cuda"))
+    offset, lengths = torch.tensor([4095, 7], device="cuda"), torch.tensor([5000, 4000], device="cuda")
+    attn = mf.compile(lambda b, h, q, kv, *, lengths: q - 900 <= kv <= q and kv < lengths[b])
+    graph, found = recorded(lambda: attn(q, k, v, q_offset=offset, lengths=lengths, return_lse=True))
+    for moved in (1, 100, 2000):
+        offset.copy_((offset + moved) % 4096)
+        lengths.sub_(moved)
+        graph.replay()
+        assert same(found, attn(q, k, v, q_offset=offset, lengths=lengths, return_lse=True))
+
+
+def test_steps_wait_for_nothing():
+    q, k, v = (x.detach() for x in Shape(2, 8, 2, 1, 4096, 64, 64).tensors(torch.bfloat16, device="cuda"))
+    attn = mf.compile(mf.sliding_window(500))
+    attn(q, k, v, q_offset=4095)
+    assert waits(lambda: attn(q, k[:, :, :4000], v[:, :, :4000], q_offset=3999)) == 0
+    offset = torch.tensor([5, 3000], device="cuda")
+    attn(q, k, v, q_offset=offset)
+    assert waits(lambda: attn(q, k, v, q_offset=offset + 1)) == 0
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 def test_a_device_that_is_not_the_current_one():
     assert_matches_dense(MASKS["documents"], Shape(1, 2, 1, 300, 300, 64, 64), dtype=torch.float16, device="cuda:1")

@@ -84,8 +84,19 @@ ORDER = {
         *("work", "softmax", "programs", "values", "biases", "sums", "engine", "scored", "few", "paged", "run"),
     ],
     "backends/triton": [
-        *("signature", "score_kind", "emit", "emit_score", "render", "tiles", "modules", "device", "tile_choice"),
-        *("walks", "layout", "intervals", "pieces", "plan", "launch", "few", "learned", "run"),
+        *(
+            "signature",
+            "score_kind",
+            "emit",
+            "spans",
+            "emit_score",
+            "render",
+            "tiles",
+            "modules",
+            "device",
+            "tile_choice",
+        ),
+        *("walks", "layout", "intervals", "plan", "launch", "few", "learned", "run"),
     ],
     "op": [
         "spec",

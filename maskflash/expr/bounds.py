@@ -30,7 +30,7 @@ from maskflash.expr.intervals import (
 )
 from maskflash.expr.nodes import Expr, Node, operand_dtype
 from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES, OPERATIONS, Bounds
-from maskflash.expr.ranges import RangeMinima
+from maskflash.expr.ranges import RangeMinima, Unread
 
 Reach = tuple[int, int]
 """The least and the greatest value of an integer, over all that is asked: exactly, since differences are taken."""
@@ -137,18 +137,49 @@ def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: f
     return unknown(args, dtype), fault
 
 
-def largest(expr: Expr, inputs: Inputs, extents: Mapping[str, Reach]) -> float | None:
+def cannot_fault(expr: Expr, inputs: Inputs, extents: Mapping[str, Reach]) -> bool:
+    """Whether no look-up is out of range and no divisor is 0, whatever tables hold: they are not read.
+
+    Args:
+        expr: a mask, or a score function.
+        inputs: values of its params; of its tables the shapes and dtypes count.
+        extents: for `b`, `h`, `q`, `kv` the first and the last index.
+    """
+    plain = True
+    for node in expr.nodes:
+        if node.op == "lookup":
+            for arg, size in zip(node.args, inputs.tables[node.slot].shape, strict=True):
+                low, high = extents.get(expr.nodes[arg].op, (0, size))
+                plain &= -size <= low and high < size
+        else:
+            plain &= not OPERATIONS[node.op].faults
+    if plain:
+        return True
+    boxes = {name: Interval(*(torch.tensor(end) for end in ends)) for name, ends in extents.items()}
+    if all(node.op != "score" for node in expr.nodes):
+        return not bool(bounds(expr, inputs, boxes, Unread()).faulty.any())
+    parts = (expr.part(place) for place, node in enumerate(expr.nodes) if OPERATIONS[node.op].faults and node.args)
+    return all(
+        all(node.op != "score" for node in part.nodes) and not bool(bounds(part, inputs, boxes, Unread()).faulty.any())
+        for part in parts
+    )
+
+
+def largest(
+    expr: Expr, inputs: Inputs, extents: Mapping[str, Reach], ranges: RangeMinima | None = None
+) -> float | None:
     """A cap on the absolute values of an expression's 64-bit integers, before any wrapping, without bounding anything.
 
     Args:
         expr: the mask, or a part of it.
         inputs: values of its params and tables.
         extents: for `b`, `h`, `q`, `kv` the first and the last index.
+        ranges: what is known of the tables; None to read them.
 
     Returns:
         The cap, at least that of `bounds`; None where a real number is made an integer, which only its bounds tell.
     """
-    ranges = RangeMinima()
+    ranges = ranges or RangeMinima()
     reaches: list[Reach] = []
     for node in expr.nodes:
         if node.op in INDEX_VARIABLES:

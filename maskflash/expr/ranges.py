@@ -5,6 +5,7 @@ Source: range minima by sparse tables (Bender and Farach-Colton, The LCA Problem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -100,6 +101,30 @@ class RangeMinima:
             low, high = _granulate(low, granule, torch.amin), _granulate(high, granule, torch.amax)
             self._levels[key] = (_doubling(low, torch.minimum), _doubling(high, torch.maximum), granule)
         return self._levels[key]
+
+
+class Unread(RangeMinima):
+    """What is known of tables by their shapes and dtypes alone: nothing of them is read, which a GPU is waited for."""
+
+    def extremes(self, table: Tensor) -> tuple[int, int]:
+        """What the dtype holds."""
+        if table.dtype.is_floating_point or table.dtype == torch.bool:
+            return 0, 1
+        info = torch.iinfo(table.dtype)
+        return info.min, info.max
+
+    def lookup(self, table: Tensor, indices: list[Interval]) -> tuple[Interval, Tensor | None]:
+        """What the dtype holds, and where an index may be out of range."""
+        if table.dtype.is_floating_point:
+            ends = [math.nan, math.nan]
+        else:
+            ends = [bool(x) if table.dtype == torch.bool else x for x in self.extremes(table)]
+        low, high = (torch.tensor(end, dtype=table.dtype) for end in ends)
+        fault: Tensor | None = None
+        for (lo, hi), size in zip((widen(index) for index in indices), table.shape, strict=True):
+            outside = (lo < -size) | (hi >= size)
+            fault = outside if fault is None else fault | outside
+        return Interval(low, high), fault
 
 
 def _granulate(rows: Tensor, granule: int, reduce: Callable[..., Tensor]) -> Tensor:

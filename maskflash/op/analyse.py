@@ -48,8 +48,7 @@ class Analysis:
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Out and lse of a call that the spec asks for."""
-        of_mask, more = self._of_mask(spec, q, k), self._more(spec)
-        found: tuple[Tensor, Tensor] = self.run.forward(self.plan, *of_mask, q, k, v, spec.strength, **more)
+        found: tuple[Tensor, Tensor] = self.run.forward(self.plan, *self._of_mask(spec, q, k), q, k, v, spec.strength)
         return found
 
     def backward(
@@ -87,10 +86,6 @@ class Analysis:
     def _of_mask(self, spec: Spec, q: Tensor, k: Tensor) -> tuple[Problem, ...]:
         """What a backend that evaluates pairs itself needs beside its plan."""
         return () if self.backend == "cpu" else (spec.problem(Sizes.of(q, k)),)
-
-    def _more(self, spec: Spec) -> dict[str, int | None]:
-        """What a backend that cuts keys into pieces is told of them."""
-        return {"splits": spec.splits or None} if self.backend == "triton" else {}
 
     @property
     def nbytes(self) -> int:

@@ -147,7 +147,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
 
                 classify(self._problem(sizes, mask_args))
                 raise
-            if self.tune and isinstance(analysis, Analysis) and spec.backend == "triton" and not capturing(q.device):
+            if self.tune and spec.backend == "triton" and not capturing(q.device):
                 self._tune(analysis, spec, q, k, v)
             if name is not None and all(table.device == q.device for table in self.mask.held()):
                 tensors = [x for x in (*mask_args.values(), q_offset, kv_offset) if isinstance(x, Tensor)]
@@ -203,8 +203,11 @@ class Attention(Ahead, Inside, Varlen, Paged):
             *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *mask_args, *given),
         )
 
-    def _tune(self, analysis: Analysis, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _tune(self, analysis: Analysis | FewRows, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Measure which tiles of the kernels are fastest for calls like this one, unless that is known."""
+        if isinstance(analysis, FewRows):
+            analysis.forward(spec, q.detach(), k.detach(), v.detach(), tuning=True)
+            return
         from maskflash.backends.triton import run as triton
 
         assert isinstance(analysis.plan, triton.DevicePlan), "the backend's own"

@@ -53,8 +53,8 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data.
 
-        `passes` says what the backend runs for each; of few rows on a GPU also how many keys the programs of a key head
-        load, and into how many pieces a row is cut at most, if each head had keys of its own. `slices` says of how many
+        `passes` says what the backend runs for each; of few rows on a GPU into how many pieces a row is cut, if
+        each head had keys of its own. `slices` says of how many
         the mask would be for MagiAttention: see `Mask.to_slices`; None where it has no such form.
         """
         return {**self._facts(), "slices": self._slices()}
@@ -108,10 +108,15 @@ class Explanation:
         """What runs in each pass."""
         plan = self.analysis.plan
         passes = _passes(plan)
-        if not isinstance(plan, cpu.Plan | Prepared) and plan.has_few_rows:
-            from maskflash.backends.triton.few import told
+        if self.backend == "triton":
+            from maskflash.backends.triton import run as triton
 
-            passes["forward"] |= told(plan, self.problem, self.splits or None)
+            if not triton.few.are_few(self.problem.q_len, self.problem.kv_len):
+                return passes
+            rows = passes.pop("forward, dq")
+            own = {"rows, whose mask is evaluated in the kernel": self.problem.q_len}
+            told = triton.few.told(self.problem, self.problem.heads, self.splits or None)
+            return {"forward": {**own, **told}, "dq": rows, **passes}
         if self.backend != "cpu" or not applies(self.problem, scored=self.score is not None):
             return passes
         few: dict[str, dict[str, int | str]] = {
@@ -197,8 +202,7 @@ def _passes(plan: cpu.Plan | triton.DevicePlan | Prepared) -> dict[str, dict[str
     if isinstance(plan, Prepared):
         return {"form": dict(plan.counts)}
     if not isinstance(plan, cpu.Plan):
-        rows = ("forward", "dq") if plan.has_few_rows else ("forward, dq",)
-        walks = {**dict.fromkeys(rows, plan.rows), "dkdv": plan.columns}
+        walks = {"forward, dq": plan.rows, "dkdv": plan.columns}
         return {
             name: dict(zip(("full tiles", "partial tiles"), work.counts.sum((1, 2)).tolist(), strict=True))
             for name, work in walks.items()

@@ -61,9 +61,9 @@ class PageTable:
         self.block_table = arguments.int_table("PageTable", "block_table", self.block_table, (2,))
         self.lengths = arguments.int_table("PageTable", "lengths", self.lengths, (1,))
         self.page_size = arguments.length("PageTable", "page_size", self.page_size, low=1)
-        self._check("PageTable")
+        self.check_shapes("PageTable")
 
-    def _check(self, operation: str) -> None:
+    def check_shapes(self, operation: str) -> None:
         """Check all but numbers, which may change; attributes may have been assigned to."""
         for name, x, dims in (("block_table", self.block_table, 2), ("lengths", self.lengths, 1)):
             arguments.instance(operation, name, x, Tensor, "as mf.PageTable takes it")
@@ -209,7 +209,7 @@ class PageTable:
         Raises:
             ArgumentError: one that is negative, or that the table has no room for.
         """
-        self._check(operation)
+        self.check_shapes(operation)
         lengths = _on_host(self.lengths)
         room = self.block_table.shape[1] * self.page_size
         wrong = np.flatnonzero((lengths < 0) | (lengths > room))
@@ -225,13 +225,14 @@ class PageTable:
         """How many pages each request has."""
         return -(-self.read_lengths(operation) // self.page_size)
 
-    def counts_of(self, operation: str, name: str, x: Any, starts: Any, lengths: Numbers) -> Numbers:
-        """How many tokens of x, (R, H, n, D) or (T, H, D) with starts, belong to each request: its last ones.
+    def check_tokens(self, operation: str, name: str, x: Any, starts: Any) -> None:
+        """Check that x is (R, H, n, D), or (T, H, D) with starts.
 
         Raises:
-            ArgumentError: a shape that isn't one of these; starts that don't fit; more tokens than a request has.
+            ArgumentTypeError: no tensor.
+            ArgumentError: a shape that isn't one of these.
         """
-        requests = len(lengths)
+        requests = len(self.block_table)
         dims, form = (4, "(requests, heads, tokens, head_dim)") if starts is None else (3, "(tokens, heads, head_dim)")
         arguments.instance(operation, name, x, Tensor, f"{form}")
         arguments.held(operation, name, x)
@@ -240,6 +241,15 @@ class PageTable:
             raise ArgumentError(
                 f"{operation}: {name} has shape {tuple(x.shape)}{fix}expected {form} of {requests} requests"
             )
+
+    def counts_of(self, operation: str, name: str, x: Any, starts: Any, lengths: Numbers) -> Numbers:
+        """How many tokens of x, (R, H, n, D) or (T, H, D) with starts, belong to each request: its last ones.
+
+        Raises:
+            ArgumentError: a shape that isn't one of these; starts that don't fit; more tokens than a request has.
+        """
+        requests = len(lengths)
+        self.check_tokens(operation, name, x, starts)
         if starts is None:
             counts = np.full(requests, x.shape[2], np.int64)
         else:

@@ -6,11 +6,13 @@
 
 First the mask says which columns each request's queries see, and the pages that hold them are checked; then those
 pages are read. On the CPU few rows evaluate their mask then and there, as in contiguous calls: `backends/cpu/paged.py`.
-All others, and all on a GPU, are calls of their own, with k and v gathered out of the pages that some row sees.
+On a GPU their kernel follows the table itself, and the host reads nothing: `backends/triton/few.py`. All others are
+calls of their own, with k and v gathered out of the pages that some row sees.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final, NamedTuple, NoReturn
 
 import numpy as np
@@ -25,8 +27,10 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
 from maskflash.ground import arguments, qkv
 from maskflash.ground.stretch import BoolArray, Numbers, Stretch, span
+from maskflash.ground.transfer import capturing
 from maskflash.masks.requests import REQUESTS, OfRequests
 from maskflash.op.asking import Asking, asks_for_dropout
+from maskflash.op.few_rows import shown
 from maskflash.op.page_table import Layout, PageTable
 from maskflash.op.spec import Spec
 from maskflash.scores.requests import ScoreOfRequests
@@ -112,6 +116,9 @@ class Paged(Asking):
         q = length - queries + i. Pages that no query sees are not read. Neither they, nor slots that no query sees,
         need hold anything; their entries in the table may be anything, too.
 
+        On a GPU few rows are attended without the host's reading lengths, cu_seqlens_q or the table. What would be an
+        error in their numbers makes the rows in question NaN, unless the op was compiled with check=True.
+
         Args:
             q: (R, Hq, Sq, D), Sq queries of each request; with cu_seqlens_q (T, Hq, D), those of all, end to end.
             k_pages: (P, page_size, Hkv, D), the pool of pages; with layout "HND" (P, Hkv, page_size, D). Any strides.
@@ -147,8 +154,8 @@ class Paged(Asking):
         arguments.instance(_OPERATION, "pages", pages, PageTable, "mf.PageTable(block_table, lengths, page_size)")
         return_lse = arguments.flag(_OPERATION, "return_lse", return_lse)
         pools = pages.pool(_OPERATION, "k_pages", k_pages, layout), pages.pool(_OPERATION, "v_pages", v_pages, layout)
-        lengths = pages.read_lengths(_OPERATION)
-        counts = pages.counts_of(_OPERATION, "q", q, cu_seqlens_q, lengths)
+        pages.check_shapes(_OPERATION)
+        pages.check_tokens(_OPERATION, "q", q, cu_seqlens_q)
         as_batch = q if cu_seqlens_q is None else q.transpose(0, 1)[None]
         _check_fit(as_batch, *pools)
         _refuse_dropout(mask_args)
@@ -156,7 +163,12 @@ class Paged(Asking):
             qkv.check_sinks(sinks, as_batch, _OPERATION)
         _refuse_gradients([("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("sinks", sinks)])
         watched = torch.is_grad_enabled()
+        found = self._on_device(as_batch, pools, pages, cu_seqlens_q, sinks, mask_args)
         with torch.no_grad():
+            if found is not None:
+                return found if return_lse else found[0]
+            lengths = pages.read_lengths(_OPERATION)
+            counts = pages.counts_of(_OPERATION, "q", q, cu_seqlens_q, lengths)
             offsets = torch.from_numpy(lengths - counts).to(q.device)
             longest = int(counts.max(initial=0)), int(lengths.max(initial=0))
             sizes = Sizes(*longest, len(lengths), as_batch.shape[1], q.device, offsets, operation=_OPERATION)
@@ -171,6 +183,46 @@ class Paged(Asking):
             ids = _ids(pages, len(pools[0]), of_few, alone)
             out, lse = self._attend_pages(spec, q, pools, of_few, alone, ids, cu_seqlens_q is not None, mask_args)
         return (out, lse) if return_lse else out
+
+    def _on_device(
+        self,
+        q: Tensor,
+        pools: tuple[Tensor, Tensor],
+        pages: PageTable,
+        starts: Tensor | None,
+        sinks: Tensor | None,
+        mask_args: dict[str, Any],
+    ) -> tuple[Tensor, Tensor] | None:
+        """Out and lse by the kernel that reads lengths and tables itself; None where it does not serve the call."""
+        requests, (_, heads, tokens, _) = len(pages.lengths), q.shape
+        if self.check or self._backend_for(q.device) != "triton" or not requests:
+            return None
+        from maskflash.backends.triton import run as triton
+
+        pools = pools[0].transpose(1, 2), pools[1].transpose(1, 2)
+        each, room = tokens if starts is None else -(-tokens // requests), pages.block_table.shape[1] * pages.page_size
+        if not (triton.few.are_few(each, room) and triton.few.can_read(*pools)):
+            return None
+        if starts is None:
+            counts: int | Tensor = tokens
+        else:
+            starts = arguments.int_table(_OPERATION, "cu_seqlens", starts, (1,))
+            if len(starts) != requests + 1 or starts.device != q.device:
+                return None  # which says what is wrong
+            counts = starts.diff()
+        where = triton.few.Pages(pages.block_table, pages.lengths, pages.page_size, starts)
+        offsets = pages.lengths.long() - counts
+        sizes = Sizes(each, room, requests, heads, q.device, offsets, operation=_OPERATION)
+        spec = self._spec(sizes, q, sinks, mask_args)
+        if torch.is_grad_enabled() and any(table.requires_grad for table in spec.score_tables):
+            _refuse_gradient("a table of the score function")
+        problem = spec.problem(sizes)
+        if not shown(spec, problem, paged=True):
+            return None
+        tuning, splits = self.tune and not capturing(q.device), spec.splits or None
+        out, lse = triton.few.forward(problem, q, *pools, spec.strength, splits=splits, pages=where, tuning=tuning)
+        lse = lse * math.log(2)
+        return (out, lse) if starts is None else (out[0].transpose(0, 1).contiguous(), lse[0])
 
     def _share(self, problem: Problem, sequences: _Sequences, request: int, mask_args: dict[str, Any]) -> _Share:
         """A request and what its queries see."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -12,7 +13,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton.layout import UNIT, dropout_values, padded, score_values
-from maskflash.backends.triton.plan import DevicePlan
+from maskflash.backends.triton.plan import DevicePlan, keep
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
 from maskflash.backends.triton.signature import PassName, ScoreKind, Specialisation, TableKind, signature
@@ -34,6 +35,7 @@ def specialisation(
     v_dim: int,
     score: ScoreKind | None = None,
     dropout: bool = False,
+    paged: bool = False,
 ) -> Specialisation:
     """What the text of a call's kernels depends on, given head dims that are whole vectors."""
     padded_d, padded_dv = dim != padded(dim), v_dim != padded(v_dim)
@@ -53,6 +55,7 @@ def specialisation(
         padded_dv=padded_dv,
         score=score,
         dropout=dropout,
+        paged=paged,
     )
 
 
@@ -81,11 +84,10 @@ def kernel(special: Specialisation, pass_name: PassName) -> Kernel:
 
 
 @dataclass(slots=True, eq=False)
-class Launcher:
-    """What the launches of one call share.
+class Launches(ABC):
+    """What the launches of one call share, whether there is a plan or none.
 
     Attributes:
-        plan: of the mask.
         problem: the mask.
         q: (B, Hq, Sq, D) as laid out.
         k: (B, Hkv, Skv, D) as laid out.
@@ -95,7 +97,6 @@ class Launcher:
         special: what the text of its kernels depends on.
     """
 
-    plan: DevicePlan
     problem: Problem
     q: Tensor
     k: Tensor
@@ -105,16 +106,13 @@ class Launcher:
     special: Specialisation = field(init=False)
     _of_strength: dict[str, Any] = field(init=False)
 
-    def __post_init__(self) -> None:
-        interval, dims = self.plan.intervals is not None, (self.q.shape[3], self.v.shape[3])
-        score, dropout = self.strength.score, self.strength.dropout
-        sizes = {"b": (0, self.q.shape[0] - 1), "h": (0, self.q.shape[1] - 1)}
-        kind = None if score is None else score_kind(score, {**self.plan.extents, **sizes})
-        self.special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
-        self._of_strength = {} if score is None else score_values(score)
-        if dropout is not None:
-            batch, heads, q_len, _ = self.q.shape
-            self._of_strength |= dropout_values(dropout, batch, heads, q_len, self.v.shape[2])
+    @abstractmethod
+    def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
+        """Launch a pass with its own arguments and a tile."""
+
+    @abstractmethod
+    def _keep(self) -> None:
+        """Keep for good what a CUDA graph that is being recorded will read."""
 
     def run(self, pass_name: PassName, own: dict[str, Any]) -> None:
         """Run a pass with the tile that `tile_choice` has for it, or the next smaller one that fits the device.
@@ -123,7 +121,7 @@ class Launcher:
             pass_name: which.
             own: arguments of its kernel, by name, that other passes don't have or have otherwise; see `launch`.
         """
-        self.plan.keep(self.problem, self.strength)
+        self._keep()
         case = self.case(pass_name)
         if self.tuning:
             self._tune(case, own)
@@ -143,6 +141,50 @@ class Launcher:
                 tile = smaller
         if tile != wanted:
             tile_choice.remember(case, tile)
+
+    def case(self, pass_name: PassName) -> Case:
+        """What the tile of a pass is chosen for."""
+        dims = self.q.shape[3], self.v.shape[3]
+        special = self.special
+        of_pairs = 0 if special.score is None else special.score.of_pairs
+        kind = self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size
+        return Case(*kind, special.mask, special.strength, of_pairs)
+
+    def _tune(self, case: Case, own: dict[str, Any]) -> None:
+        """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
+        rows, columns = case.block_size
+        seconds: dict[Tile, float] = {}
+        for tile in candidates(tile_choice.listed(case)):
+            if rows % tile.block_m == 0 and columns % tile.block_n == 0:
+                try:
+                    seconds[tile] = gpu.seconds(partial(self.launch, case.pass_name, tile, own), case.device)
+                except Exception as error:
+                    if not gpu.is_too_large(error):
+                        raise
+        if seconds:
+            tile_choice.keep(case, min(seconds, key=lambda tile: seconds[tile]))
+
+
+@dataclass(slots=True, eq=False)
+class Launcher(Launches):
+    """Launches of passes that walk the tiles of a plan.
+
+    Attributes:
+        plan: of the mask.
+    """
+
+    plan: DevicePlan = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        interval, dims = self.plan.intervals is not None, (self.q.shape[3], self.v.shape[3])
+        score, dropout = self.strength.score, self.strength.dropout
+        sizes = {"b": (0, self.q.shape[0] - 1), "h": (0, self.q.shape[1] - 1)}
+        kind = None if score is None else score_kind(score, {**self.plan.extents, **sizes})
+        self.special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
+        self._of_strength = {} if score is None else score_values(score)
+        if dropout is not None:
+            batch, heads, q_len, _ = self.q.shape
+            self._of_strength |= dropout_values(dropout, batch, heads, q_len, self.v.shape[2])
 
     def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
         """Launch a pass's kernel with its own arguments, the mask's, its walks, the sizes of the call and a tile."""
@@ -182,14 +224,6 @@ class Launcher:
                 PRECISION=gpu.precision(self.q.dtype),
             )
 
-    def case(self, pass_name: PassName) -> Case:
-        """What the tile of a pass is chosen for."""
-        dims = self.q.shape[3], self.v.shape[3]
-        special = self.special
-        of_pairs = 0 if special.score is None else special.score.of_pairs
-        kind = self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size
-        return Case(*kind, special.mask, special.strength, of_pairs)
-
     def _special(self, pass_name: PassName) -> Specialisation:
         """What the text of one pass depends on: the tables that learn are the business of `dtables` alone."""
         score = self.special.score
@@ -198,16 +232,5 @@ class Launcher:
         assert self.strength.score is not None, "what the kind is of"
         return replace(self.special, score=replace(score, wanted=self.strength.score.wanted))
 
-    def _tune(self, case: Case, own: dict[str, Any]) -> None:
-        """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
-        rows, columns = case.block_size
-        seconds: dict[Tile, float] = {}
-        for tile in candidates(tile_choice.listed(case)):
-            if rows % tile.block_m == 0 and columns % tile.block_n == 0:
-                try:
-                    seconds[tile] = gpu.seconds(partial(self.launch, case.pass_name, tile, own), case.device)
-                except Exception as error:
-                    if not gpu.is_too_large(error):
-                        raise
-        if seconds:
-            tile_choice.keep(case, min(seconds, key=lambda tile: seconds[tile]))
+    def _keep(self) -> None:
+        keep(self.plan, self.problem, self.strength)

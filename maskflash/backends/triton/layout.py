@@ -40,10 +40,11 @@ def laid_out(*tensors: Tensor) -> list[Tensor]:
     each number alone.
     """
     longer = (x if x.shape[3] % UNIT == 0 else pad(x, (0, -x.shape[3] % UNIT)) for x in tensors)
-    return [x if _fits(x) else x.clone(memory_format=torch.contiguous_format) for x in longer]
+    return [x if fits(x) else x.clone(memory_format=torch.contiguous_format) for x in longer]
 
 
-def _fits(x: Tensor) -> bool:
+def fits(x: Tensor) -> bool:
+    """Whether a tensor (B, heads, tokens, n) lies in memory as the kernels address it."""
     return (
         x.stride(3) == 1
         and x.stride(2) < _LARGEST_STEP

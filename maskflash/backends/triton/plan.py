@@ -13,7 +13,6 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.layout import mask_values
-from maskflash.backends.triton.pieces import KeyPieces, are_few, cut
 from maskflash.backends.triton.walks import Walk, Walks, seen, split_runs
 from maskflash.expr.bounds import Reach
 from maskflash.ground.transfer import Upload, capturing
@@ -21,7 +20,7 @@ from maskflash.scores.strength import Strength
 
 # What CUDA graphs read, by the identity of all parts. A graph holds addresses alone, and nobody tells when the last one
 # is gone, so a plan that one has recorded lives as long as the process; it is here once, however often it is recorded.
-_captured: dict[tuple[int, ...], tuple[DevicePlan, tuple[Tensor, ...]]] = {}
+_captured: dict[tuple[int, ...], tuple[DevicePlan | None, tuple[Tensor, ...]]] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +34,6 @@ class DevicePlan:
         rows: the map's rows, for forward and dQ.
         columns: the map's columns, for dK and dV.
         extents: for `b`, `h`, `q`, `kv` the first and the last index, offsets included.
-        on_host: the rows' walks on the CPU, where rows are few; else None.
     """
 
     device: torch.device
@@ -44,11 +42,9 @@ class DevicePlan:
     rows: Walks
     columns: Walks
     extents: dict[str, Reach]
-    on_host: Walks | None
     _seen: dict[bool, Tensor | None]
     _made: Upload
     _orders: dict[tuple[bool, int, int], tuple[Upload, dict[str, Tensor]]] = field(default_factory=dict)
-    _pieces: dict[tuple[Any, ...], tuple[Upload, KeyPieces, int]] = field(default_factory=dict)
 
     def walked(self, transposed: bool, tiles: int, per_line: int) -> dict[str, Tensor]:
         """What a pass walks, as arguments of its kernel.
@@ -74,44 +70,6 @@ class DevicePlan:
             upload.lend()
         return arguments
 
-    @property
-    def has_few_rows(self) -> bool:
-        """Whether programs may share rows, by pieces of their keys."""
-        return self.on_host is not None
-
-    def pieces(
-        self,
-        shape: tuple[int, int],
-        rows: tuple[int, int, int],
-        line_rows: int,
-        sizes: tuple[int, int, int, int],
-        splits: int | None,
-        programs: int,
-        copies: int,
-    ) -> tuple[KeyPieces, Tensor, int]:
-        """Pieces of what few rows see, where the parts of rows begin, on the device, and how many parts there are.
-
-        Raises:
-            BackendError: they aren't known yet, and a CUDA graph is being captured.
-        """
-        key = rows, sizes, splits, programs, copies
-        if key not in self._pieces:
-            assert self.on_host is not None, "rows are few"
-            found = cut(self.on_host, shape, *sizes, splits, programs, copies)
-            starts = found.starts(shape, rows, line_rows)
-            upload = Upload([found.table, starts], self.device)
-            self._pieces[key] = upload, replace(found, table=upload.tensors[0]), int(starts[-1])
-        upload, found, parts = self._pieces[key]
-        for one in (upload, self._made):
-            one.lend()
-        return found, upload.tensors[1], parts
-
-    @property
-    def runs(self) -> dict[str, Tensor]:
-        """The runs that pieces lie in, as arguments of their kernel."""
-        walks = (("full", self.rows.full), ("partial", self.rows.partial))
-        return {f"{kind}_{end}": getattr(walk, end) for kind, walk in walks for end in ("start", "stop")}
-
     def mask(self, problem: Problem) -> dict[str, Any]:
         """The mask as arguments of a kernel: its rows' intervals, or what its expression reads."""
         return mask_values(problem) if self.intervals is None else {"intervals": self.intervals}
@@ -121,18 +79,19 @@ class DevicePlan:
         self._made.lend()
         return self._seen[rows]
 
-    def keep(self, problem: Problem, strength: Strength) -> None:
-        """Keep the plan and the tables for good where the current stream records a CUDA graph."""
-        if capturing(self.device):
-            tables = problem.inputs.tables + (() if strength.score is None else strength.score.inputs.tables)
-            _captured[id(self), *map(id, tables)] = self, tables
-
     @property
     def nbytes(self) -> int:
         """Bytes held, nearly all on the device."""
         counts = self.rows.counts.nbytes + self.columns.counts.nbytes
-        further = (upload for made in (self._orders, self._pieces) for upload, *_ in made.values())
+        further = (upload for upload, _ in self._orders.values())
         return counts + sum(upload.nbytes for upload in (self._made, *further))
+
+
+def keep(plan: DevicePlan | None, problem: Problem, strength: Strength) -> None:
+    """Keep a plan, where there is one, and tables for good where the current stream records a CUDA graph."""
+    if capturing(problem.device):
+        tables = problem.inputs.tables + (() if strength.score is None else strength.score.inputs.tables)
+        _captured[id(plan), *map(id, tables)] = plan, tables
 
 
 def plan(found: Seen, device: torch.device) -> DevicePlan:
@@ -162,5 +121,4 @@ def plan(found: Seen, device: torch.device) -> DevicePlan:
     of_rows, of_columns, interval = (None if x is None else next(arrived) for x in further)
     known = {True: of_rows, False: of_columns}
     extents = found.problem.extents
-    on_host = directions[0] if are_few(q_len, kv_len) else None
-    return DevicePlan(device, found.largest < 2**31, interval, rows, columns, extents, on_host, known, made)
+    return DevicePlan(device, found.largest < 2**31, interval, rows, columns, extents, known, made)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from maskflash.backends.triton.emit import emit
 from maskflash.backends.triton.emit_score import emit_score
 from maskflash.backends.triton.signature import PassName, Specialisation, signature
+from maskflash.backends.triton.spans import emit_few
 from maskflash.errors import BackendError
 
 if TYPE_CHECKING:
@@ -31,20 +32,16 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
     """
     template = _environment().get_template(f"{pass_name}.py.jinja")
     transposed = pass_name == "dkdv"
+    how = {"narrow": special.narrow, "negative_kv": special.negative_kv, "remarks": remarks}
     forward, few = pass_name in ("forward", "split"), pass_name == "split"
     score = {"backward": not forward, "transposed": transposed, "packed": few, "remarks": remarks}
     return template.render(
         special=special,
         signature=signature(special, pass_name),
         integer="tl.int32" if special.narrow else "tl.int64",
-        mask=emit(
-            special.expr,
-            special.tables,
-            narrow=special.narrow,
-            transposed=transposed,
-            negative_kv=special.negative_kv,
-            remarks=remarks,
-        ),
+        mask=emit_few(special.expr, special.tables, **how)
+        if few
+        else emit(special.expr, special.tables, transposed=transposed, **how),
         score=emit_score(special.score, **score) if special.score else None,
     )
 

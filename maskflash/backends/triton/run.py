@@ -5,7 +5,7 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
-    few         few rows -> programs that share them, and what joins these
+    few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn
 
 Forward is one kernel, or two where rows are few; backward three: delta, then dK and dV, then dQ; and one more where a
@@ -31,7 +31,6 @@ from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
 from maskflash.backends.triton.learned import table_gradients, untouched
-from maskflash.backends.triton.pieces import are_few
 from maskflash.backends.triton.plan import DevicePlan, plan
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
@@ -39,7 +38,7 @@ from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
 from maskflash.scores.strength import BoundScore, Gradients, Strength
 
-__all__ = ["DevicePlan", "backward", "forward", "plan", "source", "tune", "unavailable"]
+__all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable"]
 
 _LOG2E: Final = 1.4426950408889634
 
@@ -56,8 +55,10 @@ def source(
 ) -> str:
     """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
     interval, dims = intervals(seen) is not None, (whole(head_dim), whole(v_head_dim))
-    if pass_name == "forward" and not dropout and are_few(problem.q_len, problem.kv_len):
+    if pass_name == "forward" and not dropout and few.are_few(problem.q_len, problem.kv_len):
         pass_name = "split"
+    if pass_name == "split":
+        return render(few.special_of(problem, *dims, score), pass_name, remarks=True)
     kind = None if score is None else score_kind(score, problem.extents)
     if kind is not None and score is not None and pass_name == "dtables":
         kind = replace(kind, wanted=score.wanted)
@@ -72,8 +73,7 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, st
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     q, k, v = laid_out(q, k, v)
-    first: PassName = "split" if few.serves(plan, strength) else "forward"
-    if not tile_choice.find(Launcher(plan, problem, q, k, v, strength).case(first)).measured:
+    if not tile_choice.find(Launcher(problem, q, k, v, strength, plan=plan).case("forward")).measured:
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 
@@ -86,7 +86,6 @@ def forward(
     v: Tensor,
     strength: Strength,
     *,
-    splits: int | None = None,
     tuning: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
@@ -98,7 +97,6 @@ def forward(
         k: (B, Hkv, Skv, D), Hkv divides Hq.
         v: (B, Hkv, Skv, Dv).
         strength: how strongly pairs attend.
-        splits: pieces of the keys of each row where rows are few; None for as many as the device has work for.
         tuning: measure tiles first, and keep the fastest.
 
     Returns:
@@ -114,11 +112,6 @@ def forward(
         lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None] * _LOG2E)
         return cut(out.zero_(), v_dim), lse
     factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
-    if few.serves(plan, strength):
-        q, k, v = laid_out(q, k, v)
-        launcher = few.SplitLauncher(plan, problem, q, k, v, strength, tuning, splits)
-        launcher.run("split", {"out": out, "lse": lse, "sinks": sinks, **factor})
-        return cut(out, v_dim), lse
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
@@ -130,7 +123,7 @@ def forward(
         **factor,
         "share": gpu.heads_in_cache(q.device, head_bytes, heads // kv_heads, batch * heads),
     }
-    Launcher(plan, problem, q, k, v, strength, tuning).run("forward", own)
+    Launcher(problem, q, k, v, strength, tuning, plan=plan).run("forward", own)
     return cut(out, v_dim), lse
 
 
@@ -179,7 +172,7 @@ def backward(
     lse = lse.masked_fill(blind, math.inf)  # so that p = exp(s - lse) is 0
     dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     q, k, v, dout, out = laid_out(q, k, v, dout, out)
-    launcher = Launcher(plan, problem, q, k, v, strength, tuning)
+    launcher = Launcher(problem, q, k, v, strength, tuning, plan=plan)
     delta = _delta(out, dout, dlse)
     both = {
         **addressed(q=q, k=k, v=v, dout=dout),

@@ -101,6 +101,7 @@ class Specialisation:
         padded_dv: the head dim of v is no power of two (at least 16).
         score: what becomes of scaled products; None where they stay what they are.
         dropout: some probabilities are dropped.
+        paged: keys lie in pages.
     """
 
     expr: Expr
@@ -114,6 +115,7 @@ class Specialisation:
     padded_dv: bool = False
     score: ScoreKind | None = None
     dropout: bool = False
+    paged: bool = False
 
     @property
     def mask(self) -> str:
@@ -153,11 +155,24 @@ _DROPOUT: Final = [
     [Parameter("row_words", "pointer"), Parameter("column_words", "pointer")],
     [Parameter("threshold", "i32"), Parameter("kept_scale", "fp32")],
 ]
+_WALKED: Final = [
+    [Parameter("order", "pointer")],
+    *(
+        [Parameter(f"{kind}_{x}", "pointer") for x in ("offsets", "tiles", "start", "stop")]
+        for kind in ("full", "partial")
+    ),
+    [Parameter("map_b", "i32"), Parameter("map_h", "i32")],
+]
+_PAGED: Final = [
+    [Parameter(name, "view") for name in ("block_table", "lengths", "starts")],
+    [Parameter("table_step", "i64"), *(Parameter(name, "i32") for name in ("pages", "page_size", "room"))],
+    [Parameter("RAGGED", "constant"), Parameter("REQUESTS", "constant")],
+]
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
-    "split": ("q k v", "out lse sinks", "qk_scale", "batch heads group pack groups items q_len kv_len"),
-    "combine": ("", "out lse parts parts_lse sinks", "", "heads q_len"),
+    "split": ("q k v", "out lse sinks", "qk_scale", "batch heads group tiles pieces q_len head_rows"),
+    "combine": ("", "out lse parts parts_lse sinks", "", "heads q_len pieces"),
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
     "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
@@ -184,18 +199,15 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
     if pass_name == "delta":
         lines.append(_line("constant", ("HAS_DLSE", "UNIT", "BLOCK_M", "DV", "BLOCK_DV", "PRECISION")))
     elif pass_name == "combine":
-        lines += [_line("pointer", ["starts"]), _line("constant", ("HAS_SINKS", "PARTS", "DV", "BLOCK_DV"))]
+        lines.append(_line("constant", ("HAS_SINKS", "PARTS", "DV", "BLOCK_DV")))
     else:
         few = pass_name == "split"
-        walked = ("start", "stop") if few else ("offsets", "tiles", "start", "stop")
         lines += [
-            _line("pointer", ["pieces", "starts"] if few else ["order"]),
-            *(_line("pointer", (f"{kind}_{what}" for what in walked)) for kind in ("full", "partial")),
-            _line("i32", ["map_b", "map_h"]),
+            *((_PAGED if special.paged else [_line("i32", ["kv_len"])]) if few else _WALKED),
             *_of_mask(special),
             *(_of_score(special.score, pass_name) if special.score else []),
             *(_DROPOUT if special.dropout else []),
-            _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", *([] if few else ["ROWS"]), "SUB")),
+            _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", *([] if few else ["ROWS", "SUB"]))),
             _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
             _line("constant", _FLAGS.get(pass_name, ())),
         ]

@@ -1,7 +1,7 @@
 """Few rows over many keys, cut into pieces: results equal dense float64, whoever else is in the batch."""
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,28 +10,25 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import few, launch, pieces
-from maskflash.backends.triton import plan as triton_plan
+from maskflash.backends.triton import few, launch
+from maskflash.op import analyse, few_rows
 from maskflash.testing import Shape, assert_matches_dense, error_budget, masks
-from tests.backends.triton.conftest import expressions
 from tests.backends.triton.test_run import DTYPES
 from tests.backends.triton.test_scores import RUNS, scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of NaN and infinities
-KERNELS = st.sampled_from([nullcontext, expressions])
 BY_HEAD = ("alibi", "relative bias", "temperature", "pairs", "hidden by value", "hidden by the score", "functions")
 
 
 @contextmanager
-def pieces_of(steps):
-    """Every call's rows count as few, and pieces have so many steps; None for one piece of each row."""
+def all_few():
+    """Every call's rows count as few, and "auto" cuts each row into pieces of 16 keys."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_plan, "are_few", lambda q_len, kv_len: q_len > 0)
-        patch.setattr(pieces, "_SHORTEST", 1 << 30 if steps is None else (steps - 1) * 16 + 1)
+        patch.setattr(few, "are_few", lambda q_len, kv_len: q_len > 0 and kv_len > 0)
+        patch.setattr(few_rows, "may_be", lambda q, k: True)
+        patch.setattr(few, "_SHORTEST", 16)
         patch.setattr(gpu, "programs", lambda device: 1 << 20)
-        mf.invalidate()
         yield
-    mf.invalidate()
 
 
 @st.composite
@@ -59,10 +56,9 @@ def dense(q, k, v, visible, sinks):
     sizes(),
     st.sampled_from(DTYPES),
     st.sampled_from([16, 32, (16, 48), (48, 16)]),
-    KERNELS,
-    st.sampled_from([None, 1, 3]),
+    st.sampled_from(["auto", 1, 2, 3]),
 )
-def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, block_size, kernels, steps):
+def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, block_size, splits):
     mask = data.draw(masks(max_len=64, batch=shape.batch, heads=shape.heads))
     sinks, q_offset = None, data.draw(st.integers(0, 40))
     if data.draw(st.booleans()):
@@ -71,10 +67,9 @@ def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, 
     if data.draw(st.booleans()):
         q_offset = torch.tensor([q_offset, 3], device=device)[: shape.batch]
     q, k, v = (x.detach() for x in shape.tensors(dtype, device=device))
-    with kernels(), pieces_of(steps):
-        found = mf.attention(
-            q, k, v, mask, block_size=block_size, backend="triton", q_offset=q_offset, sinks=sinks, return_lse=True
-        )
+    with all_few():
+        attn = mf.compile(mask, block_size=block_size, backend="triton", splits=splits)
+        found = attn(q, k, v, q_offset=q_offset, sinks=sinks, return_lse=True)
     sizes = {"batch": shape.batch, "heads": shape.heads, "q_offset": q_offset, "device": device}
     visible = mask.dense(shape.q_len, shape.kv_len, **sizes)
     exact, plain = (dense(*(x.to(kind) for x in (q, k, v)), visible, sinks) for kind in (torch.float64, dtype))
@@ -92,7 +87,7 @@ def test_every_mask_and_shape_matches_dense_float64(device, data, shape, dtype, 
 def test_scores_match_dense_float64(device, name):
     """With rows of several heads in one tile, so that what a score reads by head differs among them."""
     score = scores(device, heads=4)[name]
-    with pieces_of(1):
+    with all_few():
         assert_matches_dense(
             mf.causal(),
             Shape(1, 4, 2, 3, 40, 16, 16),
@@ -155,35 +150,18 @@ def test_one_piece_needs_no_second_kernel(device, monkeypatch):
         torch.testing.assert_close(x, y)
 
 
-def test_a_window_has_work_for_what_it_sees_alone(device, monkeypatch):
-    q, k, v = step(device, batch=1, keys=1024)
-    found = launched(monkeypatch)
-    attn = mf.compile(mf.sliding_window(64), backend="triton", block_size=32, splits=1000)
-    attn(q, k, v, q_offset=1023)
-    tile = 32 // min(32, gpu_tile(q))
-    assert found[0] == ("split", 2 * 3 * tile)  # 65 keys are in three tiles of 32
-
-
-def gpu_tile(q):
-    from maskflash.backends.triton.tiles import choose
-
-    return choose(gpu.arch(q.device), "split", q.dtype, 16, (32, 32)).block_n
-
-
 def test_what_no_row_sees_is_not_copied_and_may_hold_anything(device, monkeypatch):
     """Bit by bit; and nothing is zeroed before the kernels."""
     q, k, v = step(device, batch=1, rows=3, keys=200)
     mask = mf.sliding_window(40)
     hidden = ~mask.dense(3, 200, q_offset=190, device=device)[0, 0].any(0)
     assert hidden.any()
-    for by in (nullcontext, expressions):
-        with by():
-            attn = mf.compile(mask, backend="triton", block_size=64, splits=2)
-            clean = attn(q, k, v, q_offset=190, return_lse=True)
-            for poison in (math.nan, math.inf, -math.inf):
-                dirty = [x.masked_fill(hidden[:, None], poison) for x in (k, v)]
-                found = attn(q, *dirty, q_offset=190, return_lse=True)
-                assert all(torch.equal(x, y) for x, y in zip(clean, found, strict=True))
+    attn = mf.compile(mask, backend="triton", block_size=64, splits=2)
+    clean = attn(q, k, v, q_offset=190, return_lse=True)
+    for poison in (math.nan, math.inf, -math.inf):
+        dirty = [x.masked_fill(hidden[:, None], poison) for x in (k, v)]
+        found = attn(q, *dirty, q_offset=190, return_lse=True)
+        assert all(torch.equal(x, y) for x, y in zip(clean, found, strict=True))
 
 
 def test_dropout_is_computed_by_the_kernel_of_many_rows(device, monkeypatch):
@@ -212,3 +190,64 @@ def test_more_parts_than_are_joined_at_once(device):
     )
     for x, y in zip(whole, cut, strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("score", [None, lambda score, b, h, q, kv: score + table[b, h]])
+def test_steps_are_not_analysed(device, monkeypatch, score):
+    """Whatever moves: a number, a tensor of offsets, keys, a table that is written to."""
+    q, k, v = step(device, keys=200)
+    attn = mf.compile(lambda b, h, q, kv, *, lengths: kv <= q and kv < lengths[b], score=score, backend="triton")
+    lengths = torch.tensor([100, 200, 50], device=device)
+    monkeypatch.setattr(analyse, "analyse", None)
+    for keys, offset in ((180, 179), (190, 189), (200, torch.tensor([10, 199, 70], device=device))):
+        lengths -= 1
+        found = attn(q, k[:, :, :keys], v[:, :, :keys], q_offset=offset, lengths=lengths, return_lse=True)
+        kv, last = torch.arange(keys, device=device), lengths.minimum(torch.as_tensor(offset, device=device) + 1)
+        visible = (kv < last[:, None])[:, None, None].expand(3, 4, 1, keys)
+        visible = visible & (kv < lengths[:, None])[:, None, None]
+        scores = q.repeat_interleave(1, 1) @ k[:, :, :keys].repeat_interleave(2, 1).mT * 0.25
+        scores = scores if score is None else scores + table[:, :, None, None]
+        truth = scores.masked_fill(~visible, -math.inf).logsumexp(-1)
+        torch.testing.assert_close(found[1], truth, atol=2e-6, rtol=1e-5)
+
+
+table = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+def test_look_ups_that_sizes_do_not_show_are_read(device):
+    """As in any call: out of range is an error, unless a guard excludes it."""
+    q, k, v = step(device)
+    jumps = torch.tensor([0, 1, 500], device=device)
+    ends = torch.arange(10, device=device)
+    for mask, fails in (
+        (mf.mask(lambda b, h, q, kv: kv <= ends[jumps[b]]), True),
+        (mf.mask(lambda b, h, q, kv: jumps[b] < 10 and kv <= ends[jumps[b]]), False),
+        (mf.mask(lambda b, h, q, kv: kv <= ends[min(jumps[b], 9)]), False),
+        (mf.mask(lambda b, h, q, kv: kv <= ends[q]), True),
+    ):
+        attn = mf.compile(mask, backend="triton")
+        if fails:
+            with pytest.raises(mf.MaskIndexError):
+                attn(q, k, v, q_offset=159)
+        else:
+            attn(q, k, v, q_offset=159)
+
+
+def test_a_graph_that_nothing_shows_to_be_right_is_refused(device, monkeypatch):
+    q, k, v = step(device)
+    ends = torch.arange(10, device=device)
+    monkeypatch.setattr(few_rows, "capturing", lambda device: True)
+    attn = mf.compile(lambda b, h, q, kv: kv <= ends[q], backend="triton")
+    with pytest.raises(mf.BackendError, match="only what tensors hold could show"):
+        attn(q, k, v, q_offset=torch.tensor([5, 6, 7], device=device))
+    assert attn(q, k, v, q_offset=7).isfinite().all()  # which sizes show
+
+
+def test_pieces_are_for_the_processors(device):
+    on = torch.device(device)
+    programs = gpu.programs(on)
+    assert few.pieces_of(None, 1, 1 << 20, 64, on) == programs
+    assert few.pieces_of(None, 1, 1000, 64, on) == min(3, programs)
+    assert few.pieces_of(None, programs, 1 << 20, 64, on) == 1
+    assert few.pieces_of(4, programs, 1 << 20, 64, on) == 4
+    assert few.pieces_of(1000, 1, 1000, 64, on) == 16

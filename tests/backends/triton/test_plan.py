@@ -44,15 +44,15 @@ def test_bytes_are_those_of_all_tensors(made):
 def test_what_a_graph_reads_is_kept_once(made, problem, monkeypatch):
     kept = {}
     monkeypatch.setattr(triton_plan, "_captured", kept)
-    made.keep(problem, Strength(1.0))
+    triton_plan.keep(made, problem, Strength(1.0))
     assert kept == {}
     monkeypatch.setattr(triton_plan, "capturing", lambda device: True)
     for _ in range(2):
-        made.keep(problem, Strength(1.0))
+        triton_plan.keep(made, problem, Strength(1.0))
     ((held, tables),) = kept.values()
     assert held is made
     assert tables is problem.inputs.tables
     assert len(tables) > 0
     others = replace(problem.inputs, tables=(torch.zeros(40),))  # another graph's
-    made.keep(replace(problem, inputs=others), Strength(1.0))
+    triton_plan.keep(made, replace(problem, inputs=others), Strength(1.0))
     assert len(kept) == 2

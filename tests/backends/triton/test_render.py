@@ -153,7 +153,7 @@ def test_every_flag_of_a_score_gives_whole_python(pass_name, flag, dropout):
             assert "\n\n\n" not in text.split("@triton.jit")[-1]
 
 
-@pytest.mark.parametrize("pass_name", [*PASSES, *FEW])
+@pytest.mark.parametrize("pass_name", [*PASSES, "combine"])
 def test_the_interval_kernel_depends_on_nothing_of_a_mask(pass_name):
     texts = {
         render(Specialisation(EVERYTHING, KINDS, interval=True, **{flag: True}), pass_name)
