@@ -58,7 +58,7 @@ ORDER = {
             "why",
         ),
     ],
-    "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
+    "presets": ["documents", "grids", "basic", "blocks", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
         *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
         *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -235,6 +236,11 @@ def _tokens(name: str, given: dict[str, Any]) -> int | None:
             return max(int(sum(row)) for row in rows)
         case "natten":
             return int(given["height"] * given["width"])
+        case "neighborhood" | "sliding_tiles":
+            shape = given["shape"]
+            return math.prod(shape) if isinstance(shape, list) else int(shape)
+        case "block_diffusion":
+            return int(2 * given["n"])
         case "share_question":
             return sum(int(question + sum(answers)) for question, answers in given["documents"])
         case "paper":
@@ -256,6 +262,9 @@ _LEADING: Final[dict[str, tuple[str, ...]]] = {
     "causal_blockwise": ("lengths",),
     "prefix_lm_document": ("lengths",),
     "natten": ("height", "width"),
+    "neighborhood": ("shape",),
+    "sliding_tiles": ("shape",),
+    "block_diffusion": ("n",),
     "share_question": ("documents",),
     "paper": ("name", "seq_len"),
     "random_eviction": ("evicted_at",),

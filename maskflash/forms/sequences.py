@@ -50,13 +50,13 @@ class Hulls(NamedTuple):
         stop[some] = seen.stop[(offsets + count - 1)[some]]
         return Hulls(start.expand(batch, -1), stop.expand(batch, -1), seen.kv_len)
 
-    def window(self) -> tuple[Side, Side]:
-        """The window along the diagonal that ends at the last query and key of the first batch row."""
+    def window(self, align: Align = "bottom_right") -> tuple[Side, Side]:
+        """The window along the diagonal of the first batch row: that of its last query and key, or of its first ones."""
         q_len = self.start.shape[1]
         if not len(self.start):
             return None, None
         start, stop = self.start[0], self.stop[0]
-        at = torch.arange(q_len) + self.kv_len - q_len
+        at = torch.arange(q_len) + (self.kv_len - q_len if align == "bottom_right" else 0)
         left, right = _sides(at, start, stop, 0, self.kv_len)
         unseeing = at[(start == stop) & (at < 0)]
         if right is None and len(unseeing) and self.kv_len:
