@@ -61,8 +61,8 @@ ORDER = {
     "presets": ["documents", "grids", "basic", "blocks", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
         *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
-        *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
-        *("prefix_ranges", "cute"),
+        *("kernels", "xformers", "conventions", "arguments", "tiled", "flex", "block_sparse", "packed_mask"),
+        *("block_rows", "prefix_ranges", "cute"),
     ],
     "scores": [
         "form",

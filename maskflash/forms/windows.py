@@ -86,10 +86,10 @@ class AlignedWindow(_WindowMask):
         right: tokens after it; None for all.
         align: "bottom_right" or "top_left".
         flash: whether sizes count as in flash-attention's kernels; see `as_flash_counts`.
-        chunk: tokens of the chunks that keys are cut into, from the first one on; a query sees only that of the key that
-            it is aligned with. None for no chunks.
-        lengths: (q_len, kv_len) of the only calls that it is for; "equal" for all in which these are equal; None for
-            any.
+        chunk: tokens of the chunks that keys are cut into, from the first one on; a query sees only that of the key
+            that it is aligned with. None for no chunks.
+        lengths: (q_len, kv_len) of the only calls that it is for, or "equal" for those in which these are equal; None
+            for any.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class AlignedWindow(_WindowMask):
         self.left, self.right, self.align, self.flash = left, right, align, flash
         self.chunk, self.lengths = chunk, lengths
         self._low, self._high = f"first key of query 0 in {name}", f"last key of query 0 in {name}"
-        self._at, self._size = f"key of query 0 in {name}", f"chunk of {name}"
+        self._at = f"key of query 0 in {name}"
         implied = [self._low] * (left is not None)
         implied += [self._high] * (right is not None or (flash and left is not None))
-        implied += [self._at, self._size] * (chunk is not None)
+        implied += [self._at] * (chunk is not None)
         super().__init__(name, (), {}, tuple(implied), ("q_len", "kv_len"))
 
     def implied(self, sizes: Sizes) -> dict[str, int]:
@@ -118,16 +118,16 @@ class AlignedWindow(_WindowMask):
         lengths = sizes.q_len, sizes.kv_len
         if self.lengths == "equal" and sizes.q_len != sizes.kv_len:
             raise ArgumentError(
-                f"{sizes.operation}: {self.name} is for as many queries as keys, got {lengths}; its library takes no "
-                "others"
+                f"{sizes.operation}: {self.name} is for as many queries as keys, got (q_len, kv_len) {lengths}; its "
+                "library has no other calls"
             )
         if self.lengths not in (None, "equal", lengths):
             raise ArgumentError(
-                f"{sizes.operation}: {self.name} is for (q_len, kv_len) {self.lengths}, got {lengths}; make one of that "
-                "size"
+                f"{sizes.operation}: {self.name} is for (q_len, kv_len) {self.lengths}, got {lengths}; make one of "
+                "that size"
             )
         low, high = self._ends(*lengths)
-        known = {self._low: low, self._high: high, self._at: self._shift(*lengths), self._size: self.chunk or 0}
+        known = {self._low: low, self._high: high, self._at: self._shift(*lengths)}
         return {name: known[name] for name in self.implied_names}
 
     def spans(self, q_len: int, kv_len: int, batch: int) -> Spans:
@@ -142,7 +142,7 @@ class AlignedWindow(_WindowMask):
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
         """A comparison for each side that has an end, and one of chunks."""
-        return trace(self.visible, dict.fromkeys(self.implied_names, 1))
+        return trace(self.visible, dict.fromkeys(self.implied_names, 0))
 
     def visible(self, b: Any, h: Any, q: Any, kv: Any, **values: Any) -> Any:
         """The mask, over where the window lies."""
@@ -151,8 +151,8 @@ class AlignedWindow(_WindowMask):
             seen = q + values[self._low] <= kv
         if self._high in values:
             seen = (kv <= q + values[self._high]) & seen
-        if self._size in values:
-            seen = ((q + values[self._at]) // values[self._size] == kv // values[self._size]) & seen
+        if self.chunk is not None:
+            seen = ((q + values[self._at]) // self.chunk == kv // self.chunk) & seen
         return seen
 
     def _ends(self, q_len: int, kv_len: int) -> tuple[int, int]:
@@ -166,8 +166,8 @@ class AlignedWindow(_WindowMask):
         return kv_len - q_len if self.align == "bottom_right" else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        only = {"flash": self.flash, "chunk": self.chunk, "lengths": self.lengths}
-        return partial(AlignedWindow, **only), (self.name, self.left, self.right, self.align)
+        make = partial(AlignedWindow, flash=self.flash, chunk=self.chunk, lengths=self.lengths)
+        return make, (self.name, self.left, self.right, self.align)
 
 
 class PackedWindows(_WindowMask):

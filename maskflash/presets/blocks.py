@@ -70,11 +70,11 @@ def image_blocks(images: Stretches | None = None, /, *, ids: Ints | None = None)
 
     Source: Gemma 3, as Transformers 5.23 has it (`blockwise_overlay` in masking_utils, whose ids these are).
     """
-    if (images is None) == (ids is None):
+    if ids is not None and images is None:
+        return _images_by_ids(arguments.int_table("image_blocks", "ids", ids, (1, 2)))
+    if images is None or ids is not None:
         got = "none" if images is None else "images and ids"
         raise ArgumentError(f"image_blocks: got {got}, expected exactly one of images and ids")
-    if ids is not None:
-        return _images_by_ids(arguments.int_table("image_blocks", "ids", ids, (1, 2)))
     found = packing.segments("image_blocks", "images", images)
     n = found[-1][1] if found else 0
     lasts, lengths, after = [], [], 0

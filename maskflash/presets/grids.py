@@ -68,8 +68,8 @@ def neighborhood(
     for size, kernel, step, every in zip(points, kernels, strides, dilations, strict=True):
         if kernel * every > size or step > kernel:
             raise ArgumentError(
-                f"neighborhood: an axis of {size} has kernel_size {kernel}, stride {step} and dilation {every}, expected "
-                "stride <= kernel_size and kernel_size * dilation <= the axis' size"
+                f"neighborhood: an axis of {size} has kernel_size {kernel}, stride {step} and dilation {every}, "
+                "expected stride <= kernel_size and kernel_size * dilation <= the axis' size"
             )
     near = [_axis(*each) for each in zip(points, kernels, strides, dilations, causal, strict=True)]
     tokens, inside = math.prod(points), _grid(points, near)
@@ -95,9 +95,10 @@ def sliding_tiles(shape: tuple[int, ...], cube: tuple[int, ...], kernel_size: in
         · · · · ■ ■ ■ ■
         · · · · ■ ■ ■ ■
 
-    Tokens are in the order of cubes: those of the first cube, then those of the next, cubes in row-major order. So cubes
-    of as many tokens as a tile has make every tile full or skip. Tokens in row-major order see the same by
-    `neighborhood(shape, kernel_size times cube, stride=cube)`. Tokens after the grid see nothing and nobody sees them.
+    Tokens are in the order of cubes: those of the first cube, then those of the next, cubes in row-major order. So
+    cubes of as many tokens as a tile has make every tile full or skip. Where kernels are odd, tokens in row-major order
+    see the same by `neighborhood(shape, kernel_size times cube, stride=cube)`. Tokens after the grid see nothing and
+    nobody sees them.
 
     Args:
         shape: points along each axis: (frames, height, width), or fewer.
@@ -111,7 +112,8 @@ def sliding_tiles(shape: tuple[int, ...], cube: tuple[int, ...], kernel_size: in
     """
     points = _axes("sliding_tiles", "shape", shape)
     sides, kernels = (
-        _along("sliding_tiles", name, value, len(points)) for name, value in (("cube", cube), ("kernel_size", kernel_size))
+        _along("sliding_tiles", name, value, len(points))
+        for name, value in (("cube", cube), ("kernel_size", kernel_size))
     )
     if any(size % side for size, side in zip(points, sides, strict=True)):
         raise ArgumentError(f"sliding_tiles: shape is {points}, expected multiples of cube, {sides}; pad the grid")
@@ -131,7 +133,7 @@ def kernels_of(points: tuple[int, ...], kernels: tuple[int, ...]) -> Near:
 
 
 def _axis(size: int, kernel: int, stride: int, dilation: int, causal: bool) -> Near:
-    """Whether the key's coordinate j is in the kernel of the query's, i, along an axis; both are on it, or j after it."""
+    """Whether the key's coordinate j is in the kernel of the query's, i, along an axis; j may be beyond its end."""
     half, shift = kernel // 2, stride - 1 if causal else stride // 2
     end = size - 1
 
@@ -187,4 +189,6 @@ def _along(operation: str, name: str, value: Any, axes: int) -> tuple[int, ...]:
 
 def _refuse_other(operation: str, name: str, given: Any, axes: int) -> None:
     if len(given) != axes:
-        raise ArgumentError(f"{operation}: {name} is {tuple(given)!r}, expected {axes} of them, one for each axis of shape")
+        raise ArgumentError(
+            f"{operation}: {name} is {tuple(given)!r}, expected {axes} of them, one for each axis of shape"
+        )
