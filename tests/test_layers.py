@@ -124,6 +124,7 @@ ORDER = {
         "masks",
         "terminal",
         "show",
+        "compare",
         "explain",
         "export",
         "shard",

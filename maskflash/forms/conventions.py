@@ -108,7 +108,7 @@ def read_transformers(*, sliding_window: Any = None, attention_chunk_size: Any =
 def propose_transformers(hulls: Hulls, device: torch.device) -> Given:
     """What the configuration of a Transformers model would say."""
     left, _ = hulls.window()
-    yield from ({}, {"is_causal": False})
+    yield from ({"is_causal": True}, {"is_causal": False})
     if left is not None:
         yield {"sliding_window": left + 1}
         if left and hulls.square:
@@ -129,7 +129,7 @@ def read_vllm(*, sliding_window: Any = None, attention_chunk_size: Any = None, a
 def propose_vllm(hulls: Hulls, device: torch.device) -> Given:
     """What a layer of a vLLM model would take."""
     left, _ = hulls.window()
-    yield from ({}, {"attn_type": "encoder_only"})
+    yield from ({"attn_type": kind} for kind in _ATTENTION)
     if left is not None:
         yield {"sliding_window": left + 1}
         if hulls.square:
