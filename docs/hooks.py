@@ -119,15 +119,23 @@ def run(text: str, name: str, names: dict[str, Any]) -> tuple[int, str]:
 
 
 def drawn(
-    mask: Any, q_len: int, kv_len: int, *, block_size: int = 8, heads: int = 1, form: Any = None, **options: Any
+    mask: Any,
+    q_len: int,
+    kv_len: int,
+    *,
+    block_size: int = 8,
+    heads: int = 1,
+    form: Any = None,
+    against: Any = None,
+    **options: Any,
 ) -> tuple[bytes, str]:
-    """A mask's pairs beside its tiles or another engine's form, or its heads' pairs side by side, as SVG; a title."""
+    """A mask's pairs beside its tiles, another engine's form or another mask, or its heads' pairs, as SVG; a title."""
     from matplotlib.figure import Figure
 
     import maskflash as mf
     from maskflash import visualize
 
-    panels = max(2, heads)
+    panels = max(2, heads) if against is None else 3
     width, height = 4 * panels, 1.25 + 3 * q_len / kv_len  # inches; a layout engine takes as long as all the rest
     figure = Figure(figsize=(width, height))
     margins = {"left": 0.7 / width, "right": 1 - 0.3 / width, "bottom": 0.5 / height, "top": 1 - 0.75 / height}
@@ -136,6 +144,10 @@ def drawn(
         for head, ax in enumerate(axes):
             visualize.draw_mask(mask, q_len, kv_len, ax=ax, heads=heads, head=head, legend=False, **options)
             ax.set_title(f"head {head}")
+    elif against is not None:
+        shown = {"a": mask, "b": against, "only in one": mask ^ against}
+        for ax, (title, one) in zip(axes, shown.items(), strict=True):
+            visualize.draw_mask(one, q_len, kv_len, ax=ax, legend=False, **options).set_title(title)
     else:
         visualize.draw_mask(mask, q_len, kv_len, ax=axes[0], **options).set_title("pairs")
         if form is None:
@@ -146,7 +158,8 @@ def drawn(
         else:
             visualize.draw_mask(mask, q_len, kv_len, ax=axes[1], legend=False, **options)
             visualize.draw_row_intervals(form, ax=axes[1]).set_title("row intervals")
-    return as_svg(figure), f"{mask.name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
+    name = mask.name if against is None else f"{mask.name} and {against.name}"
+    return as_svg(figure), f"{name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
 
 
 def sharded(plan: Any, mask: Any, **options: Any) -> tuple[bytes, str]:

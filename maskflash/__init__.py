@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from maskflash.forms.row_intervals import RowIntervals
     from maskflash.forms.row_mask import from_row_intervals
     from maskflash.forms.slices import Slices, from_slices
-    from maskflash.masks.compare import Comparison, equivalent, implies
+    from maskflash.masks.compare import Comparison, Relation, compare, equivalent, implies
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
     from maskflash.op.explain import Explanation
@@ -81,6 +81,7 @@ __all__ = [
     "PageTable",
     "PrefixRanges",
     "PrefixTree",
+    "Relation",
     "RowIntervals",
     "Score",
     "Sight",
@@ -90,6 +91,7 @@ __all__ = [
     "attention",
     "causal",
     "causal_document",
+    "compare",
     "compile",
     "dilated_window",
     "document",
@@ -135,10 +137,12 @@ _LATER: Final = {
     "PageTable": "maskflash.op.page_table",
     "PrefixRanges": "maskflash.forms.prefix_ranges",
     "PrefixTree": "maskflash.presets.prefix_trees",
+    "Relation": "maskflash.masks.compare",
     "RowIntervals": "maskflash.forms.row_intervals",
     "Sight": "maskflash.masks.sight",
     "Slices": "maskflash.forms.slices",
     "Why": "maskflash.masks.why",
+    "compare": "maskflash.masks.compare",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
     "from_arguments": "maskflash.forms.arguments",

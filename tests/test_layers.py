@@ -58,11 +58,11 @@ ORDER = {
             "why",
         ),
     ],
-    "presets": ["documents", "basic", "packed", "sparse", "trees", "prefix_trees"],
+    "presets": ["documents", "grids", "basic", "blocks", "packed", "sparse", "trees", "prefix_trees"],
     "forms": [
         *("modifiers", "flashmask", "row_intervals", "headless", "row_mask", "slices", "windows", "sequences"),
-        *("kernels", "xformers", "arguments", "tiled", "flex", "block_sparse", "packed_mask", "block_rows"),
-        *("prefix_ranges", "cute"),
+        *("kernels", "xformers", "conventions", "arguments", "tiled", "flex", "block_sparse", "packed_mask"),
+        *("block_rows", "prefix_ranges", "cute"),
     ],
     "scores": [
         "form",
@@ -135,6 +135,7 @@ ORDER = {
         "masks",
         "terminal",
         "show",
+        "compare",
         "explain",
         "export",
         "shard",

@@ -339,6 +339,7 @@ CALLS = {
     mf.mask: {"function": (lambda b, h, q, kv: q >= kv, set())},
     mf.score: {"function": (lambda score, b, h, q, kv: score, set())},
     mf.equivalent: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
+    mf.compare: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.implies: {"a": (CAUSAL, set()), "b": (CAUSAL, set()), **SIZED},
     mf.invalidate: {},
     mf.from_arguments: {"library": ("sdpa", set())},

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskflash.cli import terminal
 from maskflash.cli.masks import Subject, subject
 from maskflash.cli.parser import FORMS
+from maskflash.forms.arguments import LIBRARIES
 from maskflash.masks.sight import Sight
 
 Form = dict[str, Any]
@@ -85,7 +86,7 @@ _MADE: Final[dict[str, Callable[[Sight, tuple[int, int]], Any]]] = {
     "vllm": lambda sight, _: sight.to_prefix_ranges(),
     "flex": _flex,
     "flashmask": _flashmask,
-    **{name: _arguments(name) for name in ("flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa", "xformers")},
+    **{name: _arguments(name) for name in LIBRARIES if name != "vllm"},  # whose ranges hold more
 }
 
 

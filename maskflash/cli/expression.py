@@ -1,6 +1,7 @@
 """The text of a mask, such as "causal & document(300, 500, 224)" -> a mask, and the tokens it speaks of; of scores too.
 
     mask    =  preset | preset(argument, ...) | mask & mask | mask | mask | mask ^ mask | ~mask | (mask)
+    preset   = one of maskflash's, or a library's name with its own arguments: transformers(sliding_window=128)
     argument = value | name=value
     score   =  preset | preset(argument, ...) | score, score          applied in turn
     value   =  integer | True | False | None | "text" | [value, ...] | (value, ...) | [value, ...] * integer
@@ -13,13 +14,16 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NoReturn
 
 from maskflash import presets, scores
 from maskflash.errors import ArgumentError, MaskflashError
+from maskflash.forms.arguments import LIBRARIES, from_arguments
 from maskflash.masks.mask import Mask
 from maskflash.scores.score import Score, as_score
 
@@ -41,6 +45,7 @@ def _paper(name: str, seq_len: int, seed: int = 0) -> Mask:
 PRESETS: Final[dict[str, Callable[..., Mask]]] = {
     **{name: getattr(presets, name) for name in presets.__all__ if name not in ("PAPER", "PaperMask", "paper")},
     "paper": _paper,
+    **{library: partial(from_arguments, library) for library in LIBRARIES},
 }
 
 
@@ -161,6 +166,8 @@ class _Reader:
             near = difflib.get_close_matches(name, PRESETS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
             self._refuse(called, f"there is no preset {name!r}; {hint}")
+        if name in LIBRARIES and args:
+            self._refuse(args[0], f"{name} takes {', '.join(LIBRARIES[name].takes)}, each by name")
         values = [self._value(arg) for arg in args]
         if name in _VARIADIC and values and all(isinstance(value, int) for value in values):
             values = values if name == "padding" and len(values) == 1 else [values]
@@ -233,8 +240,17 @@ def _tokens(name: str, given: dict[str, Any]) -> int | None:
                 return int(starts[-1]) if starts else _innermost(ids)
             rows = lengths if lengths and isinstance(lengths[0], list) else [lengths]
             return max(int(sum(row)) for row in rows)
+        case "flash_attn_varlen" | "torch_varlen":
+            return int(given["cu_seqlens_q" if name == "flash_attn_varlen" else "cu_seq_q"][-1])
+        case "xformers":
+            return _sum(given["q_seqlen"]) if "q_seqlen" in given else None
         case "natten":
             return int(given["height"] * given["width"])
+        case "neighborhood" | "sliding_tiles":
+            shape = given["shape"]
+            return math.prod(shape) if isinstance(shape, list) else int(shape)
+        case "block_diffusion":
+            return int(2 * given["n"])
         case "share_question":
             return sum(int(question + sum(answers)) for question, answers in given["documents"])
         case "paper":
@@ -256,6 +272,9 @@ _LEADING: Final[dict[str, tuple[str, ...]]] = {
     "causal_blockwise": ("lengths",),
     "prefix_lm_document": ("lengths",),
     "natten": ("height", "width"),
+    "neighborhood": ("shape",),
+    "sliding_tiles": ("shape",),
+    "block_diffusion": ("n",),
     "share_question": ("documents",),
     "paper": ("name", "seq_len"),
     "random_eviction": ("evicted_at",),

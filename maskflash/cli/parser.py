@@ -29,6 +29,12 @@ FORMS: Final = {
     "torch_varlen": "torch.nn.attention.varlen.varlen_attn",
     "sdpa": "scaled_dot_product_attention",
     "xformers": "xFormers' memory_efficient_attention",
+    "flash_attn_3": "FlashAttention 3's flash_attn_func",
+    "flash_attn_4": "FlashAttention 4's flash_attn_func",
+    "flashinfer_prefill": "FlashInfer's prefill kernels",
+    "transformers": "a layer of a Transformers model",
+    "paddle": "Paddle's flashmask_attention",
+    "jax": "jax.nn.dot_product_attention",
 }
 """What `export --to` knows, and whose form each is."""
 
@@ -43,12 +49,13 @@ MASK is an expression of presets, quoted for the shell, or what a file defines:
   "global_tokens(16) | sliding_window(256, right=256)"
   "causal & document([4096] * 256)"       a million tokens
   "paper('share_question', 8192)"         the FlashMask paper's masks
+  "transformers(sliding_window=128)"      what a library means by its arguments
   masks.py:packed                         a mask, or f(b, h, q, kv) -> bool
 
 Masks join by & | ^ ~ and parentheses. Lengths that aren't given are what the
 documents add up to, else 4,096 tokens.
 """
-_STATUS: Final = "Exit status: 0 all well, 1 a result is wrong, 2 wrong usage.\n"
+_STATUS: Final = "Exit status: 0 all well, 1 a result is wrong or masks differ, 2 wrong usage.\n"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--version", action="version", version=f"maskflash {maskflash.__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     _show(commands)
+    _compare(commands)
     _explain(commands)
     _export(commands)
     _shard(commands)
@@ -97,6 +105,22 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
     show.add_argument("--png", metavar="FILE", help="also draw the mask and its tiles with matplotlib")
     show.add_argument(
         "--html", metavar="FILE", help="also write the explorer, a page to zoom and ask: it needs nothing but a browser"
+    )
+
+
+def _compare(commands: Commands[argparse.ArgumentParser]) -> None:
+    _of_mask(
+        commands,
+        "compare",
+        "say whether two masks show the same pairs, and draw where they don't",
+        "Compare two masks: what each shows that the other hides, how many pairs, and a picture of the first ones. "
+        "Exits with 1 if they differ. Names of libraries stand for what they mean by their own arguments. Without "
+        "--q-len the lengths are at least twice the largest number in the masks.",
+        'maskflash compare "flash_attn(causal=True, window_size=(128, 0))" "transformers(sliding_window=128)"',
+        'maskflash compare "sdpa(is_causal=True)" "flash_attn(causal=True)" --q-len 4 --kv-len 8',
+        'maskflash compare masks.py:ours "causal & document(300, 500, 224)" --json',
+        nargs=2,
+        tiles=False,
     )
 
 
@@ -258,7 +282,8 @@ def _of_mask(
     summary: str,
     description: str,
     *examples: str,
-    nargs: str | None = None,
+    nargs: str | int | None = None,
+    tiles: bool = True,
 ) -> argparse.ArgumentParser:
     """A command about a mask at some lengths."""
     made = _about(commands, name, summary, description, *examples, nargs=nargs)
@@ -267,9 +292,13 @@ def _of_mask(
     )
     made.add_argument("--kv-len", type=_count, metavar="N", help="keys in tokens (default: as many as queries)")
     _of_sizes(made)
-    made.add_argument(
-        "--block-size", type=_block_size, metavar="N[xM]", help="tokens of a tile, by queries and keys (default: 128)"
-    )
+    if tiles:
+        made.add_argument(
+            "--block-size",
+            type=_block_size,
+            metavar="N[xM]",
+            help="tokens of a tile, by queries and keys (default: 128)",
+        )
     return made
 
 
@@ -279,7 +308,7 @@ def _about(
     summary: str,
     description: str,
     *examples: str,
-    nargs: str | None = None,
+    nargs: str | int | None = None,
 ) -> argparse.ArgumentParser:
     """A command about a mask."""
     listed = "\n".join(f"  {example}" for example in examples)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, ArgumentTypeError, UnsupportedMask
-from maskflash.forms import kernels, xformers
+from maskflash.forms import conventions, kernels, xformers
 from maskflash.forms.row_intervals import RowIntervals, find_row_intervals
 from maskflash.forms.sequences import Hulls
 from maskflash.forms.windows import AlignedWindow, PackedWindows, Spans
@@ -61,6 +61,23 @@ LIBRARIES: Final = {
     ),
     "sdpa": Library(kernels.propose_sdpa, kernels.read_sdpa, ("attn_mask", "is_causal")),
     "xformers": Library(xformers.propose, xformers.read, xformers.TAKES, ("attn_bias",)),
+    "flash_attn_3": Library(
+        conventions.propose_flash_3, conventions.read_flash_3, ("causal", "window_size", "attention_chunk")
+    ),
+    "flash_attn_4": Library(conventions.propose_flash_4, conventions.read_flash_4, ("causal", "window_size")),
+    "flashinfer_prefill": Library(
+        conventions.propose_flashinfer, conventions.read_flashinfer, ("causal", "window_left")
+    ),
+    "transformers": Library(
+        conventions.propose_transformers,
+        conventions.read_transformers,
+        ("sliding_window", "attention_chunk_size", "is_causal"),
+    ),
+    "vllm": Library(
+        conventions.propose_vllm, conventions.read_vllm, ("sliding_window", "attention_chunk_size", "attn_type")
+    ),
+    "paddle": Library(conventions.propose_paddle, conventions.read_paddle, ("causal", "window_size")),
+    "jax": Library(conventions.propose_jax, conventions.read_jax, ("is_causal", "local_window_size")),
 }
 
 
@@ -118,10 +135,18 @@ def from_arguments(library: str, **its_own: Any) -> Mask:
         "torch_varlen"       cu_seq_q=, cu_seq_k=, max_q=, max_k=, window_size=, seqused_k=
         "sdpa"               is_causal=, or attn_mask=, a torch.nn.attention.bias or a boolean tensor
         "xformers"           attn_bias=, one of its objects; or the name of its class, and what its constructor takes
+        "flash_attn_3"       causal=, window_size=(left, right), attention_chunk=
+        "flash_attn_4"       causal=, window_size=(left, right), None for no end; -1 is a number there
+        "flashinfer_prefill" causal=, window_left=
+        "transformers"       sliding_window= or attention_chunk_size=, as its configurations say; is_causal=
+        "vllm"               sliding_window= or attention_chunk_size=; attn_type="decoder" or "encoder_only"
+        "paddle"             causal=, window_size=, for as many queries as keys
+        "jax"                is_causal=, local_window_size=
 
-    The mask counts the rows and columns of the tensors themselves, so it takes no offsets. What flash-attention and
-    xFormers align with the bottom right is aligned so at the lengths of each call. Tokens of packed sequences are
-    counted through the batch rows: those of one row, or those of a padded batch seen as one row.
+    The mask counts the rows and columns of the tensors themselves, so it takes no offsets. What a library aligns with
+    the bottom right is aligned so at the lengths of each call; for models these are new tokens behind a cache. Tokens
+    of packed sequences are counted through the batch rows: those of one row, or those of a padded batch seen as one
+    row.
 
     Args:
         library: one of these names.
@@ -132,7 +157,8 @@ def from_arguments(library: str, **its_own: Any) -> Mask:
         ArgumentTypeError: an argument that isn't known, or isn't the mask's; what the latter is here.
         ArgumentError: a library that isn't known, or values that mean nothing.
 
-    Source: flash-attention 2.8, torch 2.13, xFormers 0.0.35; `maskflash/forms/kernels.py` and `xformers.py` have more.
+    Source: flash-attention 2.8, torch 2.13, xFormers 0.0.35, Transformers 5.23 and others, which `kernels.py`,
+    `xformers.py` and `conventions.py` in `maskflash/forms` name.
 
     Example:
         >>> from_arguments("flash_attn", causal=True, window_size=(1, 0)).dense(2, 4)[0, 0].int()

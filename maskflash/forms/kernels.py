@@ -33,14 +33,14 @@ def propose_flash(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]
     left, right = hulls.window()
     if left is None and right == hulls.kv_len:  # which is an end only beside one to the left
         left = max(hulls.kv_len - 1, 0)
-    yield _causal_and_window(left, right)
+    yield causal_and_window(left, right)
     yield {"causal": False}
     yield {"causal": True}
 
 
 def read_flash(*, causal: Any = False, window_size: Any = _NO_WINDOW) -> Mask:
     """The mask of flash_attn_func."""
-    left, right = _window(causal, window_size)
+    left, right = window_of(causal, window_size)
     return AlignedWindow(f"flash_attn({_said(left, right)})", left, right, flash=True)
 
 
@@ -49,7 +49,7 @@ def propose_flash_varlen(hulls: Hulls, device: torch.device) -> Iterator[dict[st
     found = hulls.sequences()
     cu_q, cu_k, max_q, max_k = _packed(found, device)
     packed = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
-    yield {**packed, **_causal_and_window(found.left, found.right)}
+    yield {**packed, **causal_and_window(found.left, found.right)}
 
 
 def read_flash_varlen(
@@ -64,7 +64,7 @@ def read_flash_varlen(
     """The mask of flash_attn_varlen_func."""
     starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     longest = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
-    return _varlen("flash_attn_varlen", starts, longest, *_window(causal, window_size))
+    return _varlen("flash_attn_varlen", starts, longest, *window_of(causal, window_size))
 
 
 def propose_torch_varlen(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -87,7 +87,7 @@ def read_torch_varlen(
 ) -> Mask:
     """The mask of torch.nn.attention.varlen.varlen_attn."""
     starts, longest = {"cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k}, {"max_q": max_q, "max_k": max_k}
-    return _varlen("torch_varlen", starts, longest, *_window(False, window_size), seqused_k)
+    return _varlen("torch_varlen", starts, longest, *window_of(False, window_size), seqused_k)
 
 
 def propose_sdpa(hulls: Hulls, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -212,13 +212,15 @@ def _starts(lengths: Tensor, device: torch.device) -> Tensor:
     return torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int().to(device)
 
 
-def _window(causal: Any, window_size: Any) -> tuple[Side, Side]:
+def window_of(causal: Any, window_size: Any) -> tuple[Side, Side]:
     """A window as it is given, -1 for no end; causal has none to the right."""
     causal = arguments.flag(_OPERATION, "causal", causal)
     sizes = window_size if isinstance(window_size, (tuple, list)) else (window_size,)
     if len(sizes) != 2:
         raise ArgumentError(f"{_OPERATION}: window_size is {window_size!r}, expected (left, right), -1 for no end")
-    left, right = (arguments.integer(_OPERATION, "an entry of window_size", size, low=-1) for size in sizes)
+    left, right = (
+        min(arguments.integer(_OPERATION, "an entry of window_size", size, low=-1), arguments.ENDLESS) for size in sizes
+    )
     return (None if left < 0 else left), (0 if causal else None if right < 0 else right)
 
 
@@ -227,11 +229,11 @@ def _sizes(left: Side, right: Side) -> tuple[int, int]:
     return (-1 if left is None else left), (-1 if right is None else right)
 
 
-def _causal_and_window(left: Side, right: Side) -> dict[str, Any]:
+def causal_and_window(left: Side, right: Side) -> dict[str, Any]:
     """A window as flash-attention's arguments, the plainest: none where causal says it all."""
     window = {} if left is None and not right else {"window_size": _sizes(left, right)}
     return {"causal": right == 0, **window}
 
 
 def _said(left: Side, right: Side) -> str:
-    return ", ".join(f"{name}={value}" for name, value in _causal_and_window(left, right).items())
+    return ", ".join(f"{name}={value}" for name, value in causal_and_window(left, right).items())

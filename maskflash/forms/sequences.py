@@ -12,6 +12,7 @@ These are proposals: where rows have gaps, heads differ or ends jump, they show 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,18 +51,30 @@ class Hulls(NamedTuple):
         stop[some] = seen.stop[(offsets + count - 1)[some]]
         return Hulls(start.expand(batch, -1), stop.expand(batch, -1), seen.kv_len)
 
-    def window(self) -> tuple[Side, Side]:
-        """The window along the diagonal that ends at the last query and key of the first batch row."""
+    @property
+    def square(self) -> bool:
+        """Whether there are as many queries as keys."""
+        return self.start.shape[1] == self.kv_len
+
+    def window(self, align: Align = "bottom_right") -> tuple[Side, Side]:
+        """The window along the diagonal of the first batch row, through its last query and key, or its first ones."""
         q_len = self.start.shape[1]
         if not len(self.start):
             return None, None
         start, stop = self.start[0], self.stop[0]
-        at = torch.arange(q_len) + self.kv_len - q_len
+        at = torch.arange(q_len) + (self.kv_len - q_len if align == "bottom_right" else 0)
         left, right = _sides(at, start, stop, 0, self.kv_len)
-        unseeing = at[(start == stop) & (at < 0)]
-        if right is None and len(unseeing) and self.kv_len:
-            right = -1 - int(unseeing[-1])  # the window ends just before the keys begin
+        before, after = (at[(start == stop) & beyond] for beyond in (at < 0, at >= self.kv_len))
+        if right is None and len(before) and self.kv_len:
+            right = -1 - int(before[-1])  # the window ends just before the keys begin
+        if left is None and len(after) and self.kv_len:
+            left = int(after[0]) - self.kv_len  # it begins just after they end
         return left, right
+
+    def chunk(self) -> list[int]:
+        """The size of chunks of keys, of which queries see no more than one; none where all see the first key."""
+        size = math.gcd(*self.start[:1].unique().tolist())
+        return [size] if size else []
 
     def sequences(self, align: Align = "bottom_right") -> Sequences:
         """Runs of queries whose hulls share keys, as sequences; tokens are counted through the batch rows.

@@ -14,7 +14,8 @@ bottom_right: the last query is at the last key      top_left: the first query i
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ _Q_LEN: Final = "q_len of the call"  # of arguments that the call implies: no id
 _KV_LEN: Final = "kv_len of the call"
 
 Side = int | None
+Only = tuple[int, int] | Literal["equal"] | None
 Spans = tuple[Tensor, Tensor]
 
 
@@ -84,7 +86,10 @@ class AlignedWindow(_WindowMask):
         right: tokens after it; None for all.
         align: "bottom_right" or "top_left".
         flash: whether sizes count as in flash-attention's kernels; see `as_flash_counts`.
-        lengths: (q_len, kv_len) of the only calls that it is for; None for any.
+        chunk: tokens of the chunks that keys are cut into, from the first one on; a query sees only that of the key
+            that it is aligned with. None for no chunks.
+        lengths: (q_len, kv_len) of the only calls that it is for, or "equal" for those in which these are equal; None
+            for any.
     """
 
     def __init__(
@@ -95,33 +100,48 @@ class AlignedWindow(_WindowMask):
         align: Align = "bottom_right",
         *,
         flash: bool = False,
-        lengths: tuple[int, int] | None = None,
+        chunk: int | None = None,
+        lengths: Only = None,
     ) -> None:
-        self.left, self.right, self.align, self.flash, self.lengths = left, right, align, flash, lengths
+        self.left, self.right, self.align, self.flash = left, right, align, flash
+        self.chunk, self.lengths = chunk, lengths
         self._low, self._high = f"first key of query 0 in {name}", f"last key of query 0 in {name}"
+        self._at = f"key of query 0 in {name}"
         implied = [self._low] * (left is not None)
         implied += [self._high] * (right is not None or (flash and left is not None))
+        implied += [self._at] * (chunk is not None)
         super().__init__(name, (), {}, tuple(implied), ("q_len", "kv_len"))
 
     def implied(self, sizes: Sizes) -> dict[str, int]:
         """Where the window lies in such a call."""
         self._refuse_offsets(sizes)
-        if self.lengths not in (None, (sizes.q_len, sizes.kv_len)):
+        lengths = sizes.q_len, sizes.kv_len
+        if self.lengths == "equal" and sizes.q_len != sizes.kv_len:
             raise ArgumentError(
-                f"{sizes.operation}: {self.name} is for (q_len, kv_len) {self.lengths}, got "
-                f"{(sizes.q_len, sizes.kv_len)}; make one of that size"
+                f"{sizes.operation}: {self.name} is for as many queries as keys, got (q_len, kv_len) {lengths}; its "
+                "library has no other calls"
             )
-        ends = zip((self._low, self._high), self._ends(sizes.q_len, sizes.kv_len), strict=True)
-        return {name: end for name, end in ends if name in self.implied_names}
+        if self.lengths not in (None, "equal", lengths):
+            raise ArgumentError(
+                f"{sizes.operation}: {self.name} is for (q_len, kv_len) {self.lengths}, got {lengths}; make one of "
+                "that size"
+            )
+        low, high = self._ends(*lengths)
+        known = {self._low: low, self._high: high, self._at: self._shift(*lengths)}
+        return {name: known[name] for name in self.implied_names}
 
     def spans(self, q_len: int, kv_len: int, batch: int) -> Spans:
         """What every row sees; see `_WindowMask`."""
         row = torch.arange(q_len)
         low, high = self._ends(q_len, kv_len)
-        return (row + low).clamp(0, kv_len)[None], (row + high + 1).clamp(0, kv_len)[None]
+        start, stop = row + low, row + high + 1
+        if self.chunk is not None:
+            first = (row + self._shift(q_len, kv_len)) // self.chunk * self.chunk
+            start, stop = torch.maximum(start, first), torch.minimum(stop, first + self.chunk)
+        return start.clamp(0, kv_len)[None], stop.clamp(0, kv_len)[None]
 
     def trace(self, mask_args: dict[str, Any]) -> Traced:
-        """A comparison for each side that has an end."""
+        """A comparison for each side that has an end, and one of chunks."""
         return trace(self.visible, dict.fromkeys(self.implied_names, 0))
 
     def visible(self, b: Any, h: Any, q: Any, kv: Any, **values: Any) -> Any:
@@ -131,16 +151,23 @@ class AlignedWindow(_WindowMask):
             seen = q + values[self._low] <= kv
         if self._high in values:
             seen = (kv <= q + values[self._high]) & seen
+        if self.chunk is not None:
+            seen = ((q + values[self._at]) // self.chunk == kv // self.chunk) & seen
         return seen
 
     def _ends(self, q_len: int, kv_len: int) -> tuple[int, int]:
         """The first key and the last that query 0 would see if there were keys on both sides; all move by one a row."""
         left, right = as_flash_counts(self.left, self.right, kv_len) if self.flash else (self.left, self.right)
-        at = kv_len - q_len if self.align == "bottom_right" else 0
+        at = self._shift(q_len, kv_len)
         return (-q_len if left is None else at - left), (kv_len if right is None else at + right)
 
+    def _shift(self, q_len: int, kv_len: int) -> int:
+        """The key that query 0 is aligned with."""
+        return kv_len - q_len if self.align == "bottom_right" else 0
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _aligned, (self.name, self.left, self.right, self.align, self.flash, self.lengths)
+        make = partial(AlignedWindow, flash=self.flash, chunk=self.chunk, lengths=self.lengths)
+        return make, (self.name, self.left, self.right, self.align)
 
 
 class PackedWindows(_WindowMask):
@@ -231,9 +258,3 @@ class PackedWindows(_WindowMask):
     def __reduce__(self) -> tuple[Any, ...]:
         lengths = self.q_lengths, self.kv_start, self.kv_stop, self.kv_total
         return PackedWindows, (self.name, *lengths, self.left, self.right, self.align)
-
-
-def _aligned(
-    name: str, left: Side, right: Side, align: Align, flash: bool, lengths: tuple[int, int] | None
-) -> AlignedWindow:
-    return AlignedWindow(name, left, right, align, flash=flash, lengths=lengths)

@@ -33,7 +33,7 @@ _WINDOW: Final = f"{_MASK}: mf.sliding_window(left, right)"
 _DOCUMENTS: Final = f"{_MASK}: mf.document(cu_seqlens=...)"
 _PADDED: Final = f"{_MASK}: mf.padding(lengths)"
 _VECTORS: Final = f"{_MASK}: mf.ColumnIntervals.from_flashmask(indices, causal); or call mf.flashmask_attention"
-_NATTEN: Final = f"{_MASK}: mf.natten(height, width, kernel_h, kernel_w)"
+_NEIGHBORS: Final = f"{_MASK}: mf.presets.neighborhood(shape, kernel_size, stride, dilation, is_causal)"
 _NEEDLESS: Final = "leave it out"
 _DROPOUT: Final = "dropout_p="
 _SCORE: Final = "score=, a function f(score, b, h, q, kv)"
@@ -103,8 +103,11 @@ PEERS: Final = {
     "head_mask": f"multiply the heads of out by it: {_NEEDLESS}",
     "output_attentions": _LSE,
     # NATTEN
-    "kernel_size": _NATTEN,
-    "dilation": f"{_MASK}: mf.dilated_window(window, dilation)",
+    "kernel_size": _NEIGHBORS,
+    "stride": _NEIGHBORS,
+    "dilation": f"{_MASK}: mf.dilated_window(window, dilation); or mf.presets.neighborhood's",
+    "attention_chunk_size": f"{_MASK}: mf.presets.chunked(size)",
+    "block_sequence_ids": f"{_MASK}: mf.presets.image_blocks(ids=...)",
     "score": "it is an argument of mf.compile and mf.attention",
     **dict.fromkeys(("generator", "seed"), "it is an argument of each call: attn(q, k, v, seed=...)"),
     "dtype": f"{_NEEDLESS}: cast q, k and v, or use autocast",

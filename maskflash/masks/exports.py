@@ -139,7 +139,7 @@ class Exports:
         hides nothing is none.
 
         Args:
-            library: "flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa" or "xformers": see `from_arguments`.
+            library: a name that `from_arguments` knows, such as "flash_attn" or "transformers".
             q_len: rows in tokens.
             kv_len: columns in tokens.
             **call: batch, heads, q_offset, kv_offset, device and the mask's own arguments: see `at`.

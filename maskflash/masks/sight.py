@@ -187,7 +187,7 @@ class Sight:
         """What a library's attention call takes for this mask; see `Mask.as_arguments`.
 
         Args:
-            library: "flash_attn", "flash_attn_varlen", "torch_varlen", "sdpa" or "xformers".
+            library: a name that `from_arguments` knows, such as "flash_attn" or "transformers".
         """
         from maskflash.forms.arguments import as_arguments
 

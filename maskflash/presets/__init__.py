@@ -14,6 +14,8 @@ from maskflash.presets.basic import (
     prefix_lm,
     sliding_window,
 )
+from maskflash.presets.blocks import block_diffusion, chunked, image_blocks
+from maskflash.presets.grids import neighborhood, sliding_tiles
 from maskflash.presets.packed import causal_blockwise, causal_document, prefix_lm_document, share_question
 from maskflash.presets.sparse import qk_sparse, random_eviction
 from maskflash.presets.trees import tree
@@ -24,14 +26,18 @@ if TYPE_CHECKING:
 __all__ = [
     "PAPER",
     "PaperMask",
+    "block_diffusion",
     "causal",
     "causal_blockwise",
     "causal_document",
+    "chunked",
     "dilated_window",
     "document",
     "full",
     "global_tokens",
+    "image_blocks",
     "natten",
+    "neighborhood",
     "padding",
     "paper",
     "prefix_lm",
@@ -39,6 +45,7 @@ __all__ = [
     "qk_sparse",
     "random_eviction",
     "share_question",
+    "sliding_tiles",
     "sliding_window",
     "tree",
 ]

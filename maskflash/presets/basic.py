@@ -5,8 +5,6 @@ Pictures show queries downwards and keys to the right; ■ is visible.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from maskflash.errors import ArgumentError
@@ -16,6 +14,7 @@ from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import Predicate
 from maskflash.presets import documents as packing
 from maskflash.presets.documents import Ints, Lengths
+from maskflash.presets.grids import kernels_of
 
 __all__ = [
     "causal",
@@ -281,7 +280,8 @@ def natten(height: int, width: int, kernel_h: int, kernel_w: int) -> Mask:
         kernel_h: rows of the neighbourhood, at most height; odd to centre it.
         kernel_w: columns of the neighbourhood, at most width.
 
-    Tokens after the image's height·width see nothing and nobody sees them; join others with `|`.
+    Tokens after the image's height·width see nothing and nobody sees them; join others with `|`. Lines and videos,
+    strides, dilations and causal axes are `presets.neighborhood`.
 
     Source: Hassani et al., Neighborhood Attention Transformer, 2023, section 3.1.
     """
@@ -291,18 +291,13 @@ def natten(height: int, width: int, kernel_h: int, kernel_w: int) -> Mask:
         raise ArgumentError(
             f"natten: the kernel is {kernel_h} x {kernel_w}, expected at most the image's {height} x {width}"
         )
-    tokens, last_top, last_left = height * width, height - kernel_h, width - kernel_w
+    tokens, inside = height * width, kernels_of((height, width), (kernel_h, kernel_w))
     if tokens > arguments.MOST_TOKENS:
         raise ArgumentError(
             f"natten: the image is {height} x {width}, expected at most {arguments.MOST_TOKENS:,} pixels"
         )
-
-    def neighbourhood(b: Any, h: Any, q: Any, kv: Any) -> Any:
-        top = min(max(q // width - kernel_h // 2, 0), last_top)
-        left = min(max(q % width - kernel_w // 2, 0), last_left)
-        return 0 <= q < tokens and top <= kv // width < top + kernel_h and left <= kv % width < left + kernel_w
-
-    return Predicate(neighbourhood, f"natten({height}, {width}, {kernel_h}, {kernel_w})")
+    name = f"natten({height}, {width}, {kernel_h}, {kernel_w})"
+    return Predicate(lambda b, h, q, kv: 0 <= q < tokens and inside(q, kv), name)
 
 
 def _document_by_ids(ids: Tensor) -> Mask:

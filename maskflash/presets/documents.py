@@ -195,26 +195,26 @@ def parts(operation: str, documents: Questions) -> list[Part]:
     return found
 
 
-def segments(operation: str, given: Stretches) -> list[tuple[int, int]]:
+def segments(operation: str, name: str, given: Stretches) -> list[tuple[int, int]]:
     """Segments as (start, stop) in ascending order, the empty ones left out; no two overlap."""
-    table = arguments.int_table(operation, "segments", given, (1, 2))
+    table = arguments.int_table(operation, name, given, (1, 2))
     if table.numel() == 0:
         return []
     if table.ndim != 2 or table.shape[1] != 2:
         raise ArgumentError(
-            f"{operation}: segments has shape {tuple(table.shape)}, expected a (start, length) for each segment"
+            f"{operation}: {name} has shape {tuple(table.shape)}, expected a (start, length) for each segment"
         )
     found: list[tuple[int, int]] = []
-    for start, length in sorted(arguments.int_list(operation, "segments", table, (2,))):
+    for start, length in sorted(arguments.int_list(operation, name, table, (2,))):
         if start < 0 or length < 0:
-            raise ArgumentError(f"{operation}: segments holds ({start}, {length}), expected starts and lengths from 0")
+            raise ArgumentError(f"{operation}: {name} holds ({start}, {length}), expected starts and lengths from 0")
         if length and found and start < found[-1][1]:
             raise ArgumentError(
-                f"{operation}: segments overlap at token {start}, expected disjoint ones; give their union as one"
+                f"{operation}: {name} overlap at token {start}, expected disjoint ones; give their union as one"
             )
         if length:
             found.append((start, start + length))
-    _within_limits(operation, "segments", [stop for _, stop in found[-1:]])
+    _within_limits(operation, name, [stop for _, stop in found[-1:]])
     return found
 
 

@@ -34,7 +34,7 @@ def qk_sparse(segments: Stretches) -> Mask:
     Source: Wang et al., FlashMask, 2024 (arXiv 2410.01359), after Pagliardini et al., Faster Causal Attention Over
     Large Sequences Through Sparse Flash Attention, 2023.
     """
-    dropped = packing.segments("qk_sparse", segments)
+    dropped = packing.segments("qk_sparse", "segments", segments)
     n = dropped[-1][1] if dropped else 0
     stops, lengths, after = [], [], 0
     for start, stop in dropped:

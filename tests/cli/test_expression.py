@@ -92,7 +92,7 @@ def test_any_combination_means_what_python_would_say(text):
     ("text", "pointed", "said"),
     [
         ("causal & documents(300)", "documents", "did you mean document?"),
-        ("causal & nothing_like_it", "nothing_like_it", "there are causal, causal_blockwise"),
+        ("causal & nothing_like_it", "nothing_like_it", "there are block_diffusion, causal, causal_blockwise"),
         ("causal and full", "causal and full", "not by and, or, not"),
         ("full & (not causal)", "not causal", "not by and, or, not"),
         ("causal & 3", "3", "expected a mask"),

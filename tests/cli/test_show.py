@@ -200,7 +200,7 @@ def test_help_has_examples_and_exit_statuses(capsys, command):
     assert max(map(len, text.splitlines())) <= 80
     if command in ("show", "explain", "bench"):
         assert f"maskflash {command} " in text.split("Examples:")[1]
-        assert "Exit status: 0 all well, 1 a result is wrong, 2 wrong usage." in text
+        assert "Exit status: 0 all well, 1 a result is wrong or masks differ, 2 wrong usage." in text
 
 
 @pytest.mark.parametrize("arguments", [["causal"], ["causal", "--json"]])

@@ -87,9 +87,17 @@ def chosen_blocks(b, h, q, kv):
     return grid.repeat_interleave(8, 0).repeat_interleave(8, 1)[q, kv]
 
 
+def images():
+    """Which pairs are in one of the two images."""
+    return torch.block_diag(*[torch.full((n, n), n == 16) for n in (10, 16, 12, 16, 10)]).bool()
+
+
 def images_in_text(b, h, q, kv):
-    spans = torch.block_diag(*[torch.full((n, n), n == 16) for n in (10, 16, 12, 16, 10)]).bool()
-    return (q >= kv) | spans[q, kv]
+    return (q >= kv) | images()[q, kv]
+
+
+def images_under_a_window(b, h, q, kv):
+    return ((q >= kv) & (q - kv < 8)) | images()[q, kv]
 
 
 def modalities(b, h, q, kv):
@@ -97,9 +105,17 @@ def modalities(b, h, q, kv):
     return (kind[q] == 0) | (kind[q] == kind[kv]) | ((kind[q] == 1) & (kind[kv] == 0))
 
 
-def space_and_time(b, h, q, kv):
+def causal_video(b, h, q, kv):
     place = torch.cartesian_prod(torch.arange(4), torch.arange(4), torch.arange(4))
-    return (place[q] - place[kv]).abs().amax(-1) <= 1
+    frames = place[q, 0] - place[kv, 0]
+    corner = (place[q, 1:] - 1).clamp(0, 1)
+    return (frames >= 0) & (frames < 2) & ((place[kv, 1:] >= corner) & (place[kv, 1:] < corner + 3)).all(-1)
+
+
+def cubes(b, h, q, kv):
+    """Eight cubes of eight tokens; along the second axis all are near, along the others none but itself."""
+    place = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(2))
+    return (place[q // 8] == place[kv // 8])[..., [0, 2]].all(-1)
 
 
 def shifted_windows(b, h, q, kv):
@@ -125,6 +141,11 @@ FORMULAS = {
     "global_tokens": lambda b, h, q, kv: (q < 4) | (kv < 4) | ((q - kv).abs() <= 8),
     "dilated_window": lambda b, h, q, kv: ((q - kv).abs() <= 12) & (q % 4 == kv % 4),
     "natten": lambda b, h, q, kv: neighbours(q, kv, 8, 8, 3),
+    "neighborhood": causal_video,
+    "sliding_tiles": cubes,
+    "chunked": table(blocks(16, 16, 16, 16).tril()),
+    "image_blocks": images_in_text,
+    "block_diffusion": block_diffusion,
     "share_question": shared_questions,
     "causal_blockwise": lambda b, h, q, kv: (q >= kv) & (blocks(16, 20, 12, 16)[q, kv] | (q >= 48)),
     "prefix_lm_document": documents_with_prefixes,
@@ -137,20 +158,17 @@ FORMULAS = {
     "Packed cross-attention": lambda b, h, q, kv: (q < 10) == (kv < 40),
     "Padding on the left": lambda b, h, q, kv: (q >= kv) & (kv >= torch.tensor([24, 0])[b]),
     "Turns that forget": turns,
-    "Chunks": table(blocks(16, 16, 16, 16).tril()),
     "Strided": lambda b, h, q, kv: (q >= kv) & ((q - kv < 8) | ((kv + 1) % 8 == 0)),
     "Blocks from a table": chosen_blocks,
     "Summary tokens": lambda b, h, q, kv: (q >= kv) & (blocks(16, 16, 16, 16)[q, kv] | (kv % 16 == 15)),
     "A window for each head": lambda b, h, q, kv: (q >= kv) & (q - kv <= torch.tensor([4, 12, 24, 64])[h]),
     "Local and global heads by turns": lambda b, h, q, kv: (q >= kv) & ((q - kv <= 8) | (h == 1)),
     "New tokens behind a cache": lambda b, h, q, kv: (q >= kv) & (q - kv <= 40),
-    "Images in text": images_in_text,
+    "Images under a window, whole": images_under_a_window,
     "Modalities that see only some others": modalities,
     "Frames of a video, causally": lambda b, h, q, kv: torch.ones(8, 8).tril().triu(-3).bool()[q // 8, kv // 8],
-    "Neighbours in space and time": space_and_time,
     "An image with registers": lambda b, h, q, kv: (q >= 56) | (kv >= 56) | neighbours(q, kv, 8, 7, 3),
     "Shifted windows": shifted_windows,
-    "Block diffusion": block_diffusion,
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.presets import basic, packed, sparse, trees
+from maskflash.presets import basic, blocks, grids, packed, sparse, trees
 
 PICTURED = {
     "full": mf.full(),
@@ -24,9 +24,14 @@ PICTURED = {
     "prefix_lm_document": mf.presets.prefix_lm_document([4, 2], [2, 1]),
     "qk_sparse": mf.presets.qk_sparse([(1, 2), (4, 2)]),
     "tree": mf.presets.tree([-1, 0, 0, 1, 2, 2]),
+    "chunked": mf.presets.chunked(4),
+    "image_blocks": mf.presets.image_blocks([(1, 3)]),
+    "block_diffusion": mf.presets.block_diffusion(4, 2),
+    "neighborhood": mf.presets.neighborhood(8, 2, dilation=2),
+    "sliding_tiles": mf.presets.sliding_tiles((4, 2), cube=(1, 2), kernel_size=(2, 1)),
     "random_eviction": mf.presets.random_eviction([4, 6, 3, 6, 6, 6]),
 }
-PRESETS = [*basic.__all__, *packed.__all__, *sparse.__all__, *trees.__all__]
+PRESETS = [*basic.__all__, *blocks.__all__, *grids.__all__, *packed.__all__, *sparse.__all__, *trees.__all__]
 
 
 def drawn(name):
