@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import traceback
 from datetime import timedelta
 
 import torch
@@ -58,7 +59,11 @@ def in_processes(world_size, rank_does, *args, exit_codes=None):
     for process in processes:
         process.start()
     try:
-        found = dict(queue.get(timeout=4 * SECONDS) for code in expected if code == 0)
+        found = {}
+        for _ in range(expected.count(0)):
+            rank, value, error = queue.get(timeout=4 * SECONDS)
+            assert error is None, f"rank {rank}: {error}"
+            found[rank] = value
         for process, code in zip(processes, expected, strict=True):
             process.join(SECONDS)
             assert process.exitcode == code
@@ -78,6 +83,9 @@ def _run(rank_does, rank, world_size, port, queue, args):
         timeout=timedelta(seconds=SECONDS),
     )
     try:
-        queue.put((rank, rank_does(rank, *args)))
+        queue.put((rank, rank_does(rank, *args), None))
+    except Exception:
+        queue.put((rank, None, traceback.format_exc()))
+        raise
     finally:
         dist.destroy_process_group()
