@@ -1,7 +1,5 @@
 """Calls on shards, and how far each rank's part of their results is from what one process computes."""
 
-from dataclasses import replace
-
 import torch
 import torch.distributed as dist
 
@@ -80,7 +78,7 @@ def shards_by_line(owner, length=LENGTH, tile=TILE):
 
 def planned(shards, length=LENGTH, tile=TILE):
     """A plan of any shards."""
-    return replace(mf.parallel.plan(mf.full(), length, len(shards), chunk=tile), tile=tile, shards=tuple(shards))
+    return mf.parallel.plan(mf.full(), length, len(shards), chunk=tile, shards=shards)
 
 
 def plans(world_size):

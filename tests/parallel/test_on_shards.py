@@ -32,14 +32,18 @@ def test_results_and_gradients_are_those_of_one_process(world):
 
 
 def test_bytes_are_those_of_keys_that_a_mask_shows_and_others_hold(world):
-    """Counted by the dense mask: forward k and v in float32, backward these once more, and their gradients back."""
+    """Counted by the dense mask: forward k and v in float32, backward these once more, and their gradients back.
+
+    Ranks have compared what they counted with what plans say already.
+    """
     token = 2 * 2 * (8 + 5) * 4  # batch rows, key heads, numbers of k and v, bytes
+    of_kind = plans(len(world))
     for rank, (_, traffic, _) in world.items():
         for (name, kind), (forward, backward) in traffic.items():
             mask, args = MASKS[name]
             seen = mf.mask(mask).dense(LENGTH, LENGTH, batch=2, heads=4, **args).any(0).any(0)
             holder = torch.zeros(LENGTH, dtype=torch.int64)
-            for who, ranges in enumerate(plans(len(world))[kind].shards):
+            for who, ranges in enumerate(of_kind[kind].shards):
                 for start, stop in ranges:
                     holder[start:stop] = who
             needs = torch.stack([seen[holder == who].any(0) for who in range(len(world))])
