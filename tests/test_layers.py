@@ -126,7 +126,7 @@ ORDER = {
         *("peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
     ],
     "flashmask": ["paper", "call"],
-    "integrations": ["closures", "layers", "transformers"],
+    "integrations": ["closures", "layers", "layer_mask", "shards", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "shards", "figures", "deciders", "marks", "page"],
     "cli": [
         "parser",

@@ -12,27 +12,27 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from types import FunctionType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.integrations.closures import Unknown, lifted
+from maskflash.integrations.layer_mask import HERE, LayerMask
 from maskflash.integrations.layers import score_of, with_sinks
+from maskflash.integrations.shards import ShardMask, attend
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.presets.basic import causal
 
 NAME: Final = "mf"  # Transformers takes every name with "flash" in it for a FlashAttention of its own
 
-_HERE: Final = "maskflash.integrations.transformers"
 _RESERVED: Final = ("flash", "sdpa", "flex_attention", "eager", "|", "/")  # names with these mean Transformers' own
 _WITHOUT_EFFECT: Final = frozenset(  # what layers are handed, and what the mask already says or attention doesn't read
     (
@@ -44,61 +44,6 @@ _WITHOUT_EFFECT: Final = frozenset(  # what layers are handed, and what the mask
 _FIXES: Final = {
     "output_attentions": "use eager to look at attention weights",
 }
-
-
-class LayerMask(Tensor):
-    """What models hand on from layer to layer: a mask in the shape of a dense one, (B, 1, Sq, Skv), without its pairs.
-
-    It can be passed on and asked for its shape. Computing with it is an error.
-
-    Attributes:
-        mask: which pairs may attend.
-        offsets: numbers of the first row and of the first column.
-        mask_args: the mask's own arguments.
-        of: the kind of model, for messages.
-        documents: (B, Sq), the document of each token, where the mask keeps documents apart; else None.
-        agreed: the cu_seq_lens that were last found to say the same.
-    """
-
-    mask: Mask
-    offsets: tuple[int, int]
-    mask_args: dict[str, Any]
-    of: str
-    documents: Tensor | None
-    agreed: tuple[Tensor | None, ...] | None
-
-    @staticmethod
-    def __new__(
-        cls,
-        mask: Mask,
-        offsets: tuple[int, int],
-        mask_args: dict[str, Any],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        of: str = "",
-        documents: Tensor | None = None,
-    ) -> LayerMask:
-        """A mask at the lengths of a forward pass."""
-        at = torch.device(device)
-        made: LayerMask = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=torch.bool, device=at)
-        made.mask, made.offsets, made.mask_args = mask, offsets, mask_args
-        made.of, made.documents, made.agreed = of, documents, None
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Hand it on; refuse everything else."""
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]
-        of = next((x.of for x in tree_leaves((args, kwargs)) if isinstance(x, LayerMask)), "")
-        # A TypeError would be swallowed by operators, which then try the other side's.
-        raise ArgumentError(
-            f"{_HERE}: the model{of and f' ({of})'} computes {func} of its attention mask, which holds no pairs; use "
-            "another attn_implementation for this model"
-        )
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"LayerMask({self.mask}, shape={tuple(self.shape)}, offsets={self.offsets})"
 
 
 def register(name: str = NAME) -> str:
@@ -140,15 +85,15 @@ def register(name: str = NAME) -> str:
 
 def _check_name(name: str) -> None:
     if not isinstance(name, str):
-        raise ArgumentTypeError(f"{_HERE}.register: name is {name!r}, expected a str; leave it out for {NAME!r}")
+        raise ArgumentTypeError(f"{HERE}.register: name is {name!r}, expected a str; leave it out for {NAME!r}")
     found = next((part for part in _RESERVED if part in name), None)
     if found is not None or not name.strip():
         without = f'one without "{found}"' if found else "one that is not empty"
         why = ": Transformers takes such a name for an attention of its own" if found else ""
-        raise ArgumentError(f"{_HERE}.register: name is {name!r}, expected {without}{why}; leave it out for {NAME!r}")
+        raise ArgumentError(f"{HERE}.register: name is {name!r}, expected {without}{why}; leave it out for {NAME!r}")
     if AttentionInterface._global_mapping.get(name, attention_forward) is not attention_forward:
         raise ArgumentError(
-            f"{_HERE}.register: name is {name!r}, which is registered for another attention; leave it out for {NAME!r}"
+            f"{HERE}.register: name is {name!r}, which is registered for another attention; leave it out for {NAME!r}"
         )
 
 
@@ -164,7 +109,7 @@ def _or_its_own(chosen: Callable[..., str]) -> Callable[..., str]:
             return name
         own = chosen(self, None, is_init_check)
         warnings.warn(
-            f"{_HERE}: {type(self).__name__} brings its own attention, which can't be replaced: attn_implementation="
+            f"{HERE}: {type(self).__name__} brings its own attention, which can't be replaced: attn_implementation="
             f"{name!r} has no effect on it, and it runs {own!r}",
             stacklevel=2,
         )
@@ -255,7 +200,7 @@ def attention_forward(
         value: (B, Hkv, Skv, Dv).
         attention_mask: what `layer_mask` made, or a dense mask, the user's or the model's own, (B, Hq, Sq, Skv) or
             1 in place of any: bool, or what is added to the scores, where -inf and the dtype's lowest
-            number hide a pair; None where the model made none.
+            number hide a pair; None where the model made none; or `shards.on_shards` of an op of ranks.
         scaling: factor of the scores; None for 1/sqrt(D).
         dropout: probability of dropping a weight while the layer is trained; the seed is drawn from torch's default
             generator.
@@ -275,15 +220,20 @@ def attention_forward(
     for name, wish in asked.items():
         if wish is not None and wish is not False and name not in _WITHOUT_EFFECT:
             raise ArgumentError(
-                f"{_HERE}: {type(module).__name__} asks for {name}, which maskflash doesn't compute; "
+                f"{HERE}: {type(module).__name__} asks for {name}, which maskflash doesn't compute; "
                 f"{_FIXES.get(name, 'use another attn_implementation for this model')}"
             )
+    layer = f"{HERE}: {type(module).__name__}"
+    dropout = dropout if module.training else 0.0  # as eager does, whatever the model passes
+    if isinstance(attention_mask, ShardMask):
+        documents = {name: asked.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+        refused = {"position_bias": position_bias, "sinks": sinks, **documents}
+        return attend(attention_mask, query, key, value, scaling, dropout, s_aux, softcap, refused, layer), None
     lengths = query.shape[0], query.shape[2], key.shape[2]
     mask, (q_offset, kv_offset), mask_args = _mask_of(module, attention_mask, is_causal, lengths)
     if asked.get("cu_seq_lens_q") is not None or asked.get("cu_seq_lens_k") is not None:
         _check_documents(module, attention_mask, asked.get("cu_seq_lens_q"), asked.get("cu_seq_lens_k"))
     shape = (lengths[0], query.shape[1], *lengths[1:])
-    layer = f"{_HERE}: {type(module).__name__}"
     score, score_args = score_of(softcap, position_bias, shape, (q_offset, kv_offset), layer)
     found: Any = attention(
         query,
@@ -295,7 +245,7 @@ def attention_forward(
         q_offset=q_offset,
         kv_offset=kv_offset,
         sinks=s_aux,
-        dropout_p=dropout if module.training else 0.0,  # as eager does, whatever the model passes
+        dropout_p=dropout,
         return_lse=sinks is not None,
         **mask_args,
         **score_args,
@@ -312,7 +262,7 @@ def _mask_of(
     if isinstance(given, LayerMask):
         if (given.shape[0], *given.shape[2:]) != lengths:
             raise ArgumentError(
-                f"{_HERE}: {type(module).__name__} has {q_len} queries, {kv_len} keys and batch {batch}, but its mask "
+                f"{HERE}: {type(module).__name__} has {q_len} queries, {kv_len} keys and batch {batch}, but its mask "
                 f"was made for {given.shape[2]}, {given.shape[3]} and {given.shape[0]}"
             )
         return given.mask, given.offsets, given.mask_args
@@ -324,7 +274,7 @@ def _mask_of(
         return None, _AT_ZERO, {}
     if q_len != kv_len:
         raise ArgumentError(
-            f"{_HERE}: {type(module).__name__} has no mask, and {q_len} queries with {kv_len} keys don't say which are "
+            f"{HERE}: {type(module).__name__} has no mask, and {q_len} queries with {kv_len} keys don't say which are "
             "causal to which; use another attn_implementation for this model"
         )
     return _CAUSAL, _AT_ZERO, {}
@@ -335,13 +285,13 @@ def _check_dense(module: nn.Module, given: Any) -> None:
     if not isinstance(given, Tensor) or given.ndim != 4:
         got = f"a tensor of {given.ndim} dimensions" if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise ArgumentTypeError(
-            f"{_HERE}: {type(module).__name__} has {got} as attention_mask, expected the mask that Transformers makes; "
+            f"{HERE}: {type(module).__name__} has {got} as attention_mask, expected the mask that Transformers makes; "
             "pass the model its padding as (batch, tokens), documents as position_ids, a mask of all pairs as (batch, "
             "1, queries, keys) of bool, or None"
         )
     if given.dtype != torch.bool and not given.is_floating_point():
         raise ArgumentTypeError(
-            f"{_HERE}: {type(module).__name__} has a mask of {given.dtype}, expected torch.bool, True where a pair is "
+            f"{HERE}: {type(module).__name__} has a mask of {given.dtype}, expected torch.bool, True where a pair is "
             "visible, or floats that are added to the scores"
         )
 
@@ -358,7 +308,7 @@ def _check_documents(module: nn.Module, mask: Any, *given: Tensor | None) -> Non
             mask.agreed = given
             return
     raise ArgumentError(
-        f"{_HERE}: {type(module).__name__} is given cu_seq_lens whose documents are not those of its mask; give the "
+        f"{HERE}: {type(module).__name__} is given cu_seq_lens whose documents are not those of its mask; give the "
         "position_ids that start again where a document does, without attention_mask and cache, or leave the "
         "cu_seq_lens out"
     )

@@ -43,13 +43,13 @@ def in_threads(world_size, rank_does):
     return found
 
 
-def in_processes(world_size, rank_does, *args, exit_codes=None):
+def in_processes(world_size, rank_does, *args, exit_codes=None, preload=("maskflash.parallel",)):
     """What each of some processes puts into a queue, by rank: `rank_does(rank, *args)`, a function of a module."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maskflash.parallel"])  # torch is loaded once, not in each process
+    context.set_forkserver_preload(list(preload))  # torch is loaded once, not in each process
     queue = context.Queue()
     processes = [
         context.Process(target=_run, args=(rank_does, rank, world_size, port, queue, args))
