@@ -1,11 +1,12 @@
 # Everything a checkout can do. `make demo` and `make test` need only Python >= 3.11, make and git:
-# the environment in .venv is made, and remade when pyproject.toml or constraints.txt changed.
+# the environment in .venv is made, and added to when pyproject.toml or constraints.txt changed.
 
 # The interpreter that makes .venv: `make demo PYTHON=python3.12` picks another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.installed-demo
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -21,7 +22,7 @@ WORKERS ?= -n logical --maxprocesses 8 --dist loadfile
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 10
 
-demo: $(STAMP)  ## run the main job: packed documents, forward, backward, every check; files in maskflash-demo/
+demo: $(DEMO)  ## run the main job: packed documents, forward, backward, every check; files in maskflash-demo/
 	$(BIN)/python -m maskflash demo $(ARGS)
 
 test: $(STAMP) browser  ## run all tests
@@ -105,10 +106,17 @@ clean:  ## remove caches and build results, keep .venv
 	find maskflash tests benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and pinned: left to a dependency's lower bound, pip may fetch a newer one with gigabytes of
-# CUDA. The build back-end comes from the same pins, so the editable install builds without isolation.
-$(STAMP): pyproject.toml constraints.txt
+# CUDA. The build back-end comes from the same pins, so the editable install builds without isolation. The demo needs
+# neither triton nor what tests and docs need.
+$(DEMO): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "maskflash needs Python >= 3.11 with venv; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing torch and maskflash into $(VENV): once, and it takes as long as the download of torch"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch hatchling editables
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[plot]'
+	@touch $@
+
+$(STAMP): $(DEMO)
+	@echo "installing what tests, docs and kernels need into $(VENV): once"
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@

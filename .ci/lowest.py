@@ -3,10 +3,16 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 CHECKOUT = Path(__file__).parents[1]
 NAMES = ("torch", "triton", "numpy")
 LEFT_OPEN = ("setuptools",)  # each torch says which it takes
+
+
+def bounded(project: dict[str, Any]) -> list[str]:
+    """What a project asks for: its dependencies, and those of its extra triton."""
+    return [*project["dependencies"], *project["optional-dependencies"]["triton"]]
 
 
 def lowest(constraints: str, dependencies: list[str]) -> str:
@@ -20,4 +26,4 @@ def lowest(constraints: str, dependencies: list[str]) -> str:
 if __name__ == "__main__":
     path = CHECKOUT / "constraints.txt"
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    path.write_text(lowest(path.read_text(encoding="utf-8"), project["dependencies"]), encoding="utf-8")
+    path.write_text(lowest(path.read_text(encoding="utf-8"), bounded(project)), encoding="utf-8")

@@ -20,6 +20,7 @@ from benchmarks import (
     flashmask,
     flex,
     forms,
+    gain_chart,
     gpu,
     million,
     overhead,
@@ -34,7 +35,10 @@ from benchmarks.runner import ROOT, Row, Spread
 from maskflash.backends.triton.tiles import ROWS
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
-FILES: Final = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "integrations.md")
+FILES: Final = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "integrations", "training")),
+)
 MISSING: Final = "TBD"
 NO_GPU: Final = "Not run on a GPU: there are no figures."
 
@@ -206,7 +210,7 @@ def filled_in(text: str, results: Results) -> str:
 
 def _blocks() -> dict[str, Callable[[Results], str]]:
     """What each name stands for."""
-    blocks: dict[str, Callable[[Results], str]] = {"summary": _summary}
+    blocks: dict[str, Callable[[Results], str]] = {"summary": _summary, "gain": _gain}
     for question, tables in _QUESTIONS.items():
         blocks[f"{question} conditions"] = partial(_conditions, question)
         for table in tables:
@@ -256,8 +260,15 @@ def _gpus(results: Results) -> str:
     return "\n\n".join(parts) or NO_GPU
 
 
+def _gain(results: Results) -> str:
+    """The README's bars, and where they were measured."""
+    bars = gain_chart.chart({question: result.rows for question, result in results.items()})
+    where = (f"{title}: {_conditions(question, results)}" for title, question in gain_chart.QUESTIONS.items())
+    return "\n\n".join([bars or MISSING, "\\\n".join(where)])
+
+
 def _summary(results: Results) -> str:
-    """The medians that the README quotes, a column for each kind of CPU; the first has every line."""
+    """The medians that say most, a column for each kind of CPU; the first has every line."""
     kinds = sorted({where.partition(": ")[2] for where in results if ": cpu-" in where})
     others = [{where.partition(": ")[0]: x for where, x in results.items() if where.endswith(f": {k}")} for k in kinds]
     columns = [_column(results), *map(_column, others)] if others else [_column(results), QUOTED]

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from maskflash.op.page_table import PageTable
     from maskflash.presets.prefix_trees import PrefixTree, prefix_tree
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ArgumentError",

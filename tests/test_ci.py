@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import maskflash as mf
+
 CHECKOUT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 WORKFLOW = yaml.safe_load((CHECKOUT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
 JOB = WORKFLOW["jobs"]["ci"]
 STEPS = JOB["steps"]
+TEMPLATES = [path for path in CHECKOUT.glob(".github/ISSUE_TEMPLATE/*.yml") if path.stem != "config"]
 
 
 def test_the_pythons_are_those_of_the_classifiers():
@@ -41,15 +44,34 @@ def test_one_job_takes_the_lowest_versions():
 
 
 def test_the_lowest_versions_are_the_bounds_of_the_project():
-    lowest = runpy.run_path(str(CHECKOUT / ".ci" / "lowest.py"))["lowest"]
+    script = runpy.run_path(str(CHECKOUT / ".ci" / "lowest.py"))
+    lowest, dependencies = script["lowest"], script["bounded"](PROJECT)
     pinned = (CHECKOUT / "constraints.txt").read_text(encoding="utf-8")
-    lines = lowest(pinned, PROJECT["dependencies"]).splitlines()
+    lines = lowest(pinned, dependencies).splitlines()
     for name in ("torch", "triton", "numpy"):
-        (bound,) = re.findall(rf"^{name}>=([\d.]+)", "\n".join(PROJECT["dependencies"]), re.MULTILINE)
+        (bound,) = re.findall(rf"^{name}>=([\d.]+)", "\n".join(dependencies), re.MULTILINE)
         assert [line for line in lines if line.startswith(f"{name}==")] == [f"{name}=={bound}.*"]
     assert set(pinned.splitlines()) - set(lines) == {
         *(line for line in pinned.splitlines() if re.match("(torch|triton|numpy|setuptools)==", line))
     }
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((CHECKOUT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)  # what its format asks for
+    assert (cited["title"], cited["version"], cited["license"]) == (PROJECT["name"], mf.__version__, PROJECT["license"])
+    assert cited["authors"] == PROJECT["authors"]
+    released = dict(re.findall(r"^## ([\d.]+) - (.*)$", (CHECKOUT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M))
+    assert released[mf.__version__] == str(cited["date-released"])
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_templates_for_issues_are_forms(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= set(form)
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert all(field["attributes"]["label"] for field in fields)
+    assert len({field["id"] for field in fields}) == len(fields) > 0
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

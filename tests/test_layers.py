@@ -14,7 +14,7 @@ ORDER = {
         *("errors", "ground", "expr", "trace", "analysis", "functions", "masks", "presets"),
         *("forms", "scores", "backends", "engines", "op"),
         "api",
-        *("parallel", "flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli"),
+        *("parallel", "flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli", "examples"),
     ],
     "ground": ["names", "units", "modes", "arguments", "qkv", "identity", "transfer", "copies", "stretch"],
     "expr": [
@@ -126,6 +126,7 @@ ORDER = {
         *("peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
     ],
     "flashmask": ["paper", "call"],
+    "examples": ["train_packed", "train_transformers"],
     "integrations": ["closures", "layers", "layer_mask", "shards", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "shards", "figures", "deciders", "marks", "page"],
     "cli": [

@@ -20,13 +20,19 @@ def test_the_examples_run(tmp_path, capsys):
     assert names["q"].grad is not None
     assert names["out"].shape == names["q"].shape
     printed = capsys.readouterr().out
-    assert "tiles" in printed
     assert "BlockMap(1024 x 1024 tokens" in printed
+    assert tiles(printed) == tiles(README)  # the picture below the example is what it prints
+
+
+def tiles(text):
+    """The rows of a picture of 8 x 8 tiles, without what stands beside or before them."""
+    return re.findall(r"^ *([·▒█]{8})(?!\S)", text, re.MULTILINE)
 
 
 def test_it_has_examples_and_is_short():
     assert len(BLOCKS) >= 2
     assert len(README.splitlines()) <= 120
+    assert max(map(len, README.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

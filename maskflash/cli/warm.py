@@ -43,6 +43,8 @@ class Warmed:
 
 def run(args: Namespace) -> int:
     """Compile, and print a line for each share."""
+    if reason := gpu.missing():
+        raise BackendError(f"warm: {reason}")
     if not (args.arch or torch.cuda.is_available()):
         raise BackendError(
             "--arch: torch finds no CUDA device here to compile for; name one, such as --arch sm_90, or run this where "

@@ -53,11 +53,20 @@ def run(*, tokens: int, dtype: str, seed: int, output: Path | None, as_json: boo
 def _measured(tokens: int, dtype: torch.dtype, seed: int) -> Report:
     console = Console(stderr=True)
     columns = TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn()
+    said = set[str]()
+
+    def say(description: str) -> None:
+        if not console.is_terminal and description not in said:  # a log has no bar that moves
+            console.print(description)
+        said.add(description)
+
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        say("packing documents")
         bar = progress.add_task("packing documents", total=2 + HEADS + PAIRS + 1 + len(CONTENDERS))
 
         def step(description: str) -> None:
             progress.update(bar, advance=1, description=description)
+            say(description)
 
         documents = pack(tokens, seed)
         work = build(documents, dtype, seed)
@@ -77,6 +86,7 @@ def _measured(tokens: int, dtype: torch.dtype, seed: int) -> Report:
         peaks = {}
         for name in CONTENDERS:
             progress.update(bar, description=f"peak memory of {name}")
+            say(f"peak memory of {name}")
             peaks[name] = peak_bytes(name, tokens, dtype, seed)
             progress.advance(bar)
     return Report(

@@ -17,6 +17,7 @@ from benchmarks import (
     flashmask,
     flex,
     forms,
+    gain_chart,
     million,
     overhead,
     packed_model,
@@ -347,6 +348,15 @@ def test_the_summary_shows_kinds_of_cpu_side_by_side(tmp_path):
     assert "| 7.00x (float32) | 8.00x (float32) |" in stored
     assert report.QUOTED.heading not in stored
     assert stored.count("; commit ") == 2
+
+
+def test_bars_are_as_long_as_times_are():
+    row = Row("documents", "causal documents", 8192, "forward", "float32", "s", 1, Spread(1, 1, 1), Spread(4, 4, 4))
+    other = replace(row, dtype="bfloat16")
+    dense, ours = gain_chart.chart({"attention": [other, row]}).splitlines()
+    assert (dense.count("█"), ours.count("█")) == (gain_chart.BARS, gain_chart.BARS // 4)
+    assert dense.endswith("4.00 s") and ours.endswith("1.00 s")
+    assert gain_chart.chart({}) == ""
 
 
 @pytest.mark.parametrize(("amx", "bf16", "text"), [(1, 1, "AMX"), (0, 1, "AVX512-BF16"), (0, 0, "without AMX")])

@@ -75,7 +75,8 @@ def test_the_demo_writes_nothing_where_it_should_not(quick, capsys, tmp_path, mo
 def test_a_folder_that_cannot_be_is_known_before_the_work(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
-    error = capsys.readouterr().err
+    told, error = capsys.readouterr().err.split("\n", 1)
+    assert told == "packing documents"  # at once, before any work
     assert error.startswith("maskflash demo: ")
     assert "choose another with --output, or --no-output" in error
 
@@ -112,7 +113,8 @@ def test_a_wrong_mask_fails_every_check_it_reaches(quick, monkeypatch, capsys):
 def test_an_error_of_ours_is_one_line_and_status_2(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: str(tmp_path))
     assert cli.main(["demo", "--no-output"]) == 2
-    error = capsys.readouterr().err
+    told, error = capsys.readouterr().err.split("\n", 1)
+    assert told == "packing documents"  # at once, before any work
     assert error.startswith("maskflash demo: ")
     assert str(tmp_path) in error
     assert len(error.splitlines()) == 1

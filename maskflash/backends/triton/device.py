@@ -33,12 +33,20 @@ def library() -> ModuleType:
     return importlib.import_module("triton")
 
 
+def missing() -> str | None:
+    """That Triton is not installed, with the fix; None where it is."""
+    try:
+        library()
+    except ImportError:
+        return "triton is not installed; torch for GPUs brings it along, else `pip install 'triton>=3.6'` (Linux only)"
+    return None
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why this backend can't serve tensors on a device, with the fix; None where it can."""
-    try:
-        triton = library()
-    except ImportError:
-        return "triton is not installed; `pip install triton` (Linux only)"
+    if reason := missing():
+        return reason
+    triton = library()
     if triton.knobs.runtime.interpret or _Compiling.arch:
         return None
     if device.type != "cuda":

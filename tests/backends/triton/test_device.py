@@ -17,6 +17,8 @@ from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import tile_choice
 from maskflash.backends.triton.tile_choice import Case
 from maskflash.backends.triton.tiles import AMD, SHARED_LIMITS, shared_bytes
+from maskflash.cli import warm
+from maskflash.cli.parser import parser
 
 H100 = SimpleNamespace(L2_cache_size=50 << 20, multi_processor_count=132, shared_memory_per_block_optin=232_448)
 
@@ -125,7 +127,9 @@ def test_without_triton_there_is_a_reason(monkeypatch):
         raise ImportError
 
     monkeypatch.setattr(triton_device, "library", missing)
-    assert "pip install triton" in triton_device.unavailable(torch.device("cuda"))
+    assert "pip install 'triton>=3.6'" in triton_device.unavailable(torch.device("cuda"))
+    with pytest.raises(mf.BackendError, match=r"warm: triton is not installed; .*pip install 'triton>=3.6'"):
+        warm.run(parser().parse_args(["warm", "causal", "--arch", "sm_80"]))
 
 
 @pytest.fixture
