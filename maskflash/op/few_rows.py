@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from maskflash.backends.cpu import few
+from maskflash.backends.cpu.scored import ScoredPairs
 from maskflash.errors import BackendError
 from maskflash.functions.sizes import Sizes
 from maskflash.ground.transfer import capturing
@@ -45,7 +46,11 @@ class FewRows:
             problem = spec.problem(Sizes.of(q, k))
             if not applies(problem, scored=bool(spec.score)):
                 return None
-            return FewRows(problem, few.look(problem, q.shape[1], k.shape[1]))
+            visible = few.look(problem)
+            scored = _scored(spec, q, k)
+            if scored is not None:
+                scored.check(visible)
+            return FewRows(problem, few.units_of(visible.numpy(), problem.batch, q.shape[1], k.shape[1]))
         if spec.backend != "triton":
             return None
         from maskflash.backends.triton.few import are_few
@@ -62,9 +67,7 @@ class FewRows:
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, *, tuning: bool = False) -> tuple[Tensor, Tensor]:
         """Out and lse."""
         if self.units is not None:
-            score = spec.strength.score
-            scored = None if score is None else few.scored(score, len(q), q.shape[1], q.shape[2], k.shape[2])
-            return few.forward(self.units, q, k, v, spec.scale, spec.sinks, scored)
+            return few.forward(self.units, q, k, v, spec.scale, spec.sinks, _scored(spec, q, k))
         from maskflash.backends.triton import run as triton
 
         return triton.few.forward(self.problem, q, k, v, spec.strength, splits=spec.splits or None, tuning=tuning)
@@ -90,6 +93,12 @@ class FewRows:
     def at_once(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Nothing: see `differentiable`."""
         return
+
+
+def _scored(spec: Spec, q: Tensor, k: Tensor) -> ScoredPairs | None:
+    """The score function on all pairs of a call on the CPU; None where there is none."""
+    score = spec.strength.score
+    return None if score is None else few.scored(score, len(q), q.shape[1], q.shape[2], k.shape[2])
 
 
 def shown(spec: Spec, problem: Problem, *, paged: bool = False) -> bool:

@@ -316,6 +316,8 @@ def _evaluated(spec: Spec, problem: Problem, sequences: _Sequences, requests: Nu
     seen: BoolArray = np.logical_or.reduce(by_page, axis=(1, 3))
     rows = (sequences.ends[requests] - count)[:, None] + np.arange(count)
     scored = None if score is None else ScoredPairs(score, b, few.along(1, problem.heads), q + last + (1 - count), kv)
+    if scored is not None:
+        scored.check(visible)
     return _FewOf(requests, rows, bits, seen, scored)
 
 

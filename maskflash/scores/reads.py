@@ -5,24 +5,26 @@ masks are:
 
     hidden(pair)  or  the indices of all look-ups of the pair are in their tables
 
-is a mask in its own right, whose tiles must all be full. No pair is looked at where bounds or formulas tell.
+is a mask in its own right, whose tiles must all be full. No pair is looked at where bounds or formulas tell. Few pairs
+are all looked at.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from maskflash.analysis.classify import classify
 from maskflash.analysis.problem import Problem
 from maskflash.errors import ArgumentError, MaskIndexError
 from maskflash.expr.bounds import bounds
-from maskflash.expr.evaluate import Inputs, raise_if_reached
+from maskflash.expr.evaluate import Inputs, compute, raise_if_reached
 from maskflash.expr.nodes import Builder, Expr, Node
 from maskflash.expr.ops import OPERATIONS
 from maskflash.expr.simplify import simplify
@@ -43,8 +45,7 @@ def check(problem: Problem, score: Expr, inputs: Inputs) -> None:
     inside = _inside(score)
     if inside is None or 0 in problem.shape:
         return
-    sizes = tuple(size for table in inputs.tables for size in table.shape)
-    whole = Inputs((*inputs.params, *sizes), inputs.tables)
+    whole = _with_sizes(inputs)
     asked = replace(problem, expr=inside, inputs=whole).on_host()
     verdict = bounds(asked.expr, asked.inputs, asked.box())
     if bool(verdict.always.all()) and not bool(verdict.faulty.any()):
@@ -55,6 +56,37 @@ def check(problem: Problem, score: Expr, inputs: Inputs) -> None:
         _fail(replace(problem, expr=under, inputs=together).on_host(), found.kinds(), score, inputs)
 
 
+def check_pairs(pairs: Mapping[str, Tensor], visible: Tensor, score: Expr, inputs: Inputs) -> None:
+    """Check what a score looks up for few pairs, by evaluating all of them.
+
+    Args:
+        pairs: `b`, `h`, `q` and `kv` as int64 tensors that broadcast.
+        visible: bool, which of them are visible; it broadcasts with them.
+        score: the program.
+        inputs: the values of its slots, on the pairs' device.
+
+    Raises:
+        MaskIndexError: as `check`.
+        ArgumentError: likewise.
+    """
+    inside = _inside(score)
+    if inside is None:
+        return
+    there = compute(inside, _with_sizes(inputs), pairs)[0]
+    if bool(there.all()):
+        return
+    wrong, *places = torch.broadcast_tensors(visible & ~there, *pairs.values())
+    if bool(wrong.any()):
+        first = tuple(wrong.nonzero()[0])
+        _fail_at({name: x[first] for name, x in zip(pairs, places, strict=True)}, score, inputs)
+
+
+def _with_sizes(inputs: Inputs) -> Inputs:
+    """The inputs of `_inside`, of those of the score."""
+    sizes = tuple(size for table in inputs.tables for size in table.shape)
+    return Inputs((*inputs.params, *sizes), inputs.tables)
+
+
 def _fail(problem: Problem, kinds: torch.Tensor, score: Expr, inputs: Inputs) -> None:
     """Raise for the first visible pair, by tiles, whose look-ups are not all there."""
     b, h, i, j = (kinds < 2).nonzero()[0].tolist()
@@ -63,7 +95,11 @@ def _fail(problem: Problem, kinds: torch.Tensor, score: Expr, inputs: Inputs) ->
     kv = torch.arange(j * columns, min((j + 1) * columns, problem.kv_len))
     place = torch.tensor(b), torch.tensor(h)
     row, column = (~problem.visible(*place, q, kv)).nonzero()[0].tolist()
-    pairs = problem.indices(*place, q[row], kv[column])
+    _fail_at(problem.indices(*place, q[row], kv[column]), score, inputs)
+
+
+def _fail_at(pairs: Mapping[str, Tensor], score: Expr, inputs: Inputs) -> None:
+    """Raise for one pair, whose look-ups are not all there."""
     tables = tuple(table.detach().cpu() for table in inputs.tables)
     for value in (0.0, math.inf, -math.inf):  # conditions on the score guard nothing
         raise_if_reached(score, Inputs(inputs.params, tables), {**pairs, "score": torch.tensor(value)})

@@ -173,6 +173,15 @@ def test_arguments_of_masks_and_scores_count_by_request():
     assert_as_dense(cache, [2, 1, 9], mf.causal(), score=lambda score, b, h, q, kv: score + bias[b, kv])
 
 
+@pytest.mark.parametrize("count", [1, 20])
+def test_what_scores_look_up_is_there_wherever_the_mask_shows_it(count):
+    cache, bias = Cache([33, 40], 16), drawn(40)
+    assert_as_dense(cache, [count] * 2, mf.causal(), score=lambda score, b, h, q, kv: score + bias[kv])
+    short = bias[:39].clone()
+    with pytest.raises(mf.MaskIndexError, match=r"short\[kv\].* index 39 "):
+        assert_as_dense(cache, [count] * 2, mf.causal(), score=lambda score, b, h, q, kv: score + short[kv])
+
+
 def test_trees_of_drafts_behind_a_cache():
     parents = torch.tensor([[-1, 0, 0, 1], [-1, 0, 1, 2]])
     assert_as_dense(Cache([30, 21], 4), [4, 4], mf.presets.tree(parents))

@@ -86,20 +86,15 @@ def are_few(batch: int, heads: int, q_len: int, kv_len: int) -> bool:
     return 0 < q_len <= _ROWS and _WIDE * q_len <= kv_len and batch * heads * q_len * kv_len <= _PAIRS
 
 
-def look(problem: Problem, heads: int, kv_heads: int) -> list[Unit]:
-    """What the rows of a problem see.
-
-    Args:
-        problem: with few rows.
-        heads: query heads.
-        kv_heads: key heads.
+def look(problem: Problem) -> Tensor:
+    """What the few rows of a problem see, (batch or 1, heads or 1, q_len, kv_len) bool.
 
     Raises:
         MaskIndexError: a look-up out of range, or a division by zero, that no guard excludes.
     """
     sizes = *problem.shape[:2], problem.q_len, problem.kv_len
     places = [along(axis, n) for axis, n in enumerate(sizes)]
-    return units_of(problem.visible(*places).expand(sizes).numpy(), problem.batch, heads, kv_heads)
+    return problem.visible(*places).expand(sizes)
 
 
 def along(axis: int, count: int) -> Tensor:

@@ -18,6 +18,7 @@ from maskflash.backends.cpu.softmax import exponentials
 from maskflash.backends.cpu.views import prepared
 from maskflash.expr.evaluate import compute
 from maskflash.ground.stretch import Numbers
+from maskflash.scores import reads
 from maskflash.scores.strength import BoundScore
 
 _PAIRS: Final = 1 << 20  # whose scores are in memory at once, where a batch row has no more
@@ -50,10 +51,22 @@ class ScoredPairs:
         """On some columns."""
         return replace(self, kv=self.kv[..., some])
 
+    def check(self, visible: Tensor) -> None:
+        """Check that what visible pairs look up is there; visible broadcasts to (batch rows, heads, rows, columns).
+
+        Raises:
+            MaskIndexError: a visible pair looks up what a table doesn't have, or divides by zero.
+        """
+        reads.check_pairs(self._places, visible, self.score.expr, self.score.inputs)
+
     def value(self, products: Tensor) -> Tensor:
         """What scaled products (batch rows, heads, rows, columns) become."""
-        pairs = {"b": self.b, "h": self.h, "q": self.q, "kv": self.kv, "score": products}
+        pairs = {**self._places, "score": products}
         return compute(self.score.expr, self.score.inputs, pairs, look_up)[0].to(products.dtype)
+
+    @property
+    def _places(self) -> dict[str, Tensor]:
+        return {"b": self.b, "h": self.h, "q": self.q, "kv": self.kv}
 
 
 def attend(

@@ -177,6 +177,16 @@ def test_a_fault_names_the_users_line():
         mf.attention(Q, *torch.randn(2, 2, 4, 64, 16).unbind(), lambda b, h, q, kv: table[kv] >= 0)
 
 
+def test_what_scores_look_up_is_there_wherever_the_mask_shows_it():
+    bias, zero, (k, v) = torch.randn(10), torch.tensor([1, 0]), torch.randn(2, 2, 4, 64, 16).unbind()
+    attn = mf.compile(mf.causal(), score=lambda score, b, h, q, kv: score + bias[kv])
+    assert attn(Q, k, v, q_offset=9).isfinite().all()  # what is hidden may look anywhere
+    with pytest.raises(mf.MaskIndexError, match=r"bias\[kv\].* index 10 .* at b=1, h=0, q=10, kv=10"):
+        attn(Q, k, v, q_offset=torch.tensor([9, 10]))
+    with pytest.raises(mf.MaskIndexError, match=r"divides by zero at b=1"):
+        mf.attention(Q, k, v, mf.causal(), score=lambda score, b, h, q, kv: score + kv // zero[b])
+
+
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "given", "few_rows"),
     [

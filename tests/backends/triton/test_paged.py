@@ -194,6 +194,10 @@ def test_what_the_host_does_not_look_at_is_nan(device, by_table):
             starts = torch.tensor(wrong, device=device)
             found = attn.paged(q[:, :, 0], *pools, pages, cu_seqlens_q=starts)
             assert found.isnan().any()
+        for wrong in () if EMULATED else ([0, 2, 1, 3], [0, 3, 2, 3], [3, 2, 1, 0]):  # of whom are the rows between?
+            starts = torch.tensor(wrong, device=device)
+            found = attn.paged(q[:, :, 0], *pools, pages, cu_seqlens_q=starts, return_lse=True)
+            assert all(x.isnan().all() for x in found)
     told = mf.compile(mf.causal(), backend="triton", check=True)
     with pytest.raises(TypeError):  # it asks, as the fixture forbids
         told.paged(q, *pools, pages)
