@@ -4,6 +4,7 @@ mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- pic
 picture of what the sessions above it have made, `<!-- shards: plan, mask -->` one of a plan's ranks over a mask, and
 `<!-- listing: text -->` a listing of a text; they are what `picture(mask, 64, 64)`, `shards(plan, mask)` and
 `listing(text)` return in the sessions' own namespace. `<!-- chart: "frontier" -->` draws stored results.
+`<!-- gallery -->` becomes small pictures of all masks that the page draws, which lead to their headings.
 """
 
 import doctest
@@ -17,6 +18,7 @@ from typing import Any
 
 import griffe
 import nbformat
+from markdown.extensions.toc import slugify
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -26,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r"^<!-- ((?:picture|shards|chart|listing): .*) -->$", re.MULTILINE)
+GALLERY = "<!-- gallery -->"
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 ROW = re.compile(r"^\|.*$", re.MULTILINE)
 CODE = re.compile(r"`[^`]*`")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
@@ -44,20 +48,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw what the page wants to show, and lead its links to where the site has their targets."""
 
-    def added(drawing: bytes, title: str) -> str:
-        place = f"pictures/{Path(uri).stem}-{sum(file.src_uri.startswith('pictures/') for file in files)}.svg"
+    def added(drawing: bytes, title: str, kind: str = "svg") -> str:
+        place = f"pictures/{Path(uri).stem}-{sum(file.src_uri.startswith('pictures/') for file in files)}.{kind}"
         files.append(File.generated(config, place, content=drawing))
         return f"![{title}]({relpath(place, Path(uri).parent)}){{ loading=lazy }}"
 
-    uri = page.file.src_uri
+    def picture(*arguments: Any, **options: Any) -> str:
+        if GALLERY in markdown:
+            small.append(added(thumbnail(*arguments, **options), "", "png"))
+        return added(*drawn(*arguments, **options))
+
+    uri, small = page.file.src_uri, list[str]()
+    if uri.startswith("decisions/"):
+        page.meta["search"] = {"boost": 0.5}  # who looks for a word wants to use it first
     makers = {
-        "picture": lambda *arguments, **options: added(*drawn(*arguments, **options)),
+        "picture": picture,
         "shards": lambda *arguments, **options: added(*sharded(*arguments, **options)),
         "chart": lambda name: added(*charted(name)),
         "listing": listing,
     }
     shown = shown_in(markdown, uri, makers)
-    markdown = SHOWN.sub(lambda _: next(shown), markdown)
+    headings = [HEADING.findall(text)[-1] for text in SHOWN.split(markdown)[:-1:2]] if GALLERY in markdown else []
+    markdown = SHOWN.sub(lambda _: next(shown), markdown).replace(GALLERY, gallery(headings, small))
     # In a table a git host wants | escaped inside of code, too; here the backslash would show.
     markdown = ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
     source = next((ROOT / name for name, place in FROM_ROOT.items() if place == uri), None)
@@ -162,6 +174,29 @@ def drawn(
     return as_svg(figure), f"{name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
 
 
+def thumbnail(mask: Any, q_len: int, kv_len: int, **options: Any) -> bytes:
+    """The pairs of a mask's first batch row and head as PNG, a pixel each."""
+    import numpy as np
+    from matplotlib.image import imsave
+
+    from maskflash.visualize.cells import cells
+    from maskflash.visualize.style import COLOURS
+
+    colours = [[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for _, colour in sorted(COLOURS.items())]
+    kinds = cells(mask.block_map(q_len, kv_len, **{**options, "block_size": 1}), max(q_len, kv_len)).kinds
+    file = io.BytesIO()
+    imsave(file, np.array(colours, dtype=np.uint8)[kinds], format="png")
+    return file.getvalue()
+
+
+def gallery(headings: list[str], pictures: list[str]) -> str:
+    """Small pictures with their headings under them, each a link."""
+    links = [
+        f"[{picture} {heading}](#{slugify(heading, '-')})" for heading, picture in zip(headings, pictures, strict=True)
+    ]
+    return "\n".join([*links, "{ .gallery }"]) if links else ""
+
+
 def sharded(plan: Any, mask: Any, **options: Any) -> tuple[bytes, str]:
     """A plan's ranks over a mask, as SVG; a title."""
     from maskflash import visualize
@@ -172,10 +207,11 @@ def sharded(plan: Any, mask: Any, **options: Any) -> tuple[bytes, str]:
 
 def charted(name: str) -> tuple[bytes, str]:
     """A chart of stored results, as SVG; a title."""
-    from benchmarks import shard_tables
+    from benchmarks import charts, shard_tables
 
-    draw, title = {"frontier": (shard_tables.stored_frontier, "balance over bytes of plans and balancers")}[name]
-    return as_svg(draw()), title
+    if name == "frontier":
+        return as_svg(shard_tables.stored_frontier()), "balance over bytes of plans and balancers"
+    return as_svg(charts.stored(name)), charts.CHARTS[name].title
 
 
 def as_svg(figure: Any) -> bytes:
@@ -183,8 +219,8 @@ def as_svg(figure: Any) -> bytes:
     import matplotlib as mpl
 
     file = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "maskflash"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": "maskflash", "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return file.getvalue()
 
 
@@ -220,4 +256,5 @@ def notebook(path: Path) -> str:
 def output(path: Path, number: int) -> str:
     """What a notebook's cell shows, as HTML."""
     shown = [each.get("data", {"text/plain": each.get("text", "")}) for each in cells(path)[number].outputs]
-    return "\n".join(data.get("text/html", f"<pre>{html.escape(data['text/plain'])}</pre>") for data in shown)
+    parts = (data.get("text/html", f"<pre>{html.escape(data['text/plain'])}</pre>") for data in shown)
+    return "\n".join(f'<div class="output">{part}</div>' for part in parts)
