@@ -59,12 +59,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]
     expr = expression(spec.expr)
     visible, _ = compute(expr, Inputs(expr.decoded(spec.params), tuple(spec.tables)), _pairs(q, k, spec), _nearest)
     exact = torch.promote_types(q.dtype, torch.float32)
-    out, lse = reference(
-        *(x.to(exact) for x in (q, k, v)),
-        visible.to(torch.bool),
-        spec.scale,
-        None if spec.sinks is None else spec.sinks.to(exact),
-    )
+    sinks = None if spec.sinks is None else spec.sinks.to(exact)
+    out, lse = reference(q.to(exact), k.to(exact), v.to(exact), visible.to(torch.bool), spec.scale, sinks)
     return out.to(q.dtype), lse / math.log(2) if spec.backend == "triton" else lse
 
 
