@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from maskflash.masks.compare import Comparison, Relation, compare, equivalent, implies
     from maskflash.masks.sight import Sight
     from maskflash.masks.why import Why
+    from maskflash.op.decomposed import dense_decompositions
     from maskflash.op.explain import Explanation
     from maskflash.op.page_table import PageTable
     from maskflash.presets.prefix_trees import PrefixTree, prefix_tree
@@ -93,6 +94,7 @@ __all__ = [
     "causal_document",
     "compare",
     "compile",
+    "dense_decompositions",
     "dilated_window",
     "document",
     "equivalent",
@@ -143,6 +145,7 @@ _LATER: Final = {
     "Slices": "maskflash.forms.slices",
     "Why": "maskflash.masks.why",
     "compare": "maskflash.masks.compare",
+    "dense_decompositions": "maskflash.op.decomposed",
     "equivalent": "maskflash.masks.compare",
     "flashmask_attention": "maskflash.flashmask.call",
     "from_arguments": "maskflash.forms.arguments",

@@ -108,6 +108,7 @@ ORDER = {
         "explain",
         "later",
         "autograd",
+        "decomposed",
         "flops",
         "parts",
         "sharding",

@@ -465,6 +465,7 @@ CALLS = {
     },
     ON_SHARDS: {**QKV, **{name: x for name, x in CALL.items() if "offset" not in name}},
     mf.parallel.ShardPlan.from_dict: {"data": (PLAN.to_dict(), set())},
+    mf.dense_decompositions: {},
     mf.merge: {"outs": ((X, X), set()), "lses": ((X[..., 0], X[..., 0]), set())},
     traffic.predict: {
         "block_map": (MAP, set()),
