@@ -277,6 +277,12 @@ X = torch.zeros(1, 1, 7, 1)
         (lambda: ShardPlan.from_dict({}), r"from_dict: a ShardPlan is the keys \[\], expected seq_len"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "layers": [{}]}), r"a PlannedLayer is the keys \[\]"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "tile": 0}), r"from_dict: tile is 0"),
+        (
+            lambda: ShardPlan.from_dict({**PLAN.to_dict(), "head_ranks": 2}),
+            r"head_ranks is 2, expected a divisor",
+        ),
+        (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "layers": 3}), r"from_dict: layers is an int, expected a list"),
+        (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "tried": None}), r"from_dict: tried is .*, expected a list"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "seq_len": 9}), r"from_dict: shards don't fit 9 tokens"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "dtype": "torch.int8"}), r"from_dict: dtype"),
         (lambda: PLAN.shard([1], 0), r"ShardPlan.shard: x is \[1\], expected a Tensor"),
