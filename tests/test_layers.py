@@ -124,7 +124,7 @@ ORDER = {
     "parallel": [
         *("links", "distance", "ranges", "needs", "routes", "price", "candidates", "swaps", "search"),
         *("shard_plan", "report", "planning"),
-        *("peers", "exchange", "agree", "attention", "heads", "compile", "eager"),
+        *("peers", "exchange", "agree", "attention", "heads", "sharded_attention", "eager"),
     ],
     "flashmask": ["paper", "call"],
     "examples": ["train_packed", "train_transformers"],

@@ -2,7 +2,9 @@
 
 import ast
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 PACKAGE = Path(__file__).parents[1] / "maskflash"
 ROOT = {"__init__.py", "__main__.py", "api.py", "doctor.py", "errors.py", "testing.py"}
@@ -37,6 +39,16 @@ def test_no_two_classes_share_a_name():
 def test_what_is_ours_is_imported_by_its_own_name():
     found = {text for node in nodes((ast.Import, ast.ImportFrom)) for text in renamed(node)}
     assert {text for text in found if text.startswith("maskflash.")} == RENAMED
+
+
+def test_no_module_takes_the_place_of_what_its_package_offers():
+    """Importing a submodule overwrites what its package has of the same name: decision 1."""
+    for path in PACKAGE.rglob("__init__.py"):
+        package = import_module(".".join(path.parent.relative_to(PACKAGE.parent).parts))
+        folders = {found.parent.name for found in path.parent.glob("*/__init__.py")}
+        modules = folders | {found.stem for found in path.parent.glob("*.py")}
+        offered = {name for name in getattr(package, "__all__", ()) if name[:2] != "__"}
+        assert {name for name in offered & modules if not isinstance(getattr(package, name), ModuleType)} == set()
 
 
 def test_a_new_name_is_found():

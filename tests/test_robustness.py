@@ -453,6 +453,7 @@ CALLS = {
         **dict.fromkeys(("seq_len", "world_size"), (4, INTS)),
         **{"batch": (1, INTS), "heads": (6, INTS), "kv_heads": (None, INTS | NONE), "head_dim": (8, INTS)},
         **{"dtype": (torch.float32, set()), "chunk": (1, INTS | NONE), "links": (None, NONE), "shards": (None, NONE)},
+        "head_ranks": (1, {"1", "numpy int"} | NONE),
     },
     PLAN.tokens: {"rank": (0, {"0", "1"})},
     PLAN.positions: {"rank": (0, {"0", "1"}), "device": ("cpu", set())},

@@ -198,6 +198,12 @@ def _shard(commands: Commands[argparse.ArgumentParser]) -> None:
     shard.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of q, k and v (default: %(default)s)")
     shard.add_argument("--chunk", type=_count, metavar="N", help="ranks hold multiples of as many tokens")
     shard.add_argument(
+        "--head-ranks",
+        type=_count,
+        metavar="N",
+        help="as many ranks share heads (default: the best; 1: keys alone)",
+    )
+    shard.add_argument(
         "--links",
         type=_links,
         metavar="LINKS",

@@ -35,6 +35,7 @@ def run(args: Namespace) -> int:
             dtype=getattr(torch, args.dtype),
             chunk=args.chunk,
             links=args.links,
+            head_ranks=args.head_ranks,
         )
     if args.png is not None:
         from maskflash import visualize

@@ -4,11 +4,11 @@
 calls with its shard of q, k and v. docs/parallel.md leads through both.
 """
 
-from maskflash.parallel.compile import ShardedAttention, compile
 from maskflash.parallel.links import Links
 from maskflash.parallel.planning import plan
 from maskflash.parallel.search import Candidate
 from maskflash.parallel.shard_plan import PlannedLayer, PlannedPass, ShardPlan
+from maskflash.parallel.sharded_attention import ShardedAttention, compile
 
 __all__ = [
     "Candidate",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from maskflash.parallel.compile import ShardedAttention
+from maskflash.parallel.sharded_attention import ShardedAttention
 
 _owner: Any = ShardedAttention
 _owner.__call__ = torch.compiler.disable(_owner.__call__, reason="calls on shards wait for other ranks on the host")

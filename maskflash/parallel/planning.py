@@ -22,7 +22,7 @@ from maskflash.parallel.shard_plan import PerRank, PlannedLayer, PlannedPass, Sh
 
 _OPERATION: Final = "parallel.plan"
 _TILE: Final = 128
-_OWN: Final = ("seq_len", "world_size", "kv_heads", "head_dim", "dtype", "chunk", "links", "shards")
+_OWN: Final = ("seq_len", "world_size", "kv_heads", "head_dim", "dtype", "chunk", "links", "shards", "head_ranks")
 
 
 def plan(
@@ -38,6 +38,7 @@ def plan(
     chunk: int | None = None,
     links: Links | str | None = None,
     shards: Shards | None = None,
+    head_ranks: int | None = None,
     **args: Any,
 ) -> ShardPlan:
     """Plan which tokens each of several ranks holds, so that attention under a mask is soon done.
@@ -69,6 +70,9 @@ def plan(
         links: how fast ranks compute and bytes travel: measured ones, or "nvlink", "infiniband" or "cpu". None is
             "nvlink".
         shards: instead of a choice, for each rank its tokens as (start, stop), ascending and apart.
+        head_ranks: how many ranks, one after the other, share the heads of their tokens; it divides `world_size`,
+            `heads` and `kv_heads`. 1 lets keys alone travel; a mesh of two dimensions has its second. None leaves the
+            choice to the plan, or is 1 where shards are given.
         **args: the masks' own arguments; each goes to the masks that take it.
 
     Returns:
@@ -100,6 +104,10 @@ def plan(
         raise ArgumentError(
             f"{_OPERATION}: kv_heads is {sizes['kv_heads']}, expected a divisor of heads, {sizes['heads']}"
         )
+    shared = None if head_ranks is None else arguments.length(_OPERATION, "head_ranks", head_ranks, low=1)
+    for name, value in (("world_size", ranks), ("heads", sizes["heads"]), ("kv_heads", sizes["kv_heads"])):
+        if shared is not None and value % shared:
+            raise ArgumentError(f"{_OPERATION}: head_ranks is {shared}, expected a divisor of {name}, {value}")
     load = Load(**sizes, dtype=arguments.dtype(_OPERATION, dtype))
     most = None if chunk is None else arguments.length(_OPERATION, "chunk", chunk, low=1)
     rates = Links.of(links)
@@ -110,15 +118,13 @@ def plan(
     masks = _masks(mask)
     layers = [(_needs(x, length, tile, load, masks, args), count) for x, count in masks]
     if held is None:
-        choice = search.choose(layers, ranks, chunk=most, **sizes, dtype=load.dtype, links=rates)
-        held, head_ranks, name, tried = choice.shards, choice.head_ranks, choice.name, choice.tried
+        choice = search.choose(layers, ranks, chunk=most, head_ranks=shared, **sizes, dtype=load.dtype, links=rates)
+        held, shared, name, tried = choice.shards, choice.head_ranks, choice.name, choice.tried
     else:
-        head_ranks, name, tried = 1, "given", ()
-    prices = price(layers, held, head_ranks, load, rates)
+        shared, name, tried = shared or 1, "given", ()
+    prices = price(layers, held, shared, load, rates)
     of_layers = [_layer(x.name, needs, cost) for (x, _), (needs, _), cost in zip(masks, layers, prices, strict=True)]
-    return ShardPlan(
-        length, tile, held, head_ranks, name, tuple(of_layers), tried, **sizes, dtype=load.dtype, links=rates
-    )
+    return ShardPlan(length, tile, held, shared, name, tuple(of_layers), tried, **sizes, dtype=load.dtype, links=rates)
 
 
 def _masks(given: Any) -> list[tuple[Mask, int]]:

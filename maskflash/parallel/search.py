@@ -77,6 +77,7 @@ def choose(
     world_size: int,
     *,
     chunk: int | None,
+    head_ranks: int | None = None,
     batch: int,
     heads: int,
     kv_heads: int,
@@ -90,6 +91,7 @@ def choose(
         layers: what the lines of each kind of layer need, all in the same tiles, and how many such layers there are.
         world_size: ranks.
         chunk: shards begin and end at its multiples, tokens, as well as at tiles; None for tiles.
+        head_ranks: ranks that share heads, a divisor of `world_size` and of both heads; None for what is best.
         batch: batch rows.
         heads: query heads.
         kv_heads: of k and v.
@@ -102,12 +104,16 @@ def choose(
     """
     load = Load(batch, heads, kv_heads, head_dim, dtype)
     unit = max((chunk or 0) // layers[0][0].tile, 1)
-    shared = [n for n in range(1, min(world_size, kv_heads) + 1) if not (world_size % n or heads % n or kv_heads % n)]
+    shared = (
+        [head_ranks]
+        if head_ranks
+        else [n for n in range(1, min(world_size, kv_heads) + 1) if not (world_size % n or heads % n or kv_heads % n)]
+    )
     search = _Search(layers, world_size, load, links, unit)
-    for head_ranks in shared:
-        search.price_ways(head_ranks)
-    for head_ranks in sorted({1, search.best()[0].head_ranks}):
-        search.swap(head_ranks)
+    for count in shared:
+        search.price_ways(count)
+    for count in sorted({shared[0], search.best()[0].head_ranks}):
+        search.swap(count)
     best, shards = search.best()
     return ShardChoice(shards, best.head_ranks, best.name, tuple(candidate for candidate, _ in search.found.values()))
 

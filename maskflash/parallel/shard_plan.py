@@ -262,6 +262,9 @@ class ShardPlan:
             ArgumentTypeError: it is no dict.
         """
         top = _fields(ShardPlan, data)
+        for name in ("shards", "layers", "tried"):
+            if not isinstance(top[name], tuple):
+                raise ArgumentTypeError(f"{_READ}: {name} is {arguments.by_type(top[name])}, expected a list")
         layers = [_fields(PlannedLayer, layer) for layer in top["layers"]]
         for layer in layers:
             layer |= {name: PlannedPass(**_fields(PlannedPass, layer[name])) for name in ("forward", "backward")}
@@ -273,6 +276,9 @@ class ShardPlan:
         for name in ("seq_len", "tile", "head_ranks", "batch", "heads", "kv_heads", "head_dim"):
             top[name] = arguments.integer(_READ, name, top[name], low=1)
         top["shards"] = checked(_READ, top["shards"], top["seq_len"], top["tile"])
+        shared, ranks = top["head_ranks"], len(top["shards"])
+        if ranks % shared:
+            raise ArgumentError(f"{_READ}: head_ranks is {shared}, expected a divisor of the number of ranks, {ranks}")
         return ShardPlan(**top)
 
     def fingerprint(self) -> str:

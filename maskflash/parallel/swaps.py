@@ -51,9 +51,19 @@ class Aim:
 
     def cost(self, work: Any, received: Any, sent: Any) -> Any:
         """Of one rank, or of each."""
-        busy = np.maximum(work / self.work, np.maximum(received, sent) / self.keys)
+        cost = np.maximum(received, sent)  # in place from here on: twice as fast
+        cost /= self.keys
+        np.maximum(cost, work / self.work, out=cost)
+        cost -= LIMIT
+        np.maximum(cost, 0, out=cost)
+        cost *= _OVER
         come, go = received / self.most, sent / self.most
-        return _OVER * np.maximum(busy - LIMIT, 0) + (come + go) / 2 + (come * come) ** 2 + (go * go) ** 2
+        cost += (come + go) / 2
+        for share in (come, go):
+            share *= share
+            share *= share
+            cost += share
+        return cost
 
 
 class Chunks:
@@ -164,13 +174,13 @@ class Swaps:
         chunks, count = self.chunks, self.count
         members = self.members[ranks].ravel()
         at = np.repeat(np.arange(len(ranks)), chunks.slots)
-        sees = chunks.sees[members].astype(np.float64)  # sums of whole numbers: the same in any order, on any machine
+        # Sums of whole numbers: the same in any order, on any machine. Products of 32 bits, where exact, take half.
+        width = chunks.width.astype(np.float32 if chunks.width.sum() < 2**24 else np.float64)
+        sees = chunks.sees[members].astype(width.dtype)
         needs, away = self.needs[ranks], count.holder != ranks[:, None]
-        width = chunks.width
         # Of columns that others hold, a chunk brings those that its new rank lacks, and takes those it alone needs.
         only = sees * (width * ((needs == 1) & away))[at]
         brings = sees @ (width * ((needs == 0) & away)).T
-        both = sees @ only.T
         # Its own columns come along: its new rank receives them no more, and its old one does, if it still needs them.
         used = np.where(needs > 0, 1, chunks.own) * width
         sums = np.pad(used.cumsum(1), ((0, 0), (1, 0)))
@@ -178,9 +188,12 @@ class Swaps:
         still = self.needs[count.holder, np.arange(len(chunks.home))] > chunks.own
         leaves = np.bincount(chunks.home, width * still, len(chunks.area))[members] - only.sum(1)
         # [i, j]: the rank of i, once j has taken its place.
-        received = (count.received[ranks][at] + leaves)[:, None] + brings[:, at].T + both.T
+        received = (only @ sees.T).astype(np.float64)
+        received += brings.T[at]
+        received += (count.received[ranks][at] + leaves)[:, None]
         work = (count.work[ranks][at] - chunks.area[members])[:, None] + chunks.area[members]
-        now = aim.cost(work, received, count.sent[ranks][at][:, None]) - self.costs(aim)[ranks][at][:, None]
+        now = aim.cost(work, received, count.sent[ranks][at][:, None])
+        now -= self.costs(aim)[ranks][at][:, None]
         gains = now + now.T
         gains[at[:, None] >= at] = np.inf
         return gains

@@ -72,6 +72,21 @@ def check(mask, plan):
         assert plan.forward.messages == tuple(map(max, zip(sources, targets, strict=True)))
 
 
+@settings(max_examples=30)
+@given(masks(), st.integers(1, 64), st.sampled_from([1, 2]), st.integers(1, 4), st.sampled_from(["nvlink", "cpu"]))
+def test_a_plan_has_the_head_ranks_that_were_asked_for(mask, length, head_ranks, groups, links):
+    ranks = head_ranks * groups
+    plan = mf.parallel.plan(mask, length, ranks, chunk=3, head_ranks=head_ranks, links=links, **SIZES)
+    assert plan.head_ranks == head_ranks and {one.head_ranks for one in plan.tried} == {head_ranks}
+    check(mask, plan)
+    free = mf.parallel.plan(mask, length, ranks, chunk=3, links=links, **SIZES)
+    if free.head_ranks == head_ranks:
+        assert free.shards == plan.shards
+    given = mf.parallel.plan(mask, length, ranks, chunk=3, head_ranks=head_ranks, shards=plan.shards, **SIZES)
+    assert (given.name, given.head_ranks, given.received) == ("given", head_ranks, plan.received)
+    check(mask, given)
+
+
 def test_shards_of_ones_own_are_counted_as_they_are():
     assert PLAN.shards == SHARDS and PLAN.name == "given" and PLAN.tried == ()
     assert PLAN.work == (8 * (1 + 2 + 7), 0, 8 * (3 + 4 + 5 + 6))
@@ -199,6 +214,10 @@ def test_a_report_says_that_more_keys_travel_than_are_seen():
         ({"seq_len": 0}, r"seq_len is 0, expected at least 1"),
         ({"world_size": 0}, r"world_size is 0, expected at least 1"),
         ({"kv_heads": 3}, r"kv_heads is 3, expected a divisor of heads, 4"),
+        ({"head_ranks": 0}, r"head_ranks is 0, expected at least 1"),
+        ({"head_ranks": 2}, r"head_ranks is 2, expected a divisor of world_size, 3"),
+        ({"world_size": 3, "head_ranks": 3}, r"head_ranks is 3, expected a divisor of heads, 4"),
+        ({"world_size": 4, "head_ranks": 4}, r"head_ranks is 4, expected a divisor of kv_heads, 2"),
         ({"chunk": 0}, r"chunk is 0, expected at least 1"),
         ({"mask": []}, r"mask is an empty sequence"),
         ({"mask": [(mf.causal(), 0)]}, r"the layers of mask\[0\] is 0, expected at least 1"),
@@ -224,6 +243,7 @@ def test_wrong_arguments_are_told(wrong, told):
         ({"mask": [(mf.causal(), 2.5)]}, r"the layers of mask\[0\] is 2.5, expected an int"),
         ({"dtype": torch.int8}, r"parallel.plan: dtype"),
         ({"links": 3}, r"Links: "),
+        ({"head_ranks": 1.5}, r"head_ranks is 1.5, expected an int"),
         ({"shards": 3}, r"shards is an int, expected for each rank"),
         ({"shards": [[(0.5, 7)]]}, r"shards is a list, expected for each rank"),
     ],
@@ -257,6 +277,12 @@ X = torch.zeros(1, 1, 7, 1)
         (lambda: ShardPlan.from_dict({}), r"from_dict: a ShardPlan is the keys \[\], expected seq_len"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "layers": [{}]}), r"a PlannedLayer is the keys \[\]"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "tile": 0}), r"from_dict: tile is 0"),
+        (
+            lambda: ShardPlan.from_dict({**PLAN.to_dict(), "head_ranks": 2}),
+            r"head_ranks is 2, expected a divisor",
+        ),
+        (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "layers": 3}), r"from_dict: layers is an int, expected a list"),
+        (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "tried": None}), r"from_dict: tried is .*, expected a list"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "seq_len": 9}), r"from_dict: shards don't fit 9 tokens"),
         (lambda: ShardPlan.from_dict({**PLAN.to_dict(), "dtype": "torch.int8"}), r"from_dict: dtype"),
         (lambda: PLAN.shard([1], 0), r"ShardPlan.shard: x is \[1\], expected a Tensor"),
