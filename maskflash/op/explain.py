@@ -155,6 +155,7 @@ class Explanation:
             if own
             else "one block map for all batch rows and heads"
         )
+        kernel = "kernel of dq, dkdv" if "dq" in facts["passes"] else "kernel"  # forward of few rows has its own
         return {
             "visible": facts["visible"],
             **({"rows of column j": facts["rows"]} if facts["rows"] else {}),
@@ -164,7 +165,7 @@ class Explanation:
             **({"evaluated for": facts["evaluated_for"]} if facts["evaluated_for"] else {}),
             **_score(self.score),
             "backend": f"{self.backend}, {self.why}",
-            **({"kernel": _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
+            **({kernel: _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }
 

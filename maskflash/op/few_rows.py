@@ -27,10 +27,12 @@ class FewRows:
     Attributes:
         problem: the mask.
         units: what they see; None on a GPU, whose kernel finds it.
+        scored: the score function on all pairs; None where there is none, and on a GPU.
     """
 
     problem: Problem
-    units: list[few.Unit] | None
+    units: list[few.Unit] | None = None
+    scored: ScoredPairs | None = None
 
     @staticmethod
     def of(spec: Spec, q: Tensor, k: Tensor) -> FewRows | None:
@@ -46,11 +48,11 @@ class FewRows:
             problem = spec.problem(Sizes.of(q, k))
             if not applies(problem, scored=bool(spec.score)):
                 return None
-            visible = few.look(problem)
-            scored = _scored(spec, q, k)
+            visible, score = few.look(problem), spec.strength.score
+            scored = None if score is None else few.scored(score, len(q), q.shape[1], q.shape[2], k.shape[2])
             if scored is not None:
                 scored.check(visible)
-            return FewRows(problem, few.units_of(visible.numpy(), problem.batch, q.shape[1], k.shape[1]))
+            return FewRows(problem, few.units_of(visible.numpy(), problem.batch, q.shape[1], k.shape[1]), scored)
         if spec.backend != "triton":
             return None
         from maskflash.backends.triton.few import are_few
@@ -62,12 +64,12 @@ class FewRows:
         if not shown(spec, problem):
             cache.find(spec, sizes)  # whose analysis reads the tables
             cache.check_reads(spec, sizes)
-        return FewRows(problem, None)
+        return FewRows(problem)
 
     def forward(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, *, tuning: bool = False) -> tuple[Tensor, Tensor]:
         """Out and lse."""
         if self.units is not None:
-            return few.forward(self.units, q, k, v, spec.scale, spec.sinks, _scored(spec, q, k))
+            return few.forward(self.units, q, k, v, spec.scale, spec.sinks, self.scored)
         from maskflash.backends.triton import run as triton
 
         return triton.few.forward(self.problem, q, k, v, spec.strength, splits=spec.splits or None, tuning=tuning)
@@ -93,12 +95,6 @@ class FewRows:
     def at_once(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Nothing: see `differentiable`."""
         return
-
-
-def _scored(spec: Spec, q: Tensor, k: Tensor) -> ScoredPairs | None:
-    """The score function on all pairs of a call on the CPU; None where there is none."""
-    score = spec.strength.score
-    return None if score is None else few.scored(score, len(q), q.shape[1], q.shape[2], k.shape[2])
 
 
 def shown(spec: Spec, problem: Problem, *, paged: bool = False) -> bool:

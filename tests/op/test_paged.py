@@ -218,6 +218,16 @@ def test_what_lies_in_the_pool_is_not_copied(monkeypatch):
     assert [len(pages) for _, pages in calls] == [3, 3]  # of k and v: those of the short request
 
 
+def test_pages_of_16_bits_are_copied_for_few_requests_at_once(monkeypatch):
+    monkeypatch.setattr(paged, "_COPIED", 2 * 5 * 4 * KV_HEADS * DIM * 2)  # keys of two requests
+    cache, copied, honest = Cache([20, 19, 18, 17, 20], 4, dtype=torch.bfloat16), [], torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda x, dim, at, **out: copied.append(len(at)) or honest(x, dim, at, **out)
+    )
+    assert_as_dense(cache, [1] * 5, mf.causal())
+    assert copied == [10, 10, 10, 10, 5, 5]  # of k and v, all pages of each: so each result is rounded once
+
+
 def test_requests_may_be_partly_in_order(monkeypatch):
     monkeypatch.setattr(paged, "_IN_PLACE", 1 << 14)
     cache = Cache([700, 90], 16, adjacent=True)

@@ -233,12 +233,14 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     if (counts < most).any():
         used = np.arange(most) < counts[:, None]
         chosen, bits = np.where(used, chosen, 0), bits & used.repeat(page_size, 1)[:, None, None]
+    together = 1 if apart else group
     at_once = max(1, _ALONE // page_size if apart else _COPIED // (group * step.page_bytes))
-    at_once = most if step.q.dtype.itemsize == 2 else min(most, at_once)
+    if step.q.dtype.itemsize == 2:  # a kernel of 16 bits rounds what it returns: once, so all pages of fewer requests
+        at_once, together = most, min(together, max(1, _COPIED // (most * step.page_bytes)))
     parts: list[PagesOut] = []
     for first in range(0, most, at_once):
         rows = np.flatnonzero(counts > first)
-        for some in np.split(rows, len(rows)) if apart else [rows]:
+        for some in np.split(rows, range(together, len(rows), together)):
             end, picked = min(first + at_once, int(counts[some].max())), span(some)
             k, v = (
                 x.view(len(some), -1, *x.shape[2:]).transpose(1, 2)

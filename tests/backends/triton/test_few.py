@@ -251,3 +251,14 @@ def test_pieces_are_for_the_processors(device):
     assert few.pieces_of(None, programs, 1 << 20, 64, on) == 1
     assert few.pieces_of(4, programs, 1 << 20, 64, on) == 4
     assert few.pieces_of(1000, 1, 1000, 64, on) == 16
+
+
+def test_explain_tells_the_kernel_of_few_rows_from_the_others(device):
+    attn = mf.compile(mf.sliding_window(40), backend="triton", splits=3)
+    found = attn.explain(1, 4096, q_offset=4095, device=device)
+    assert found.to_dict()["passes"]["forward"] == {
+        "rows, whose mask is evaluated in the kernel": 1,
+        "pieces of a row": 3,
+    }
+    assert "kernel of dq, dkdv interval: it reads" in str(found)
+    assert "kernel             interval: it reads" in str(attn.explain(40, 40, device=device))
