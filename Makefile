@@ -32,7 +32,7 @@ browser:  ## have Chromium for the explorer's tests, from Debian's packages wher
 	@sh tests/visualize/install_chromium.sh
 
 docs: $(STAMP)  ## build the docs as a site into site/, warnings as errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "open site/index.html, or to search it: $(BIN)/python -m http.server --directory site"
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy, changing nothing

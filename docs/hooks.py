@@ -25,7 +25,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+FROM_ROOT = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "templates/README.md": "templates.md",
+}
 SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r"^<!-- ((?:picture|shards|chart|listing): .*) -->$", re.MULTILINE)
 GALLERY = "<!-- gallery -->"
@@ -148,9 +153,9 @@ def drawn(
     from maskflash import visualize
 
     panels = max(2, heads) if against is None else 3
-    width, height = 4 * panels, 1.25 + 3 * q_len / kv_len  # inches; a layout engine takes as long as all the rest
+    width, height = 4 * panels, 1.45 + 3 * q_len / kv_len  # inches; a layout engine takes as long as all the rest
     figure = Figure(figsize=(width, height))
-    margins = {"left": 0.7 / width, "right": 1 - 0.3 / width, "bottom": 0.5 / height, "top": 1 - 0.75 / height}
+    margins = {"left": 0.7 / width, "right": 1 - 0.3 / width, "bottom": 0.7 / height, "top": 1 - 0.75 / height}
     axes = figure.subplots(1, panels, gridspec_kw={**margins, "wspace": 1 / 3})
     if heads > 1:
         for head, ax in enumerate(axes):

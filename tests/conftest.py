@@ -1,6 +1,7 @@
 """What every test shares: reproducible examples and randomness, threads, where kernels run, and a kernel cache."""
 
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -65,3 +66,17 @@ def kernel_cache():
 def seeded():
     """Start every test from the same state of torch's generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The system's browser."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("there is no Chromium here; as root, `make browser` installs it from Debian's packages")
+    playwright = pytest.importorskip("playwright.sync_api", reason="in the extra test: pip install 'maskflash[test]'")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path)
+        yield browser
+        browser.close()

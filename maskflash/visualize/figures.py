@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST: Final = 512  # cells a side: more than a panel has room for
+_MOST: Final = 512  # pairs or tiles a side, up to which each is drawn by itself
+_COARSE: Final = 256  # cells a side beyond that: each is two pixels or more, so that those along a boundary are seen
+_TITLE: Final = 46  # letters that a line of a title has room for
 _OUTLINED: Final = 64  # tiles a side, up to which each has its outline, and partial ones are hatched
 _TILES: Final = {FULL: "full", PARTIAL: "partial", SKIP: "skip"}
 _PAIRS: Final = {FULL: "visible", PARTIAL: "in part", SKIP: "hidden"}
+_SQUARES: Final = {FULL: "all visible", PARTIAL: "some", SKIP: "none"}
 
 
 def draw_mask(
@@ -39,7 +43,7 @@ def draw_mask(
     legend: bool = True,
     **call: Any,
 ) -> Axes:
-    """Draw which pairs are visible, each by itself up to 512 tokens, then by squares of equal size.
+    """Draw which pairs are visible, each by itself up to 512 tokens, then by at most 256 squares a side.
 
     A square is dark if all of its pairs are visible, light if none is, else between: the same words as for tiles, and
     found in the same way, so a million tokens cost milliseconds to a second.
@@ -69,16 +73,17 @@ def draw_mask(
     _check(mask, Mask, "draw_mask")
     legend = arguments.flag("draw_mask", "legend", legend)
     q_len, kv_len = arguments.integer("draw_mask", "q_len", q_len), arguments.integer("draw_mask", "kv_len", kv_len)
-    size = max(1, math.ceil(max(q_len, kv_len) / _MOST))
+    size = 1 if max(q_len, kv_len) <= _MOST else math.ceil(max(q_len, kv_len) / _COARSE)
     block_map = mask.block_map(q_len, kv_len, block_size=size, **call)
     drawn = cells(block_map, _MOST, batch_row, head)
     ax = axes(ax)
     _image(ax, drawn)
     frame(ax, q_len, kv_len)
-    ax.set_title(mask.name)
-    if legend:
-        kinds = (FULL, SKIP) if size == 1 else (FULL, PARTIAL, SKIP)
-        _legend(ax, {kind: _PAIRS[kind] for kind in kinds}, hatched=False)
+    ax.set_title(_titled(mask.name))
+    if legend and size == 1:
+        _legend(ax, {kind: _PAIRS[kind] for kind in (FULL, SKIP)})
+    elif legend:
+        _legend(ax, _SQUARES, f"squares of {size:,} x {size:,} pairs")
     return ax
 
 
@@ -87,8 +92,8 @@ def draw_tiles(
 ) -> Axes:
     """Draw a block map: full tiles dark, partial ones between and hatched, skipped ones light.
 
-    Beyond 64 tiles a side outlines and hatches are left out, and beyond 512 a cell stands for several tiles: full or
-    skip if all of them are, else partial.
+    Beyond 64 tiles a side outlines and hatches are left out, and beyond 512 at most 256 cells a side stand for several
+    tiles each: full or skip if all of them are, else partial. Ticks are at borders of tiles.
 
     Args:
         block_map: from `mask.block_map(...)`.
@@ -111,18 +116,21 @@ def draw_tiles(
     """
     _check(block_map, BlockMap, "draw_tiles")
     legend = arguments.flag("draw_tiles", "legend", legend)
-    drawn = cells(block_map, _MOST, batch_row, head)
+    most = _MOST if max(block_map.shape[2:]) <= _MOST else _COARSE
+    drawn = cells(block_map, most, batch_row, head)
     ax = axes(ax)
     outlined = max(drawn.kinds.shape) <= _OUTLINED and drawn.side == 1
     if outlined:
         _outlined(ax, drawn)
     else:
         _image(ax, drawn)
-    frame(ax, block_map.q_len, block_map.kv_len)
+    frame(ax, block_map.q_len, block_map.kv_len, block_map.block_size)
     rows, columns = block_map.block_size
-    ax.set_title(f"tiles of {rows} x {columns} tokens" + (f", {drawn.side} x {drawn.side} a cell" * (drawn.side > 1)))
+    ax.set_title(f"tiles of {rows} x {columns} tokens")
     if legend:
-        _legend(ax, {kind: f"{block_map.counts[name]:,} {name}" for kind, name in _TILES.items()}, hatched=outlined)
+        names = {kind: f"{block_map.counts[name]:,} {name}" for kind, name in _TILES.items()}
+        side = drawn.side
+        _legend(ax, names, f"tiles; drawn in squares of {side:,} x {side:,}" if side > 1 else "", hatched=outlined)
     return ax
 
 
@@ -168,8 +176,13 @@ def side_by_side(
             draw_mask(panel, q_len, kv_len, ax=ax, **options)
             if isinstance(panel, ColumnIntervals):
                 draw_intervals(panel, q_len, ax=ax, batch_row=options.get("batch_row", 0))
-        ax.set_title(title)
+        ax.set_title(_titled(title))
     return made
+
+
+def _titled(text: str) -> str:
+    """A title in lines that fit a panel, three at most."""
+    return "\n".join(textwrap.wrap(text, _TITLE, max_lines=3, placeholder=" …"))
 
 
 def _image(ax: Axes, drawn: Cells) -> None:
@@ -203,7 +216,8 @@ def _outlined(ax: Axes, drawn: Cells) -> None:
         )
 
 
-def _legend(ax: Axes, names: Mapping[int, str], *, hatched: bool) -> None:
+def _legend(ax: Axes, names: Mapping[int, str], title: str = "", *, hatched: bool = False) -> None:
+    """Name the kinds below the axes, under what a cell is where it isn't a pair or a tile."""
     from matplotlib.patches import Patch
 
     handles = [
@@ -215,7 +229,8 @@ def _legend(ax: Axes, names: Mapping[int, str], *, hatched: bool) -> None:
         )
         for kind, name in names.items()
     ]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(handles), frameon=False)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02)}
+    ax.legend(handles=handles, title=title or None, ncols=len(handles), frameon=False, **place)
 
 
 def _check(value: object, kind: type, operation: str) -> None:

@@ -7,6 +7,7 @@ The page holds runs of tiles, never a lattice: numbers as their differences, def
 from __future__ import annotations
 
 import base64
+import math
 import os
 import zlib
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from maskflash.analysis.block_map import BlockMap
+from maskflash.analysis.classify import classify
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP, Runs
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _DASHES: Final = {"solid": [], "dashed": [6, 3], "dotted": [2, 2], "dashdot": [6, 2, 2, 2]}  # of lines, in pixels
+_MOST_PAIRS: Final = 1 << 24  # of partial tiles, up to which they are looked at one by one
+_MOST_RUNS: Final = 1 << 18  # of pairs, up to which the page holds them
 
 
 def explorer(
@@ -46,6 +50,7 @@ def explorer(
     """Make a page that shows a block map: its tiles, who decided each, and the work of its rows and columns.
 
     The page is made from runs, so a million tokens of causal documents are well below a megabyte. It fetches nothing.
+    Zoomed in, partial tiles of a mask show their pairs, if they hold at most 2^24 pairs in all, in at most 2^18 runs.
     Documents are marked where a mask compares look-ups by q and kv, such as `doc[b, q] == doc[b, kv]`, and vectors
     where it is a `ColumnIntervals`.
 
@@ -76,16 +81,19 @@ def explorer(
         arguments.instance("explorer", "title", title, str, "it is what the page is called")
     if path is not None and not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"explorer: path is a {type(path).__name__}, expected a str or a path")
-    decided, documents, vectors = None, [], None
+    decided, pairs, documents, vectors = None, None, [], None
     if isinstance(shown, BlockMap):
         block_map = shown
     elif isinstance(shown, Mask):
         if q_len is None or kv_len is None:
             raise ArgumentError(f"explorer: {shown.name} is a mask, so q_len and kv_len are needed")
         size = arguments.block_size("explorer", block_size)
-        problem = shown.at_call("explorer", q_len, kv_len, call).tiled(size).on_host()
+        asked = shown.at_call("explorer", q_len, kv_len, call)
+        problem = asked.tiled(size).on_host()
         decided = decide(problem)
         block_map = decided.seen.block_map
+        if 0 < block_map.counts["partial"] * math.prod(size) <= _MOST_PAIRS:
+            pairs = _few(classify(asked.tiled((1, 1)).on_host()).block_map)
         documents = find_documents(problem)
         if isinstance(shown, ColumnIntervals):
             vectors = find_vectors(shown, problem.q_len)
@@ -94,14 +102,19 @@ def explorer(
             f"explorer: got a {type(shown).__name__}, expected a Mask or a BlockMap; make one with mf.mask"
         )
     name = title if title is not None else "block map" if isinstance(shown, BlockMap) else shown.name
-    page = _render(name, block_map, decided, documents, vectors)
+    page = _render(name, block_map, decided, pairs, documents, vectors)
     if path is not None:
         _write(page, Path(path))
     return page
 
 
 def _render(
-    name: str, block_map: BlockMap, decided: Decided | None, documents: list[Documents], vectors: Vectors | None
+    name: str,
+    block_map: BlockMap,
+    decided: Decided | None,
+    pairs: BlockMap | None,
+    documents: list[Documents],
+    vectors: Vectors | None,
 ) -> str:
     lines = {
         name: {"colour": style.VECTOR_COLOURS[name], "dash": _DASHES[style.VECTOR_DASHES[name]]}
@@ -113,6 +126,7 @@ def _render(
         "block_size": block_map.block_size,
         "shape": block_map.shape,
         "runs": _runs(block_map.rows),
+        "pairs": pairs and {"shape": pairs.shape[:2], **_runs(pairs.rows)},
         "decided": decided and decided.seen.decided,
         "evaluated": decided and decided.evaluated and _runs(decided.evaluated),
         "documents": [
@@ -132,9 +146,26 @@ def _render(
             "hatch": style.HATCH_INK,
             "outline": style.OUTLINE,
             "document": style.DOCUMENT_COLOUR,
+            "paper": "#ffffff",
+            "ink": "#000000",
+            "halo": "rgba(255, 255, 255, 0.75)",
+        },
+        "dark": {
+            "kinds": [style.DARK_COLOURS[kind] for kind in (SKIP, PARTIAL, FULL)],
+            "hatch": style.DARK_HATCH_INK,
+            "outline": style.DARK_OUTLINE,
+            "document": style.DARK_DOCUMENT_COLOUR,
+            "paper": "#14181d",
+            "ink": "#ffffff",
+            "halo": "rgba(0, 0, 0, 0.6)",
         },
     }
     return _environment().get_template("page.html.jinja").render(name=name, block_map=block_map, data=data)
+
+
+def _few(pairs: BlockMap) -> BlockMap | None:
+    """A map of single pairs, unless it has more runs than a page should hold."""
+    return pairs if len(pairs.rows.start) <= _MOST_RUNS else None
 
 
 def pack(numbers: Any) -> str:

@@ -11,6 +11,7 @@ q ■ · · · ▐0     0 ■■■■■■     0 ■■■
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _MOST: Final = 512  # cells a side: more than a panel has room for
 _FEW: Final = 32  # ranks, up to which there is a gap between bars
+_GREY: Final = 0.25
 _LIGHT: Final = 0.5  # of white in the colour of what is visible in part, and of bytes of the backward pass
 _STRIP: Final = 0.035  # of the map's side
 _MIB: Final = 2**20
@@ -85,6 +87,7 @@ def draw_shards(plan: ShardPlan, mask: Mask, *, batch_row: int = 0, head: int = 
     work.set_ylabel("rank")
     _bars(moved, [np.array(one.received) / _MIB for one in (plan.forward, plan.backward)], colours)
     moved.set_title("MiB received")
+    _legends(place, moved, plan)
     return made
 
 
@@ -104,6 +107,20 @@ def _map(ax: Axes, plan: ShardPlan, drawn: Cells, colours: Colours) -> None:
     below.set_xlim(0, plan.seq_len)
     for strip in (right, below):
         strip.set_axis_off()
+
+
+def _legends(place: Axes, moved: Axes, plan: ShardPlan) -> None:
+    """Say what strips, pale squares and pale bars are; ranks have their numbers beside the bars."""
+    from matplotlib.patches import Patch
+
+    below = {"loc": "upper center", "frameon": False}
+    strips = "right: the rank that holds each row; below: each key; pale squares: some pairs visible"
+    if plan.seq_len <= _MOST:
+        strips = strips.partition("; pale")[0]
+    place.legend(handles=[], title=textwrap.fill(strips, 54), bbox_to_anchor=(0.5, -0.05), **below)
+    ink = np.full((1, 3), _GREY)
+    parts = [Patch(color=shade[0], label=name) for name, shade in (("forward", ink), ("backward", _lighter(ink)))]
+    moved.legend(handles=parts, bbox_to_anchor=(0.5, -0.05), **below)
 
 
 def _colours(ranks: int) -> Colours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +21,12 @@ HATCH: Final = {SKIP: None, PARTIAL: "////", FULL: None}
 HATCH_INK: Final = "#3d6f9e"
 OUTLINE: Final = "#c8c8c8"  # of single tiles
 DOCUMENT_COLOUR: Final = "#b2182b"
+# The explorer's on a dark screen: the same order from paper to ink.
+DARK_COLOURS: Final = {SKIP: "#22272e", PARTIAL: "#4a78a6", FULL: "#c4dcf3"}
+DARK_HATCH_INK: Final = "#86b0d8"
+DARK_OUTLINE: Final = "#4b525b"
+DARK_DOCUMENT_COLOUR: Final = "#ff8f87"
+_TICKS: Final = 5  # on an axis of tiles, beside the one at 0
 VECTOR_COLOURS: Final = {"lts": "#d95f02", "lte": "#8c2d04", "uts": "#b8860b", "ute": "#e6ab02"}
 VECTOR_DASHES: Final = {"lts": "solid", "lte": "dashed", "uts": "dotted", "ute": "dashdot"}
 
@@ -56,14 +63,21 @@ def figure(panels: int, widths: Sequence[float] | None = None) -> Figure:
             "visualize: pictures need matplotlib, which is not installed here; pip install 'maskflash[plot]'"
         ) from None
     widths = [1.0] * panels if widths is None else widths
-    made = Figure(figsize=(5.2 * sum(widths), 5.4), dpi=160, layout="constrained")
+    made = Figure(figsize=(5.2 * sum(widths), 6.1), dpi=160, layout="constrained")
     made.subplots(1, panels, width_ratios=widths)
     return made
 
 
-def frame(ax: Axes, q_len: int, kv_len: int) -> None:
-    """Queries downwards, keys to the right, both in tokens."""
-    from matplotlib.ticker import MaxNLocator
+def frame(ax: Axes, q_len: int, kv_len: int, block_size: tuple[int, int] | None = None) -> None:
+    """Queries downwards, keys to the right, both in tokens; with a block size, ticks at borders of tiles.
+
+    Args:
+        ax: the axes.
+        q_len: rows in tokens.
+        kv_len: columns in tokens.
+        block_size: tokens per tile, (rows, columns); None puts ticks at round numbers.
+    """
+    from matplotlib.ticker import MaxNLocator, MultipleLocator
 
     ax.set_xlim(0, max(kv_len, 1))
     ax.set_ylim(max(q_len, 1), 0)
@@ -71,8 +85,13 @@ def frame(ax: Axes, q_len: int, kv_len: int) -> None:
         ax.set_aspect("equal")
     ax.set_xlabel("key")
     ax.set_ylabel("query")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(lambda tokens, place: f"{tokens:,.0f}")
-        axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    for place, (axis, length) in enumerate(((ax.yaxis, q_len), (ax.xaxis, kv_len))):
+        axis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+        if block_size is None:
+            axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        else:
+            tiles = math.ceil(max(length, 1) / block_size[place])
+            apart = 2 ** max(0, math.ceil(math.log2(tiles / _TICKS)))  # tiles between ticks
+            axis.set_major_locator(MultipleLocator(block_size[place] * apart))
     ax.xaxis.set_label_position("top")
     ax.xaxis.tick_top()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,10 +16,13 @@ from maskflash.visualize.cells import index
 from maskflash.visualize.style import VECTOR_COLOURS, VECTOR_DASHES, axes, frame
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 Band = tuple[NDArray[np.int32], NDArray[np.int32]]
 
+_HATCH_INK: Final = "#b35806"
+_HATCH: Final = "\\\\"
 _BINS: Final = 1024  # of columns: more than a panel has room for
 
 
@@ -42,7 +46,7 @@ def draw_intervals(
         ax: where to draw, such as what `draw_mask` returned; None makes a figure.
         batch_row: which batch row of the vectors; one serves all.
         head: which head of the vectors (not of the queries, where these share one); likewise.
-        legend: whether to name the lines.
+        legend: whether to name the lines and the hatch.
 
     Returns:
         The axes, in tokens.
@@ -56,7 +60,7 @@ def draw_intervals(
         >>> vectors = (mf.causal() & mf.document([300, 724])).to_flashmask(1024, 1024)
         >>> ax = draw_intervals(vectors, 1024, ax=mf.visualize.draw_mask(vectors, 1024, 1024))
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
-        ['lts']
+        ['lts', 'hidden by them']
     """
     if not isinstance(columns, ColumnIntervals):
         raise ArgumentTypeError(
@@ -76,7 +80,7 @@ def draw_intervals(
         _hatch(ax, edges, bands["lts"], bands.get("lte", _same(rows, edges)))
         if "ute" in bands:
             _hatch(ax, edges, bands.get("uts", _same(0, edges)), bands["ute"])
-        handles = [
+        for name, (low, high) in bands.items():
             ax.stairs(
                 high,
                 edges,
@@ -88,13 +92,24 @@ def draw_intervals(
                 linewidth=1.6,
                 label=name,
             )
-            for name, (low, high) in bands.items()
-        ]
         if legend:
             if (before := ax.get_legend()) is not None:
-                ax.add_artist(before)
-            ax.legend(handles=handles, loc="upper right", framealpha=0.9)
+                before.remove()
+                ax.add_artist(before).set_clip_on(False)  # else the layout leaves it no room
+            ax.legend(handles=_handles(bands), loc="upper right", framealpha=0.9)
     return ax
+
+
+def _handles(names: Iterable[str]) -> list[Artist]:
+    """A line for each vector, as it is drawn, and the hatch of what they hide."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    lines = [
+        Line2D([], [], color=VECTOR_COLOURS[name], linestyle=VECTOR_DASHES[name], linewidth=1.6, label=name)
+        for name in names
+    ]
+    return [*lines, Patch(facecolor="none", edgecolor=_HATCH_INK, hatch=_HATCH, label="hidden by them")]
 
 
 def _band(vector: Tensor, edges: NDArray[np.int64], rows: int) -> Band:
@@ -113,4 +128,4 @@ def _same(row: int, edges: NDArray[np.int64]) -> Band:
 def _hatch(ax: Axes, edges: NDArray[np.int64], start: Band, stop: Band) -> None:
     """Hatch the rows that every column of a group hides."""
     first, last = start[1], np.maximum(start[1], stop[0])
-    ax.stairs(last, edges, baseline=first, fill=True, facecolor="none", edgecolor="#b35806", hatch="\\\\", linewidth=0)
+    ax.stairs(last, edges, baseline=first, fill=True, facecolor="none", edgecolor=_HATCH_INK, hatch=_HATCH, linewidth=0)

@@ -1,5 +1,6 @@
 """The site builds with warnings as errors, fetches nothing, documents every public name, and draws every picture."""
 
+import io
 import os
 import re
 import shutil
@@ -7,8 +8,12 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -17,6 +22,7 @@ from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
 import maskflash as mf
+from benchmarks import charts
 from maskflash import parallel, presets, scores, testing, visualize
 
 ROOT = Path(__file__).parents[2]
@@ -26,11 +32,13 @@ ROOT = Path(__file__).parents[2]
 def site(tmp_path_factory):
     """The site as `make docs` builds it, in a folder of its own."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     found = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
-    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    said = found.stdout + found.stderr
+    assert found.returncode == 0, said
+    assert "WARNING" not in said  # with --quiet mkdocs would neither say nor count them
     return folder
 
 
@@ -93,8 +101,137 @@ def test_every_recipe_has_its_picture(site):
     wanted = (ROOT / "docs" / "cookbook.md").read_text(encoding="utf-8").count("<!-- picture")
     assert len(pictures) == len(set(pictures)) == wanted
     for name in pictures:
+        assert "<text" in (site / name).read_text(encoding="utf-8")  # not outlines of letters
         assert "</svg>" in (site / name).read_text(encoding="utf-8")
     assert "<!-- picture" not in page
+
+
+def test_the_gallery_leads_to_every_recipe(site):
+    page = (site / "cookbook.html").read_text(encoding="utf-8")
+    (links,) = re.findall(r'<p class="gallery">(.*?)</p>', page, re.DOTALL)
+    found = re.findall(r'<a href="#([^"]+)"><img[^>]*src="(pictures/[^"]+\.png)"[^>]*/?> ([^<]+)</a>', links)
+    headings = re.findall(r'<h3 id="([^"]+)">([^<]+)', page)
+    assert [(anchor, title) for anchor, _, title in found] == headings
+    assert all((site / picture).stat().st_size > 50 for _, picture, _ in found)
+
+
+def test_a_thumbnail_has_a_pixel_for_each_pair(hooks):
+    from matplotlib.image import imread
+
+    mask = mf.causal() & mf.document([20, 30, 14])
+    pixels = imread(io.BytesIO(hooks.thumbnail(mask, 64, 64)))[..., 2]
+    assert pixels.shape == (64, 64)
+    assert ((pixels < 0.5) == mask.dense(64, 64)[0, 0].numpy()).all()
+
+
+def test_every_chart_is_on_the_page_of_benchmarks(site):
+    page = (site / "benchmarks.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'<img[^>]* src="pictures/[^"]+\.svg"', page)) == len(charts.CHARTS) + 1  # and the frontier
+
+
+class Linked(HTMLParser):
+    """A page's links, and the places in it that links may lead to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.places = [], {""}
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        own = dict(attributes)
+        self.places.update(own[name] for name in ("id", "name") if own.get(name))
+        self.links += [own["href"]] if tag == "a" and own.get("href") else []
+
+
+def broken(folder):
+    """Links from pages to pages or places that are not there."""
+    pages = {path.resolve(): Linked(path) for path in folder.rglob("*.html")}
+    found = []
+    for path, page in pages.items():
+        for link in page.links:
+            if path.name == "404.html" or re.match(r"\w+:|//", link):
+                continue
+            name, _, place = unquote(link).partition("#")
+            target = (path.parent / name).resolve() if name else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (target in pages and place not in pages[target].places):
+                found.append((path.name, link))
+    return found
+
+
+def test_every_link_leads_somewhere(site):
+    assert broken(site) == []
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<a href="b.html#here">1</a><a href="b.html#gone">2</a><a href="c.html">3</a>')
+    (tmp_path / "b.html").write_text('<h1 id="here">x</h1><a href="https://fine.org">4</a><a href="#">5</a>')
+    assert broken(tmp_path) == [("a.html", "b.html#gone"), ("a.html", "c.html")]
+
+
+@pytest.fixture
+def served(site):
+    """The site's address: a page finds the others' words only from a server."""
+    handler = partial(SilentHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("words", ["Transformers", "varlen", "ALiBi", "KV cache", "natten"])
+def test_search_finds(words, served, chromium):
+    page = chromium.new_page()
+    page.goto(f"{served}/index.html")
+    page.locator(".md-search__input").click()
+    page.keyboard.type(words, delay=10)
+    page.wait_for_selector(".md-search-result__item a", state="attached", timeout=30_000)
+    text = " ".join(page.locator(".md-search-result__item").all_inner_texts()).lower()
+    assert all(word in text for word in words.lower().split())
+    page.close()
+
+
+# What is wider than its place, and what reaches under the button that copies.
+CUT_OFF = """() => {
+  const wide = document.documentElement.clientWidth, found = [];
+  if (document.documentElement.scrollWidth > wide) found.push("the page");
+  for (const button of document.querySelectorAll(".md-code__nav")) {
+    const code = button.parentElement.querySelector("code").getBoundingClientRect();
+    const own = button.getBoundingClientRect();
+    if (own.width && own.left < code.right - 1) found.push(button.parentElement.innerText.slice(0, 40));
+  }
+  for (const image of document.querySelectorAll(".md-content img")) {
+    if (image.getBoundingClientRect().right > wide) found.push(image.src);
+  }
+  return found;
+}"""
+# Tables that scroll, and blocks of code that do though no line has more than 120 columns.
+SCROLLS = """() => [...document.querySelectorAll(".md-content pre > code, .md-typeset__scrollwrap")]
+  .filter((x) => x.scrollWidth > x.clientWidth + 1)
+  .filter((x) => x.tagName !== "CODE" || x.innerText.split("\\n").every((line) => line.length <= 120))
+  .map((x) => x.innerText.slice(0, 60))"""
+
+
+@pytest.mark.parametrize("wide", [1400, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_off(wide, scheme, site, chromium):
+    context = chromium.new_context(viewport={"width": wide, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    found = {}
+    for path in sorted(site.glob("*.html")):
+        page.goto(path.as_uri())
+        found[path.name] = page.evaluate(CUT_OFF) + (page.evaluate(SCROLLS) if wide == 1400 else [])
+    assert {name: cut for name, cut in found.items() if cut} == {}
+    context.close()
 
 
 def test_the_kernel_is_there_in_full(site):
@@ -131,14 +268,15 @@ def test_links_out_of_the_docs_lead_to_pages(site):
         ("```pycon\n>>> 1 + 1\n3\n\n```\n\n<!-- listing: '' -->\n", True),
     ],
 )
-def test_the_build_can_fail(page, fails, tmp_path):
+def test_the_build_can_fail(page, fails, tmp_path, hooks):
     """A site of two pages, with this one's configuration and hooks."""
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "hooks.py", tmp_path / "docs")
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    (tmp_path / "templates").mkdir()
+    for name in hooks.FROM_ROOT:
         (tmp_path / name).write_text("# Title\n", encoding="utf-8")
     (tmp_path / "docs" / "page.md").write_text(page, encoding="utf-8")
-    pages = ["index.md", "page.md", "contributing.md", "changelog.md", "decisions/index.md"]
+    pages = ["index.md", "page.md", "contributing.md", "changelog.md", "templates.md", "decisions/index.md"]
     own = {"nav": pages, "plugins": [], "watch": []}
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8")) | own
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(settings), encoding="utf-8")

@@ -1,24 +1,8 @@
 """The system's browser, and pages of the explorer opened in it."""
 
-import shutil
-
 import pytest
 
 from tests.visualize.browser import Explorer
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """The system's browser."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip("there is no Chromium here; as root, `make browser` installs it from Debian's packages")
-    playwright = pytest.importorskip("playwright.sync_api", reason="in the extra test: pip install 'maskflash[test]'")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from maskflash import visualize
 from maskflash.backends.triton.walks import split_runs
 from maskflash.testing import masks
 from maskflash.visualize.cells import cells
-from maskflash.visualize.style import COLOURS
+from maskflash.visualize.style import COLOURS, DARK_COLOURS
 from tests.visualize.browser import AT, COMMONEST, NAMES, Explorer, Truth, span
 
 MILLION = 1 << 20
@@ -356,7 +356,8 @@ def test_odd_lengths_are_shown(opened, q_len, kv_len):
     page.page.mouse.move(box["x"] + 3, box["y"] + 3)
     page.page.mouse.wheel(0, -300)
     page.drawn()
-    assert page.said()["place"] == ("row 0, column 0 of tiles" if q_len and kv_len else "point at one")
+    assert page.said()["place"] == ("row 0, column 0 of tiles" if q_len and kv_len else "")
+    assert page.page.locator("#ask").is_visible() == (not (q_len and kv_len))
 
 
 def test_it_fits_paper_and_comes_back(opened):
@@ -375,7 +376,7 @@ def test_everything_has_a_name_for_those_who_do_not_see_it(opened):
     unnamed = """() => [...document.querySelectorAll("button, select, input, canvas, section")].filter((x) =>
         !x.ariaLabel && !x.textContent.trim() && !(x.labels && x.labels.length)).map((x) => x.id)"""
     assert page.page.evaluate(unnamed) == []
-    assert page.page.locator("#tile").get_attribute("aria-live") == "polite"
+    assert page.page.locator("#answer").get_attribute("aria-live") == "polite"
     assert "queries 0 to 1,024" in page.page.locator("#map").get_attribute("aria-label")
 
 
@@ -389,3 +390,92 @@ def test_a_browser_that_cannot_unpack_it_says_so(chromium, tmp_path):
     assert "it needs DecompressionStream" in page.locator("#problem").inner_text()
     assert page.locator("#counts").inner_text() == "4 full, 18 partial, 42 skip"
     page.close()
+
+
+NATTEN = mf.natten(32, 32, 7, 7)
+SCATTERED = mf.mask(lambda b, h, q, kv: (q * 7 + kv * 3) % 29 < 9)
+
+
+@pytest.mark.parametrize("mask", [NATTEN, PER_HEAD, SCATTERED], ids=["natten", "heads", "scattered"])
+def test_partial_tiles_show_their_pairs_when_there_is_room(opened, mask):
+    sizes = {"batch": 2, "heads": 3} if mask is PER_HEAD else {}
+    page = opened(visualize.explorer(mask, 1000, 1000, **sizes))
+    b, h = (1, 2) if sizes else (0, 0)
+    if sizes:
+        page.page.locator("#batch").select_option(str(b))
+        page.page.locator("#head").select_option(str(h))
+    assert "show their pairs" not in page.text("view")
+    page.point(900, 880)
+    for _ in range(4):
+        page.page.mouse.wheel(0, -400)
+    top, bottom, left, right = page.view()
+    assert bottom - top < 100
+    assert "show their pairs" in page.text("view")
+    rows, columns = range(top + 2, bottom - 2, 3), range(left + 2, right - 2, 3)
+    centres = [page.place(q + 0.5, k + 0.5) for q, k in zip(rows, columns, strict=False)]
+    xs, ys = ([round(value) for value in x] for x in zip(*centres, strict=True))
+    found = page.page.locator("#map").evaluate(AT, [[COLOURS[kind] for kind in (0, 1, 2)], xs, ys])
+    truth = mask.dense(1000, 1000, **sizes).expand(2, 3, -1, -1)[b, h]
+    wrong = [
+        (q, k)
+        for q, line in zip(rows, found, strict=False)
+        for k, kind in zip(columns, line, strict=False)
+        if kind in "02" and (kind == "2") != bool(truth[q, k])
+    ]
+    assert wrong == []
+    shown = "".join(found)
+    assert shown.count("0") > 20
+    assert shown.count("2") > 20
+    assert shown.count("1") == 0
+
+
+def test_pairs_are_left_out_where_there_are_too_many(opened):
+    page = opened(visualize.explorer(mf.mask(lambda b, h, q, kv: (q + kv) % 2 == 0), 2048, 2048))
+    for _ in range(6):
+        page.page.locator("#closer").click()
+    page.drawn()
+    assert "show their pairs" not in page.text("view")
+
+
+def test_an_empty_panel_says_what_to_do(opened):
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    assert "Point at a tile" in page.text("ask")
+    assert not page.page.locator("#tile").is_visible()
+    page.point(64, 64)
+    assert page.page.locator("#tile").is_visible()
+    assert not page.page.locator("#ask").is_visible()
+    assert "There are no tiles" in opened(visualize.explorer(mf.causal(), 0, 0)).text("ask")
+
+
+LABELS = """() => ["keys", "queries"].map((id) => [...document.getElementById(id).children].map((label) => {
+  const box = label.getBoundingClientRect(), room = document.getElementById(id).getBoundingClientRect();
+  return [label.textContent, box.right <= room.right + 1 && box.bottom <= room.bottom + 1];
+}))"""
+
+
+@pytest.mark.parametrize("wide", [1280, 390])
+@pytest.mark.parametrize("length", [1024, MILLION])
+def test_axes_have_equal_steps_at_borders_of_tiles_and_whole_labels(opened, wide, length):
+    page = opened(visualize.explorer(mf.causal().block_map(length, length)))
+    page.page.set_viewport_size({"width": wide, "height": 900})
+    page.drawn()
+    keys, queries = page.page.evaluate(LABELS)
+    assert all(whole for _, whole in (*keys, *queries))
+    places = [[int(re.sub(r"\D", "", text)) for text, _ in labels] for labels in (keys, queries)]
+    few = min(map(len, places))
+    assert few >= 2
+    assert places[0][:few] == places[1][:few]
+    assert all(place % 128 == 0 for place in places[0])
+    assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_dark_screen_has_dark_paper(opened):
+    page = opened(visualize.explorer(PACKED, 1024, 1024))
+    page.page.locator("#show-documents").uncheck()
+    assert page.colours([(0, 128, 896, 1024)]) == [COLOURS[0]]
+    page.page.emulate_media(color_scheme="dark")
+    assert page.colours([(0, 128, 896, 1024), (0, 128, 0, 128)]) == [DARK_COLOURS[0], DARK_COLOURS[1]]
+    background = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", background))) < 40
+    page.page.emulate_media(color_scheme="light")
+    assert page.colours([(0, 128, 896, 1024)]) == [COLOURS[0]]

@@ -17,8 +17,11 @@ pytest.importorskip("matplotlib", reason="an extra: pip install 'maskflash[plot]
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 MILLION = 1 << 20
+PACKED = mf.causal() & mf.document([300, 500, 224])
 
 
 def pixels(ax):
@@ -186,7 +189,7 @@ def test_panels_are_side_by_side_in_order():
     assert [ax.get_title() for ax in made.axes] == ["a", "b", "c"]
     lefts = [ax.get_position().x0 for ax in made.axes]
     assert lefts == sorted(lefts)
-    assert [text.get_text() for text in made.axes[2].get_legend().get_texts()] == list(vectors.vectors())
+    assert [text.get_text() for text in made.axes[2].get_legend().get_texts()] == [*vectors.vectors(), "hidden by them"]
 
 
 def test_it_draws_on_the_axes_it_is_given():
@@ -229,3 +232,66 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BackendError, match=r"pip install 'maskflash\[plot\]'"):
         visualize.draw_mask(mf.causal(), 8, 8)
+
+
+def outside(made):
+    """What of a figure's titles, labels and legends reaches over its border."""
+    canvas = FigureCanvasAgg(made)
+    canvas.draw()
+    found = [text for ax in made.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label)]
+    found += [text for legend in made.findobj(Legend) for text in legend.findobj(Text)]
+    found = [text for text in found if text.get_visible() and text.get_text()]
+    box = made.bbox
+    extents = [(text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in found]
+    return [name for name, x in extents if x.x0 < box.x0 or x.x1 > box.x1 or x.y0 < box.y0 or x.y1 > box.y1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: visualize.side_by_side({"pairs": PACKED, "tiles": PACKED.block_map(1024, 1024)}, 1024, 1024),
+        lambda: visualize.side_by_side(
+            {"pairs": mf.causal(), "tiles": mf.causal().block_map(MILLION, MILLION)}, MILLION, MILLION
+        ),
+        lambda: visualize.side_by_side({"vectors": PACKED.to_flashmask(1024, 1024)}, 1024, 1024),
+        lambda: visualize.draw_mask(PACKED & mf.sliding_window(300) & mf.prefix_lm(200) & mf.full(), 1024, 1024).figure,
+        lambda: visualize.draw_shards(mf.parallel.plan(PACKED, 1024, 4), PACKED),
+    ],
+    ids=["pairs and tiles", "a million", "vectors", "a long name", "shards"],
+)
+def test_titles_and_legends_are_whole(make):
+    assert outside(make()) == []
+
+
+def test_what_reaches_out_is_found():
+    ax = visualize.draw_mask(mf.causal(), 64, 64)
+    ax.set_title("too long " * 20)
+    assert outside(ax.figure) == ["too long " * 20]
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "block"), [(1024, 1024, 128), (1000, 8192, (64, 96)), (64, 64, 8)])
+def test_ticks_are_at_borders_of_tiles(q_len, kv_len, block):
+    block_map = mf.causal().block_map(q_len, kv_len, block_size=block)
+    ax = visualize.draw_tiles(block_map)
+    for axis, size, length in ((ax.yaxis, 0, q_len), (ax.xaxis, 1, kv_len)):
+        ticks = [tick for tick in axis.get_ticklocs() if 0 <= tick <= length]
+        assert len(ticks) > 2
+        assert all(tick % block_map.block_size[size] == 0 for tick in ticks)
+
+
+def test_legends_say_what_a_cell_is():
+    legend = visualize.draw_mask(mf.causal(), 1024, 1024).get_legend()
+    assert legend.get_title().get_text() == "squares of 4 x 4 pairs"
+    assert [text.get_text() for text in legend.get_texts()] == ["all visible", "some", "none"]
+    assert visualize.draw_mask(mf.causal(), 512, 512).get_legend().get_title().get_text() == ""
+    legend = visualize.draw_tiles(mf.causal().block_map(MILLION, MILLION)).get_legend()
+    assert legend.get_title().get_text() == "tiles; drawn in squares of 32 x 32"
+    assert visualize.draw_tiles(mf.causal().block_map(1024, 1024)).get_legend().get_title().get_text() == ""
+
+
+def test_the_boundary_of_a_million_tokens_is_two_pixels_wide():
+    image, at = pixels(visualize.draw_tiles(mf.sliding_window(100).block_map(MILLION, MILLION)))
+    for query in range(50_000, MILLION - 50_000, 50_000):
+        row, middle = at(query, query)
+        near = image[row, middle - 6 : middle + 7]
+        assert sum(kind_of(colour) == 1 for colour in near) >= 2, query

@@ -41,9 +41,15 @@ function begin() {
   listenToMap();
   listenToControls();
   listenToHistogram();
+  const screen = () => {
+    colour(dark.matches ? data.dark : data.colours);
+    resize();
+  };
   window.addEventListener("resize", () => resize());
-  window.addEventListener("afterprint", () => resize());
+  dark.addEventListener("change", screen);
+  window.addEventListener("afterprint", screen);
   window.addEventListener("beforeprint", () => {
+    colour(data.colours);
     resize(PAPER);
     draw(); // now: no frame is drawn before it is printed
     drawHistogram();

@@ -1,6 +1,7 @@
 // The numbers of a page -> runs of tiles, and what they tell: kinds, who decided, work. First of the page's scripts.
 //
 //   data.runs        offsets, start, stop, full: analysis/runs.py's Runs of the map's rows, packed
+//   data.pairs       likewise of each query's keys, and {shape: batch rows and heads of their own}; or null
 //   data.decided     tiles by means: pairs, formula, intervals, ...; null where a map alone is known
 //   data.evaluated   the tiles whose pairs were evaluated, packed as runs; or null
 //   data.documents   [{name, shape, rows, columns}]: steps of document numbers over queries and keys
@@ -18,11 +19,13 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const [batch, heads, nQ, nKV] = data.shape;
 const [bq, bkv] = data.block_size;
-const {q_len: qLen, kv_len: kvLen, colours} = data;
+const {q_len: qLen, kv_len: kvLen} = data;
+const dark = window.matchMedia("screen and (prefers-color-scheme: dark)");
+let colours = dark.matches ? data.dark : data.colours;
 const number = (x) => x.toLocaleString("en-US");
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
-let runs, evaluated, documents, vectors; // of `data`, unpacked
+let runs, pairs, evaluated, documents, vectors; // of `data`, unpacked
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -40,8 +43,10 @@ async function unpackAll(packed) {
 
 // Unpack everything; throws where the browser can't.
 async function load() {
-  [runs, evaluated, documents, vectors] = await Promise.all([
+  const {shape: _, ...packed} = data.pairs ?? {};
+  [runs, pairs, evaluated, documents, vectors] = await Promise.all([
     unpackAll(data.runs),
+    data.pairs && unpackAll(packed),
     data.evaluated && unpackAll(data.evaluated),
     Promise.all(data.documents.map(async ({name, shape, rows, columns}) =>
       ({name, shape, rows: await unpackAll(rows), columns: await unpackAll(columns)}))),
@@ -132,9 +137,11 @@ function measure() {
   return made;
 }
 
-// What a batch row and head have of something that may serve several.
-function own(several, [ownBatch, ownHeads]) {
+// The place of a batch row and head among those of something that may serve several.
+function unit([ownBatch, ownHeads]) {
   const b = ownBatch === 1 ? 0 : view.b;
   const h = Math.floor(view.h / Math.max(1, heads / ownHeads));
-  return several[b * ownHeads + Math.min(h, ownHeads - 1)];
+  return b * ownHeads + Math.min(h, ownHeads - 1);
 }
+
+const own = (several, shape) => several[unit(shape)];

@@ -2,11 +2,13 @@
 "use strict";
 
 const DEEPEST = 4; // tiles across the picture at the largest zoom
+const FEWEST = 32; // pairs across it, where pairs are known
+const PAIR = 3; // pixels of a pair, from which on those of partial tiles are drawn
 const ROOM = 10; // pixels of a tile, from which on it is outlined and hatched
 const LEAST_DOCUMENT = 14; // pixels; the lines of smaller ones would hide their tiles
 
 const map = $("map"), context = map.getContext("2d");
-const deepest = Math.max(8, nQ / DEEPEST, nKV / DEEPEST);
+const deepest = Math.max(8, nQ / DEEPEST, nKV / DEEPEST, data.pairs ? Math.max(qLen, kvLen) / FEWEST : 0);
 let width = 1, height = 1, dpr = 1; // of the canvas, in pixels of the page
 
 const scaleX = () => width * view.zoom / Math.max(kvLen, 1);
@@ -69,7 +71,7 @@ function shown(side) {
   };
 }
 
-const hatch = (() => {
+function hatched() {
   const stroke = document.createElement("canvas");
   stroke.width = stroke.height = 8;
   const pen = stroke.getContext("2d");
@@ -81,7 +83,15 @@ const hatch = (() => {
   }
   pen.stroke();
   return context.createPattern(stroke, "repeat");
-})();
+}
+let hatch = hatched();
+
+function colour(palette) {
+  colours = palette;
+  hatch = hatched();
+}
+
+const pairsShown = () => pairs && Math.min(scaleX(), scaleY()) >= PAIR;
 
 function draw() {
   context.setTransform(1, 0, 0, 1, 0, 0);
@@ -96,7 +106,8 @@ function draw() {
   const side = sideOf();
   $("view").textContent = `queries ${number(Math.round(view.top))} to ${number(Math.round(bottom))}, ` +
     `keys ${number(Math.round(view.left))} to ${number(Math.round(right))}` +
-    (side > 1 ? `; each cell is ${side} × ${side} tiles` : "");
+    (side > 1 ? `; each cell is ${side} × ${side} tiles` : "") +
+    (pairsShown() ? "; partial tiles show their pairs, visible ones as full" : "");
   map.setAttribute("aria-label", `tiles of ${$("view").textContent}`);
 }
 
@@ -115,7 +126,8 @@ function drawCells() {
       if (next === kind) continue;
       if (kind > SKIP) {
         const x1 = x(edge(j, bkv, kvLen)), x0 = Math.min(x(edge(start, bkv, kvLen)), x1 - 1);
-        for (const fill of kind === PARTIAL && room ? [colours.kinds[kind], hatch] : [colours.kinds[kind]]) {
+        if (kind === PARTIAL && pairsShown()) drawPairs(i, start, j);
+        else for (const fill of kind === PARTIAL && room ? [colours.kinds[kind], hatch] : [colours.kinds[kind]]) {
           context.fillStyle = fill;
           context.fillRect(x0, y0, x1 - x0, y1 - y0);
         }
@@ -137,6 +149,26 @@ function drawCells() {
     context.lineTo(x(edge(j, bkv, kvLen)) + 0.5, y(qLen));
   }
   context.stroke();
+}
+
+// The pairs of a row's partial tiles, first to stop (half open).
+function drawPairs(row, first, stop) {
+  const left = Math.max(first * bkv, Math.floor(view.left));
+  const right = Math.min(stop * bkv, kvLen, Math.ceil(view.left + kvLen / view.zoom));
+  const top = Math.max(row * bq, Math.floor(view.top));
+  const bottom = Math.min(row * bq + bq, qLen, Math.ceil(view.top + qLen / view.zoom));
+  context.fillStyle = colours.kinds[SKIP];
+  context.fillRect(x(left), y(top), x(right) - x(left), y(bottom) - y(top));
+  context.fillStyle = colours.kinds[FULL];
+  for (let q = top; q < bottom; q++) {
+    const begin = pairs.offsets[unit(data.pairs.shape) * qLen + q];
+    const end = pairs.offsets[unit(data.pairs.shape) * qLen + q + 1];
+    let at = Math.max(begin, last(pairs.start, left, begin, end));
+    for (; at < end && pairs.start[at] < right; at++) {
+      const x0 = x(clamp(pairs.start[at], left, right)), x1 = x(clamp(pairs.stop[at], left, right));
+      context.fillRect(x0, y(q), x1 - x0, y(q + 1) - y(q));
+    }
+  }
 }
 
 // Steps over the tokens low to high: {start, stop, value, slope}.
@@ -202,7 +234,7 @@ function drawVector(name) {
 
 // Stroke the path so that it is seen on every kind of tile.
 function lines(colour, dash) {
-  for (const [ink, wide, pattern] of [["rgba(255, 255, 255, 0.75)", 3.5, []], [colour, 1.7, dash]]) {
+  for (const [ink, wide, pattern] of [[colours.halo, 3.5, []], [colour, 1.7, dash]]) {
     context.strokeStyle = ink;
     context.lineWidth = wide * dpr;
     context.setLineDash(pattern.map((length) => length * dpr));
@@ -223,14 +255,22 @@ function drawCursor() {
   }
 }
 
+// The least step of labels that is a tile doubled or halved and has so many tokens.
+function stepOf(block, least) {
+  let step = block;
+  while (step < least) step *= 2;
+  while (step % 2 === 0 && step / 2 >= least) step /= 2;
+  return step;
+}
+
 function drawAxes() {
+  const alike = bq === bkv && Math.abs(scaleX() / scaleY() - 1) < 0.05;
+  const apart = {keys: 90 / scaleX(), queries: 50 / scaleY()}; // tokens between labels
   const axes = [["keys", view.left, kvLen, scaleX(), "left"], ["queries", view.top, qLen, scaleY(), "top"]];
   for (const [id, first, length, scale, edge] of axes) {
     const name = document.createElement("span");
     const labels = [];
-    const least = (id === "keys" ? 90 : 50) / scale; // tokens between labels
-    const power = 10 ** Math.floor(Math.log10(Math.max(least, 1)));
-    const step = Math.max(1, power * [1, 2, 5, 10].find((factor) => factor * power >= least));
+    const step = stepOf(id === "keys" ? bkv : bq, alike ? Math.max(apart.keys, apart.queries) : apart[id]);
     for (let at = Math.ceil(first / step) * step; at < first + length / view.zoom; at += step) {
       const label = name.cloneNode();
       label.textContent = (at === 0 ? `${id === "keys" ? "key" : "query"} ` : "") + number(at);
@@ -238,5 +278,10 @@ function drawAxes() {
       labels.push(label);
     }
     $(id).replaceChildren(...labels);
+    const room = $(id).getBoundingClientRect();
+    for (const label of labels) { // none reaches out of its axis
+      const box = label.getBoundingClientRect();
+      if (box.right > room.right + 1 || box.bottom > room.bottom + 1) label.remove();
+    }
   }
 }

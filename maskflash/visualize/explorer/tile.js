@@ -36,6 +36,8 @@ function vectorIn(steps, low, high) {
 
 function say() {
   if (!cursor) return;
+  $("ask").hidden = true;
+  $("tile").hidden = false;
   const cell = cellOf(cursor), {side, row, column} = cell;
   const kinds = {full: 0, partial: 0, skip: 0}, deciders = {};
   for (let i = row; i < cell.lastRow; i++) {

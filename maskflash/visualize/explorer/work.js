@@ -17,7 +17,7 @@ function heaviest(first) {
 function drawHistogram() {
   const {seen, full, total} = side(), n = seen.length, per = linesPerBar();
   const wide = histogram.width, tall = histogram.height, most = seen.reduce((a, b) => Math.max(a, b), 0);
-  pen.fillStyle = "#ffffff";
+  pen.fillStyle = colours.paper;
   pen.fillRect(0, 0, wide, tall);
   const at = (place) => Math.round(place * wide / n);
   const up = (tiles) => Math.round(tiles * (tall - 4) / Math.max(1, most));
@@ -30,7 +30,7 @@ function drawHistogram() {
     pen.fillStyle = colours.kinds[FULL];
     pen.fillRect(x0, tall - up(full[i]), x1 - x0 - gap, up(full[i]));
     if (order().slice(first, first + per).includes(marked)) {
-      pen.fillStyle = "#000000";
+      pen.fillStyle = colours.ink;
       pen.fillRect(x0, 0, Math.max(2, x1 - x0 - gap), 4 * dpr);
     }
   }
