@@ -127,7 +127,7 @@ ORDER = {
         *("peers", "exchange", "agree", "attention", "heads", "sharded_attention", "eager"),
     ],
     "flashmask": ["paper", "call"],
-    "examples": ["train_packed", "train_transformers"],
+    "examples": ["train_packed", "train_transformers", "train_on_ranks"],
     "integrations": ["closures", "layers", "layer_mask", "shards", "transformers"],
     "visualize": ["cells", "notebook", "style", "vectors", "forms", "shards", "figures", "deciders", "marks", "page"],
     "cli": [

@@ -18,7 +18,6 @@ from maskflash.backends.cpu.softmax import exponentials
 from maskflash.backends.cpu.views import prepared
 from maskflash.expr.evaluate import compute
 from maskflash.ground.stretch import Numbers
-from maskflash.scores import reads
 from maskflash.scores.strength import BoundScore
 
 _PAIRS: Final = 1 << 20  # whose scores are in memory at once, where a batch row has no more
@@ -57,6 +56,8 @@ class ScoredPairs:
         Raises:
             MaskIndexError: a visible pair looks up what a table doesn't have, or divides by zero.
         """
+        from maskflash.scores import reads  # with all of analysis, which importing maskflash doesn't load
+
         reads.check_pairs(self._places, visible, self.score.expr, self.score.inputs)
 
     def value(self, products: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
-"""Programs of the docs: what docs/examples/train_on_ranks.py trains on four processes is what one process trains."""
+"""What four processes train together is what one process trains."""
 
-import importlib.util
-import re
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,18 +9,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 pytest.importorskip("transformers")
 from tests.parallel.worlds import in_processes  # noqa: E402
 
-EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 NORM = "transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm.forward"
 PRELOAD = "maskflash.parallel", "torch.distributed.fsdp", "transformers.models.gemma3.modeling_gemma3"
 SHAPE = 2, 2  # token ranks, batches
-
-
-def program(name):
-    """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def exact_norm(norm, x):
@@ -35,7 +23,8 @@ def trains(rank, mistake):
     """Losses and gradients, in float64; with a mistake as of a user who leaves something out."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    example = program("train_on_ranks")
+    from maskflash.examples import train_on_ranks as example
+
     if mistake == "labels are shifted in their shard":
         whole, example.shifted = example.shifted, lambda tokens: tokens
         entropy = example.cross_entropy
@@ -48,9 +37,11 @@ def trains(rank, mistake):
 
 @pytest.mark.parametrize("mistake", [None, "labels are shifted in their shard"])
 def test_ranks_train_what_one_process_trains(mistake):
+    from maskflash.examples.train_on_ranks import train_alone
+
     found = in_processes(4, trains, mistake, preload=PRELOAD)
     with mock.patch(NORM, exact_norm):
-        losses, gradients = program("train_on_ranks").train_alone(SHAPE[1], torch.float64)
+        losses, gradients = train_alone(SHAPE[1], torch.float64)
     assert sorted(found) == list(range(4))
     far = []
     for ours, by_name in found.values():
@@ -58,8 +49,3 @@ def test_ranks_train_what_one_process_trains(mistake):
         far += [abs(a - b) for a, b in zip(ours, losses, strict=True)]
         far += [float((torch.from_numpy(by_name[n]) - x).abs().max() / x.abs().max()) for n, x in gradients.items()]
     assert max(far) < 1e-10 if mistake is None else max(far) > 1e-4, max(far)
-
-
-def test_the_page_leads_to_all_programs():
-    page = (EXAMPLES.parent / "parallel.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"examples/(\w+\.py)", page)) == {path.name for path in EXAMPLES.glob("*.py")}

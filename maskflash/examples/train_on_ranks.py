@@ -1,6 +1,6 @@
 """A small Gemma 3 and four processes -> a few steps of training: two ranks share each sequence, FSDP2 the parameters.
 
-    torchrun --nproc-per-node 4 docs/examples/train_on_ranks.py
+    torchrun --nproc-per-node 4 -m maskflash.examples.train_on_ranks
 
              batch 0   batch 1
     tokens      0         1        ranks 0 and 2 hold the tokens of batch 0, ranks 1 and 3 those of batch 1;
@@ -49,7 +49,7 @@ def shifted(tokens: torch.Tensor) -> torch.Tensor:
 def train(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train on a mesh of (tokens, batches); return each step's loss, and the last step's gradients, both of all."""
     token_ranks, batches = mesh.shape
-    place, batch = mesh.get_coordinate()
+    place, batch = mesh.get_local_rank("tokens"), mesh.get_local_rank("batches")
     layers = [(mask, KINDS.count(kind)) for kind, mask in MASKS.items()]
     plan = mf.parallel.plan(layers, TOKENS, token_ranks, heads=4, kv_heads=2, head_dim=16, dtype=dtype, links="cpu")
     masks = {kind: on_shards(mf.parallel.compile(mask, plan, group=mesh["tokens"])) for kind, mask in MASKS.items()}
