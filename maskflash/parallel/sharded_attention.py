@@ -64,7 +64,7 @@ def compile(
     """Compile a mask to an attention op on shards: each rank has its tokens of q, k and v, and gets those of out.
 
     Positions are those of the whole sequence, for masks, scores and dropout alike: each rank gets its shard of what one
-    machine computes of everything. Only keys that a rank needs and doesn't hold travel, point to point.
+    machine computes of everything. Only keys that a rank needs and doesn't hold travel.
 
     Args:
         mask: as in `maskflash.compile`; it needn't be what the plan was made for.
