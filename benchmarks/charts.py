@@ -77,7 +77,7 @@ def drawn(chart: Chart, rows: Iterable[Row]) -> Figure:
     for row in own:
         series.setdefault(", ".join(str(row[key]) for key in (named, "dtype") if key in several), []).append(row)
     height = 1.2 + (0.2 + 0.09 * len(series)) * len(places) if chart.over == "cases" else 4.2
-    made = Figure(figsize=(9, height), layout="constrained")
+    made = Figure(figsize=(6.6, height), layout="constrained")
     ax = made.add_subplot()
     for number, (label, line) in enumerate(series.items()):
         look = {"color": f"C{number}", "label": label, "markersize": 6, "capsize": 2, "elinewidth": 1}
@@ -92,7 +92,7 @@ def drawn(chart: Chart, rows: Iterable[Row]) -> Figure:
             ax.errorbar(tokens, _medians(chart, line), yerr=_spreads(chart, line), linestyle=dashes, **look)
     _axes(ax, chart, places, own)
     if len(series) > 1:
-        made.legend(loc="outside upper left", ncols=min(3, len(series)), frameon=False)
+        made.legend(loc="outside upper left", ncols=2, frameon=False)
     return made
 
 

@@ -229,8 +229,8 @@ def _legend(ax: Axes, names: Mapping[int, str], title: str = "", *, hatched: boo
         )
         for kind, name in names.items()
     ]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02)}
-    ax.legend(handles=handles, title=title or None, ncols=len(handles), frameon=False, **place)
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.02), "frameon": False}
+    ax.legend(handles=handles, title=title or None, ncols=len(handles), **below)
 
 
 def _check(value: object, kind: type, operation: str) -> None:

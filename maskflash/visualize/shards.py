@@ -113,14 +113,14 @@ def _legends(place: Axes, moved: Axes, plan: ShardPlan) -> None:
     """Say what strips, pale squares and pale bars are; ranks have their numbers beside the bars."""
     from matplotlib.patches import Patch
 
-    below = {"loc": "upper center", "frameon": False}
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "frameon": False}
     strips = "right: the rank that holds each row; below: each key; pale squares: some pairs visible"
     if plan.seq_len <= _MOST:
         strips = strips.partition("; pale")[0]
-    place.legend(handles=[], title=textwrap.fill(strips, 54), bbox_to_anchor=(0.5, -0.05), **below)
+    place.legend(handles=[], title=textwrap.fill(strips, 54), **below)
     ink = np.full((1, 3), _GREY)
     parts = [Patch(color=shade[0], label=name) for name, shade in (("forward", ink), ("backward", _lighter(ink)))]
-    moved.legend(handles=parts, bbox_to_anchor=(0.5, -0.05), **below)
+    moved.legend(handles=parts, **below)
 
 
 def _colours(ranks: int) -> Colours:

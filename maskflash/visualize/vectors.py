@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,10 +105,10 @@ def _handles(names: Iterable[str]) -> list[Artist]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    lines = [
-        Line2D([], [], color=VECTOR_COLOURS[name], linestyle=VECTOR_DASHES[name], linewidth=1.6, label=name)
-        for name in names
+    looks: list[dict[str, Any]] = [
+        {"color": VECTOR_COLOURS[name], "linestyle": VECTOR_DASHES[name], "label": name} for name in names
     ]
+    lines = [Line2D([], [], linewidth=1.6, **look) for look in looks]
     return [*lines, Patch(facecolor="none", edgecolor=_HATCH_INK, hatch=_HATCH, label="hidden by them")]
 
 
