@@ -36,7 +36,8 @@ def run(args: Namespace) -> int:
     for line in (
         "predicted for a head's forward pass, after FlashAttention's theorem 2:",
         "q (d + dv) + s kv (d + dv) max(1, 2 q (d + dv) / M) elements, with",
-        f"d = dv = {args.head_dim}, {args.dtype}, s = {moved.visited:.3f} (tiles visited), M = {args.fast_memory} KiB",
+        f"d = dv = {args.head_dim}, {args.dtype}, s = {moved.visited:.3f} (tiles visited),",
+        f"M = {args.fast_memory} KiB of fast memory (--fast-memory; 192 is an A100's)",
     ):
         console.print(f"  {'':<18} {line}")
     return 0

@@ -19,7 +19,8 @@ def test_it_says_what_explain_says_and_the_traffic(capsys):
     assert text.startswith(f"{mf.compile(MASK).explain(1024, 1024)}\n  memory traffic     ")
     assert f"  memory traffic     {predict(MASK.block_map(1024, 1024), itemsize=4)}\n" in text
     assert "q (d + dv) + s kv (d + dv) max(1, 2 q (d + dv) / M) elements" in text
-    assert "d = dv = 64, float32, s = 0.344 (tiles visited), M = 192 KiB" in text
+    assert "d = dv = 64, float32, s = 0.344 (tiles visited),\n" in text
+    assert "M = 192 KiB of fast memory (--fast-memory; 192 is an A100's)" in text
 
 
 def test_json_is_the_same_as_data(capsys):
