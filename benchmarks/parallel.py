@@ -214,9 +214,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--ranks", type=int, action="append", metavar="N", help="only so many; repeat it")
     options = parser.parse_args(argv)
     chosen = [name for name in MASKS if options.mask is None or name in options.mask]
-    torch.set_grad_enabled(False)
-    rows = list(grid(options.quick, options.seed, chosen, options.ranks))
-    rows += frontier(options.quick, options.seed, [name for name in chosen if name in DRAWN])
+    with torch.no_grad():
+        rows = list(grid(options.quick, options.seed, chosen, options.ranks))
+        rows += frontier(options.quick, options.seed, [name for name in chosen if name in DRAWN])
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, made in TABLES.values():
         console.print(_table(title, *made(rows)))
