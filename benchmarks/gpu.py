@@ -88,7 +88,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         options.json = options.folder / device.slug(called) / _name(options)
     cases = list(_cases(options))
     _compile_ahead(options, len(cases), AHEAD * options.seconds)
-    rows = _steps(options.pairs, options.dry) if not (options.tokens or options.dim) else []
+    rows = []
+    if clock.left and not (options.tokens or options.dim):
+        try:
+            rows += _steps(options.pairs, options.dry)
+        except (RuntimeError, torch.cuda.OutOfMemoryError, mf.MaskflashError) as error:
+            print(f"steps of decoding: {device.first_line(error)}", file=sys.stderr)
     for case in cases:
         if not clock.left:
             print(f"out of time before {case}", file=sys.stderr)

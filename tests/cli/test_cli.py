@@ -75,8 +75,7 @@ def test_the_demo_writes_nothing_where_it_should_not(quick, capsys, tmp_path, mo
 def test_a_folder_that_cannot_be_is_known_before_the_work(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
-    told, error = capsys.readouterr().err.split("\n", 1)
-    assert told == "packing documents"  # at once, before any work
+    error = capsys.readouterr().err
     assert error.startswith("maskflash demo: ")
     assert "choose another with --output, or --no-output" in error
 
