@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskflash.integrations import transformers as integration
+from maskflash.op.attention import Attention
 
 pytest.importorskip("accelerate", reason="in the extra test: pip install 'maskflash[test]'")
 
@@ -12,12 +12,12 @@ def test_it_trains_and_resumes(tmp_path, monkeypatch):
 
     calls = []
 
-    def counted(*arguments, **options):
-        calls.append(arguments[3])
-        return real(*arguments, **options)
+    def counted(attn, *tensors, **options):
+        calls.append(attn)
+        return real(attn, *tensors, **options)
 
-    real = integration.attention_forward
-    monkeypatch.setattr(integration, "attention_forward", counted)
+    real = Attention.__call__
+    monkeypatch.setattr(Attention, "__call__", counted)
     command = ["--longest", "100", "--batch", "4", "--workers", "0", "--save", str(tmp_path / "saved")]
     first = train_transformers.main([*command, "--steps", "2"])
     assert len(first) == 2 and calls
