@@ -34,7 +34,7 @@ _MANY: Final = 8  # the same where chunks are few
 _FEW: Final = 128  # chunks
 _COLUMNS: Final = 2048  # of a layer: above, columns are as wide as chunks
 _CHUNKS: Final = 4096  # above, only the largest chunks are swapped
-_STEPS: Final = 2e10  # multiplications of all swaps, about
+_STEPS: Final = 1.2e10  # multiplications of all swaps, about
 
 
 @dataclass(frozen=True, slots=True)
