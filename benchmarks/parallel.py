@@ -224,7 +224,7 @@ def _line(quick: bool, name: str, tokens: int, ranks: int, seed: int) -> list[di
 
 
 def _stored(path: Path | None, where: dict[str, Any]) -> dict[tuple[str, str, int, int], list[dict[str, Any]]]:
-    """Rows that a run of the same conditions left when it was cut short."""
+    """Rows that runs of the same conditions have left, be it for other ranks, or cut short."""
     kept: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
     if path and path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -240,16 +240,17 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(argv)
     chosen = [name for name in MASKS if options.mask is None or name in options.mask]
     where = {**runner.conditions(options.quick), "seed": options.seed}
-    rows, kept = [], _stored(options.json, where)
+    done = _stored(options.json, where)
     drawn = [name for name in chosen if name in DRAWN]
-    for key, make in (
-        *grid(options.quick, options.seed, chosen, options.ranks),
-        *frontier(options.quick, options.seed, drawn, options.ranks),
-    ):
+    jobs = dict(grid(options.quick, options.seed, chosen, options.ranks))
+    jobs |= frontier(options.quick, options.seed, drawn, options.ranks)
+    for key in [key for key in jobs if key not in done]:
         with torch.no_grad():
-            rows += kept.get(key) or make()
+            done[key] = jobs[key]()
         if options.json:  # at once, so that a run that is cut short goes on where it stopped
-            runner.store_lines(options.json, {"question": QUESTION, "conditions": where}, rows)
+            every = [row for key in {**jobs, **done} for row in done.get(key, ())]
+            runner.store_lines(options.json, {"question": QUESTION, "conditions": where}, every)
+    rows = [row for key in jobs for row in done[key]]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, made in TABLES.values():
         console.print(_table(title, *made(rows)))
