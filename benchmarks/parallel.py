@@ -12,13 +12,15 @@ Run: python -m benchmarks.parallel
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -125,6 +127,7 @@ MASKS: Final[dict[str, Callable[[int, int], mf.Mask]]] = {
 }
 
 
+@lru_cache(maxsize=1)
 def case_of(name: str, tokens: int, seed: int = 0) -> Case:
     """One of the masks."""
     lengths = documents(tokens, seed) if name == "13 causal documents" else None
@@ -185,27 +188,49 @@ def row(table: str, case: Case, ranks: int, name: str, step: LayerStep, seconds:
     return {**head, **figures, "planning": seconds}
 
 
-def grid(quick: bool, seed: int, masks: Sequence[str], wanted: Sequence[int] | None) -> Iterator[dict[str, Any]]:
+Job = tuple[tuple[str, str, int, int], Callable[[], list[dict[str, Any]]]]
+"""The table, the mask, the tokens and the ranks of some rows, and what makes them."""
+
+
+def grid(quick: bool, seed: int, masks: Sequence[str], wanted: Sequence[int] | None) -> Iterator[Job]:
     """Every mask at every size by every contender."""
     some = [name for name in masks if name in LONG_MASKS]
     kinds = [(QUICK, masks, KNOWN)] if quick else [(WHOLE, masks, KNOWN), (LONG, some, ("infiniband",))]
     for sizes, names, links in kinds:
-        sizes = [size for size in sizes if wanted is None or size[1] in wanted]
         for name, tokens in dict.fromkeys((name, tokens) for name in names for tokens, _ in sizes):
-            case = case_of(name, tokens, seed)
-            for ranks in (ranks for size, ranks in sizes if size == tokens):
-                for by, step, seconds in steps(case, ranks, tuple(links)):
-                    yield row("grid", case, ranks, by, step, seconds)
+            for ranks in (ranks for size, ranks in sizes if size == tokens and (wanted is None or ranks in wanted)):
+                yield ("grid", name, tokens, ranks), partial(_cell, name, tokens, ranks, seed, tuple(links))
 
 
-def frontier(quick: bool, seed: int, masks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _cell(name: str, tokens: int, ranks: int, seed: int, links: Sequence[str]) -> list[dict[str, Any]]:
+    case = case_of(name, tokens, seed)
+    return [row("grid", case, ranks, by, step, seconds) for by, step, seconds in steps(case, ranks, links)]
+
+
+def frontier(quick: bool, seed: int, masks: Sequence[str], wanted: Sequence[int] | None) -> Iterator[Job]:
     """Plans for slower and faster links: fewer bytes, or better balance."""
     tokens, ranks = (8192, 4) if quick else SIZE
-    for name in masks:
-        case = case_of(name, tokens, seed)
-        for bandwidth in BANDWIDTHS[:2] if quick else BANDWIDTHS:
-            links = Links(KNOWN["infiniband"].flops, bandwidth, KNOWN["infiniband"].latency)
-            yield row("frontier", case, ranks, f"plan, {bandwidth:.0e}", *planned(case, ranks, links))
+    for name in masks if wanted is None or ranks in wanted else ():
+        yield ("frontier", name, tokens, ranks), partial(_line, quick, name, tokens, ranks, seed)
+
+
+def _line(quick: bool, name: str, tokens: int, ranks: int, seed: int) -> list[dict[str, Any]]:
+    case, fast = case_of(name, tokens, seed), KNOWN["infiniband"]
+    made = []
+    for bandwidth in BANDWIDTHS[:2] if quick else BANDWIDTHS:
+        links = Links(fast.flops, bandwidth, fast.latency)
+        made.append(row("frontier", case, ranks, f"plan, {bandwidth:.0e}", *planned(case, ranks, links)))
+    return made
+
+
+def _stored(path: Path | None, where: dict[str, Any]) -> dict[tuple[str, str, int, int], list[dict[str, Any]]]:
+    """Rows that runs of the same conditions have left, be it for other ranks, or cut short."""
+    kept: dict[tuple[str, str, int, int], list[dict[str, Any]]] = {}
+    if path and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for one in found["rows"] if found["conditions"] == json.loads(json.dumps(where)) else ():
+            kept.setdefault((one["table"], one["mask"], one["tokens"], one["ranks"]), []).append(one)
+    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -214,16 +239,22 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--ranks", type=int, action="append", metavar="N", help="only so many; repeat it")
     options = parser.parse_args(argv)
     chosen = [name for name in MASKS if options.mask is None or name in options.mask]
-    with torch.no_grad():
-        rows = list(grid(options.quick, options.seed, chosen, options.ranks))
-        rows += frontier(options.quick, options.seed, [name for name in chosen if name in DRAWN])
+    where = {**runner.conditions(options.quick), "seed": options.seed}
+    done = _stored(options.json, where)
+    drawn = [name for name in chosen if name in DRAWN]
+    jobs = dict(grid(options.quick, options.seed, chosen, options.ranks))
+    jobs |= frontier(options.quick, options.seed, drawn, options.ranks)
+    for key in [key for key in jobs if key not in done]:
+        with torch.no_grad():
+            done[key] = jobs[key]()
+        if options.json:  # at once, so that a run that is cut short goes on where it stopped
+            every = [row for key in {**jobs, **done} for row in done.get(key, ())]
+            runner.store_lines(options.json, {"question": QUESTION, "conditions": where}, every)
+    rows = [row for key in jobs for row in done[key]]
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for title, made in TABLES.values():
         console.print(_table(title, *made(rows)))
-    where = runner.conditions(options.quick)
     console.print(f"simulated; planning in CPU seconds; {runner.describe(where)}", highlight=False, soft_wrap=True)
-    if options.json:
-        runner.store_lines(options.json, {"question": QUESTION, "conditions": where}, rows)
     return rows
 
 

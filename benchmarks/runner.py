@@ -249,7 +249,9 @@ def store_lines(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]]
     """Write rows to a file, each on a line of its own, after what holds for all of them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(json.dumps(_rounded(row)) for row in rows)
-    path.write_text(f'{json.dumps(_rounded(head), indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+    draft = path.with_suffix(".draft")  # what is cut short while it writes keeps what was there
+    draft.write_text(f'{json.dumps(_rounded(head), indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
+    draft.replace(path)
 
 
 def describe(where: dict[str, Any]) -> str:

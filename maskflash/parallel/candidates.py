@@ -4,6 +4,7 @@ Tokens are dealt in units: lines, or chunks of lines. A way is an int64 array wi
 
 contiguous    0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3
 zigzag        0 0 1 1 2 2 3 3 3 3 2 2 1 1 0 0    balanced under a causal mask
+level         0 1 2 3 0 0 0 0 1 1 1 2 2 2 3 3    runs of even work; the lightest units go where runs leave room
 heap          2 0 1 3 2 1 0 3 3 0 1 2 1 0 3 2    the largest first, each to the rank with the least work
 affinity      2 2 1 0 0 1 3 3 2 1 1 0 0 3 2 3    likewise, but to one that has what it needs, while balance allows
 documents     0 0 0 1 3 3 2 2 2 2 3 3 1 1 1 0    each whole, or zigzag over as few ranks as can bear it
@@ -45,6 +46,7 @@ def ways(layers: Sequence[Needs], area: IntArray, unit: int, ranks: int) -> Iter
     tokens = unit * layers[0].tile
     yield "contiguous", contiguous(len(area), ranks)
     yield "zigzag", zigzag(len(area), ranks)
+    yield "level", level(area, ranks)
     yield "documents", documents(area, find_cuts(layers, unit), ranks)
     for grain in sorted({max(room // parts, 1) for parts in (*_HEAPS, room)}, reverse=True):
         yield f"heap of {grain * tokens}", heap(area, ranks, grain)
@@ -63,6 +65,51 @@ def zigzag(units: int, ranks: int) -> IntArray:
     share = _even(units, ranks)
     rank = np.arange(ranks)
     return np.repeat(np.concatenate((rank, rank[::-1])), np.concatenate((share - share // 2, (share // 2)[::-1])))
+
+
+def level(area: IntArray, ranks: int) -> IntArray:
+    """Runs of even work of all but the lightest units, which are dealt to where room is left.
+
+    So windows stay in runs, though the first rank has less to do: the others take some of its first rows. As many are
+    lightest as make the largest work least.
+    """
+    room = -(-len(area) // ranks)
+    order = np.argsort(area, kind="stable")
+    best, least = contiguous(len(area), ranks), np.inf
+    light = 0
+    while light < len(area):
+        owner = np.full(len(area), -1)
+        heavy = np.sort(order[light:])
+        owner[heavy] = _runs(area[heavy], ranks, room)
+        work = np.bincount(owner[heavy], area[heavy], ranks)
+        left = room - np.bincount(owner[heavy], minlength=ranks)
+        for unit in order[:light][::-1]:
+            rank = int(np.where(left > 0, work, np.inf).argmin())
+            owner[unit] = rank
+            work[rank] += area[unit]
+            left[rank] -= 1
+        if work.max() < least:
+            best, least = owner, work.max()
+        light = 2 * light or ranks
+    return best
+
+
+def _runs(area: IntArray, ranks: int, room: int) -> IntArray:
+    """The rank of each unit: runs of at most `room` units, whose largest work is least."""
+    before = np.append(0, area.cumsum())
+
+    def cut(most: int) -> list[int]:
+        ends = [0]
+        for _ in range(ranks):
+            end = int(np.searchsorted(before, before[ends[-1]] + most, side="right")) - 1
+            ends.append(min(end, ends[-1] + room))
+        return ends
+
+    low, high = int(area.max(initial=0)), int(before[-1])
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cut(middle)[-1] == len(area) else (middle + 1, high)
+    return np.repeat(np.arange(ranks), np.diff(cut(low)))
 
 
 def _even(units: int, parts: int) -> IntArray:
@@ -157,14 +204,7 @@ def find_area(layers: Sequence[tuple[Needs, int]], unit: int) -> IntArray:
 
 def find_sees(layers: Sequence[Needs], rows: int, columns: int) -> Any:
     """(chunks, layers, columns) bool: whether a chunk of `rows` lines needs keys of a column of `columns` lines."""
-    lines = len(layers[0].area)
-    changes = np.zeros((-(-lines // rows), len(layers), -(-lines // columns) + 1), dtype=np.int32)
-    for place, needs in enumerate(layers):
-        chunk = np.repeat(np.arange(lines), np.diff(needs.offsets)) // rows
-        wide = needs.tile * columns
-        np.add.at(changes[:, place], (chunk, needs.start // wide), 1)
-        np.add.at(changes[:, place], (chunk, (needs.stop - 1) // wide + 1), -1)
-    return changes.cumsum(2, dtype=np.int32)[..., :-1] > 0
+    return np.stack([needs.tiled.seen(rows, columns) for needs in layers], axis=1)
 
 
 def find_cuts(layers: Sequence[Needs], unit: int) -> IntArray:
@@ -178,9 +218,9 @@ def find_cuts(layers: Sequence[Needs], unit: int) -> IntArray:
     units = -(-layers[0].seq_len // tokens)
     low, high = np.full(units, layers[0].seq_len), np.zeros(units, dtype=np.int64)
     for needs in layers:
-        at = np.repeat(np.arange(len(needs.area)), np.diff(needs.offsets)) // unit
-        np.minimum.at(low, at, needs.start)
-        np.maximum.at(high, at, needs.stop)
+        some = np.flatnonzero(np.diff(needs.offsets))  # lines with ranges, which ascend
+        np.minimum.at(low, some // unit, needs.start[needs.offsets[some]])
+        np.maximum.at(high, some // unit, needs.stop[needs.offsets[some + 1] - 1])
     begin = np.arange(1, units)
     before = np.maximum.accumulate(high)[:-1]
     after = np.minimum.accumulate(low[::-1])[::-1][1:]

@@ -12,6 +12,7 @@ is known are the pairs of partial tiles evaluated.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Final
 
@@ -25,13 +26,14 @@ from maskflash.analysis.problem import LARGEST_SUM, Problem
 from maskflash.analysis.runs import BoolArray, IntArray
 from maskflash.parallel.distance import only_distance_counts
 from maskflash.parallel.ranges import Ranges, closed, runs_of, spread, union
+from maskflash.parallel.tiled import TiledNeeds, by_tiles
 
 _WIDTH: Final = 128  # columns of a tile
 _PAIRS_AT_ONCE: Final = 1 << 20
 _MOST_RANGES: Final = 1 << 22  # of all lines: 100 MB
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Needs:
     """What lines of `tile` rows compute and need.
 
@@ -59,6 +61,12 @@ class Needs:
         chosen = spread(self.offsets[lines], np.diff(self.offsets)[lines])
         _, start, stop = union(np.zeros(len(chosen), dtype=np.int64), self.start[chosen], self.stop[chosen])
         return start, stop
+
+    @cached_property
+    def tiled(self) -> TiledNeeds:
+        """The same by tiles."""
+        line = np.repeat(np.arange(len(self.area)), np.diff(self.offsets))
+        return by_tiles(self.tile, self.seq_len, (line, self.start, self.stop))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

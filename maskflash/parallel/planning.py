@@ -46,11 +46,12 @@ def plan(
     Rows are computed where their tokens are; keys that a rank needs and doesn't hold travel. The plan is one of the
     candidates, the best of which local search improves. The cost model predicts the time of forward and backward on the
     slowest rank, all layers together. Of those that take at most 2 % longer than perfectly shared work (or, where none
-    does, than the fastest), the plan has the least product of seconds and bytes. No process group is needed, and no
-    tensor: every process that makes the same call gets the same plan.
+    does, as much longer than the fastest), the plan has the least product of seconds and bytes. No process group is
+    needed, and no tensor: every process that makes the same call gets the same plan.
 
         contiguous     balanced windows stay as they are: hardly any key travels
         zigzag         rank r of W has the r-th and the (2W - 1 - r)-th of 2W parts: balanced under a causal mask
+        level          runs of even work, and the lightest tokens where there is room
         documents      whole documents, where they fit
         heap           chunks, the largest work first, each to the rank with the least
         affinity       likewise, to the rank that lacks the fewest keys, while balance allows

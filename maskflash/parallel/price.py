@@ -22,7 +22,6 @@ import torch
 from maskflash.analysis.runs import IntArray
 from maskflash.parallel.links import Links
 from maskflash.parallel.needs import Needs
-from maskflash.parallel.ranges import union
 from maskflash.parallel.routes import Shards, owners
 
 Layers = Sequence[tuple[Needs, int]]
@@ -89,28 +88,13 @@ class LayerPrice:
     backward: Pass
 
 
-def needed(needs: Needs, owner: IntArray, groups: int) -> IntArray:
-    """(groups, lines) int64: of each line's tokens those that a group needs, whoever holds them."""
-    group, start, stop = union(np.repeat(owner, np.diff(needs.offsets)), needs.start, needs.stop)
-    tile, lines = needs.tile, len(needs.area)
-    first, last = start // tile, (stop - 1) // tile
-    inner = np.zeros((groups, lines + 1), dtype=np.int64)
-    within = np.flatnonzero(first < last)
-    np.add.at(inner, (group[within], first[within] + 1), tile)
-    np.add.at(inner, (group[within], last[within]), -tile)
-    found = inner.cumsum(1)[:, :lines]
-    np.add.at(found, (group, first), np.minimum(stop, (first + 1) * tile) - start)
-    np.add.at(found, (group[within], last[within]), (stop - last * tile)[within])
-    return found
-
-
 def travelling(needs: Needs, owner: IntArray, groups: int) -> IntArray:
     """(groups, groups) int64: how many keys of group i group j needs; those that stay are 0."""
     order = np.argsort(owner, kind="stable")
     holders, first = np.unique(owner[order], return_index=True)
     found = np.zeros((groups, groups), dtype=np.int64)
     if len(holders):
-        found[holders] = np.add.reduceat(needed(needs, owner, groups)[:, order], first, axis=1).T
+        found[holders] = np.add.reduceat(needs.tiled.counted(owner, groups)[:, order], first, axis=1).T
     np.fill_diagonal(found, 0)
     return found
 

@@ -3,8 +3,9 @@
 Ways of the field are priced by exact counts; swaps of chunks then improve the best of them, from large chunks to single
 lines. All are tried in the end, and the choice is the same on every machine:
 
-1. Ideal is the time of perfectly shared work whose transfers are all hidden. Within reach is what takes at most 1.02
-   times as long. Where nothing does, it is what takes at most 1.02 times as long as the fastest.
+1. Ideal is the time of perfectly shared work whose transfers are all hidden. Within reach is what takes at most 2 % of
+   it longer. Where nothing does, it is what takes at most as much longer than the fastest: only work is worth bytes, so
+   that 2 % of an exchange of heads or of a transfer aren't given for them.
 2. Of these, the least product of seconds and bytes is chosen: the most that a rank moves, plus the mean.
 
 So nothing that was tried is both faster and moves fewer bytes, and work is balanced to 2 % wherever some way that
@@ -27,11 +28,13 @@ from maskflash.parallel.routes import Shards
 from maskflash.parallel.swaps import Aim, Chunks, Swaps
 
 _REACH: Final = 1.02
+_AIM: Final = 1.019  # of swaps, which search counts less exactly than prices
 _KEPT: Final = 3  # ways that swaps improve, at each size of chunks
 _MANY: Final = 8  # the same where chunks are few
 _FEW: Final = 128  # chunks
 _COLUMNS: Final = 2048  # of a layer: above, columns are as wide as chunks
 _CHUNKS: Final = 4096  # above, only the largest chunks are swapped
+_STEPS: Final = 1.2e10  # multiplications of all swaps, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ def choose(
     search = _Search(layers, world_size, load, links, unit)
     for count in shared:
         search.price_ways(count)
-    for count in sorted({shared[0], search.best()[0].head_ranks}):
+    for count in dict.fromkeys((search.best()[0].head_ranks, shared[0])):
         search.swap(count)
     best, shards = search.best()
     return ShardChoice(shards, best.head_ranks, best.name, tuple(candidate for candidate, _ in search.found.values()))
@@ -128,11 +131,12 @@ class _Search:
         self.ideal = ideal_seconds(layers, world_size, load, links)
         self.found: dict[tuple[str, int], tuple[Candidate, Shards]] = {}
         self.owners: dict[int, dict[str, IntArray]] = {}
+        self.steps = _STEPS
 
     def limit(self) -> float:
         """Seconds within reach."""
         least = min(candidate.seconds for candidate, _ in self.found.values())
-        return _REACH * (self.ideal if least <= _REACH * self.ideal else least)
+        return _REACH * self.ideal if least <= _REACH * self.ideal else least + (_REACH - 1) * self.ideal
 
     def preference(self, candidate: Candidate) -> tuple[float, float, float]:
         """What orders candidates, the best first."""
@@ -178,8 +182,10 @@ class _Search:
                 continue
             chunks = self.chunks(grain, groups)
             for name in aligned[: _MANY if few else _KEPT]:
+                if self.steps <= 0:
+                    return
                 swaps = Swaps(chunks, owners[name][::grain])
-                swaps.improve(self.aim(swaps, head_ranks))
+                self.steps -= swaps.improve(self.aim(swaps, head_ranks), self.steps)
                 owner = np.repeat(swaps.owner[: len(owners[name][::grain])], grain)[: len(self.area)]
                 if self.add(f"{name}, swapped", owner, head_ranks):
                     owners[name], now[name] = owner, self.found[f"{name}, swapped", head_ranks][0]
@@ -198,11 +204,22 @@ class _Search:
 
     def aim(self, swaps: Swaps, head_ranks: int) -> Aim:
         """What swaps are for."""
-        load, count = self.load, swaps.count
-        bytes_of_key = 2 * load.key_bytes(head_ranks) + load.gradient_bytes(head_ranks)
-        keys = self.ideal * self.links.bandwidth / bytes_of_key
-        most = max(count.received.max(), count.sent.max())
-        return Aim(max(count.work.mean(), 1), max(keys, 1), max(most, 1))
+        count, key, gradient = swaps.count, self.load.key_bytes(head_ranks), self.load.gradient_bytes(head_ranks)
+        weight = self.links.compute(1, 1, backward=False) / sum(
+            self.links.compute(1, 1, backward=x) for x in (False, True)
+        )
+        moves = self.ideal * self.links.bandwidth
+        waits = exchange_seconds(self.layers, self.world_size, head_ranks, self.load, self.links)
+        limit = _AIM - waits / max(self.ideal, 1e-12)  # the exchange of heads is borne too, where that can be
+        return Aim(
+            work=max(float(count.work.mean()), 1),
+            forward=max(moves * weight / key, 1),
+            backward=max(moves * (1 - weight) / (key + gradient), 1),
+            back=key / (key + gradient),
+            weight=weight,
+            limit=limit if limit > 1 else _AIM,
+            most=max(float(count.received.max()), float(count.sent.max()), 1),
+        )
 
 
 def _grains(units: int, ranks: int) -> list[int]:

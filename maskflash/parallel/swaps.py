@@ -16,6 +16,7 @@ Source: pairs of swaps as in Kernighan and Lin (1970); the keys that travel are 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -23,16 +24,13 @@ import numpy as np
 
 from maskflash.analysis.runs import IntArray
 
-LIMIT: Final = (
-    1.019  # of a rank's even share: 2 % are borne for fewer bytes, and search counts less exactly than prices
-)
 _OVER: Final = 300  # what a rank's even share beyond the limit costs, beside the bytes of the rank that moves most: 1
 _TRIES: Final = 48  # swaps of a pass that are counted exactly
 _ROWS: Final = 512  # chunks of the ranks of a pass
-_PASSES: Final = (4, 30)  # at least and at most
-_PRODUCTS: Final = 4e9  # multiplications of all passes, between these
+_PASSES: Final = 30  # at most
 _LEAST: Final = 1e-9  # gain of a swap: below it sums in another order would differ as much
 _IDLE: Final = 1e-3  # of the cost: a pass that gains less has found nothing
+_EACH: Final = 400  # multiplications that take as long as what a pass does for a pair of chunks beside them
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +39,39 @@ class Aim:
 
     Attributes:
         work: pairs of an even share.
-        keys: keys whose transfer takes as long as the work of an even share.
+        forward: keys whose transfer forward takes as long as the forward work of an even share.
+        backward: the same backward, where a rank receives as many keys as it sends.
+        back: of the bytes of such a key backward, those that travel as a key; the others are its gradient.
+        weight: of the time of an even share, the part that is forward.
+        limit: of that time, what a rank's share may take.
         most: keys that a rank received or sent at most, at first.
     """
 
     work: float
-    keys: float
+    forward: float
+    backward: float
+    back: float
+    weight: float
+    limit: float
     most: float
 
     def cost(self, work: Any, received: Any, sent: Any) -> Any:
-        """Of one rank, or of each."""
+        """Of one rank, or of each, in the precision of what is given."""
+        work = work * (1 / self.work)
         cost = np.maximum(received, sent)  # in place from here on: twice as fast
-        cost /= self.keys
-        np.maximum(cost, work / self.work, out=cost)
-        cost -= LIMIT
+        both = np.minimum(received, sent)
+        both *= self.back / self.backward
+        both += cost * ((1 - self.back) / self.backward)
+        np.maximum(both, work, out=both)
+        both *= 1 - self.weight
+        cost *= 1 / self.forward
+        np.maximum(cost, work, out=cost)
+        cost *= self.weight
+        cost += both
+        cost -= self.limit
         np.maximum(cost, 0, out=cost)
         cost *= _OVER
-        come, go = received / self.most, sent / self.most
+        come, go = received * (1 / self.most), sent * (1 / self.most)
         cost += (come + go) / 2
         for share in (come, go):
             share *= share
@@ -127,18 +141,19 @@ class Swaps:
         """What the share of each rank costs."""
         return aim.cost(*self.count[3:])
 
-    def improve(self, aim: Aim) -> None:
-        """Swap while that gains, for a bounded number of passes."""
+    def improve(self, aim: Aim, steps: float = 1e12) -> int:
+        """Swap while that gains, for about so many multiplications; how many it took."""
         slots, ranks = self.chunks.slots, self.chunks.ranks
         size = min(max(_ROWS // slots, 2), ranks)
-        products = (size * slots) ** 2 * len(self.chunks.home)
-        idle = 0
+        each = (size * slots) ** 2 * (len(self.chunks.home) + _EACH)
+        most = min(_PASSES, math.ceil(steps / each))
+        idle = passes = 0
         cost = self.costs(aim).sum()
-        for _ in range(int(np.clip(_PRODUCTS // products, *_PASSES))):
+        while idle < ranks and passes < most:
             before, cost = cost, self._pass(self._some_ranks(aim, size), aim, cost)
             idle = 0 if before - cost > _IDLE * before else idle + size
-            if idle >= ranks:
-                return
+            passes += 1
+        return passes * each
 
     def _some_ranks(self, aim: Aim, size: int) -> IntArray:
         """Ranks of a pass: those whose shares cost most, and others in turn."""
@@ -170,7 +185,7 @@ class Swaps:
         return cost
 
     def estimate(self, ranks: IntArray, aim: Aim) -> Any:
-        """(chunks, chunks) float64: what a swap of two chunks of `ranks` costs more; infinite inside one rank."""
+        """(chunks, chunks) float32: what a swap of two chunks of `ranks` costs more; infinite inside one rank."""
         chunks, count = self.chunks, self.count
         members = self.members[ranks].ravel()
         at = np.repeat(np.arange(len(ranks)), chunks.slots)
@@ -188,12 +203,12 @@ class Swaps:
         still = self.needs[count.holder, np.arange(len(chunks.home))] > chunks.own
         leaves = np.bincount(chunks.home, width * still, len(chunks.area))[members] - only.sum(1)
         # [i, j]: the rank of i, once j has taken its place.
-        received = (only @ sees.T).astype(np.float64)
-        received += brings.T[at]
-        received += (count.received[ranks][at] + leaves)[:, None]
+        received = (only @ sees.T).astype(np.float32)  # exact enough: the best are counted
+        received += brings.T.astype(np.float32)[at]
+        received += (count.received[ranks][at] + leaves).astype(np.float32)[:, None]
         work = (count.work[ranks][at] - chunks.area[members])[:, None] + chunks.area[members]
-        now = aim.cost(work, received, count.sent[ranks][at][:, None])
-        now -= self.costs(aim)[ranks][at][:, None]
+        now = aim.cost(work.astype(np.float32), received, count.sent[ranks][at].astype(np.float32)[:, None])
+        now -= self.costs(aim)[ranks][at].astype(np.float32)[:, None]
         gains = now + now.T
         gains[at[:, None] >= at] = np.inf
         return gains

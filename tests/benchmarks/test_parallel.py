@@ -147,6 +147,19 @@ def test_the_script_runs_and_the_docs_get_its_tables_and_chart(tmp_path, capsys)
         assert (report.MISSING in text) == (name == "balance")  # which is of another size
 
 
+def test_a_run_goes_on_where_another_stopped(tmp_path, capsys, monkeypatch):
+    stored = tmp_path / "parallel.json"
+    quick = ["--quick", "--mask", "causal", "--json", str(stored)]
+    parallel.main([*quick, "--ranks", "4"])
+    first = json.loads(stored.read_text())["rows"]
+    assert {row["ranks"] for row in first} == {4} and {row["table"] for row in first} == {"grid", "frontier"}
+    made = []
+    monkeypatch.setattr(parallel, "steps", lambda case, ranks, links: made.append(ranks) or iter(()))
+    parallel.main([*quick, "--ranks", "2"])
+    assert made == [2] and json.loads(stored.read_text())["rows"] == first, "rows of other ranks stay"
+    capsys.readouterr()
+
+
 def test_goals_can_be_missed():
     """Figures of a plan beside a balancer that is better in both."""
     row = {"table": "grid", "mask": "13 causal documents", "tokens": 65_536, "ranks": 8, "planning": 3.0}

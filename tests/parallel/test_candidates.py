@@ -32,7 +32,7 @@ def test_each_unit_has_a_rank_and_no_rank_has_too_many(mask, length, tile, ranks
         assert sorted(held) == list(range(length))
         most = -(-length // (ranks * unit * tile)) * unit * tile
         assert max(sum(stop - start for start, stop in ranges) for ranges in shards) <= most
-    assert {"contiguous", "zigzag", "documents"} < names
+    assert {"contiguous", "zigzag", "level", "documents"} < names
 
 
 @settings(max_examples=40)
@@ -54,6 +54,25 @@ def test_a_unit_of_two_documents_begins_the_second(lengths, tile):
 def test_zigzag_pairs_front_and_back():
     assert candidates.zigzag(8, 4).tolist() == [0, 1, 2, 3, 3, 2, 1, 0]
     assert candidates.zigzag(7, 2).tolist() == [0, 0, 1, 1, 1, 1, 0]
+
+
+def test_runs_are_level_where_the_lightest_units_fill_them():
+    """A window of four units: the first rank's rows see less, and each other rank takes one of them."""
+    area = np.minimum(np.arange(1, 65), 32)
+    owner = candidates.level(area, 8)
+    work = np.bincount(owner, area)
+    assert np.bincount(owner).tolist() == [8] * 8 and work.max() <= 1.05 * work.mean()
+    assert work.max() < np.bincount(candidates.contiguous(64, 8), area).max()
+    assert (np.diff(owner[32:]) >= 0).all(), "what sees a whole window stays in runs"
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
+def test_level_is_never_less_even_than_contiguous_runs(area, ranks):
+    area = np.array(area)
+    owner = candidates.level(area, ranks)
+    assert np.bincount(owner, minlength=ranks).max() <= -(-len(area) // ranks)
+    runs = np.bincount(candidates.contiguous(len(area), ranks), area)
+    assert np.bincount(owner, area).max() <= runs.max()
 
 
 def test_the_heap_gives_the_largest_to_the_least():
