@@ -38,7 +38,8 @@ FILES: Final = (
 QUICK: Final = {  # bfloat16, which no other test of `make test` can run, one kernel's sabotage, a score that learns
     "sm_80": "dtype2 and (three or query) or sabotage and not dkdv and not dq or scores_match and alibi and not paper",
     "sm_90": (
-        "dtype2 and (three or runs) or dropped and (dq or delta) or roles or scores_match and pairs and not factor"
+        "dtype2 and (three or runs) or dropped and (dq or delta) or scores_match and pairs and not factor"
+        " or of_two_roles or before_its_product"
     ),
 }
 
