@@ -119,6 +119,29 @@ def kept_in() -> str:
     return str(library().knobs.cache.dir)
 
 
+def gluon() -> Any:
+    """Gluon's language for Hopper, in which `templates/hopper.py.jinja` is written.
+
+    Raises:
+        ImportError: this triton has none.
+    """
+    return importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+
+
+def described(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], Any]:
+    """What is copied at once of a tensor (B, heads, tokens, n): a block, and its layout in shared memory."""
+    language = importlib.import_module("triton.experimental.gluon.language")
+    block = [1, 1, rows, columns]
+    kind = {torch.float16: language.float16, torch.bfloat16: language.bfloat16}[dtype]
+    return block, language.NVMMASharedLayout.get_default_for(block, kind)
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """A tensor map of a tensor (B, heads, tokens, n): copies are `rows` of one head, `columns` numbers of each."""
+    block, layout = described(x.dtype, rows, columns)
+    return gluon().TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+
+
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one: Triton launches there, on its current stream.
 
