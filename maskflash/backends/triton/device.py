@@ -119,13 +119,22 @@ def kept_in() -> str:
     return str(library().knobs.cache.dir)
 
 
-def gluon() -> Any:
-    """Gluon's language for Hopper, in which `templates/hopper.py.jinja` is written.
+def interprets() -> bool:
+    """Whether kernels are interpreted, on tensors of the CPU."""
+    found: bool = library().knobs.runtime.interpret
+    return found
 
-    Raises:
-        ImportError: this triton has none.
-    """
-    return importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+
+def without_gluon() -> str | None:
+    """That this Triton has not what `templates/hopper.py.jinja` is written in; None where it has."""
+    try:
+        importlib.import_module(_GLUON)
+    except ImportError:
+        return f"it needs Triton 3.6 or later with Gluon, got {library().__version__}"
+    return None
+
+
+_GLUON: Final = "triton.experimental.gluon.nvidia.hopper"
 
 
 def described(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], Any]:
@@ -139,7 +148,9 @@ def described(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], A
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     """A tensor map of a tensor (B, heads, tokens, n): copies are `rows` of one head, `columns` numbers of each."""
     block, layout = described(x.dtype, rows, columns)
-    return gluon().TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    # A dimension of one element may have any step, of which the driver may refuse some.
+    steps = [step if n > 1 else max(x.stride()) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return importlib.import_module(_GLUON).TensorDescriptor(x, list(x.shape), [*steps, 1], block, layout)
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

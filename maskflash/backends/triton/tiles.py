@@ -144,6 +144,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 }
 
 ROWS: Final = _rows()
+HOPPER_DIM: Final = max(_TABLE[90]["hopper", 16])  # largest head dim of Hopper's own forward
 DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
 PARTS: Final = 16  # of a row that are joined at once
 COMBINE: Final = Tile(16, 16, 4, 1)  # it has no tile: a row for each program
