@@ -10,6 +10,7 @@ import numpy as np
 from tests.ptx.faults import Unsupported
 from tests.ptx.operands import Action, Reader, Scope, integer, only, vector
 from tests.ptx.parse import Statement
+from tests.ptx.tensor_maps import TensorMap
 from tests.ptx.threads import Threads
 from tests.ptx.values import UNSIGNED, Array, size_of
 
@@ -113,7 +114,14 @@ def _parameter(statement: Statement, scope: Scope) -> Action:
     number, shift, mask = scope.program.params.index(name), 8 * integer(step or "0"), (1 << 8 * size_of(kind)) - 1
     dtype = UNSIGNED[size_of(kind)]
     put = scope.write(target, f"{'s' if kind[0] == 's' else 'u'}{8 * size_of(kind)}", statement.guard)
-    return lambda threads: put(threads, np.asarray(dtype(threads.launch.params[number] >> shift & mask)))
+
+    def run(threads: Threads) -> None:
+        bits = threads.launch.params[number]
+        if isinstance(bits, TensorMap):
+            raise Unsupported("a look into a tensor map")
+        put(threads, np.asarray(dtype(bits >> shift & mask)))
+
+    return run
 
 
 def build_cp_async(statement: Statement, scope: Scope) -> Action:
@@ -221,5 +229,4 @@ def _matrices(statement: Statement, place: int) -> tuple[int, bool, list[str]]:
 
 def _addressing(threads: Threads, count: int) -> Array:
     """The lanes whose addresses count."""
-    threads.together()
     return threads.thread % 32 < 8 * count

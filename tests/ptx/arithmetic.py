@@ -332,8 +332,8 @@ def _selp(statement: Statement) -> Operation:
 
 
 def _cvta(statement: Statement) -> Operation:
-    """Generic addresses are those of global memory."""
-    only(statement, statement.words[1:], {"to", "global", "u64"})
+    """Generic addresses are those of global memory, and of parameters."""
+    only(statement, statement.words[1:], {"to", "global", "param", "u64"})
     return _same(1, "u64", lambda a: a)
 
 

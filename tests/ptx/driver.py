@@ -30,6 +30,8 @@ from maskflash.backends.triton.tiles import SHARED_LIMITS
 from tests.ptx.faults import Unsupported
 from tests.ptx.global_memory import Buffer
 from tests.ptx.machine import Kernel
+from tests.ptx.orders import TEXT, Order
+from tests.ptx.tensor_maps import TensorMap
 from tests.ptx.values import Array
 
 _FILL: Final = 0xFF  # of memory that holds no value: NaN as a float, -1 as an integer
@@ -47,8 +49,9 @@ class Call:
         text: its PTX.
         grid: blocks.
         values: arguments by name, without constants.
-        kinds: Triton's types of them: "*bf16", "i64".
+        kinds: Triton's types of them: "*bf16", "i64", "tensordesc<bf16[64, 64], ...>".
         shared: bytes of shared memory of a block.
+        maps: of the tensor descriptors among them, in order: the box that Triton copies, and its swizzle.
     """
 
     name: str
@@ -57,26 +60,42 @@ class Call:
     values: dict[str, Any]
     kinds: dict[str, str]
     shared: int
+    maps: tuple[dict[str, Any], ...] = ()
 
-    def run(self, text: str | None = None, shift: dict[str, int] | None = None, **changed: Any) -> None:
+    def run(
+        self,
+        text: str | None = None,
+        shift: dict[str, int] | None = None,
+        order: Order | None = None,
+        maps: tuple[dict[str, Any], ...] | None = None,
+        **changed: Any,
+    ) -> None:
         """Launch it.
 
         Args:
             text: PTX instead of its own.
             shift: bytes by which tensors, by name, are worse aligned than they are.
+            order: who goes on when several could, instead of the device's.
+            maps: instead of its own.
             **changed: arguments instead of its own, by name.
         """
-        values, shift = self.values | changed, shift or {}
-        params = [_parameter(name, self.kinds[name], value, shift.get(name, 0)) for name, value in values.items()]
-        kernel(text or self.text).launch(self.grid, params + [0] * _SCRATCH, self.shared)
+        shift, layouts = shift or {}, iter(self.maps if maps is None else maps)
+        params: list[Buffer | TensorMap | int] = []
+        for name, value in (self.values | changed).items():
+            if self.kinds[name].startswith("tensordesc"):
+                params += _descriptor(name, value, next(layouts))
+            else:
+                params.append(_parameter(name, self.kinds[name], value, shift.get(name, 0)))
+        kernel(text or self.text).launch(self.grid, params + [0] * _SCRATCH, self.shared, order or DEVICE.order)
 
 
 @dataclass(slots=True)
 class Device:
-    """The emulated device: compute capability times ten, and where launches are kept, if anywhere."""
+    """The emulated device: compute capability times ten, where launches are kept, if anywhere, and their order."""
 
     arch: int
     calls: list[Call] | None = None
+    order: Order = TEXT
 
 
 DEVICE: Final = Device(0)  # none, until `install`
@@ -129,6 +148,7 @@ class _Launcher:
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.names, self.kinds, self.shared = source.fn.arg_names, source.signature, metadata.shared
+        self.maps = tuple(getattr(metadata, "tensordesc_meta", None) or ())
 
     def __call__(self, grid: int, second: int, third: int, stream: int, text: str, *rest: Any) -> None:
         """Rest: packed metadata, three hooks' worth of launch metadata, then the arguments in order."""
@@ -136,13 +156,14 @@ class _Launcher:
             raise Unsupported("a grid of more than one dimension")
         given = dict(zip(self.names, rest[-len(self.names) :], strict=True))
         values = {name: value for name, value in given.items() if self.kinds[name] != "constexpr"}
-        call = Call(text.split(".entry ")[1].split("(")[0], text, grid, values, self.kinds, self.shared)
+        call = Call(text.split(".entry ")[1].split("(")[0], text, grid, values, self.kinds, self.shared, self.maps)
         if DEVICE.calls is not None:
             DEVICE.calls.append(call)
         call.run()
         for value in values.values():
-            if isinstance(value, Tensor):
-                _forget_if_written(value)
+            tensor = getattr(value, "base", value)
+            if isinstance(tensor, Tensor):
+                _forget_if_written(tensor)
 
 
 class _Driver:
@@ -173,14 +194,28 @@ class _Driver:
 def _parameter(name: str, kind: str, value: Any, shift: int) -> Buffer | int:
     """A tensor's memory, or the bits of a number."""
     if kind.startswith("*"):
-        empty = _holds_nothing(value)
-        shape, strides, size = tuple(value.shape), value.stride(), value.element_size()
-        return Buffer(name, value.data_ptr(), shape, strides, size, empty=empty, shift=shift)
+        return _buffer(name, value, tuple(value.shape), value.stride(), shift)
     if kind in ("fp32", "fp64"):
         return int.from_bytes(struct.pack("<f" if kind == "fp32" else "<d", value), "little")
     if kind[0] in "iu" and kind[1:].isdigit():
         return int(value) & ((1 << int(kind[1:])) - 1)
     raise Unsupported(f"an argument of type {kind}")
+
+
+def _buffer(name: str, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], shift: int = 0) -> Buffer:
+    empty, size = _holds_nothing(tensor), tensor.element_size()
+    return Buffer(name, tensor.data_ptr(), shape, strides, size, empty=empty, shift=shift)
+
+
+def _descriptor(name: str, value: Any, layout: dict[str, Any]) -> list[Buffer | TensorMap | int]:
+    """A tensor descriptor as Triton's launcher expands it: a tensor map, the sizes, and the strides in elements."""
+    shape, strides, size = tuple(value.shape), tuple(value.strides), layout["elem_size"]
+    if layout["fp4_padded"] or value.round_f32_to_tf32 or value.padding != "zero":
+        raise Unsupported("a descriptor of four bits, that rounds, or that fills with NaN")
+    buffer = _buffer(name, value.base, shape, strides)
+    steps = tuple(step * size for step in strides)
+    box, swizzle = tuple(layout["block_size"]), (0, 32, 64, 128)[layout["swizzle"]]
+    return [TensorMap(buffer, shape, steps, box, size, swizzle), *shape, *strides]
 
 
 def _bytes(tensor: Tensor) -> Array:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.ptx.clocks import Clocks
 from tests.ptx.faults import Fault
 from tests.ptx.shared_memory import SharedMemory
 from tests.ptx.values import Array
@@ -53,7 +54,8 @@ class Copies:
         for copy in self.open:
             done = waiting[copy.ids] & (copy.group < self.commits[copy.ids] - left)
             if done.any():
-                self.shared.end_copy(copy.ids[done], copy.places[done], copy.rows[done])
+                tags = self.shared.clocks.tags(copy.ids[done] // 32)
+                self.shared.end_copy(copy.places[done], copy.rows[done], tags)
             if not done.all():
                 still.append(Copy(copy.ids[~done], copy.group[~done], copy.places[~done], copy.rows[~done]))
         self.open = still
@@ -61,27 +63,30 @@ class Copies:
 
 @dataclass(slots=True)
 class Product:
-    """One wgmma: by which warps, of which of their groups, and what of shared memory and of registers it uses."""
+    """One wgmma: by which warps, of which of their groups, its number among theirs, and which registers it uses."""
 
     warps: Array
     group: Array
-    units: Array
+    number: Array
     sums: frozenset[int]
     inputs: frozenset[int]
 
 
 class Products:
-    """The products of warps 0 to warps - 1 that are in flight, and the registers that no `wgmma.fence` has ordered.
+    """The products of warps that are in flight, and the registers that no `wgmma.fence` has ordered.
 
     Attributes:
+        begun: of each warp.
         commits: of each warp.
         ordered: which warps have passed a fence.
         open: what is in flight.
         touched: register -> warps that read or wrote it, other than by wgmma, since their last fence.
     """
 
-    def __init__(self, shared: SharedMemory, warps: int) -> None:
-        self.shared, self.commits, self.ordered = shared, np.zeros(warps, np.int64), np.zeros(warps, np.bool_)
+    def __init__(self, clocks: Clocks) -> None:
+        warps = len(clocks.known)
+        self.clocks, self.begun = clocks, np.zeros(warps, np.int64)
+        self.commits, self.ordered = np.zeros(warps, np.int64), np.zeros(warps, np.bool_)
         self.open: list[Product] = []
         self.touched: dict[int, Array] = {}
 
@@ -103,7 +108,7 @@ class Products:
         for touched in self.touched.values():
             touched[warps] = False
 
-    def begin(self, warps: Array, units: Array, sums: frozenset[int], inputs: frozenset[int]) -> None:
+    def begin(self, warps: Array, sums: frozenset[int], inputs: frozenset[int]) -> None:
         """Start a product. Sums of another one in flight may only be summed on.
 
         Raises:
@@ -114,22 +119,25 @@ class Products:
             raise Fault("wgmma fence", "its registers were used, and no wgmma.fence came between")
         if any(inputs & product.sums and np.isin(warps, product.warps).any() for product in self.open):
             raise Fault("wgmma registers", "a product in flight is still to write its inputs")
-        self.open.append(Product(warps, self.commits[warps], units, sums, inputs))
+        self.begun[warps] += 1
+        self.open.append(Product(warps, self.commits[warps], self.begun[warps], sums, inputs))
+
+    def readers(self, warps: Array) -> tuple[Array, Array]:
+        """The agents that multiply for warps, and the times by their clocks at which the next product ends."""
+        return warps % self.clocks.warps + self.clocks.products, self.begun[warps] + 1
 
     def commit(self, warps: Array) -> None:
         """End these warps' group."""
         self.commits[warps] += 1
 
     def wait(self, warps: Array, left: int) -> None:
-        """End all but the last `left` groups of these warps, which are all warps of their blocks."""
-        still, shared = [], self.shared
+        """End all but the last `left` groups of these warps."""
+        still, known = [], self.clocks.known
         for product in self.open:
             done = np.isin(product.warps, warps) & (product.group < self.commits[product.warps] - left)
-            ended = np.isin(shared.block_of(product.units), product.warps[done] * 32 // shared.threads)
-            shared.end_product(product.units[ended])
+            ended = product.warps[done]
+            known[ended, ended % self.clocks.warps + self.clocks.products] = product.number[done]
             if not done.all():
-                kept = product.warps[~done], product.group[~done], product.units[~ended]
+                kept = product.warps[~done], product.group[~done], product.number[~done]
                 still.append(Product(*kept, product.sums, product.inputs))
         self.open = still
-        for product in still:
-            shared.hold(product.units)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tests.ptx import access, arithmetic, products, warps
+from tests.ptx import access, arithmetic, bulk, products, waits, warps
 from tests.ptx.faults import Unsupported
-from tests.ptx.operands import Action, Scope
+from tests.ptx.operands import Action, Scope, Waiting
 from tests.ptx.parse import Statement
 
-INSTRUCTIONS: Final[dict[str, Callable[[Statement, Scope], Action]]] = {
+INSTRUCTIONS: Final[dict[str, Callable[[Statement, Scope], Action | Waiting]]] = {
     **dict.fromkeys(arithmetic.OPERATIONS, arithmetic.build),
     "mov": arithmetic.build_mov,
     "ld": access.build_ld,
@@ -22,8 +22,20 @@ INSTRUCTIONS: Final[dict[str, Callable[[Statement, Scope], Action]]] = {
     "cp.async.wait_all": access.build_wait_all,
     "ldmatrix": access.build_ldmatrix,
     "stmatrix": access.build_stmatrix,
-    "bar.sync": warps.build_barrier,
-    "barrier.sync": warps.build_barrier,
+    "bar.sync": waits.build_barrier,
+    "barrier.sync": waits.build_barrier,
+    "cp.async.bulk.tensor": bulk.build_tensor,
+    "cp.async.bulk.commit_group": bulk.build_commit,
+    "cp.async.bulk.wait_group": bulk.build_wait,
+    "mbarrier.init": waits.build_init,
+    "mbarrier.inval": waits.build_inval,
+    "mbarrier.arrive": waits.build_arrive,
+    "mbarrier.expect_tx": waits.build_arrive,
+    "mbarrier.try_wait": waits.build_wait,
+    "mbarrier.test_wait": waits.build_wait,
+    "setmaxnreg": waits.build_setmaxnreg,
+    "elect.sync": warps.build_elect,
+    "fence.mbarrier_init": warps.build_mbarrier_fence,
     "bar.warp.sync": warps.build_warp_barrier,
     "fence.proxy.async": warps.build_proxy_fence,
     "shfl.sync": warps.build_shuffle,
@@ -34,9 +46,14 @@ INSTRUCTIONS: Final[dict[str, Callable[[Statement, Scope], Action]]] = {
     "wgmma.commit_group": products.build_wgmma_commit,
     "wgmma.wait_group": products.build_wgmma_wait,
 }
+# Warps of which no thread may be elsewhere.
+TOGETHER: Final[dict[str, int]] = {
+    **dict.fromkeys(("bar", "barrier", "shfl", "vote", "elect", "ldmatrix", "stmatrix", "mma", "setmaxnreg"), 1),
+    "wgmma": 4,
+}
 
 
-def build(statement: Statement, scope: Scope) -> Action:
+def build(statement: Statement, scope: Scope) -> Action | Waiting:
     """What a statement does.
 
     Raises:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from tests.ptx.faults import Unsupported
 from tests.ptx.parse import Program, Statement, split
+from tests.ptx.tensor_maps import PARAMETERS
 from tests.ptx.threads import Threads
 from tests.ptx.values import DTYPES, HALVES, UNSIGNED, Array, decode, encode, size_of
 
@@ -18,6 +20,23 @@ Reader = Callable[[Threads], Array]
 Writer = Callable[[Threads, Array], None]
 
 SHARED_BASE: Final = "global_smem"  # the name of all shared memory, which begins at 0
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What an instruction does at which threads may have to wait.
+
+    Attributes:
+        ready: which of them may go on; it may be asked again and again.
+        action: what they do then.
+        what: they wait for, in words.
+    """
+
+    ready: Reader
+    action: Action
+    what: Callable[[Threads], str]
+
+
 _SPECIAL: Final = re.compile(r"%(n?tid|n?ctaid)\.[xyz]|%n?ctaid|%laneid")
 _FLOAT: Final = re.compile(r"0[fF]([0-9A-Fa-f]{8})|0[dD]([0-9A-Fa-f]{16})")
 _INTEGER: Final = re.compile(r"(-?)(0[xX][0-9A-Fa-f]+|\d+)U?")
@@ -70,6 +89,9 @@ class Scope:
             return lambda threads: threads.special(text).astype(dtype)
         if text.startswith("%"):
             return self._read_register(text, kind)
+        if text in self.program.params:
+            at = np.uint64(PARAMETERS + 4096 * self.program.params.index(text))
+            return lambda threads: at
         constant = decode(self._constant(text, kind), kind)
         return lambda threads: constant
 

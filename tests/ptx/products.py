@@ -21,7 +21,7 @@ from tests.ptx.faults import Fault, Unsupported
 from tests.ptx.operands import Action, Scope, integer, vector
 from tests.ptx.parse import Statement
 from tests.ptx.threads import Threads
-from tests.ptx.values import UNSIGNED, Array, bf16_values
+from tests.ptx.values import Array, bf16_values
 
 _SIZES: Final = {"f16": 2, "bf16": 2, "tf32": 4}
 _WARPGROUP: Final = 128  # threads
@@ -70,7 +70,6 @@ def build_mma(statement: Statement, scope: Scope) -> Action:
     left, right, sums = ([scope.read(x, t) for x in names] for names, t in ((a, "b32"), (b, "b32"), (c, "f32")))
 
     def run(threads: Threads) -> None:
-        threads.together()
         rows = left_operand([read(threads) for read in left], kind)
         columns = right_operand([read(threads) for read in right], kind)
         product = spread(np.matmul(rows, columns.swapaxes(1, 2)))
@@ -153,14 +152,12 @@ def build_wgmma(statement: Statement, scope: Scope) -> Action:
     registers = frozenset(map(scope.number, names)), frozenset(map(scope.number, inputs))
 
     def run(threads: Threads) -> None:
-        threads.together()
-        used: list[Array] = []
         if held:
             rows = left_operand([read(threads) for read in left], kind).reshape(-1, 64, depth)
         else:
-            rows = _shared_operand(threads, left[0](threads), (64, depth), kind, turns[0], used)
-        others = _shared_operand(threads, right(threads), (columns, depth), kind, turns[1], used)
-        threads.launch.products.begin(threads.warps, np.unique(np.concatenate(used)), *registers)
+            rows = _shared_operand(threads, left[0](threads), (64, depth), kind, turns[0])
+        others = _shared_operand(threads, right(threads), (columns, depth), kind, turns[1])
+        threads.launch.products.begin(threads.warps, *registers)
         product = np.matmul(rows, others.swapaxes(1, 2)).reshape(-1, 16, columns)
         summed = np.broadcast_to(keeps(threads), threads.count)
         for put, read, part in zip(puts, sums, spread(product), strict=True):
@@ -169,16 +166,13 @@ def build_wgmma(statement: Statement, scope: Scope) -> Action:
     return run
 
 
-def _shared_operand(
-    threads: Threads, words: Array, shape: tuple[int, int], kind: str, turned: bool, used: list[Array]
-) -> Array:
-    """(warpgroups, rows, depth) float32 from shared memory; `used` gets the units that are read."""
-    descriptor = Descriptor.of(np.broadcast_to(words, threads.count))
-    address = descriptor.addresses(*shape, _SIZES[kind], turned)
-    block = (threads.ids[::_WARPGROUP] // threads.launch.threads).reshape(-1, 1, 1)
-    bits, units = threads.launch.shared.start_product(address, block, _SIZES[kind])
-    used.append(units)
-    return numbers(bits.view(UNSIGNED[_SIZES[kind]]), kind)
+def _shared_operand(threads: Threads, words: Array, shape: tuple[int, int], kind: str, turned: bool) -> Array:
+    """(warpgroups, rows, depth) float32 from shared memory."""
+    descriptor, size = Descriptor.of(np.broadcast_to(words, threads.count)), _SIZES[kind]
+    groups = threads.warps.reshape(-1, 4)
+    address = np.broadcast_to(descriptor.addresses(*shape, size, turned), (len(groups), *shape))
+    bits = threads.launch.shared.read_aside(groups, address, size, *threads.launch.products.readers(groups))
+    return numbers(bits, kind)
 
 
 def build_wgmma_fence(statement: Statement, scope: Scope) -> Action:
@@ -186,7 +180,6 @@ def build_wgmma_fence(statement: Statement, scope: Scope) -> Action:
     scope.unguarded(statement)
 
     def run(threads: Threads) -> None:
-        threads.together()
         threads.launch.products.fence(threads.warps)
 
     return run
@@ -197,7 +190,6 @@ def build_wgmma_commit(statement: Statement, scope: Scope) -> Action:
     scope.unguarded(statement)
 
     def run(threads: Threads) -> None:
-        threads.together()
         threads.launch.products.commit(threads.warps)
 
     return run
@@ -209,7 +201,6 @@ def build_wgmma_wait(statement: Statement, scope: Scope) -> Action:
     left = integer(statement.operands[0])
 
     def run(threads: Threads) -> None:
-        threads.together()
         threads.launch.products.wait(threads.warps, left)
 
     return run

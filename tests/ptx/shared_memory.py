@@ -1,12 +1,12 @@
-"""Shared memory of several blocks side by side, that knows who wrote and read each of its units since the last barrier.
+"""Shared memory of several blocks side by side, that knows who wrote and who read each of its units, and when.
 
-    tag of a unit     64 * (how many barriers the block has passed) + warp
+    tag of a unit     who wrote it last, and at what time of his clock: see `clocks`
     NEVER             nobody wrote it
-    IN_FLIGHT         a copy is still to fill it, or a product still reads it
-    SEVERAL           instead of a warp: more than one
+    IN_FLIGHT         a copy is still to fill it
+    MBARRIER          it is a part of an mbarrier
 
-A warp may read what another one wrote, or write what another one wrote or read, only with a barrier between. Threads of
-one warp run in step here, so what they do to one another is not looked at.
+A warp may read what another one wrote, or write what another one wrote or read, only if it knows that to have happened.
+Threads of one warp run in step here, so what they do to one another is not looked at.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import Final
 
 import numpy as np
 
+from tests.ptx.clocks import AGENTS, BEYOND, Clocks
 from tests.ptx.faults import Fault
 from tests.ptx.values import UNSIGNED, Array
 
-NEVER: Final = -1
-IN_FLIGHT: Final = 1 << 30
-SEVERAL: Final = 63
-_WARPS: Final = 64
+NEVER, IN_FLIGHT, MBARRIER = (BEYOND + AGENTS * n for n in range(3))
+_WARP: Final = 32  # threads
+_NOBODYS: Final = {
+    NEVER: ("shared uninitialised", "it was never written"),
+    IN_FLIGHT: ("shared in flight", "a copy is still to fill it"),
+    MBARRIER: ("shared mbarrier", "it is a part of an mbarrier"),
+}
 
 
 class SharedMemory:
@@ -30,40 +34,34 @@ class SharedMemory:
     Args:
         blocks: how many.
         size: bytes that the kernel asked for.
-        unit: bytes of its smallest access.
+        unit: bytes of the smallest store.
         threads: of a block.
+        clocks: of its warps.
     """
 
-    def __init__(self, blocks: int, size: int, unit: int, threads: int) -> None:
-        self.size, self.unit, self.threads = size, unit, threads
+    def __init__(self, blocks: int, size: int, unit: int, threads: int, clocks: Clocks) -> None:
+        self.size, self.unit, self.threads, self.clocks = size, unit, threads, clocks
         self.room = -(-max(size, 16) // 1024) * 1024
         self.data = np.zeros(blocks * self.room, np.uint8)
         self.wrote = np.full(blocks * self.room // unit, NEVER, np.int32)
-        self.read = np.full(blocks * self.room // unit, NEVER, np.int32)
-        self.barriers = np.zeros(blocks, np.int32)
-        self.fenced = np.zeros(blocks, np.int32)  # what was written before so many barriers, products may read
-
-    def pass_barrier(self, blocks: Array) -> None:
-        """All threads of these blocks have met."""
-        self.barriers[blocks] += 1
-
-    def fence(self, blocks: Array) -> None:
-        """What these blocks have written so far, products may read."""
-        self.fenced[blocks] = self.barriers[blocks] + 1
+        self.read = np.zeros((clocks.loads, blocks * self.room // unit), np.int32)  # by each agent, at what time
+        self.readers = np.zeros(clocks.loads, np.bool_)  # agents that have read anything
 
     def load(self, ids: Array, address: Array, count: int, size: int) -> Array:
         """(threads, count) numbers of `size` bytes, for threads by their ids.
 
         Raises:
-            Fault: the place is out of bounds, misaligned, never written, or another warp's since the last barrier.
+            Fault: the place is out of bounds, misaligned, never written, or another warp's without an order.
         """
-        places = self._places(ids, address, count * size)
-        now, mine = self._tags(ids)
-        tags = self._units(self.wrote, count * size)[places]
-        wrong = (tags >= now) & (tags != mine) | (tags == NEVER)
+        places, warps = self._places(ids, address, count * size), ids // _WARP
+        spots = places * count * size // self.unit if count * size < self.unit else places
+        tags = self._units(self.wrote, count * size)[spots]
+        wrong = self.clocks.unknown(warps, tags)
         if wrong.any():
             self._refuse("a read", ids, address, wrong, tags)
-        self._mark_read(self._units(self.read, count * size), places, now, mine)
+        own = self.clocks.tags(warps)
+        self._rows(self.read, count * size)[own % AGENTS, spots] = (own // AGENTS)[:, None]
+        self.readers[own % AGENTS] = True
         return self._numbers(count, size)[places]
 
     def store(self, ids: Array, address: Array, values: Array, size: int) -> None:
@@ -78,66 +76,78 @@ class SharedMemory:
         data[places] = values
         if (data[places] != values).any():
             raise Fault("shared race", "threads of one store write different values to one place")
-        self._units(self.wrote, count * size)[places] = self._tags(ids)[1]
+        self._units(self.wrote, count * size)[places] = self.clocks.tags(ids // _WARP)[:, None]
 
-    def start_copy(self, ids: Array, address: Array, nbytes: int) -> Array:
+    def start_copy(self, ids: Array, address: Array, nbytes: int, *, proxy: bool = False) -> Array:
         """Reserve places that a copy is to fill: until it has arrived they are nobody's.
+
+        Args:
+            ids: of the threads that begin it.
+            address: of each part.
+            nbytes: of each part.
+            proxy: it is the asynchronous proxy that fills them.
 
         Returns:
             The places, for `end_copy`.
         """
         places = self._places(ids, address, nbytes)
         self._claim(ids, address, places, nbytes, same=None)
-        self._units(self.wrote, nbytes)[places] = IN_FLIGHT
+        tags = self._units(self.wrote, nbytes)
+        if proxy and (wrong := self.clocks.unfenced(ids // _WARP, tags[places]) & (tags[places] < BEYOND)).any():
+            at = int(address[wrong.any(1)][0])
+            raise Fault("shared proxy", f"a copy to byte {at}, written with no fence.proxy.async since")
+        tags[places] = IN_FLIGHT
         return places
 
-    def end_copy(self, ids: Array, places: Array, rows: Array) -> None:
-        """Fill them: (threads, nbytes) bytes, written just now by those who waited."""
+    def end_copy(self, places: Array, rows: Array, tags: Array) -> None:
+        """Fill them: (places, nbytes) bytes, which carry these tags from now on."""
         nbytes = rows.shape[1]
         self.data.reshape(-1, nbytes)[places] = rows
-        self._units(self.wrote, nbytes)[places] = self._tags(ids)[1]
+        self._units(self.wrote, nbytes)[places] = tags[:, None]
 
-    def start_product(self, address: Array, block: Array, size: int) -> tuple[Array, Array]:
-        """Read one operand of a wgmma, by the asynchronous proxy.
+    def read_aside(self, warps: Array, address: Array, size: int, readers: Array, times: Array) -> Array:
+        """Read by the asynchronous proxy, some time from now on: a wgmma's operand, or what a copy takes.
 
         Args:
-            address: of each element in its block's memory.
-            block: that each is of; broadcasts with address.
+            warps: (n, any number of) warps that begin it, of one block in each row.
+            address: (n, ...) of each element in its block's memory.
             size: bytes of an element.
+            readers: (n, warps) the agents that read, one for each of them.
+            times: (n, warps) by their clocks: who knows of one, knows that its reading has ended.
 
         Returns:
-            The elements' bits, and the units that are read until the product has ended.
+            The elements' bits.
 
         Raises:
-            Fault: they are out of bounds, never written, on their way, or not fenced and behind a barrier.
+            Fault: they are out of bounds, never written, on their way, not ordered before, or not fenced.
         """
         if (address < 0).any() or (address + size > self.size).any():
-            raise Fault("shared bounds", f"wgmma reads byte {int(address.max())} of {self.size}")
-        places = (address + block * self.room) // size
-        units = places * size // self.unit
-        tags, barriers = self.wrote[units], self.barriers[block]
-        for wrong, kind, why in (
-            (tags == NEVER, "shared uninitialised", "was never written"),
-            (tags == IN_FLIGHT, "shared cp.async", "a copy is still to fill"),
-            (tags >= barriers * _WARPS, "shared race", "was written since the last barrier"),
-            (tags // _WARPS >= self.fenced[block], "shared proxy", "was written since the last fence.proxy.async"),
-        ):
-            if wrong.any():
-                raise Fault(kind, f"wgmma reads byte {int(address[wrong].min())}, which {why}")
-        self.read[units] = IN_FLIGHT
-        return self.data.view(UNSIGNED[size])[places], np.unique(units)
+            raise Fault("shared bounds", f"bytes up to {int(address.max()) + size} of {self.size}")
+        rows = len(warps)
+        start = (warps[:, 0] // self.clocks.warps * self.room).reshape(rows, *[1] * (address.ndim - 1))
+        places = (address + start) // size
+        units = (places * size // self.unit).reshape(rows, -1)
+        tags = self.wrote[units]
+        for warp in warps.T:
+            if (wrong := self.clocks.unknown(warp, tags)).any():
+                self._refuse("an asynchronous read", warp * _WARP, address.reshape(rows, -1), wrong, tags)
+            if (wrong := self.clocks.unfenced(warp, tags)).any():
+                at = int(np.broadcast_to(address, places.shape).reshape(rows, -1)[wrong].min())
+                raise Fault("shared proxy", f"byte {at} was written, and no fence.proxy.async came between")
+        for reader, time in zip(readers.T, times.T, strict=True):
+            self.read[reader[:, None], units] = time[:, None]
+        self.readers[readers] = True
+        return self.data.view(UNSIGNED[size])[places]
 
-    def end_product(self, units: Array) -> None:
-        """They have been read just now, by several warps."""
-        self.read[units] = self.barriers[self.block_of(units)] * _WARPS + SEVERAL
+    def become_mbarrier(self, ids: Array, address: Array) -> None:
+        """8 bytes are an mbarrier from now on: claimed by a thread each."""
+        places = self._places(ids, address, 8)
+        self._claim(ids, address, places, 8, same=None)
+        self._units(self.wrote, 8)[places] = MBARRIER
 
-    def block_of(self, units: Array) -> Array:
-        """The block whose memory they are in."""
-        return np.asarray(units * self.unit // self.room)
-
-    def hold(self, units: Array) -> None:
-        """A product still reads them."""
-        self.read[units] = IN_FLIGHT
+    def end_mbarrier(self, ids: Array, address: Array) -> None:
+        """They hold no value."""
+        self._units(self.wrote, 8)[self._places(ids, address, 8)] = NEVER
 
     def _places(self, ids: Array, address: Array, nbytes: int) -> Array:
         """In units of nbytes."""
@@ -153,44 +163,42 @@ class SharedMemory:
     def _units(self, tags: Array, nbytes: int) -> Array:
         return tags.reshape(-1, max(1, nbytes // self.unit))
 
+    def _rows(self, times: Array, nbytes: int) -> Array:
+        return times.reshape(len(times), -1, max(1, nbytes // self.unit))
+
     def _numbers(self, count: int, size: int) -> Array:
         return self.data.view(UNSIGNED[size]).reshape(-1, count)
 
-    def _tags(self, ids: Array) -> tuple[Array, Array]:
-        """The least tag since the last barrier, and the thread's own: (threads, 1) each."""
-        now = self.barriers[ids // self.threads] * _WARPS
-        return now[:, None], (now + ids % self.threads // 32)[:, None]
-
-    @staticmethod
-    def _mark_read(read: Array, places: Array, now: Array, mine: Array) -> None:
-        before = read[places]
-        after = np.where((before >= now) & (before != mine) & (before != IN_FLIGHT), now + SEVERAL, mine)
-        after = np.where(before == IN_FLIGHT, before, after)
-        read[places] = after
-        both = (read[places] != after).any(1)  # threads of several warps at one place
-        if both.any():
-            read[places[both]] = np.broadcast_to(now + SEVERAL, after.shape)[both]
-
     def _claim(self, ids: Array, address: Array, places: Array, nbytes: int, same: Array | None) -> None:
         """Check that places may be written; `same`: which of them hold the new value already."""
-        now, mine = self._tags(ids)
-        tags = self._units(self.read, nbytes)[places]
-        wrong = (tags >= now) & (tags != mine)
+        warps = ids // _WARP
+        agents = np.flatnonzero(self.readers)
+        times = self._rows(self.read, nbytes)[agents[:, None], places].max(2).T  # (threads, agents)
+        wrong = times > self.clocks.known[warps[:, None], agents]
         if wrong.any():
-            self._refuse("a write after a read", ids, address, wrong, tags)
+            tags = np.where(wrong, times * AGENTS + agents, 0).max(1)[:, None]
+            self._refuse("a write after a read", ids, address, tags > 0, tags)
         tags = self._units(self.wrote, nbytes)[places]
-        wrong = (tags >= now) & (tags != mine)
-        if wrong.any() and not (same is not None and (tags != IN_FLIGHT)[wrong].all() and same[wrong.any(1)].all()):
+        wrong = self.clocks.unknown(warps, tags) & (tags != NEVER)
+        if wrong.any() and not (same is not None and (tags < BEYOND)[wrong].all() and same[wrong.any(1)].all()):
             self._refuse("a second write", ids, address, wrong, tags)
 
     def _refuse(self, what: str, ids: Array, address: Array, wrong: Array, tags: Array) -> None:
         row, unit = (int(n) for n in np.unravel_index(int(wrong.argmax()), wrong.shape))
-        tag, warp = int(tags[row, unit]), int(ids[row]) % self.threads // 32
-        kind, why = "shared race", f"warp {tag % _WARPS} used it since the last barrier"
-        if tag == NEVER:
-            kind, why = "shared uninitialised", "it was never written"
-        elif tag == IN_FLIGHT:
-            kind, why = "shared cp.async", "a copy to it, or a product that reads it, is in flight"
-        elif tag % _WARPS == SEVERAL:
-            why = "several warps read it since the last barrier"
-        raise Fault(kind, f"{what} of byte {int(address[row]) + unit * self.unit} by warp {warp}: {why}")
+        tag, warp = int(tags[row, unit]), int(ids[row]) // _WARP
+        kind, why = _NOBODYS.get(tag) or self._other(tag, warp - warp % self.clocks.warps)
+        at = int(np.ravel(address[row])[0]) + (unit * self.unit if address.ndim == 1 else 0)
+        raise Fault(kind, f"{what} of byte {at} by warp {warp % self.clocks.warps}: {why}")
+
+    def _other(self, tag: int, first: int) -> tuple[str, str]:
+        """What is wrong with a tag, in the block whose first warp this is."""
+        clocks, agent = self.clocks, tag % AGENTS
+        if agent < clocks.products:
+            return "shared race", f"warp {agent} used it, and nothing orders them"
+        if agent >= clocks.loads:
+            return "shared in flight", "a copy from global memory is to fill it, and its mbarrier was not waited for"
+        owner = agent % clocks.warps
+        what = f"a {'product' if agent < clocks.stores else 'copy to global memory'} of warp {owner}"
+        if tag // AGENTS > clocks.known[first + owner, agent]:
+            return "shared in flight", f"{what} still reads it"
+        return "shared race", f"{what} has read it, and nothing orders them"

@@ -6,6 +6,7 @@ import numpy as np
 
 from tests.ptx.global_memory import Buffer
 from tests.ptx.machine import Kernel
+from tests.ptx.orders import TEXT, Order
 from tests.ptx.values import Array, size_of
 
 PREFIXES = {2: "%rs", 4: "%r", 8: "%rd"}
@@ -16,6 +17,7 @@ _MODULE = """
 .extern .shared .align 16 .b8 global_smem[];
 .visible .entry snippet({params})
 .reqntid {threads}
+.maxnreg {registers}
 {{
     .reg .pred %p<100>;
     .reg .b16 %rs<100>;
@@ -28,10 +30,10 @@ _MODULE = """
 """
 
 
-def kernel(lines: list[str], params: int, threads: int) -> Kernel:
+def kernel(lines: list[str], params: int, threads: int, registers: int = 128) -> Kernel:
     """A kernel of these lines, with so many tensors as parameters p0, p1, ..."""
     declared = "\n" + ",\n".join(f"    .param .u64 .ptr .global .align 1 p{n}" for n in range(params)) + "\n"
-    return Kernel.of(_MODULE.format(params=declared, threads=threads, lines="\n    ".join(lines)))
+    return Kernel.of(_MODULE.format(params=declared, threads=threads, registers=registers, lines="\n".join(lines)))
 
 
 def buffer(name: str, array: Array, **options: bool) -> Buffer:
@@ -40,10 +42,12 @@ def buffer(name: str, array: Array, **options: bool) -> Buffer:
     return Buffer(name, array.ctypes.data, array.shape, strides, array.itemsize, **options)
 
 
-def launch(lines: list[str], *arrays: Array, threads: int = 32, shared: int = 0, grid: int = 1) -> None:
+def launch(
+    lines: list[str], *arrays: Array, threads: int = 32, shared: int = 0, grid: int = 1, order: Order = TEXT
+) -> None:
     """Run lines on arrays; parameter pN is the address of the N-th."""
     buffers = [buffer(f"p{n}", array) for n, array in enumerate(arrays)]
-    kernel(lines, len(arrays), threads).launch(grid, buffers, shared)
+    kernel(lines, len(arrays), threads).launch(grid, buffers, shared, order)
 
 
 def value_of(body: str, *inputs: Array, out: str = "b32", shared: int = 0) -> Array:

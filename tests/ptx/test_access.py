@@ -218,12 +218,12 @@ def test_copies_may_fill_with_zeros():
 @pytest.mark.parametrize(
     ("kind", "lines"),
     [
-        ("shared cp.async", [READ]),
-        ("shared cp.async", ["cp.async.commit_group;", READ]),
-        ("shared cp.async", ["cp.async.commit_group;", "cp.async.wait_group 1;", READ]),
-        ("shared cp.async", ["cp.async.commit_group;", WRITE]),
+        ("shared in flight", [READ]),
+        ("shared in flight", ["cp.async.commit_group;", READ]),
+        ("shared in flight", ["cp.async.commit_group;", "cp.async.wait_group 1;", READ]),
+        ("shared in flight", ["cp.async.commit_group;", WRITE]),
         ("shared race", [*WAITED, OTHER]),  # others' copies need a barrier
-        ("shared cp.async", ["cp.async.commit_group;", "bar.sync 0;", OTHER]),  # a barrier is no wait
+        ("shared in flight", ["cp.async.commit_group;", "bar.sync 0;", OTHER]),  # a barrier is no wait
     ],
 )
 def test_copies_that_nobody_waited_for(kind, lines):
@@ -236,7 +236,7 @@ def test_waiting_for_all_but_the_last_group():
     launch(copies("cp.async.commit_group;", *second, READ, *KEEP), WORDS, out, threads=64, shared=512)
     assert np.array_equal(out, WORDS)
     late = "ld.shared.b32 %r4, [%r3 + 256];"
-    fault("shared cp.async", copies("cp.async.commit_group;", *second, late), WORDS, threads=64, shared=512)
+    fault("shared in flight", copies("cp.async.commit_group;", *second, late), WORDS, threads=64, shared=512)
 
 
 # Matrices

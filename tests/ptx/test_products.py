@@ -162,7 +162,7 @@ STORE = "st.shared.b32 [%r2], %r1;"
         ("wgmma registers", [*FENCED, ONE, WAIT, USE]),  # not committed
         ("wgmma registers", [*FENCED, ONE, COMMIT, "wgmma.wait_group.sync.aligned 1;", USE]),
         ("wgmma registers", [*FENCED, ONE, COMMIT, "mov.b32 %r10, 0;"]),
-        ("shared cp.async", [*FENCED, ONE, COMMIT, STORE]),
+        ("shared in flight", [*FENCED, ONE, COMMIT, STORE]),
         ("shared race", [*FENCED, ONE, *DONE, STORE]),
         ("wgmma descriptor", ["cvt.u64.u32 %rd11, %r1;", *FENCED, ONE]),
         ("shared bounds", [f"mov.b64 %rd11, {descriptor(1 << 14, 16, 1024, 128)};", *FENCED, ONE]),

@@ -35,10 +35,10 @@ REDUNDANT = {
 }
 KINDS = {
     "bar.sync": {"shared race", "shared proxy"},
-    "cp.async.wait_group": {"shared cp.async"},
+    "cp.async.wait_group": {"shared in flight"},
     "fence.proxy.async": {"shared proxy"},
     "wgmma.fence": {"wgmma fence"},
-    "wgmma.wait_group": {"wgmma registers", "shared cp.async"},
+    "wgmma.wait_group": {"wgmma registers", "shared in flight"},
 }
 
 

@@ -1,13 +1,14 @@
 """Threads that are at the same place of a program, with their registers, and the memory of their launch.
 
 A thread's id is its number among all threads that run together: block * threads of a block + thread. Mostly a group has
-all threads of some blocks. It has a part of a block's threads only between a branch at which they part and the place
-where they meet again; what concerns a warp or a block may not stand there.
+all threads of some blocks. It has a part of a block's threads between a branch at which they part, or a place where
+some of them wait, and the place where they meet again. Warps with work of their own may never meet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,11 @@ from tests.ptx.global_memory import GlobalMemory
 from tests.ptx.in_flight import Copies, Products
 from tests.ptx.shared_memory import SharedMemory
 from tests.ptx.values import Array
+
+if TYPE_CHECKING:  # they have instructions, which act on threads
+    from tests.ptx.bulk import Bulk
+    from tests.ptx.meetings import Meetings, Room
+    from tests.ptx.tensor_maps import TensorMap
 
 
 @dataclass(slots=True)
@@ -27,7 +33,10 @@ class Launch:
         shared: of those that run together.
         copies: of theirs that are in flight.
         products: of theirs that are in flight.
-        params: the kernel's arguments, as bits.
+        bulk: boxes of tensors that they copy, and their mbarriers.
+        meetings: their barriers.
+        room: their registers.
+        params: the kernel's arguments: bits, or tensor maps.
         grid: blocks in all.
         first: the number of the first block that runs.
         threads: of a block.
@@ -37,16 +46,19 @@ class Launch:
     shared: SharedMemory
     copies: Copies
     products: Products
-    params: list[int]
+    bulk: Bulk
+    meetings: Meetings
+    room: Room
+    params: list[int | TensorMap]
     grid: int
     first: int
     threads: int
 
 
 class Threads:
-    """A group: who they are, their registers by number, and the number of the block of statements that comes next."""
+    """A group: who they are, their registers by number, and where they are: a block of statements, and a step of it."""
 
-    def __init__(self, launch: Launch, ids: Array, registers: list[Array | None], at: int = 0) -> None:
+    def __init__(self, launch: Launch, ids: Array, registers: list[Array | None], at: tuple[int, int] = (0, 0)) -> None:
         self.launch, self.registers, self.at = launch, registers, at
         self._arrange(ids)
 
@@ -71,14 +83,14 @@ class Threads:
             raise Fault("register", "it is read before anything is written to it")
         return found
 
-    def together(self) -> None:
-        """Check that whole blocks are here.
+    def complete(self, warps: int) -> Array:
+        """Whose group of so many warps, of those that a block is divided into, is all here."""
+        number = self.ids // (32 * warps)
+        return np.asarray(np.bincount(number)[number] == 32 * warps)
 
-        Raises:
-            Unsupported: they have parted.
-        """
-        if not self.whole:
-            raise Unsupported("an instruction of a warp or a block where its threads have parted")
+    def of_warps(self, which: Array) -> Array:
+        """A bool for each of the group's warps -> one for each thread."""
+        return self.every if which.all() else which[np.searchsorted(self.warps, self.ids // 32)]
 
     def special(self, name: str) -> Array:
         """A special register: the block's number, the thread's, and so on. Grids and blocks have one dimension."""
@@ -96,8 +108,8 @@ class Threads:
         found = values[name[:-2]]
         return found if axis == ".x" else np.full(self.count, int(name[:3] == "%nt" or name[:3] == "%nc"), np.uint32)
 
-    def part(self, leaving: Array, target: int) -> Threads:
-        """Those where `leaving` is True become a group of their own, on their way to another block."""
+    def part(self, leaving: Array, target: tuple[int, int]) -> Threads:
+        """Those where `leaving` is True become a group of their own, on their way to another place."""
         other = Threads(
             self.launch, self.ids[leaving], [x if x is None else x[leaving] for x in self.registers], target
         )

@@ -1,4 +1,4 @@
-"""Instructions between the threads of a warp or of a block: barriers, shuffles, votes, fences."""
+"""Instructions between the threads of a warp: shuffles, votes, elections; and fences."""
 
 from __future__ import annotations
 
@@ -13,34 +13,41 @@ from tests.ptx.values import Array
 _ALL_LANES = (-1, 0xFFFFFFFF)
 
 
-def build_barrier(statement: Statement, scope: Scope) -> Action:
-    """All threads of the block meet; what they wrote and read before is settled."""
-    only(statement, statement.words[2:], {"aligned"})
-    if [integer(operand) for operand in statement.operands] != [0]:
-        raise Unsupported("a barrier of some of the threads")
-    scope.unguarded(statement)
-
-    def run(threads: Threads) -> None:
-        threads.together()
-        threads.launch.shared.pass_barrier(threads.blocks)
-
-    return run
-
-
 def build_warp_barrier(statement: Statement, scope: Scope) -> Action:
     """The threads of a warp run in step anyway."""
     scope.unguarded(statement)
-    return Threads.together
+    return lambda threads: None
 
 
 def build_proxy_fence(statement: Statement, scope: Scope) -> Action:
-    """Let products read what was written to shared memory."""
+    """Let the asynchronous proxy rely on what these warps know to have happened to shared memory."""
     only(statement, statement.words[3:], {"shared::cta"})
     scope.unguarded(statement)
 
     def run(threads: Threads) -> None:
-        threads.together()
-        threads.launch.shared.fence(threads.blocks)
+        threads.launch.shared.clocks.fence(threads.warps)
+
+    return run
+
+
+def build_mbarrier_fence(statement: Statement, scope: Scope) -> Action:
+    """Let the asynchronous proxy use the mbarriers that these warps initialised."""
+    only(statement, statement.words[2:], {"release", "cluster"})
+    scope.unguarded(statement)
+    return lambda threads: threads.launch.bulk.mbarriers.fence(threads.warps)
+
+
+def build_elect(statement: Statement, scope: Scope) -> Action:
+    """Elect one lane of the warp: here the first, though any may be."""
+    (target, _, predicate), members = statement.operands[0].partition("|"), statement.operands[1]
+    if integer(members) not in _ALL_LANES or not predicate:
+        raise Unsupported("an election of some of the lanes")
+    scope.unguarded(statement)
+    put, elect = (scope.write(text.strip(), kind, None) for text, kind in ((target, "u32"), (predicate, "pred")))
+
+    def run(threads: Threads) -> None:
+        put(threads, np.zeros(threads.count, np.uint32))
+        elect(threads, threads.thread % 32 == 0)
 
     return run
 
@@ -58,7 +65,6 @@ def build_shuffle(statement: Statement, scope: Scope) -> Action:
     put = scope.write(target, "u32", statement.guard)
 
     def run(threads: Threads) -> None:
-        threads.together()
         given = (np.broadcast_to(read(threads), threads.count).reshape(-1, 32) for read in (value, lane, clamp))
         put(threads, _shuffled(mode, *given).reshape(-1))
 
@@ -84,7 +90,6 @@ def build_ballot(statement: Statement, scope: Scope) -> Action:
     read, put = scope.read(source, "pred"), scope.write(target, "u32", statement.guard)
 
     def run(threads: Threads) -> None:
-        threads.together()
         bits = np.broadcast_to(read(threads), threads.count).reshape(-1, 32)
         words = (bits.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1)
         put(threads, np.repeat(words.astype(np.uint32), 32))
