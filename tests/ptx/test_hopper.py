@@ -32,7 +32,9 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(run, "forward", forward)
 
 
-def assert_forward_matches(mask, shape, dtype=torch.bfloat16, sinks=None, score=None, weigh=None, dropout_p=0.0):
+def assert_forward_matches(
+    mask, shape, dtype=torch.bfloat16, sinks=None, score=None, weigh=None, dropout_p=0.0, block_size=128
+):
     """out is as near to float64 as twice a plain computation in its dtype, lse as one in float32.
 
     Args:
@@ -42,6 +44,7 @@ def assert_forward_matches(mask, shape, dtype=torch.bfloat16, sinks=None, score=
     dense = mf.mask(mask).at(shape.q_len, shape.kv_len, batch=shape.batch, heads=shape.heads).dense()
     q, k, v = (x.detach() for x in shape.tensors(dtype))
     given = {"sinks": sinks, "score": score, "dropout_p": dropout_p, "seed": 7 if dropout_p else None}
+    given["block_size"] = block_size
     out, lse = mf.attention(q, k, v, mask, backend="triton", return_lse=True, **given)
     lengths = shape.batch, shape.heads, shape.q_len, shape.kv_len
     kept = dropout_keep(7, dropout_p, *lengths) / (1 - dropout_p) if dropout_p else None
@@ -166,12 +169,18 @@ def test_backward_takes_what_it_leaves():
     mf.testing.assert_matches_dense(mf.causal(), shape, dtype=torch.bfloat16, backend="triton")
 
 
+# Steps of both kinds, eleven in all: the rings go round more than twice.
+LONG = (lambda b, h, q, kv: kv <= q + 500), Shape(1, 1, 1, 128, 700, 16, 16)
+STEP = (128, 64)
+
+
 @pytest.fixture
 def recorded(on_hopper):
-    """A launch with both kinds of tiles, whose rings of two go round several times; what it wrote, and a copy of it."""
-    q, k, v = (x.detach() for x in Shape(1, 1, 1, 128, 700, 128, 128).tensors(torch.bfloat16))
+    """A launch; what it wrote, and a copy of it."""
+    mask, shape = LONG
+    q, k, v = (x.detach() for x in shape.tensors(torch.bfloat16))
     DEVICE.calls = []
-    out = mf.attention(q, k, v, lambda b, h, q, kv: kv <= q + 500, backend="triton")
+    out = mf.attention(q, k, v, mask, backend="triton", block_size=STEP)
     (call,), DEVICE.calls = DEVICE.calls, None
     return call, out, out.clone()
 
@@ -227,8 +236,11 @@ def test_what_is_dropped_is_noticed(recorded, start):
 SABOTAGE = {
     "a producer that waits for the wrong phase": ("phase = 1  #", "phase = 0  #"),
     "a phase that never turns": ("phase = tl.where(slot == STAGES, phase ^ 1, phase)", "phase = phase + 0"),
-    "a step that is left out": ("for _ in range(1, partial_steps):", "for _ in range(2, partial_steps):"),
-    "a maximum that grows unnoticed": ("acc = acc * tl.convert_layout(alpha", "acc = acc * tl.convert_layout(alpha * 0 + 1"),
+    "a step that is left out": ("partial_steps == 0, 1, 0), full_steps)", "partial_steps == 0, 1, 1), full_steps)"),
+    "a maximum that grows unnoticed": (
+        "acc = acc * tl.convert_layout(alpha",
+        "acc = acc * tl.convert_layout(alpha * 0 + 1",
+    ),
     "bytes that never come": ("mbarrier.expect(q_full, 2 *", "mbarrier.expect(q_full, 3 *"),
 }
 
@@ -247,7 +259,7 @@ def test_a_broken_text_is_noticed(monkeypatch, name):
     launch.kernel.cache_clear()
     try:
         with pytest.raises((Fault, AssertionError)) as caught:
-            assert_forward_matches(lambda b, h, q, kv: kv <= q + 500, Shape(1, 1, 1, 128, 700, 128, 128))
+            assert_forward_matches(*LONG, block_size=STEP)
         print(name, "->", str(caught.value)[:100])
     finally:
         launch.kernel.cache_clear()
