@@ -40,7 +40,8 @@ class Ahead(Asking):
             k: as in a call.
             v: as in a call.
             pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn. Of few rows over
-                many keys "forward" is "split", and "combine" joins what pieces of the keys have given.
+                many keys "forward" is "split", and "combine" joins what pieces of the keys have given. "hopper" is
+                another forward, for compute capability 9.0, which nothing runs by itself yet.
             q_offset: as in a call.
             kv_offset: as in a call.
             dropout_p: as in a call.
@@ -62,7 +63,7 @@ class Ahead(Asking):
         from maskflash.backends.triton.signature import FEW, PASSES
 
         qkv.check(q, k, v)
-        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, *FEW, "dtables"))
+        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, "hopper", *FEW, "dtables"))
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
         p = probability("Attention.source", dropout_p)

@@ -40,11 +40,19 @@ KEPT = [
     *(("packed", pass_name) for pass_name in ("dkdv", "dq", "delta")),
     ("causal", "dkdv"),
     ("columns", "dkdv"),
+    ("interval", "hopper"),
+    ("packed", "hopper"),
     ("interval", "split"),
     ("interval", "combine"),
     ("packed", "split"),
 ]
-KEPT_SCORES = [("relative", "split"), ("softcap", "forward"), ("softcap", "dkdv"), ("relative", "dtables")]
+KEPT_SCORES = [
+    ("relative", "split"),
+    ("softcap", "forward"),
+    ("softcap", "hopper"),
+    ("softcap", "dkdv"),
+    ("relative", "dtables"),
+]
 
 
 @pytest.mark.parametrize(("name", "pass_name"), KEPT)
