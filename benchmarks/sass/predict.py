@@ -57,7 +57,7 @@ def predict(
         roles: the instructions of each role's loop, and how many warps of a program run it; those with products first.
         arch: compute capability times ten.
         programs: that fit a multiprocessor.
-        bulk: bytes of one bulk copy (TMA), and how many turns ahead of themselves warps copy.
+        bulk: how bulk copies (TMA) are made.
         depths: how many mbarriers the ring at each place has.
         seeds: of the runs that are averaged.
         cycles: of each run.
@@ -80,7 +80,7 @@ def predict(
 
 def _limits(parts: Sequence[Part], bulk_bytes: float) -> list[float]:
     """Operations a cycle that the L2 cache and shared memory allow."""
-    bulk = bulk_bytes * sum(work.kind is Kind.BULK_COPY for part in parts for work in part.turn)
+    bulk = bulk_bytes * sum(work.share for part in parts for work in part.turn if work.kind is Kind.BULK_COPY)
     flops, copied, shared = (
         sum(part.warps * getattr(work, what) for part in parts for work in part.turn)
         for what in ("flops", "size", "shared")

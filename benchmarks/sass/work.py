@@ -55,6 +55,7 @@ class Work:
         closes: it ends a group of a warpgroup's products, or is the last bulk copy that its mbarrier expects.
         left: how many groups may be pending after a wait.
         place: of the mbarrier that it names, or that is told of the bulk copy.
+        share: of the bytes that this mbarrier expects, what the bulk copy brings.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class Work:
     closes: bool = False
     left: int = 0
     place: int | None = None
+    share: float = 1
 
 
 _SCHEDULERS: Final = 4
@@ -108,7 +110,8 @@ def works(loop: Loop, product_cycles: float) -> list[Work]:
     for start, end in pairwise([*opened, len(loop)]):
         copies = [place for place in range(start, end) if found[place].kind is Kind.BULK_COPY]
         for place in copies:
-            found[place] = replace(found[place], place=barrier(loop[start]), closes=place == copies[-1])
+            last, share = place == copies[-1], 1 / len(copies)
+            found[place] = replace(found[place], place=barrier(loop[start]), closes=last, share=share)
     return found
 
 
