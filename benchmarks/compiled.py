@@ -19,6 +19,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.triton import modules
+from maskflash.backends.triton.device import described
 from maskflash.backends.triton.few import special_of
 from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
@@ -28,6 +29,7 @@ from maskflash.backends.triton.tiles import PARTS, Tile
 from maskflash.functions.sizes import Sizes
 
 DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
+_SHORT: Final = {16: "bf16", 32: "fp32"}  # as Triton calls them
 BLOCK: Final = 128  # tokens of a block map's tile
 PROCESSES: Final = 2
 
@@ -57,7 +59,6 @@ def compile_case(case: Case) -> Any:
     """What Triton's compiler makes of a kernel: its texts, its machine code, its metadata."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     special = _specialisation(case)
     function = getattr(modules.load(render(special, case.pass_name)), case.pass_name)
@@ -67,7 +68,9 @@ def compile_case(case: Case) -> Any:
     values = _constants(case)
     for place, parameter in enumerate(function.params):
         name = parameter.name
-        if parameter.is_constexpr:
+        if name.endswith("_desc"):
+            kinds[name] = _descriptor(case, name)
+        elif parameter.is_constexpr:
             kinds[name], constants[(place,)] = "constexpr", values[name]
         elif parameter.annotation_type:
             kinds[name] = parameter.annotation_type
@@ -79,7 +82,27 @@ def compile_case(case: Case) -> Any:
         target = GPUTarget("hip", case.arch, 64 if case.arch.startswith("gfx9") else 32)
     else:
         target = GPUTarget("cuda", case.arch, 32)
-    return triton.compile(ASTSource(function, kinds, constants, attributes), target=target, options=case.tile.options)
+    source = _source(case.pass_name)(function, kinds, constants, attributes)
+    return triton.compile(source, target=target, options=case.tile.options)
+
+
+def _source(pass_name: PassName) -> Any:
+    """What Triton's compiler takes a function in: Hopper's own kernel is written in Gluon."""
+    if pass_name == "hopper":
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
+
+
+def _descriptor(case: Case, name: str) -> str:
+    """The type of a tensor map, as Triton calls it."""
+    rows = case.tile.block_n if name in ("k_desc", "v_desc") else case.tile.block_m // case.tile.consumers
+    dim = padded(case.head_dim if name in ("q_desc", "k_desc") else case.v_head_dim)
+    block, layout = described(DTYPES[case.bits], rows, dim)
+    return f"tensordesc<{_SHORT[case.bits]}{block},{layout!r}>"
 
 
 class Code(NamedTuple):
@@ -174,7 +197,7 @@ def _constants(case: Case) -> dict[str, Any]:
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
         **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
-        **{"RAGGED": True, "REQUESTS": 128},
+        **{"RAGGED": True, "REQUESTS": 128, "STAGES": tile.stages, "REGISTERS": tile.registers},
     }
 
 
@@ -187,7 +210,7 @@ def _pointer(name: str, bits: int) -> str:
     if name.startswith("sums"):
         return "*i64"
     if name.endswith("_ptr"):
-        return {16: "*bf16", 32: "*fp32"}[bits]
+        return f"*{_SHORT[bits]}"
     return "*i32"  # the walk over tiles, and the tables of these masks
 
 

@@ -96,7 +96,7 @@ ORDER = {
             "device",
             "tile_choice",
         ),
-        *("walks", "layout", "intervals", "plan", "launch", "few", "learned", "run"),
+        *("walks", "layout", "intervals", "plan", "launch", "few", "hopper", "learned", "run"),
     ],
     "op": [
         "spec",

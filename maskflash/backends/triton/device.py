@@ -119,6 +119,40 @@ def kept_in() -> str:
     return str(library().knobs.cache.dir)
 
 
+def interprets() -> bool:
+    """Whether kernels are interpreted, on tensors of the CPU."""
+    found: bool = library().knobs.runtime.interpret
+    return found
+
+
+def without_gluon() -> str | None:
+    """That this Triton has not what `templates/hopper.py.jinja` is written in; None where it has."""
+    try:
+        importlib.import_module(_GLUON)
+    except ImportError:
+        return f"it needs Triton 3.6 or later with Gluon, got {library().__version__}"
+    return None
+
+
+_GLUON: Final = "triton.experimental.gluon.nvidia.hopper"
+
+
+def described(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], Any]:
+    """What is copied at once of a tensor (B, heads, tokens, n): a block, and its layout in shared memory."""
+    language = importlib.import_module("triton.experimental.gluon.language")
+    block = [1, 1, rows, columns]
+    kind = {torch.float16: language.float16, torch.bfloat16: language.bfloat16}[dtype]
+    return block, language.NVMMASharedLayout.get_default_for(block, kind)
+
+
+def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
+    """A tensor map of a tensor (B, heads, tokens, n): copies are `rows` of one head, `columns` numbers of each."""
+    block, layout = described(x.dtype, rows, columns)
+    # A dimension of one element may have any step, of which the driver may refuse some.
+    steps = [step if n > 1 else max(x.stride()) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return importlib.import_module(_GLUON).TensorDescriptor(x, list(x.shape), [*steps, 1], block, layout)
+
+
 def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Make a device the current one: Triton launches there, on its current stream.
 

@@ -258,7 +258,7 @@ class Writer:
             case "abs":
                 return f"tl.abs({x})"
             case "min" | "max":
-                return f"tl.{op}imum({x}, {y}, propagate_nan=tl.PropagateNan.ALL)"
+                return f"tl.{op}imum({x}, {y}, propagate_nan=triton.language.PropagateNan.ALL)"
             case "truediv":
                 return f"{x} / {y}" if dtype == torch.float64 else f"tl.div_rn({x}, {y})"
             case "truncdiv" if not half:

@@ -25,7 +25,7 @@ from maskflash.expr.ops import OPERATIONS
 
 FUNCTIONS: Final = ("tanh", "expm1", "log1p", "tan", "atan", "pow")
 """What `functions.jinja` has, since Triton lacks it or has it in libraries of some devices."""
-_TRITONS: Final = ("exp", "exp2", "log", "log2", "erf", "rsqrt", "sin", "cos", "sigmoid")
+_TRITONS: Final = ("exp", "exp2", "log", "log2", "erf", "rsqrt", "sin", "cos")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def emit_score(
     writer.write_all((value, *(() if slope is None else (slope,)), *(root for pair in read for root in pair)))
     text = writer.value(value, torch.float32, "pairs", typed=True)
     if writer.groups[value] != "pairs":
-        text = f"tl.broadcast_to({text}, score.shape)"
+        text = f"tl.zeros_like(score) + {text}"
     return EmittedScore(
         writer.lines,
         text,
@@ -246,6 +246,8 @@ class _Writer(Writer):
         """An operation whose last bits are Triton's own."""
         if node.op in _TRITONS:
             return f"tl.{node.op}({x})"
+        if node.op == "sigmoid":
+            return f"1.0 / (1.0 + tl.exp({x} * -1.0))"
         if node.op == "pow":
             exponent = self.expr.nodes[node.args[1]]
             if exponent.op == "const" and exponent.value in (2, 3):

@@ -200,7 +200,7 @@ class Launcher(Launches):
             kernel(self._special(pass_name), pass_name).launch(
                 tiles * batch * heads // own.get("part", 1),
                 tile,
-                **own,
+                **(_described(own, tile) if tile.consumers else own),
                 **self.plan.mask(self.problem),
                 **self._of_strength,
                 **self.plan.walked(transposed, tiles, per_line),
@@ -212,17 +212,21 @@ class Launcher(Launches):
                 group=heads // kv_heads,
                 q_len=q_len,
                 kv_len=kv_len,
-                UNIT=UNIT,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
                 ROWS=per_line,
                 SUB=steps,
-                D=dim,
-                DV=v_dim,
                 BLOCK_D=padded(dim),
                 BLOCK_DV=padded(v_dim),
-                PRECISION=gpu.precision(self.q.dtype),
+                **self._constants(tile),
             )
+
+    def _constants(self, tile: Tile) -> dict[str, Any]:
+        """What kernels whose warps have roles are told, and the others."""
+        if tile.consumers:
+            return {"STAGES": tile.stages, "REGISTERS": tile.registers}
+        dims = {"D": self.q.shape[3], "DV": self.v.shape[3]}
+        return {"UNIT": UNIT, **dims, "PRECISION": gpu.precision(self.q.dtype)}
 
     def _special(self, pass_name: PassName) -> Specialisation:
         """What the text of one pass depends on: the tables that learn are the business of `dtables` alone."""
@@ -234,3 +238,14 @@ class Launcher(Launches):
 
     def _keep(self) -> None:
         keep(self.plan, self.problem, self.strength)
+
+
+def _described(own: dict[str, Any], tile: Tile) -> dict[str, Any]:
+    """Arguments with tensor maps in place of tensors, by what a tile copies of them at once."""
+    rows = {"k_desc": tile.block_n, "v_desc": tile.block_n}
+    return {
+        name: gpu.descriptor(value, rows.get(name, tile.block_m // tile.consumers), padded(value.shape[3]))
+        if name.endswith("_desc")
+        else value
+        for name, value in own.items()
+    }

@@ -33,7 +33,7 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
     template = _environment().get_template(f"{pass_name}.py.jinja")
     transposed = pass_name == "dkdv"
     how = {"narrow": special.narrow, "negative_kv": special.negative_kv, "remarks": remarks}
-    forward, few = pass_name in ("forward", "split"), pass_name == "split"
+    forward, few = pass_name in ("forward", "hopper", "split"), pass_name == "split"
     score = {"backward": not forward, "transposed": transposed, "packed": few, "remarks": remarks}
     return template.render(
         special=special,

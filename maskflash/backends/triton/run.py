@@ -5,6 +5,7 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
+    hopper      what Hopper's own forward serves
     few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn
 
@@ -27,6 +28,7 @@ from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few, tile_choice
 from maskflash.backends.triton.device import unavailable
+from maskflash.backends.triton.hopper import mapped
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
@@ -87,6 +89,7 @@ def forward(
     strength: Strength,
     *,
     tuning: bool = False,
+    on_hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
 
@@ -98,6 +101,7 @@ def forward(
         v: (B, Hkv, Skv, Dv).
         strength: how strongly pairs attend.
         tuning: measure tiles first, and keep the fastest.
+        on_hopper: by Hopper's own kernel, where `hopper.why_not` says nothing against it.
 
     Returns:
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, in base 2; -inf (or the sink), and out 0, for rows
@@ -116,14 +120,14 @@ def forward(
     q, k, v = laid_out(q, k, v)
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
     own = {
-        **addressed(q=q, k=k, v=v, out=out),
+        **(mapped if on_hopper else addressed)(q=q, k=k, v=v, out=out),
         "lse_ptr": lse,
         "sinks_ptr": lse if sinks is None else sinks,
         "HAS_SINKS": sinks is not None,
         **factor,
         "share": gpu.heads_in_cache(q.device, head_bytes, heads // kv_heads, batch * heads),
     }
-    Launcher(problem, q, k, v, strength, tuning, plan=plan).run("forward", own)
+    Launcher(problem, q, k, v, strength, tuning, plan=plan).run("hopper" if on_hopper else "forward", own)
     return cut(out, v_dim), lse
 
 

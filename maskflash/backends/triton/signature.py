@@ -1,5 +1,6 @@
 """What a kernel's text depends on -> its arguments: the one list from which its signature and its launch come.
 
+    descriptor      a tensor map: what Hopper's copy engine knows of a tensor
     pointer         a tensor; Triton compiles in whether its address is a multiple of 16 bytes
     view            a tensor at any address, as tables and offsets may be
     i64, i32, fp32  a number whose value is not compiled in
@@ -20,7 +21,7 @@ import torch
 from maskflash.expr.nodes import Expr, Node
 from maskflash.expr.ops import INDEX_VARIABLES
 
-PassName = Literal["forward", "split", "combine", "delta", "dkdv", "dq", "dtables"]
+PassName = Literal["forward", "hopper", "split", "combine", "delta", "dkdv", "dq", "dtables"]
 PASSES: Final[tuple[PassName, ...]] = ("forward", "delta", "dkdv", "dq")
 """Those of every mask; `dtables` is for scores that learn."""
 FEW: Final[tuple[PassName, ...]] = ("split", "combine")
@@ -134,19 +135,19 @@ class Parameter:
     """An argument of a kernel."""
 
     name: str
-    kind: Literal["pointer", "view", "i64", "i32", "fp32", "constant"]
+    kind: Literal["descriptor", "pointer", "view", "i64", "i32", "fp32", "constant"]
 
     @property
     def text(self) -> str:
         """As it stands in the signature."""
-        if self.kind in ("pointer", "view"):
+        if self.kind in ("descriptor", "pointer", "view"):
             return self.name
         return f"{self.name}: tl.constexpr" if self.kind == "constant" else f'{self.name}: "{self.kind}"'
 
     @property
     def specialised(self) -> bool:
         """Whether Triton compiles its value or its alignment into the kernel."""
-        return self.kind in ("pointer", "constant")
+        return self.kind in ("descriptor", "pointer", "constant")
 
 
 SCORE: Final = "s_"
@@ -171,6 +172,7 @@ _PAGED: Final = [
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
+    "hopper": ("", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
     "split": ("q k v", "out lse sinks", "qk_scale", "batch heads group tiles pieces q_len head_rows"),
     "combine": ("", "out lse parts parts_lse sinks", "", "heads q_len pieces"),
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
@@ -178,8 +180,10 @@ _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
     "dtables": ("q k v dout", "lse delta", "scale", "batch heads group share q_len kv_len tiles_m"),
 }
+_DESCRIPTORS: Final[dict[PassName, tuple[str, ...]]] = {"hopper": ("q_desc", "k_desc", "v_desc", "out_desc")}
 _FLAGS: Final[dict[PassName, tuple[str, ...]]] = {
     "forward": ("HAS_SINKS",),
+    "hopper": ("HAS_SINKS",),
     "split": ("HAS_SINKS",),
     "dtables": ("MEASURE",),
 }
@@ -191,6 +195,7 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
     if special.score and reals:
         reals = ["scale"]  # what a score is given is in natural units
     lines = [
+        _line("descriptor", _DESCRIPTORS.get(pass_name, ())),
         _line("pointer", (f"{tensor}_ptr" for tensor in (*strided, *contiguous))),
         *(_line("i64", (f"{tensor}_{dimension}" for dimension in "bhs")) for tensor in strided),
         _line("fp32", reals),
@@ -207,11 +212,18 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
             *_of_mask(special),
             *(_of_score(special.score, pass_name) if special.score else []),
             *(_DROPOUT if special.dropout else []),
-            _line("constant", ("UNIT", "BLOCK_M", "BLOCK_N", *([] if few else ["ROWS", "SUB"]))),
-            _line("constant", ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")),
+            *(_line("constant", names) for names in _constants(pass_name)),
             _line("constant", _FLAGS.get(pass_name, ())),
         ]
     return [line for line in lines if line]
+
+
+def _constants(pass_name: PassName) -> tuple[tuple[str, ...], ...]:
+    """The numbers of a tile and of head dims; descriptors have head dims in them."""
+    sides = ("BLOCK_M", "BLOCK_N", *(() if pass_name == "split" else ("ROWS", "SUB")))
+    if pass_name == "hopper":
+        return (*sides, "STAGES", "REGISTERS"), ("BLOCK_D", "BLOCK_DV")
+    return ("UNIT", *sides), ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")
 
 
 def _of_mask(special: Specialisation) -> list[list[Parameter]]:
@@ -249,5 +261,7 @@ def arguments_of(expr: Expr, tables: Sequence[TableKind], prefix: str = "") -> l
     return lines
 
 
-def _line(kind: Literal["pointer", "i64", "i32", "fp32", "constant"], names: Iterable[str]) -> list[Parameter]:
+def _line(
+    kind: Literal["descriptor", "pointer", "i64", "i32", "fp32", "constant"], names: Iterable[str]
+) -> list[Parameter]:
     return [Parameter(name, kind) for name in names]

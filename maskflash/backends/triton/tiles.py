@@ -14,6 +14,7 @@ import torch
 from maskflash.backends.triton.signature import PassName
 from maskflash.errors import BackendError
 
+WARPGROUP: Final = 4  # warps that share a product of Hopper's
 Arch = int | str
 """A device's compute capability times ten, or AMD's name of its architecture."""
 
@@ -28,6 +29,8 @@ class Tile:
         warps: of a program.
         stages: of the pipeline that loads what a program walks over.
         registers: most that a thread may have, so that more programs fit a multiprocessor; None for no limit.
+        consumers: warpgroups that compute, with `registers` each thread, where another warp copies (pass "hopper");
+            0 where all warps do both.
     """
 
     block_m: int
@@ -35,10 +38,13 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    consumers: int = 0
 
     @property
     def options(self) -> dict[str, int]:
-        """What Triton's compiler is told."""
+        """What Triton's compiler is told; where warps have roles, of the first of them."""
+        if self.consumers:
+            return {"num_warps": WARPGROUP}
         limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
@@ -64,7 +70,7 @@ class Row:
     source: str = "static gate"
 
 
-_Numbers = tuple[int, int, int, int] | tuple[int, int, int, int, int]
+_Numbers = tuple[int, int, int, int] | tuple[int, int, int, int, int] | tuple[int, int, int, int, int, int]
 
 
 def _rows() -> tuple[Row, ...]:
@@ -75,9 +81,9 @@ def _rows() -> tuple[Row, ...]:
     return tuple(rows)
 
 
-# (block_m, block_n, warps, stages, registers) by head dim. dK/dV holds block_n keys and walks block_m queries. Kernels
-# compute in powers of two; masking what a head dim leaves of one takes registers, which is what the rows for 120 are
-# about.
+# (block_m, block_n, warps, stages, registers, consumers) by head dim. dK/dV holds block_n keys and walks block_m
+# queries. Kernels compute in powers of two; masking what a head dim leaves of one takes registers, which is what the
+# rows for 120 are about.
 _FLOAT32: Final[dict[tuple[PassName, int], dict[int, _Numbers]]] = {
     ("forward", 32): {64: (64, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
     ("split", 32): {64: (32, 32, 4, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 1)},
@@ -108,6 +114,11 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
     },
     90: {
         ("forward", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 2, 128), 256: (128, 32, 8, 3)},
+        ("hopper", 16): {
+            64: (128, 128, 12, 4, 240, 2),
+            128: (128, 128, 12, 2, 240, 2),
+            256: (128, 64, 12, 2, 240, 2),
+        },
         ("split", 16): {64: (32, 64, 4, 3), 128: (32, 32, 4, 4), 256: (32, 32, 4, 3)},
         ("dkdv", 16): {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
@@ -133,6 +144,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 }
 
 ROWS: Final = _rows()
+HOPPER_DIM: Final = max(_TABLE[90]["hopper", 16])  # largest head dim of Hopper's own forward
 DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
 PARTS: Final = 16  # of a row that are joined at once
 COMBINE: Final = Tile(16, 16, 4, 1)  # it has no tile: a row for each program
@@ -211,8 +223,10 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     through the buffers' memory on the way there.
     """
     own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
-    held = own if pass_name in ("forward", "split") else 2 * own
+    held = own if pass_name in ("forward", "hopper", "split") else 2 * own
     dims = 1 << (head_dim - 1).bit_length()
+    if tile.consumers:  # P and what masks look up stay in registers
+        return itemsize * (held + 2 * tile.stages * walked) * dims + _BARRIER_BYTES
     hopper = isinstance(arch, int) and arch >= 90
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)
     rows = max(held, buffers * walked) if isinstance(arch, str) else held + buffers * walked
@@ -221,6 +235,7 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     return itemsize * (rows * dims + weights) + looked_up + _MASK_BYTES
 
 
+_BARRIER_BYTES: Final = 1 << 10
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 
 
@@ -230,6 +245,8 @@ def shrunk(pass_name: PassName, tile: Tile) -> Tile | None:
     Two stages prefetch nothing. On Hopper, half the step is predicted to leave dK and dV at 128 dims 416 of 500
     TFLOP/s in 114 KiB, a stage less 392 in 130 KiB, half of what a program holds 350.
     """
+    if tile.consumers:
+        return replace(tile, stages=tile.stages - 1) if tile.stages > 1 else None
     own, walked = ("block_n", "block_m") if pass_name == "dkdv" else ("block_m", "block_n")
     if getattr(tile, walked) <= 32 and tile.stages > 1:
         return replace(tile, stages=tile.stages - 1)
