@@ -84,7 +84,8 @@ class _Warp:
     copies: list[float] = field(default_factory=list)  # when each group is there
     copied: float = 0.0  # when the copies of the next group are there
     met: dict[tuple[Kind, int | None], int] = field(default_factory=lambda: defaultdict(int))  # at each mbarrier
-    why: str = ""  # it could not go on when it was last looked at
+    why: str = "others issue"  # it could not go on when it was last looked at
+    since: float = 0.0
     lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -115,7 +116,7 @@ class _Scheduler:
         """Go on to a cycle."""
         while self.now < until:
             soonest = self.now + 1000
-            for warp in (self.last, *self.residents):
+            for warp in (self.last, *sorted(self.residents, key=lambda w: w.ready)):
                 work = warp.part.turn[warp.place]
                 start = self.start(warp, work)
                 if start <= self.now:
@@ -141,14 +142,18 @@ class _Scheduler:
             ready = warp.mbarriers.ready(work, warp.met[work.kind, work.place])
             reasons.append((self.now + _POLL if ready is None else ready, "mbarriers"))
         time, why = max(reasons, default=(warp.ready, ""))
-        if time > self.now:
-            warp.why = why
+        if time > self.now and why != warp.why:
+            self.charge(warp, why)
         return max(time, warp.ready)
+
+    def charge(self, warp: _Warp, why: str) -> None:
+        """Book what a warp has lost since it could last have issued; from now on it waits for something else."""
+        warp.lost[warp.why] += self.now - max(warp.since, warp.ready)
+        warp.since, warp.why = self.now, why
 
     def issue(self, warp: _Warp, work: Work) -> None:
         """Issue a warp's next instruction now."""
-        warp.lost[warp.why or "others issue"] += self.now - warp.ready
-        warp.why = ""
+        self.charge(warp, "others issue")
         result, operands = self.now, self.now + _READ
         if work.pipe:
             begin = max(self.now, self.free[work.pipe.name])
