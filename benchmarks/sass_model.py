@@ -1,12 +1,13 @@
 """Each 16-bit tile of the table -> a predicted speed, from its machine code alone; and what the model is worth.
 
-    compile a kernel, take its loops      benchmarks/compiled.py, benchmarks/sass/instructions.py
+    compile a kernel, read it             benchmarks/compiled.py, benchmarks/sass/instructions.py
+    its loops, and which warps run them   benchmarks/sass/flow.py, benchmarks/sass/roles.py
     each instruction's cost               benchmarks/sass/work.py
-    warps in order, pipes, copies         benchmarks/sass/simulate.py
+    warps in order, pipes, copies         benchmarks/sass/simulate.py, benchmarks/sass/mbarriers.py
     limits of memory                      benchmarks/sass/predict.py
-    kernels of known speed                benchmarks/sass/reference.py
+    kernels of known speed                benchmarks/sass/reference.py, benchmarks/sass/specialised.py
 
-Nothing runs on a GPU. Predictions differ from what is known by up to 5 % for forward kernels on sm_90; for backward
+Nothing runs on a GPU. Predictions differ from what is known by up to 6 % for forward kernels on sm_90; for backward
 ones only ratios mean something, and sm_80 and sm_86 are not validated. Differences under 10 % mean nothing.
 
     python -m benchmarks.sass_model                         the validation, then every row of the table
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +31,11 @@ from rich.table import Table
 from benchmarks.compiled import MASKS, Case, arch_name, compile_case, disassemble, in_processes
 from benchmarks.processors import PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
-from benchmarks.sass.instructions import loops, parse
+from benchmarks.sass.instructions import parse
 from benchmarks.sass.predict import Prediction, predict
+from benchmarks.sass.roles import depths, roles
+from benchmarks.sass.simulate import Bulk
+from maskflash.backends.triton.layout import padded
 from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile
 
@@ -59,12 +63,34 @@ class Modelled:
     loops: list[Prediction]
 
 
-def model(compiled: Any, arch: int, warps: int, *, bulk: tuple[int, int] = (0, 0), cycles: int) -> Modelled:
-    """Predict a compiled kernel."""
+def model(compiled: Any, arch: int, warps: int, *, bulk: Bulk = Bulk(), cycles: int) -> Modelled:
+    """Predict a compiled kernel.
+
+    Args:
+        compiled: by Triton.
+        arch: compute capability times ten.
+        warps: of a program.
+        bulk: how it makes bulk copies.
+        cycles: to simulate.
+
+    Raises:
+        ValueError: if its warps have roles that the model cannot tell apart.
+    """
     code, shared = disassemble(compiled.asm["cubin"]), compiled.metadata.shared
     programs = programs_at_once(arch, warps, code.registers, shared)
-    turns = loops(parse(code.text)) if programs else []
-    predicted = [predict(turn, arch, warps, programs, bulk=bulk, cycles=cycles) for turn in turns]
+    instructions = parse(code.text)
+    found = roles(instructions, warps)
+    predicted = [
+        predict(
+            [(role.loops[walk], role.warps) for role in found],
+            arch,
+            programs,
+            bulk=bulk,
+            depths=depths(instructions),
+            cycles=cycles,
+        )
+        for walk in range(len(found[0].loops) if programs else 0)
+    ]
     return Modelled(code.registers, shared, programs, predicted)
 
 
@@ -104,7 +130,11 @@ def _modelled(case: Case, quick: bool) -> Modelled | None:
         compiled = compile_case(case)
     except Exception:
         return None
-    return model(compiled, int(case.arch), case.tile.warps, cycles=_CYCLES[quick])
+    tile = case.tile
+    bulk = Bulk(2 * tile.block_n * padded(case.head_dim)) if tile.consumers else Bulk()
+    found = model(compiled, int(case.arch), tile.warps, bulk=bulk, cycles=_CYCLES[quick])
+    # The kernel of Hopper's own walks over partial tiles first.
+    return replace(found, loops=found.loops[::-1]) if tile.consumers else found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

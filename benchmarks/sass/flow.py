@@ -59,7 +59,7 @@ def loops(instructions: Sequence[Instruction], holding: str | tuple[str, ...] = 
     """
     places = {instruction.address: place for place, instruction in enumerate(instructions)}
     ways = flow(instructions)
-    entries = _entries(ways)
+    entries = _entries(instructions, ways)
     spans = []
     for end, instruction in enumerate(instructions):
         start = places.get(_target(instruction), end + 1)
@@ -73,13 +73,14 @@ def loops(instructions: Sequence[Instruction], holding: str | tuple[str, ...] = 
     return [_straight(instructions, places, start, end) for start, end in sorted(inner)]
 
 
-def _entries(ways: Flow) -> list[int]:
-    """Where warps may start: at the first place, and at each that no earlier one leads to."""
-    found, seen = list[int](), set[int]()
-    for place in range(len(ways)):
-        if place not in seen:
-            found.append(place)
-            seen |= reached(ways, [place])
+def _entries(instructions: Sequence[Instruction], ways: Flow) -> list[int]:
+    """Where warps may start: at the first place, and if a register says where to go, where nothing else leads."""
+    found, seen = [0], reached(ways, [0])
+    if any(each.opcode.startswith("BRX") for each in instructions):
+        for place in range(len(ways)):
+            if place not in seen:
+                found.append(place)
+                seen |= reached(ways, [place])
     return found
 
 

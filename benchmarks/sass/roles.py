@@ -76,7 +76,9 @@ def roles(instructions: Sequence[Instruction], warps: int) -> list[Role]:
 
 def depths(instructions: Sequence[Instruction]) -> dict[int, int]:
     """For each place of a barrier that loops name, how many barriers its ring has."""
-    made = {place for each in instructions if each.opcode.startswith("SYNCS.EXCH") if (place := barrier(each)) is not None}
+    made = {
+        place for each in instructions if each.opcode.startswith("SYNCS.EXCH") if (place := barrier(each)) is not None
+    }
     named = {
         place
         for kind in (PRODUCTS, BULK_COPY)

@@ -92,9 +92,7 @@ class _Warp:
 class _Scheduler:
     """One scheduler, its pipes, and the warps of all programs on it."""
 
-    def __init__(
-        self, parts: Sequence[Part], programs: int, bulk: Bulk, depths: Mapping[int, int], seed: int
-    ) -> None:
+    def __init__(self, parts: Sequence[Part], programs: int, bulk: Bulk, depths: Mapping[int, int], seed: int) -> None:
         self.bulk = bulk
         self.random = random.Random(seed)
         self.free: dict[str, float] = defaultdict(float)
