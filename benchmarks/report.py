@@ -226,8 +226,8 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
 def _known(results: Results) -> str:
     """What the model says of kernels whose speed is known."""
     rows = results["model validation"].rows if "model validation" in results else []
-    lines = [[row["name"], str(row["known"]), f"{row['predicted']:.0f}"] for row in rows]
-    return _markdown(["kernel", "known", "predicted"], lines or [[MISSING] * 3])
+    lines = [[row["name"], str(row["known"]), f"{row['predicted']:.0f}", row["use"]] for row in rows]
+    return _markdown(["kernel", "known", "predicted", "used for"], lines or [[MISSING] * 4])
 
 
 def _tiles(results: Results) -> str:

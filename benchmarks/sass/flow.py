@@ -63,9 +63,9 @@ def loops(instructions: Sequence[Instruction], holding: str | tuple[str, ...] = 
     spans = []
     for end, instruction in enumerate(instructions):
         start = places.get(_target(instruction), end + 1)
-        if start <= end and any(each.opcode.startswith(holding) for each in instructions[start:end]):
-            if end not in reached(ways, entries, without=start):
-                spans.append((start, end))
+        held = start <= end and any(each.opcode.startswith(holding) for each in instructions[start:end])
+        if held and end not in reached(ways, entries, without=start):
+            spans.append((start, end))
     inner: list[tuple[int, int]] = []
     for start, end in sorted(spans, key=lambda span: span[1] - span[0]):  # what goes round a loop is longer
         if not any(start <= stop and begin <= end for begin, stop in inner):

@@ -14,7 +14,6 @@ The compiler, not the hardware, knows when results are there. Each instruction c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 

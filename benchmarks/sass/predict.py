@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from types import MappingProxyType
 from typing import Final
 
 from benchmarks.processors import PROCESSORS
@@ -46,8 +45,8 @@ def predict(
     arch: int,
     programs: int,
     *,
-    bulk: Bulk = Bulk(),
-    depths: Mapping[int, int] = MappingProxyType({}),
+    bulk: Bulk,
+    depths: Mapping[int, int],
     seeds: tuple[int, ...] = (1, 2),
     cycles: int = 50_000,
 ) -> Prediction:

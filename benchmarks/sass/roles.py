@@ -1,4 +1,4 @@
-"""A kernel's machine code -> its roles: which warps run which loops, and the barriers at which they wait for one another.
+"""A kernel's machine code -> its roles: which warps run which loops, and how deep the rings between them are.
 
     start --+--> producer:  [ wait for empty | copy K | copy V ]  [ ... of the next walk ]
             |                      ^               |
@@ -7,9 +7,9 @@
             +--> consumer:  [ wait for full | products | arrive at empty ]  [ ... ]
             +--> consumer:  the same, of other rows
 
-The warps of a warp-specialised kernel part at a jump to where a register says, so loops that one warp can come to
-without such a jump are of one role. Loops in the same place of their roles run at the same time. Of a kernel that is not
-specialised all warps have the one role.
+The warps of a warp-specialised kernel part at a jump to where a register says. So loops that one warp can come to
+without such a jump are of one role. Loops in the same place of their roles run at the same time. Of other kernels all
+warps have one role.
 
 A barrier is known by its place in shared memory, which instructions name. Those of a ring lie side by side, eight bytes
 each, and instructions name the first.

@@ -1,12 +1,13 @@
 """The work of the turn of each role's loop, warps on one scheduler -> operations per cycle of a multiprocessor.
 
     warps    ##..####......##        each in order: an instruction is issued when its stalls, its scoreboards, its
-             ..##....####....        pipe and what it waits for allow it; the warp that issued last goes first
+             ..##....####....        pipe and what it waits for allow it; the warp that issued last goes first,
+                                 then the one that waited longest
     tensor   ====..========..        one product after another; a warp hands its next one in shortly before
     copies   ~~~~~~~~~~~             arrive in order, a latency after their bytes had their turn
 
-Each warp repeats its turn for ever, and waits at mbarriers for the copies, or for the warps of another role. Whatever is not in the model: the prologue, what other programs leave in the cache,
-how clocks fall under load, register banks.
+Each warp repeats its turn for ever, and waits at mbarriers for copies, or for the warps of another role. Not in
+the model: the prologue, what other programs leave in the cache, how clocks fall under load, register banks.
 """
 
 from __future__ import annotations
@@ -63,10 +64,14 @@ class Part(NamedTuple):
 
 
 class Bulk(NamedTuple):
-    """Bytes that an mbarrier expects of bulk copies (TMA); how many turns ahead warps copy, 0 where another role does."""
+    """Bytes that an mbarrier expects of bulk copies (TMA); turns that warps copy ahead, 0 where another role does."""
 
     size: float = 0
     ahead: int = 0
+
+
+NO_BULK: Final = Bulk()
+_NO_DEPTHS: Final[Mapping[int, int]] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +119,7 @@ class _Scheduler:
         """Go on to a cycle."""
         while self.now < until:
             soonest = self.now + 1000
-            for warp in (self.last, *sorted(self.residents, key=lambda w: w.ready)):
+            for warp in (self.last, *sorted(self.residents, key=lambda warp: warp.ready)):
                 work = warp.part.turn[warp.place]
                 start = self.start(warp, work)
                 if start <= self.now:
@@ -210,8 +215,8 @@ def simulate(
     parts: Sequence[Part],
     programs: int,
     *,
-    bulk: Bulk = Bulk(),
-    depths: Mapping[int, int] = MappingProxyType({}),
+    bulk: Bulk = NO_BULK,
+    depths: Mapping[int, int] = _NO_DEPTHS,
     cycles: int = 50_000,
     seed: int = 1,
 ) -> Speed:

@@ -1,11 +1,10 @@
 """Attention whose warps have roles, in Gluon -> compiled for sm_90: what the model of such kernels is held against.
 
     producer    one warp     two tensors, tile by tile, into rings of STAGES slots
-    consumers   2 x 4 warps  64 rows each of what the program holds: of queries, or of keys for dK and dV
+    consumers   2 x 4 warps  64 rows each of what the program holds
 
 The forward has the steps of FlashAttention-3 (Shah et al., 2024): algorithm 1, or with OVERLAP algorithm 2, where a
-softmax runs beside the same warpgroup's last product. dK and dV, and dQ, are steps of FlashAttention-2's backward
-(Dao, 2023, algorithm 2) with the same roles. None of them has been run.
+softmax runs beside the same warpgroup's last product. It has not been run.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from maskflash.backends.triton.tiles import Tile
 
-_ROWS: Final = gl.constexpr(64)  # of a consumer
+OWN: Final = gl.constexpr(64)  # of a consumer
 
 
 def compile_specialised(kernel: Any, tile: Tile, dim: int, *, walked: int, **constants: Any) -> Any:
     """What Triton's compiler makes of one of the kernels below.
 
     Args:
-        kernel: of this module.
+        kernel: of this module, or of `specialised_backward.py`.
         tile: its stages are those of each ring, its registers those of a consumer's thread.
         dim: head dim.
         walked: tokens of a step.
@@ -43,7 +42,7 @@ def compile_specialised(kernel: Any, tile: Tile, dim: int, *, walked: int, **con
     names = kernel.arg_names
     values = {"BLOCK": walked, "D": dim, "STAGES": tile.stages, "REGISTERS": tile.registers, **constants}
     kinds = {name: "constexpr" if name in values else _KINDS.get(name, "*bf16") for name in names}
-    kinds |= {name: _descriptor(_ROWS.value, dim) for name in ("held", "held_too") if name in names}
+    kinds |= {name: _descriptor(OWN.value, dim) for name in ("held", "held_too") if name in names}
     kinds |= {name: _descriptor(walked, dim) for name in ("first", "second")}
     fixed = {(names.index(name),): value for name, value in values.items()}
     aligned = {(place,): [["tt.divisibility", 16]] for place, n in enumerate(names) if kinds[n].startswith("*")}
@@ -60,7 +59,7 @@ def _descriptor(rows: int, dim: int) -> str:
 
 
 @gluon.jit
-def _produce(first, second, rings, barriers, count, BLOCK: gl.constexpr, STAGES: gl.constexpr):
+def produce(first, second, rings, barriers, count, BLOCK: gl.constexpr, STAGES: gl.constexpr):
     """Copy tiles of two tensors, each as soon as its slot is empty."""
     first_ring, second_ring = rings
     first_full, first_empty, second_full, second_empty = barriers
@@ -75,10 +74,10 @@ def _produce(first, second, rings, barriers, count, BLOCK: gl.constexpr, STAGES:
 
 
 @gluon.jit
-def _rings(first, second, STAGES: gl.constexpr):
+def make_rings(first, second, STAGES: gl.constexpr):
     """Slots of both tensors, and for each a barrier that says that it is full, and one that it is empty."""
-    first_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + first.block_type.shape, first.layout)
-    second_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + second.block_type.shape, second.layout)
+    first_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + first.block_type.shape, first.layout)  # noqa: RUF005 (Gluon unpacks nothing)
+    second_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + second.block_type.shape, second.layout)  # noqa: RUF005
     first_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     first_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     second_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -92,7 +91,7 @@ def _rings(first, second, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _hold(held, ROWS: gl.constexpr, D: gl.constexpr):
+def hold(held, ROWS: gl.constexpr, D: gl.constexpr):
     """The rows of both consumers, copied before anything else."""
     tiles = gl.allocate_shared_memory(gl.bfloat16, [2, ROWS, D], held.layout)
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -106,7 +105,7 @@ def _hold(held, ROWS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _store(out, acc, WHO: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, ACC: gl.constexpr):
+def store(out, acc, WHO: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, ACC: gl.constexpr):
     rows = (gl.program_id(0) * 2 + WHO) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
     gl.store(out + rows[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, ACC))[None, :], acc.to(gl.bfloat16))
 
@@ -170,7 +169,7 @@ def _attend(
             mbarrier.wait(v_full.index(slot), parity)
             acc = warpgroup_mma_wait(0, [warpgroup_mma(p, v_ring.index(slot), acc, is_async=True)])
             mbarrier.arrive(v_empty.index(slot), count=1)
-    _store(out, acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None], WHO, ROWS, D, ACC)
+    store(out, acc / gl.convert_layout(total, gl.SliceLayout(1, ACC))[:, None], WHO, ROWS, D, ACC)
 
 
 @gluon.jit
@@ -178,130 +177,14 @@ def forward(
     held, first, second, out, scale, count,
     BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
-    """Out, of 128 queries: `held` are queries, `first` keys, `second` values."""
-    rings, barriers = _rings(first, second, STAGES)
-    tiles = _hold(held, _ROWS, D)
+    """Outputs of 128 queries: `held` are queries, `first` keys, `second` values."""
+    rings, barriers = make_rings(first, second, STAGES)
+    tiles = hold(held, OWN, D)
     gl.warp_specialize(
         [
-            (_attend, (tiles, rings, barriers, out, count, scale, 0, _ROWS, BLOCK, D, STAGES, OVERLAP)),
-            (_attend, (tiles, rings, barriers, out, count, scale, 1, _ROWS, BLOCK, D, STAGES, OVERLAP)),
-            (_produce, (first, second, rings, barriers, count, BLOCK, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
-
-
-@gluon.jit
-def _of_keys(
-    k_tiles, v_tiles, rings, barriers, lse, delta, dk, dv, count, scale,
-    WHO: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    q_ring, dout_ring = rings
-    q_full, q_empty, dout_full, dout_empty = barriers
-    k_tile, v_tile = k_tiles.index(WHO), v_tiles.index(WHO)
-    acc_k, acc_v = gl.zeros([ROWS, D], gl.float32, ACC), gl.zeros([ROWS, D], gl.float32, ACC)
-    zeros = gl.zeros([ROWS, BLOCK], gl.float32, SCORES)
-    rows = gl.arange(0, BLOCK, gl.SliceLayout(0, SCORES))
-    for step in range(count):
-        slot, parity = step % STAGES, step // STAGES & 1
-        row_lse, row_delta = gl.load(lse + step * BLOCK + rows), gl.load(delta + step * BLOCK + rows)
-        mbarrier.wait(q_full.index(slot), parity)
-        scores = warpgroup_mma(k_tile, q_ring.index(slot).permute([1, 0]), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(dout_full.index(slot), parity)
-        dp = warpgroup_mma(v_tile, dout_ring.index(slot).permute([1, 0]), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, [scores])
-        p = gl.exp2(scores * scale - row_lse[None, :])
-        weights = gl.convert_layout(p.to(gl.bfloat16), LEFT)
-        acc_v = warpgroup_mma(weights, dout_ring.index(slot), acc_v, is_async=True)
-        dp = warpgroup_mma_wait(1, [dp])
-        ds = gl.convert_layout((p * (dp - row_delta[None, :])).to(gl.bfloat16), LEFT)
-        acc_k = warpgroup_mma(ds, q_ring.index(slot), acc_k, is_async=True)
-        acc_v, weights = warpgroup_mma_wait(1, [acc_v, weights])
-        mbarrier.arrive(dout_empty.index(slot), count=1)
-        acc_k, ds = warpgroup_mma_wait(0, [acc_k, ds])
-        mbarrier.arrive(q_empty.index(slot), count=1)
-    _store(dk, acc_k * scale, WHO, ROWS, D, ACC)
-    _store(dv, acc_v, WHO, ROWS, D, ACC)
-
-
-@gluon.jit
-def dkdv(
-    held, held_too, first, second, lse, delta, dk, dv, scale, count,
-    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """dK and dV, of 128 keys: `held` are keys, `held_too` values, `first` queries, `second` dOut."""
-    rings, barriers = _rings(first, second, STAGES)
-    k_tiles, v_tiles = _hold(held, _ROWS, D), _hold(held_too, _ROWS, D)
-    gl.warp_specialize(
-        [
-            (
-                _of_keys,
-                (k_tiles, v_tiles, rings, barriers, lse, delta, dk, dv, count, scale, 0, _ROWS, BLOCK, D, STAGES),
-            ),
-            (
-                _of_keys,
-                (k_tiles, v_tiles, rings, barriers, lse, delta, dk, dv, count, scale, 1, _ROWS, BLOCK, D, STAGES),
-            ),
-            (_produce, (first, second, rings, barriers, count, BLOCK, STAGES)),
-        ],
-        [4, 1],
-        [REGISTERS, 24],
-    )
-
-
-@gluon.jit
-def _of_queries(
-    q_tiles, dout_tiles, rings, barriers, lse, delta, dq, count, scale,
-    WHO: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    k_ring, v_ring = rings
-    k_full, k_empty, v_full, v_empty = barriers
-    q_tile, dout_tile = q_tiles.index(WHO), dout_tiles.index(WHO)
-    acc, zeros = gl.zeros([ROWS, D], gl.float32, ACC), gl.zeros([ROWS, BLOCK], gl.float32, SCORES)
-    rows = (gl.program_id(0) * 2 + WHO) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    row_lse, row_delta = gl.load(lse + rows), gl.load(delta + rows)
-    for step in range(count):
-        slot, parity = step % STAGES, step // STAGES & 1
-        mbarrier.wait(k_full.index(slot), parity)
-        scores = warpgroup_mma(q_tile, k_ring.index(slot).permute([1, 0]), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(slot), parity)
-        dp = warpgroup_mma(dout_tile, v_ring.index(slot).permute([1, 0]), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, [scores])
-        p = gl.exp2(scores * scale - row_lse[:, None])
-        dp = warpgroup_mma_wait(0, [dp])
-        mbarrier.arrive(v_empty.index(slot), count=1)
-        ds = gl.convert_layout((p * (dp - row_delta[:, None])).to(gl.bfloat16), LEFT)
-        acc = warpgroup_mma_wait(0, [warpgroup_mma(ds, k_ring.index(slot), acc, is_async=True)])
-        mbarrier.arrive(k_empty.index(slot), count=1)
-    _store(dq, acc * scale, WHO, ROWS, D, ACC)
-
-
-@gluon.jit
-def dq(
-    held, held_too, first, second, lse, delta, dq, scale, count,
-    BLOCK: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """dQ, of 128 queries: `held` are queries, `held_too` dOut, `first` keys, `second` values."""
-    rings, barriers = _rings(first, second, STAGES)
-    q_tiles, dout_tiles = _hold(held, _ROWS, D), _hold(held_too, _ROWS, D)
-    gl.warp_specialize(
-        [
-            (
-                _of_queries,
-                (q_tiles, dout_tiles, rings, barriers, lse, delta, dq, count, scale, 0, _ROWS, BLOCK, D, STAGES),
-            ),
-            (
-                _of_queries,
-                (q_tiles, dout_tiles, rings, barriers, lse, delta, dq, count, scale, 1, _ROWS, BLOCK, D, STAGES),
-            ),
-            (_produce, (first, second, rings, barriers, count, BLOCK, STAGES)),
+            (_attend, (tiles, rings, barriers, out, count, scale, 0, OWN, BLOCK, D, STAGES, OVERLAP)),
+            (_attend, (tiles, rings, barriers, out, count, scale, 1, OWN, BLOCK, D, STAGES, OVERLAP)),
+            (produce, (first, second, rings, barriers, count, BLOCK, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -19,7 +19,7 @@ from benchmarks.sass import simulate as simulation
 from benchmarks.sass.flow import loops
 from benchmarks.sass.instructions import Instruction, local_accesses, parse, products_under_copies
 from benchmarks.sass.predict import EFFICIENCY, predict
-from benchmarks.sass.simulate import LATENCY, Bulk, Part
+from benchmarks.sass.simulate import LATENCY, NO_BULK, Bulk, Part
 from benchmarks.sass.work import Kind, Pipe, Work, works
 from maskflash.backends.triton.tiles import ROWS
 
@@ -348,11 +348,13 @@ def test_how_deep_rings_are():
 
 def test_a_prediction_is_below_what_the_chip_can_do():
     loop = program(*["HGMMA.64x256x16.F32.BF16 R24, R120, gdesc[UR8].tnspB, R24"] * 20)
-    found = predict([(loop, 8)], 90, 1, cycles=10_000)
+    found = predict([(loop, 8)], 90, 1, bulk=NO_BULK, depths={}, cycles=10_000)
     peak = 4096 * PROCESSORS[90].multiprocessors * PROCESSORS[90].gigahertz / 1e3
     assert 0.9 * EFFICIENCY * peak < found.tflops < EFFICIENCY * peak
     assert found.tensor_share > 0.95
-    copied = predict([([*loop, *program(*[COPY] * 200)], 8)], 90, 1, cycles=10_000)  # more than the L2 cache gives
+    copied = predict(
+        [([*loop, *program(*[COPY] * 200)], 8)], 90, 1, bulk=NO_BULK, depths={}, cycles=10_000
+    )  # more than the L2 cache gives
     assert copied.tflops < 0.7 * found.tflops
 
 
@@ -408,6 +410,8 @@ def test_a_kernel_of_the_table_is_predicted(tmp_path):
         "FlexAttention, forward",
         "Triton's tutorial, forward",
         "FlexAttention, backward",
+        "FlashAttention-3's steps, one after another",
+        "FlashAttention-3's steps, overlapped",
     ]
     assert all(100 < row["predicted"] < 800 for row in stored["validation"])
     (row,) = stored["rows"]
@@ -420,11 +424,11 @@ def test_predictions_stand_beside_the_rows_of_the_table(tmp_path):
     path, (row, *_) = tmp_path / "model.json", sass_model.table_cases()
     loops = [{"tflops": speed, "instructions": 9, "turn": 1.0, "tensor_share": 0.5} for speed in (321.4, 123.4)]
     stored = {"conditions": runner.conditions(False), "rows": [{**asdict(row), "loops": loops}]}
-    stored["validation"] = [{"name": "someone's", "known": 400, "predicted": 390.6}]
+    stored["validation"] = [{"name": "someone's", "known": 400, "predicted": 390.6, "use": "test"}]
     path.write_text(json.dumps(stored), encoding="utf-8")
     blocks = "".join(f"<!-- figures: model {name} -->\n<!-- end figures -->\n" for name in ("validation", "tiles"))
     text = report.filled_in(blocks, report.load_model(path))
-    assert "| someone's | 400 | 391 |" in text
+    assert "| someone's | 400 | 391 | test |" in text
     assert f"| {sass_model.tile_text(row.tile)} | static gate | 321 | 123 |" in text
     assert text.count("| static gate |  |  |") == sum(each.bits == 16 for each in ROWS) - 1
     assert report.MISSING in report.filled_in(blocks, report.load_model(tmp_path / "none"))
