@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -32,7 +31,7 @@ from benchmarks import (
 )
 from benchmarks.compiled import arch_name
 from benchmarks.runner import ROOT, Row, Spread
-from maskflash.backends.triton.tiles import ROWS
+from maskflash.backends.triton.tiles import ROWS, Tile
 
 RESULTS: Final = ROOT / "benchmarks" / "results"
 FILES: Final = (
@@ -226,18 +225,18 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
 def _known(results: Results) -> str:
     """What the model says of kernels whose speed is known."""
     rows = results["model validation"].rows if "model validation" in results else []
-    lines = [[row["name"], str(row["known"]), f"{row['predicted']:.0f}"] for row in rows]
-    return _markdown(["kernel", "known", "predicted"], lines or [[MISSING] * 3])
+    lines = [[row["name"], str(row["known"]), f"{row['predicted']:.0f}", row["use"]] for row in rows]
+    return _markdown(["kernel", "known", "predicted", "used for"], lines or [[MISSING] * 4])
 
 
 def _tiles(results: Results) -> str:
     """Each 16-bit row of the tile table: where it comes from, and what the model predicts of its loops."""
     found = {}
     for row in results["model rows"].rows if "model rows" in results else []:
-        found[row["arch"], row["pass_name"], row["head_dim"], tuple(row["tile"].values())] = row["loops"]
+        found[row["arch"], row["pass_name"], row["head_dim"], Tile(**row["tile"])] = row["loops"]
     lines = []
     for row in (row for row in ROWS if row.bits == 16):
-        loops = found.get((row.arch, row.pass_name, row.head_dim, astuple(row.tile)), [])
+        loops = found.get((row.arch, row.pass_name, row.head_dim, row.tile), [])
         speeds = [f"{loop['tflops']:.0f}" for loop in loops] or [""] * len(sass_model.WALKS)
         kernel = [arch_name(row.arch), row.pass_name, str(row.head_dim), sass_model.tile_text(row.tile)]
         lines.append([*kernel, row.source, *speeds])

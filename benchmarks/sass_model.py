@@ -1,12 +1,13 @@
 """Each 16-bit tile of the table -> a predicted speed, from its machine code alone; and what the model is worth.
 
-    compile a kernel, take its loops      benchmarks/compiled.py, benchmarks/sass/instructions.py
+    compile a kernel, read it             benchmarks/compiled.py, benchmarks/sass/instructions.py
+    its loops, and which warps run them   benchmarks/sass/flow.py, benchmarks/sass/roles.py
     each instruction's cost               benchmarks/sass/work.py
-    warps in order, pipes, copies         benchmarks/sass/simulate.py
+    warps in order, pipes, copies         benchmarks/sass/simulate.py, benchmarks/sass/mbarriers.py
     limits of memory                      benchmarks/sass/predict.py
-    kernels of known speed                benchmarks/sass/reference.py
+    kernels of known speed                benchmarks/sass/reference.py, benchmarks/sass/specialised.py
 
-Nothing runs on a GPU. Predictions differ from what is known by up to 5 % for forward kernels on sm_90; for backward
+Nothing runs on a GPU. Predictions differ from what is known by up to 10 % for forward kernels on sm_90; for backward
 ones only ratios mean something, and sm_80 and sm_86 are not validated. Differences under 10 % mean nothing.
 
     python -m benchmarks.sass_model                         the validation, then every row of the table
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -30,8 +31,11 @@ from rich.table import Table
 from benchmarks.compiled import MASKS, Case, arch_name, compile_case, disassemble, in_processes
 from benchmarks.processors import PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
-from benchmarks.sass.instructions import loops, parse
+from benchmarks.sass.instructions import parse
 from benchmarks.sass.predict import Prediction, predict
+from benchmarks.sass.roles import depths, roles
+from benchmarks.sass.simulate import NO_BULK, Bulk
+from maskflash.backends.triton.layout import padded
 from maskflash.backends.triton.signature import PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile
 
@@ -59,22 +63,43 @@ class Modelled:
     loops: list[Prediction]
 
 
-def model(compiled: Any, arch: int, warps: int, *, bulk: tuple[int, int] = (0, 0), cycles: int) -> Modelled:
-    """Predict a compiled kernel."""
+def model(compiled: Any, arch: int, warps: int, *, bulk: Bulk = NO_BULK, cycles: int) -> Modelled:
+    """Predict a compiled kernel.
+
+    Args:
+        compiled: by Triton.
+        arch: compute capability times ten.
+        warps: of a program.
+        bulk: how it makes bulk copies.
+        cycles: to simulate.
+
+    Raises:
+        ValueError: if its warps have roles that the model cannot tell apart.
+    """
     code, shared = disassemble(compiled.asm["cubin"]), compiled.metadata.shared
     programs = programs_at_once(arch, warps, code.registers, shared)
-    turns = loops(parse(code.text)) if programs else []
-    predicted = [predict(turn, arch, warps, programs, bulk=bulk, cycles=cycles) for turn in turns]
+    instructions = parse(code.text)
+    found = roles(instructions, warps)
+    predicted = [
+        predict(
+            [(role.loops[walk], role.warps) for role in found],
+            arch,
+            programs,
+            bulk=bulk,
+            depths=depths(instructions),
+            cycles=cycles,
+        )
+        for walk in range(len(found[0].loops) if programs else 0)
+    ]
     return Modelled(code.registers, shared, programs, predicted)
 
 
 def validation(quick: bool) -> list[dict[str, Any]]:
     """Kernels of known speed: names, known and predicted TFLOP/s."""
-    numbers = range(4)
-    *forward, dkdv, dq = in_processes(partial(_reference, quick=quick), numbers)
+    flex, tutorial, dkdv, dq, *specialised = in_processes(partial(_reference, quick=quick), range(6))
     # The backward counts 10 products' worth of work, and computes 8 and 6.
     backward = {"name": "FlexAttention, backward", "predicted": 10 / (8 / dkdv["predicted"] + 6 / dq["predicted"])}
-    return [*forward, {**backward, "known": dkdv["together"]}]
+    return [flex, tutorial, {**flex, **backward, "known": dkdv["together"]}, *specialised]
 
 
 def _reference(number: int, quick: bool) -> dict[str, Any]:
@@ -83,10 +108,11 @@ def _reference(number: int, quick: bool) -> dict[str, Any]:
 
     reference = REFERENCES[number]
     tile = reference.tile
-    bulk = (2 * tile.block_n * DIM, tile.stages - 1) if reference.tma else (0, 0)
+    ahead = 0 if tile.consumers else tile.stages - 1
+    bulk = Bulk(2 * tile.block_n * DIM, ahead) if reference.tma else NO_BULK
     found = model(reference.compile(), 90, tile.warps, bulk=bulk, cycles=_CYCLES[quick])
-    speed = found.loops[0].tflops
-    return {"name": reference.name, "known": reference.known, "predicted": speed, "together": BACKWARD}
+    known = {"name": reference.name, "known": reference.known, "use": reference.use, "together": BACKWARD}
+    return {**known, "predicted": found.loops[0].tflops}
 
 
 def table_cases() -> list[Case]:
@@ -104,7 +130,11 @@ def _modelled(case: Case, quick: bool) -> Modelled | None:
         compiled = compile_case(case)
     except Exception:
         return None
-    return model(compiled, int(case.arch), case.tile.warps, cycles=_CYCLES[quick])
+    tile = case.tile
+    bulk = Bulk(2 * tile.block_n * padded(case.head_dim)) if tile.consumers else NO_BULK
+    found = model(compiled, int(case.arch), tile.warps, bulk=bulk, cycles=_CYCLES[quick])
+    # The kernel of Hopper's own walks over partial tiles first.
+    return replace(found, loops=found.loops[::-1]) if tile.consumers else found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,13 +162,13 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few cycles: does it run at all?")
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="compute capability times ten")
-    parser.add_argument("--pass", dest="passes", choices=PASSES, action="append")
+    parser.add_argument("--pass", dest="passes", choices=(*PASSES, "hopper"), action="append")
     parser.add_argument("--mask", choices=MASKS, default="interval", help="of the partial tiles (default: %(default)s)")
     parser.add_argument("--dim", type=int, action="append", help="head dim")
     parser.add_argument(
         "--tile",
         action="append",
-        metavar="M,N,WARPS,STAGES[,REGISTERS]",
+        metavar="M,N,WARPS,STAGES[,REGISTERS[,CONSUMERS]]",
         help="instead of the table's; repeat it to compare",
     )
     parser.add_argument(
@@ -159,10 +189,10 @@ def _chosen(options: argparse.Namespace) -> list[Case]:
 
 def _validation_table(known: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="What the model says of kernels whose speed is known (H100, TFLOP/s)", title_justify="left")
-    for name in ("kernel", "known", "predicted"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for name in ("kernel", "known", "predicted", "used for"):
+        table.add_column(name, justify="left" if name in ("kernel", "used for") else "right")
     for row in known:
-        table.add_row(row["name"], str(row["known"]), f"{row['predicted']:.0f}")
+        table.add_row(row["name"], str(row["known"]), f"{row['predicted']:.0f}", row["use"])
     return table
 
 
@@ -182,8 +212,9 @@ def _table(cases: Sequence[Case], found: Sequence[Modelled | None]) -> Table:
 
 
 def tile_text(tile: Tile) -> str:
-    """A tile in a table: its sides, warps and stages, and its limit of registers."""
+    """A tile in a table: its sides, warps and stages, its limit of registers, and warpgroups that only compute."""
     limit = "" if tile.registers is None else f", r{tile.registers}"
+    limit += f", {tile.consumers} consumers" if tile.consumers else ""
     return f"{tile.block_m} x {tile.block_n}, {tile.warps} warps, {tile.stages} stages{limit}"
 
 

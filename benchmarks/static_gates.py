@@ -53,7 +53,8 @@ from benchmarks.compiled import (
 )
 from benchmarks.processors import AMD_SHARED, PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
-from benchmarks.sass.instructions import local_accesses, loops, parse, products_under_copies
+from benchmarks.sass.flow import loops
+from benchmarks.sass.instructions import local_accesses, parse, products_under_copies
 from maskflash.backends.triton.few import narrowed
 from maskflash.backends.triton.signature import FEW, PASSES
 from maskflash.backends.triton.tiles import COMBINE, DELTA, ROWS, SHARED_LIMITS, Tile, choose

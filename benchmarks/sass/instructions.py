@@ -14,7 +14,6 @@ The compiler, not the hardware, knows when results are there. Each instruction c
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,8 +22,8 @@ _LINE: Final = re.compile(
     r"(?:(?P<predicate>@!?U?P[T\d]+)\s+)?(?P<opcode>\S+?)(?:\s+(?P<operands>[^;]*?))?\s*;\s*/\* 0x[0-9a-f]{16} \*/\s*"
     r"/\* 0x(?P<control>[0-9a-f]{16}) \*/"
 )
-_TARGET: Final = re.compile(r"0x([0-9a-f]+)")
-PRODUCTS: Final = ("HGMMA", "UTCHMMA", "HMMA")  # of tensor cores: of a warpgroup, of one thread for all, of a warp
+# Of tensor cores: of a warpgroup in 16 and in 8 bits, of one thread for all, of a warp.
+PRODUCTS: Final = ("HGMMA", "QGMMA", "UTCHMMA", "HMMA")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +75,6 @@ def _instruction(found: re.Match[str]) -> Instruction:
     )
 
 
-def loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """The innermost loops that hold products, in order: of a kernel with two walks the full one, then the partial."""
-    places = {instruction.address: place for place, instruction in enumerate(instructions)}
-    spans = []
-    for end, instruction in enumerate(instructions):
-        start = places.get(_target(instruction), end + 1)
-        held = instructions[start:end]
-        if start <= end and any(x.opcode.startswith(PRODUCTS) for x in held):
-            spans.append((start, end))
-    inner: list[tuple[int, int]] = []
-    for start, end in sorted(spans, key=lambda span: span[1] - span[0]):  # what goes round a loop is longer
-        if not any(start <= stop and begin <= end for begin, stop in inner):
-            inner.append((start, end))
-    return [_straight(instructions, places, start, end) for start, end in sorted(inner)]
-
-
 def local_accesses(loop: Loop) -> int:
     """How often a turn reads or writes local memory, where registers go that don't fit."""
     return sum(instruction.opcode.startswith(("LDL", "STL")) for instruction in loop)
@@ -118,22 +101,3 @@ def products_under_copies(loop: Loop) -> int | None:
 def pending(wait: Instruction) -> int:
     """How many groups of copies, or of products, may be pending after a wait."""
     return int(wait.operands.split(",")[1].split()[0], 16)
-
-
-def _straight(instructions: Sequence[Instruction], places: dict[int, int], start: int, end: int) -> Loop:
-    """A turn: jumps forward that always happen are followed, those under a predicate are not."""
-    place, found = start, []
-    while place <= end:
-        instruction = instructions[place]
-        found.append(instruction)
-        after = places.get(_target(instruction), -1)
-        place = after if not instruction.predicate and place < after <= end else place + 1
-    return found
-
-
-def _target(instruction: Instruction) -> int:
-    """Where a branch goes; -1 of what is none, or depends on more than the predicate."""
-    if not instruction.opcode.startswith("BRA") or "UP" in instruction.operands[:4]:
-        return -1
-    found = _TARGET.search(instruction.operands)
-    return int(found[1], 16) if found else -1

@@ -5,14 +5,15 @@ speed = EFFICIENCY * (least of simulation, L2 cache and shared memory, rounded w
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Final
 
 from benchmarks.processors import PROCESSORS
 from benchmarks.sass.instructions import Loop
-from benchmarks.sass.simulate import simulate
-from benchmarks.sass.work import Kind, Work, works
+from benchmarks.sass.simulate import Bulk, Part, simulate
+from benchmarks.sass.work import Kind, works
 
 EFFICIENCY: Final = 0.8  # what prologues, epilogues, uneven programs and clocks leave, of long sequences
 _L2_BYTES: Final = 30.0  # a cycle and multiprocessor, when all read: 7 TB/s of an H100
@@ -29,53 +30,59 @@ class Prediction:
         instructions: of a turn.
         turn: cycles that a warp takes for it.
         tensor_share: of the time that the tensor cores compute.
+        lost: cycles of the turn in which the warp could not go on, by what it waited for.
     """
 
     tflops: float
     instructions: int
     turn: float
     tensor_share: float
+    lost: dict[str, float]
 
 
 def predict(
-    loop: Loop,
+    roles: Sequence[tuple[Loop, int]],
     arch: int,
-    warps: int,
     programs: int,
     *,
-    bulk: tuple[int, int] = (0, 0),
+    bulk: Bulk,
+    depths: Mapping[int, int],
     seeds: tuple[int, ...] = (1, 2),
     cycles: int = 50_000,
 ) -> Prediction:
-    """How fast a loop would run if the whole chip did nothing else.
+    """How fast loops that run together would run if the whole chip did nothing else.
 
     Args:
-        loop: its instructions.
+        roles: the instructions of each role's loop, and how many warps of a program run it; those with products first.
         arch: compute capability times ten.
-        warps: of a program.
         programs: that fit a multiprocessor.
-        bulk: bytes of one bulk copy (TMA), and how many turns ahead the program copies.
+        bulk: how bulk copies (TMA) are made.
+        depths: how many mbarriers the ring at each place has.
         seeds: of the runs that are averaged.
         cycles: of each run.
     """
     processor = PROCESSORS[arch]
     assert processor.product_cycles is not None
-    turn, each = works(loop, processor.product_cycles), max(1, warps // 4)
-    runs = [simulate(turn, each, programs, bulk=bulk, cycles=cycles, seed=seed) for seed in seeds]
-    limits = [mean(run.flops_per_cycle for run in runs), *_limits(turn, each, bulk[0])]
+    parts = [Part(works(loop, processor.product_cycles), max(1, warps // 4)) for loop, warps in roles]
+    runs = [simulate(parts, programs, bulk=bulk, depths=depths, cycles=cycles, seed=seed) for seed in seeds]
+    limits = [mean(run.flops_per_cycle for run in runs), *_limits(parts, bulk.size)]
     least = sum(limit**-_SHARPNESS for limit in limits) ** (-1 / _SHARPNESS)
+    reasons = dict.fromkeys(why for run in runs for why in run.lost)
     return Prediction(
         EFFICIENCY * least * processor.multiprocessors * processor.gigahertz / 1e3,
-        len(loop),
+        len(roles[0][0]),
         mean(run.turn for run in runs),
         mean(run.tensor_share for run in runs),
+        {why: mean(run.lost.get(why, 0.0) for run in runs) for why in reasons},
     )
 
 
-def _limits(turn: list[Work], warps: int, bulk_bytes: int) -> list[float]:
+def _limits(parts: Sequence[Part], bulk_bytes: float) -> list[float]:
     """Operations a cycle that the L2 cache and shared memory allow."""
-    bulk = bulk_bytes * sum(work.kind is Kind.BULK_COPY for work in turn) / warps
-    flops = sum(work.flops for work in turn)
-    copied = sum(work.size for work in turn) + bulk
-    shared = sum(work.shared for work in turn) + bulk / _SHARED_BYTES
-    return [flops / cycles for cycles in (copied / _L2_BYTES, shared) if cycles]
+    bulk = bulk_bytes * sum(work.share for part in parts for work in part.turn if work.kind is Kind.BULK_COPY)
+    flops, copied, shared = (
+        sum(part.warps * getattr(work, what) for part in parts for work in part.turn)
+        for what in ("flops", "size", "shared")
+    )
+    limits = (copied + bulk) / _L2_BYTES, shared + bulk / _SHARED_BYTES
+    return [flops / cycles for cycles in limits if cycles]

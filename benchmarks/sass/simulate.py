@@ -1,12 +1,13 @@
-"""The work of a loop's turn, warps on one scheduler -> floating-point operations per cycle of a multiprocessor.
+"""The work of the turn of each role's loop, warps on one scheduler -> operations per cycle of a multiprocessor.
 
     warps    ##..####......##        each in order: an instruction is issued when its stalls, its scoreboards, its
-             ..##....####....        pipe and what it waits for allow it; the warp that issued last goes first
+             ..##....####....        pipe and what it waits for allow it; the warp that issued last goes first,
+                                 then the one that waited longest
     tensor   ====..========..        one product after another; a warp hands its next one in shortly before
     copies   ~~~~~~~~~~~             arrive in order, a latency after their bytes had their turn
 
-Each warp repeats the turn for ever. Whatever is not in the model: the prologue, what other programs leave in the cache,
-how clocks fall under load, register banks.
+Each warp repeats its turn for ever, and waits at mbarriers for copies, or for the warps of another role. Not in
+the model: the prologue, what other programs leave in the cache, how clocks fall under load, register banks.
 """
 
 from __future__ import annotations
@@ -14,77 +15,112 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
+from benchmarks.sass.mbarriers import MBarriers
 from benchmarks.sass.work import Kind, Work
 
 # Copies from the L2 cache. Chosen so that the kernel with TMA in the validation has its known speed.
 LATENCY: Final = 350.0
 BYTES_PER_CYCLE: Final = 48.0
-_QUEUE: Final = 8.0  # cycles before a warpgroup's product ends at which the next is taken
+# Cycles before the tensor core is free at which a warpgroup hands in its next product: where it waits for all of them,
+# and where it leaves some pending and goes on. The latter is chosen so that FlashAttention-3's overlap of softmax with
+# products of the same warpgroup gains what its authors measured.
+_QUEUE: Final = 8.0
+_QUEUE_PENDING: Final = 512.0
 _DRAIN: Final = 32.0  # from the last product of a group to its results
 _READ: Final = 12.0  # until operands have been read
 _JUMP: Final = 8.0
 _JITTER: Final = 60.0  # that a turn may take longer, so that warps don't march in step
 _BARRIER: Final = 14.0
+_POLL: Final = 4.0  # until a wait at an mbarrier looks again
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast a loop runs: operations per cycle, the tensor core's busy share, cycles that a warp takes for a turn."""
+    """How fast a loop runs.
+
+    Attributes:
+        flops_per_cycle: of a multiprocessor.
+        tensor_share: of the time that the tensor core computes.
+        turn: cycles that a warp with products takes for it.
+        lost: cycles of that turn in which it could not go on, by what it waited for.
+    """
 
     flops_per_cycle: float
     tensor_share: float
     turn: float
+    lost: Mapping[str, float]
 
 
-@dataclass(slots=True, eq=False)
-class _Program:
-    """What the warps of a program share: when bulk copies arrive, who waits at its barrier."""
+class Part(NamedTuple):
+    """What one role's turn does, and how many of its warps are on each scheduler: a fourth of a program's."""
 
-    arrivals: list[float]
-    waiting: list[_Warp] = field(default_factory=list)
+    turn: Sequence[Work]
+    warps: int
+
+
+class Bulk(NamedTuple):
+    """Bytes that an mbarrier expects of bulk copies (TMA); turns that warps copy ahead, 0 where another role does."""
+
+    size: float = 0
+    ahead: int = 0
+
+
+NO_BULK: Final = Bulk()
+_NO_DEPTHS: Final[Mapping[int, int]] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
 class _Warp:
-    program: _Program
-    first: bool  # of its program, and so the one that issues bulk copies
+    mbarriers: MBarriers  # of its program
+    part: Part
+    mates: list[_Warp]  # of its role, those that wait at its barrier
+    first: bool  # of its role, and so the one that issues bulk copies
     ready: float
+    queue: float
     place: int = 0
     turns: int = 0
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
     products: list[float] = field(default_factory=list)  # when each group ends
     copies: list[float] = field(default_factory=list)  # when each group is there
     copied: float = 0.0  # when the copies of the next group are there
-    bulk_waits: int = 0
+    met: dict[tuple[Kind, int | None], int] = field(default_factory=lambda: defaultdict(int))  # at each mbarrier
+    why: str = "others issue"  # it could not go on when it was last looked at
+    since: float = 0.0
+    lost: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _Scheduler:
     """One scheduler, its pipes, and the warps of all programs on it."""
 
-    def __init__(self, turn: Sequence[Work], warps: int, programs: int, bulk: tuple[int, int], seed: int) -> None:
-        self.turn, self.warps, (self.bulk_bytes, ahead) = turn, warps, bulk
+    def __init__(self, parts: Sequence[Part], programs: int, bulk: Bulk, depths: Mapping[int, int], seed: int) -> None:
+        self.bulk = bulk
         self.random = random.Random(seed)
         self.free: dict[str, float] = defaultdict(float)
         self.memory = self.now = self.busy = 0.0
         self.flops = 0
-        bulks = sum(work.kind is Kind.BULK_COPY for work in turn)
-        cycles = 1.6 * sum(max(1, work.stall) for work in turn)
         self.residents: list[_Warp] = []
         for _ in range(programs):
-            program, start = _Program([0.0] * bulks * ahead), self.random.random() * cycles
-            self.residents += [_Warp(program, rank == 0, start if rank == 0 else 0.0) for rank in range(warps)]
+            mbarriers = MBarriers(parts, depths, bulk.ahead)
+            for part in parts:
+                cycles, mates = 1.6 * sum(max(1, work.stall) for work in part.turn), list[_Warp]()
+                pending = any(work.kind is Kind.WAIT_PRODUCTS and work.left for work in part.turn)
+                queue = _QUEUE_PENDING if pending else _QUEUE
+                for rank in range(part.warps):
+                    start = self.random.random() * cycles if rank == 0 else 0.0
+                    self.residents.append(_Warp(mbarriers, part, mates, rank == 0, start, queue))
         self.last = self.residents[0]
 
     def run(self, until: float) -> None:
         """Go on to a cycle."""
         while self.now < until:
             soonest = self.now + 1000
-            for warp in (self.last, *self.residents):
-                work = self.turn[warp.place]
+            for warp in (self.last, *sorted(self.residents, key=lambda warp: warp.ready)):
+                work = warp.part.turn[warp.place]
                 start = self.start(warp, work)
                 if start <= self.now:
                     self.issue(warp, work)
@@ -95,24 +131,32 @@ class _Scheduler:
 
     def start(self, warp: _Warp, work: Work) -> float:
         """When a warp's next instruction can be issued, as far as is known now."""
-        time = warp.ready
-        if time > self.now:  # all of the rest is looked at again then
-            return time
-        for board in work.waits:
-            time = max(time, warp.boards[board])
+        if warp.ready > self.now:  # all of the rest is looked at again then
+            return warp.ready
+        reasons = [(warp.boards[board], "results") for board in work.waits]
         if work.pipe:
-            time = max(time, self.free[work.pipe.name] - (_QUEUE if work.kind is Kind.PRODUCT else 0))
+            queue = warp.queue if work.kind is Kind.PRODUCT else 0
+            reasons.append((self.free[work.pipe.name] - queue, work.pipe.name))
         if work.kind is Kind.WAIT_PRODUCTS:
-            time = max(time, _all_but(warp.products, work.left))
+            reasons.append((_all_but(warp.products, work.left), "products"))
         elif work.kind is Kind.WAIT_COPIES:
-            time = max(time, _all_but(warp.copies, work.left))
-        elif work.kind is Kind.WAIT_BULK:
-            arrivals = warp.program.arrivals
-            time = max(time, arrivals[warp.bulk_waits] if warp.bulk_waits < len(arrivals) else self.now + 4)
-        return time
+            reasons.append((_all_but(warp.copies, work.left), "copies"))
+        elif work.kind is Kind.WAIT_BARRIER:
+            ready = warp.mbarriers.ready(work, warp.met[work.kind, work.place])
+            reasons.append((self.now + _POLL if ready is None else ready, "mbarriers"))
+        time, why = max(reasons, default=(warp.ready, ""))
+        if time > self.now and why != warp.why:
+            self.charge(warp, why)
+        return max(time, warp.ready)
+
+    def charge(self, warp: _Warp, why: str) -> None:
+        """Book what a warp has lost since it could last have issued; from now on it waits for something else."""
+        warp.lost[warp.why] += self.now - max(warp.since, warp.ready)
+        warp.since, warp.why = self.now, why
 
     def issue(self, warp: _Warp, work: Work) -> None:
         """Issue a warp's next instruction now."""
+        self.charge(warp, "others issue")
         result, operands = self.now, self.now + _READ
         if work.pipe:
             begin = max(self.now, self.free[work.pipe.name])
@@ -129,22 +173,25 @@ class _Scheduler:
         warp.ready = self.now + max(1, work.stall)
         self.effect(warp, work)
         warp.place += 1
-        if warp.place == len(self.turn):
+        if warp.place == len(warp.part.turn):
             warp.place, warp.turns = 0, warp.turns + 1
             warp.ready = max(warp.ready, self.now + _JUMP + self.random.random() * _JITTER)
 
     def effect(self, warp: _Warp, work: Work) -> None:
         """What an instruction changes beside its pipe and its scoreboards."""
-        if work.closes:
+        if work.kind is Kind.PRODUCT and work.closes:
             warp.products.append(self.free["tensor"] + _DRAIN)
         elif work.kind is Kind.COPY:
             warp.copied = max(warp.copied, self.copied(work.size))
         elif work.kind is Kind.COMMIT:
             warp.copies.append(max(warp.copied, self.now))
         elif work.kind is Kind.BULK_COPY and warp.first:
-            warp.program.arrivals.append(self.copied(self.bulk_bytes))
-        elif work.kind is Kind.WAIT_BULK:
-            warp.bulk_waits += 1
+            warp.mbarriers.copy(work, self.copied(self.bulk.size * work.share))
+        elif work.kind is Kind.WAIT_BARRIER:
+            warp.met[work.kind, work.place] += 1
+        elif work.kind is Kind.ARRIVE:
+            warp.mbarriers.arrive(work, warp.met[work.kind, work.place], self.now)
+            warp.met[work.kind, work.place] += 1
         elif work.kind is Kind.BARRIER:
             self.meet(warp)
 
@@ -154,43 +201,52 @@ class _Scheduler:
         return self.memory + LATENCY
 
     def meet(self, warp: _Warp) -> None:
-        """Wait at the barrier until all warps of the program are there."""
-        waiting, after = warp.program.waiting, warp.ready
-        waiting.append(warp)
+        """Wait at the barrier until all warps of the role are there."""
+        mates, after = warp.mates, warp.ready
+        mates.append(warp)
         warp.ready = math.inf
-        if len(waiting) == self.warps:
-            for each in waiting:
+        if len(mates) == warp.part.warps:
+            for each in mates:
                 each.ready = max(after, self.now + _BARRIER)
-            waiting.clear()
+            mates.clear()
 
 
 def simulate(
-    turn: Sequence[Work],
-    warps: int,
+    parts: Sequence[Part],
     programs: int,
     *,
-    bulk: tuple[int, int] = (0, 0),
+    bulk: Bulk = NO_BULK,
+    depths: Mapping[int, int] = _NO_DEPTHS,
     cycles: int = 50_000,
     seed: int = 1,
 ) -> Speed:
     """How fast a loop runs, without its first fifth.
 
     Args:
-        turn: what each turn does.
-        warps: of a program on each scheduler: a fourth of the program's.
+        parts: of a program, those with products first.
         programs: that a multiprocessor holds.
-        bulk: bytes of one bulk copy (TMA), and how many turns ahead the program copies.
+        bulk: how it copies.
+        depths: how many mbarriers the ring at each place has.
         cycles: to simulate.
         seed: of the jitter.
     """
-    scheduler = _Scheduler(turn, warps, programs, bulk, seed)
+    scheduler = _Scheduler(parts, programs, bulk, depths, seed)
     scheduler.run(cycles / 5)
     begin, flops, busy = scheduler.now, scheduler.flops, scheduler.busy
-    before = sum(warp.turns for warp in scheduler.residents)
+    computing = [warp for warp in scheduler.residents if any(work.kind is Kind.PRODUCT for work in warp.part.turn)]
+    before = sum(warp.turns for warp in computing)
+    for warp in computing:
+        warp.lost.clear()
     scheduler.run(cycles)
     passed = scheduler.now - begin
-    turns = (sum(warp.turns for warp in scheduler.residents) - before) / len(scheduler.residents)
-    return Speed((scheduler.flops - flops) / passed, (scheduler.busy - busy) / passed, passed / max(turns, 1.0))
+    turns = max(sum(warp.turns for warp in computing) - before, 1)
+    lost = dict[str, float]()
+    for warp in computing:
+        for why, spent in warp.lost.items():
+            lost[why] = lost.get(why, 0) + spent / turns
+    return Speed(
+        (scheduler.flops - flops) / passed, (scheduler.busy - busy) / passed, passed * len(computing) / turns, lost
+    )
 
 
 def _all_but(ends: Sequence[float], left: int) -> float:

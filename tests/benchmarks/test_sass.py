@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from benchmarks import amdgcn, report, runner, sass_model
 from benchmarks.processors import PROCESSORS, programs_at_once
+from benchmarks.sass import roles
 from benchmarks.sass import simulate as simulation
-from benchmarks.sass.instructions import Instruction, local_accesses, loops, parse, products_under_copies
+from benchmarks.sass.flow import loops
+from benchmarks.sass.instructions import Instruction, local_accesses, parse, products_under_copies
 from benchmarks.sass.predict import EFFICIENCY, predict
-from benchmarks.sass.simulate import LATENCY
+from benchmarks.sass.simulate import LATENCY, NO_BULK, Bulk, Part
 from benchmarks.sass.work import Kind, Pipe, Work, works
 from maskflash.backends.triton.tiles import ROWS
 
@@ -106,6 +108,7 @@ def one(text):
     [
         ("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR8].tnspB, R24, gsb0", Kind.PRODUCT, "tensor", 64),
         ("HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24", Kind.PRODUCT, "tensor", 24),  # its left side has to arrive
+        ("QGMMA.64x128x32.F32.E4M3.E4M3 R24, R120, gdesc[UR8], R24, gsb0", Kind.PRODUCT, "tensor", 64),
         (PRODUCT, Kind.PRODUCT, "tensor", 8),
         ("MUFU.EX2 R1, R2", Kind.PLAIN, "special", 8),
         ("IMAD.MOV.U32 R1, RZ, RZ, R2", Kind.PLAIN, "fma", 1),
@@ -116,6 +119,9 @@ def one(text):
         ("SHFL.BFLY PT, R1, R2, 0x1, 0x1f", Kind.PLAIN, "memory", 4),
         (COPY, Kind.COPY, "memory", 16),
         ("UTMALDG.2D [UR8], [UR4]", Kind.BULK_COPY, "memory", 4),
+        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR6+0x280a0], R5", Kind.WAIT_BARRIER, "memory", 4),
+        ("SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR6+0x280b0], RZ", Kind.ARRIVE, "memory", 4),
+        ("SYNCS.ARRIVE.TRANS64 RZ, [UR6+0x280a0], R3", Kind.PLAIN, "memory", 4),  # tells it what to expect
         ("ULDC UR4, c[0x0][0x208]", Kind.PLAIN, "constant", 2),
         ("UIADD3 UR4, UR4, 0x1, URZ", Kind.PLAIN, "uniform", 2),
     ],
@@ -127,6 +133,7 @@ def test_what_an_instruction_costs(text, kind, pipe, cycles):
 
 def test_products_and_copies_are_counted_for_four_schedulers():
     assert one("HGMMA.64x128x16.F32.BF16 R24, R120, gdesc[UR8].tnspB, R24").flops == 2 * 64 * 128 * 16
+    assert one("QGMMA.64x128x32.F32.E4M3.E4M3 R24, R120, gdesc[UR8], R24").flops == 2 * 64 * 128 * 32
     assert one(PRODUCT).flops == 4 * 2 * 16 * 8 * 16
     assert one(COPY).size == 16 * 32 * 4
     assert one("BAR.SYNC.DEFER_BLOCKING 0x0").kind is Kind.BARRIER
@@ -134,7 +141,12 @@ def test_products_and_copies_are_counted_for_four_schedulers():
     assert one("DEPBAR.LE SB0, 0x2").left == 2
 
 
-simulate = partial(simulation.simulate, cycles=10_000)
+def simulate(turn, warps, programs, **options):
+    """A loop that all warps run."""
+    return together([Part(turn, warps)], programs, **options)
+
+
+together = partial(simulation.simulate, cycles=10_000)
 
 
 def work(kind=Kind.PLAIN, pipe=None, stall=1, **more):
@@ -187,8 +199,9 @@ def test_another_program_computes_while_one_waits():
 
 
 def test_bulk_copies_arrive_as_many_turns_later_as_there_are_stages():
-    turn = [work(Kind.WAIT_BULK), *(work(stall=15) for _ in range(20)), product(8), work(Kind.BULK_COPY)]
-    turns = [simulate(turn, 1, 1, bulk=(2048, ahead)).turn for ahead in (1, 2)]
+    copy = work(Kind.BULK_COPY, closes=True)
+    turn = [work(Kind.WAIT_BARRIER), *(work(stall=15) for _ in range(20)), product(8), copy]
+    turns = [simulate(turn, 1, 1, bulk=Bulk(2048, ahead)).turn for ahead in (1, 2)]
     assert turns[0] - turns[1] == pytest.approx(LATENCY, rel=0.2)
 
 
@@ -204,18 +217,144 @@ def test_warps_of_a_program_leave_a_barrier_together():
     assert simulate([work(Kind.BARRIER), *turn], 4, 1).turn > 1.05 * simulate(turn, 4, 1).turn
 
 
+def test_products_left_pending_are_handed_in_early():
+    """A warp that waits for all but the last group computes beside it; one that waits for all does not."""
+    group, other = [product(100) for _ in range(7)], [work(stall=10) for _ in range(60)]
+    turns = [[*group, product(100, closes=True), work(Kind.WAIT_PRODUCTS, left=left), *other] for left in (0, 1)]
+    waiting, beside = (simulate(turn, 1, 1).turn for turn in turns)
+    assert waiting > 800 + 600
+    assert beside < 1150
+
+
 def test_the_same_seed_gives_the_same_speed():
     assert simulate(copying(0), 2, 2, seed=7) == simulate(copying(0), 2, 2, seed=7)
     assert simulate(copying(0), 2, 2, seed=7) != simulate(copying(0), 2, 2, seed=8)
 
 
+FULL, EMPTY, DEPTH = 0x100, 0x200, 2
+"""Places of a ring's barriers, and how many slots it has."""
+
+
+def producing(stall=1):
+    """Waits for an empty slot and fills it."""
+    return [work(Kind.WAIT_BARRIER, place=EMPTY), work(stall=stall), work(Kind.BULK_COPY, place=FULL, closes=True)]
+
+
+def consuming(cycles):
+    """Waits for a full slot, computes, and leaves it empty."""
+    product_of_slot = product(cycles, closes=True)
+    wait = work(Kind.WAIT_PRODUCTS, left=0)
+    return [work(Kind.WAIT_BARRIER, place=FULL), product_of_slot, wait, work(Kind.ARRIVE, place=EMPTY)]
+
+
+def ring(consumers, depth=DEPTH, producer=None, size=2048):
+    parts = [*(Part(turn, 1) for turn in consumers), Part(producer or producing(), 1)]
+    return together(parts, 1, bulk=Bulk(size), depths={EMPTY: depth}, cycles=50_000)
+
+
+def test_a_producer_keeps_the_ring_full():
+    """One slot is copied to only after it has been read; two are enough to hide the latency of copies."""
+    alone, ahead = ring([consuming(1000)], depth=1), ring([consuming(1000)])
+    assert LATENCY < alone.turn - ahead.turn < 1.4 * LATENCY
+    assert alone.lost["mbarriers"] > 0.8 * LATENCY
+    assert ahead.lost.get("mbarriers", 0) < 20
+
+
+def test_a_slow_producer_is_waited_for():
+    found = ring([consuming(100)], producer=[work(stall=15) for _ in range(100)] + producing())
+    assert found.turn == pytest.approx(1500, rel=0.1)
+
+
+def test_copies_share_the_bandwidth():
+    size = 96_000  # more than two turns' worth of time
+    assert ring([consuming(500)], size=size).turn == pytest.approx(size / simulation.BYTES_PER_CYCLE, rel=0.1)
+
+
+def test_consumers_take_turns_at_the_tensor_core():
+    """One computes while the other does something else: both together lose nothing."""
+    softmax = [work(stall=10) for _ in range(80)]
+    found = ring([[*softmax, *consuming(800)]] * 2)
+    assert found.tensor_share > 0.9
+    assert ring([[*softmax, *consuming(800)]]).tensor_share < 0.55
+
+
+def test_no_consumer_starves():
+    """With three of them a slot is empty when the slowest has read it: they go on at one pace."""
+    softmax = [work(stall=10) for _ in range(80)]
+    assert ring([[*softmax, *consuming(800)]] * 3).tensor_share > 0.9
+
+
+def test_the_slowest_consumer_sets_the_pace():
+    """A slot is empty when both have read it: with one slot the fast one waits for the slow one at each turn."""
+    slow, fast = [*(work(stall=15) for _ in range(100)), *consuming(8)], consuming(8)
+    assert ring([slow, fast], depth=1).turn == pytest.approx(ring([slow, slow], depth=1).turn, rel=0.05)
+
+
+def test_a_wait_that_nobody_ends_is_an_error():
+    with pytest.raises(ValueError, match="got waits at 0x200"):
+        ring([consuming(100)[:-1]])
+
+
+ROLES = (
+    "@!P0 BRA 0x60",
+    "BRX R2 -0x20",  # the others are told where to go
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4+0x108], R5",  # 0x20: the producer
+    "UTMALDG.2D [UR8], [UR4]",
+    "@P1 BRA 0x20",
+    "EXIT",
+    "SYNCS.EXCH.64 URZ, [UR4+0x100], UR6",  # 0x60: the first consumer, which also prepares barriers
+    "SYNCS.EXCH.64 URZ, [UR4+0x108], UR6",
+    "SYNCS.EXCH.64 URZ, [UR4+0x110], UR6",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4+0x100], R5",  # 0x90: its first walk
+    "@!P0 BRA 0x120",
+    "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+    "BAR.SYNC.DEFER_BLOCKING 0x0, 0x80",
+    "@P1 BRA 0x90",
+    "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",  # 0xe0: and its second
+    "@P1 BRA 0xe0",
+    "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+    "EXIT",
+    "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4+0x100], R5",  # 0x120: where the wait in its first walk goes on
+    "@!P0 BRA 0x120",
+    "BRA 0xb0",
+)
+
+
+def test_loops_are_not_what_returns_from_elsewhere():
+    assert [(loop[0].address, loop[-1].address) for loop in loops(program(*ROLES))] == [(0x90, 0xD0), (0xE0, 0xF0)]
+    assert [loop[0].address for loop in loops(program(*ROLES), roles.BULK_COPY)] == [0x20]
+
+
+def test_roles_need_as_many_loops_each():
+    with pytest.raises(ValueError, match=r"got \[\(2, 4\), \(1, 1\)\]"):
+        roles.roles(program(*ROLES), 12)
+    consumer, producer = roles.roles(program(*ROLES[:14], "EXIT", *ROLES[15:]), 12)
+    assert (len(consumer.loops), consumer.warps, len(producer.loops), producer.warps) == (1, 4, 1, 1)
+    with pytest.raises(ValueError, match="at most 4 warps"):
+        roles.roles(program(*ROLES[:14], "EXIT", *ROLES[15:]), 4)
+
+
+def test_warps_without_roles_are_one_role():
+    made = program(
+        "UTMALDG.2D [UR8], [UR4]", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", "@P1 BRA 0x0", "EXIT"
+    )
+    (found,) = roles.roles(made, 8)
+    assert (len(found.loops), found.warps) == (1, 8)
+
+
+def test_how_deep_rings_are():
+    assert roles.depths(program(*ROLES)) == {0x100: 1, 0x108: 2}
+
+
 def test_a_prediction_is_below_what_the_chip_can_do():
     loop = program(*["HGMMA.64x256x16.F32.BF16 R24, R120, gdesc[UR8].tnspB, R24"] * 20)
-    found = predict(loop, 90, 8, 1, cycles=10_000)
+    found = predict([(loop, 8)], 90, 1, bulk=NO_BULK, depths={}, cycles=10_000)
     peak = 4096 * PROCESSORS[90].multiprocessors * PROCESSORS[90].gigahertz / 1e3
     assert 0.9 * EFFICIENCY * peak < found.tflops < EFFICIENCY * peak
     assert found.tensor_share > 0.95
-    copied = predict([*loop, *program(*[COPY] * 200)], 90, 8, 1, cycles=10_000)  # more than the L2 cache gives
+    copied = predict(
+        [([*loop, *program(*[COPY] * 200)], 8)], 90, 1, bulk=NO_BULK, depths={}, cycles=10_000
+    )  # more than the L2 cache gives
     assert copied.tflops < 0.7 * found.tflops
 
 
@@ -271,6 +410,8 @@ def test_a_kernel_of_the_table_is_predicted(tmp_path):
         "FlexAttention, forward",
         "Triton's tutorial, forward",
         "FlexAttention, backward",
+        "FlashAttention-3's steps, one after another",
+        "FlashAttention-3's steps, overlapped",
     ]
     assert all(100 < row["predicted"] < 800 for row in stored["validation"])
     (row,) = stored["rows"]
@@ -283,11 +424,11 @@ def test_predictions_stand_beside_the_rows_of_the_table(tmp_path):
     path, (row, *_) = tmp_path / "model.json", sass_model.table_cases()
     loops = [{"tflops": speed, "instructions": 9, "turn": 1.0, "tensor_share": 0.5} for speed in (321.4, 123.4)]
     stored = {"conditions": runner.conditions(False), "rows": [{**asdict(row), "loops": loops}]}
-    stored["validation"] = [{"name": "someone's", "known": 400, "predicted": 390.6}]
+    stored["validation"] = [{"name": "someone's", "known": 400, "predicted": 390.6, "use": "test"}]
     path.write_text(json.dumps(stored), encoding="utf-8")
     blocks = "".join(f"<!-- figures: model {name} -->\n<!-- end figures -->\n" for name in ("validation", "tiles"))
     text = report.filled_in(blocks, report.load_model(path))
-    assert "| someone's | 400 | 391 |" in text
+    assert "| someone's | 400 | 391 | test |" in text
     assert f"| {sass_model.tile_text(row.tile)} | static gate | 321 | 123 |" in text
     assert text.count("| static gate |  |  |") == sum(each.bits == 16 for each in ROWS) - 1
     assert report.MISSING in report.filled_in(blocks, report.load_model(tmp_path / "none"))
