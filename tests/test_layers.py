@@ -96,7 +96,7 @@ ORDER = {
             "device",
             "tile_choice",
         ),
-        *("walks", "layout", "intervals", "plan", "launch", "few", "hopper", "learned", "run"),
+        *("walks", "layout", "intervals", "plan", "launch", "few", "hopper", "kernel_choice", "learned", "run"),
     ],
     "op": [
         "spec",

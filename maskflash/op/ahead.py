@@ -103,7 +103,8 @@ class Ahead(Asking):
         backend = self._backend_for(problem.device)
         why = f"since the tensors are on {problem.device.type}" if self.backend == "auto" else "as asked for"
         score = None if self.score is None else told(self.score, sight.sizes, sight.mask_args)
-        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why, score, self.splits)
+        asked = score, self.splits, self.kernels, self.precision
+        return Explanation(self.name, problem, cache.of_problem(problem, backend), backend, why, *asked)
 
     def prepare(self, q_len: int, kv_len: int, **call: Any) -> None:
         """Analyse the mask for calls to come: those with the same sizes and tables only look the analysis up.

@@ -141,7 +141,8 @@ class Asking:
     def _refuse_wishes(self, backend: Backend) -> None:
         """Check that nothing was asked for that only a GPU's kernels have."""
         for name, value, usual in (("precision", self.precision, "full"), ("kernels", self.kernels, "auto")):
-            if value not in (usual, "portable"):
+            served = backend == "triton" and name == "kernels"
+            if value not in (usual, "portable") and not served:
                 raise BackendError(
                     f'attention: {name} is "{value}", which the triton backend alone has; this call runs on the '
                     f"{backend} backend: leave it out here"

@@ -19,6 +19,7 @@ from maskflash.expr.format import format_expr
 from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
 from maskflash.op.few_rows import applies
+from maskflash.scores.strength import Kernels, Precision
 
 if TYPE_CHECKING:
     from maskflash.backends.triton import run as triton
@@ -38,6 +39,11 @@ _KERNELS: Final = {
 }
 
 
+_FORWARD: Final = {"forward": "the portable kernel", "hopper": "Hopper's own kernel", "split": "the kernel of few rows"}
+
+_PRECISIONS: Final = {"full": "in the dtype of q, k and v", "fp8": "in 8 bits"}
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Explanation:
     """What became of a mask at given lengths: str() for people, also where it is shown; to_dict() for tools."""
@@ -49,6 +55,8 @@ class Explanation:
     why: str
     score: dict[str, Any] | None = None
     splits: int = 0
+    kernels: Kernels = "auto"
+    precision: Precision = "full"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data.
@@ -82,6 +90,7 @@ class Explanation:
             "why": self.why,
             "score": self.score,
             "kernel": _kernel(analysis.plan),
+            "forward": self._forward(),
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
             "passes": self._passes(),
         }
@@ -103,6 +112,18 @@ class Explanation:
         separated = separate(self.problem.expr)
         assert separated is not None, "pieces come from what separates"
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
+
+    def _forward(self) -> dict[str, str] | None:
+        """Which of a GPU's kernels runs forward, and in which precision; None elsewhere."""
+        if self.backend != "triton":
+            return None
+        from maskflash.backends.triton import few, kernel_choice
+
+        if few.are_few(self.problem.q_len, self.problem.kv_len):
+            name, why = "split", "since rows are few"
+        else:
+            name, why = kernel_choice.told(self.problem, self.kernels, self.precision)
+        return {"kernel": _FORWARD[name], "why": why, "precision": _PRECISIONS[self.precision]}
 
     def _passes(self) -> dict[str, dict[str, int | str]]:
         """What runs in each pass."""
@@ -166,6 +187,7 @@ class Explanation:
             **_score(self.score),
             "backend": f"{self.backend}, {self.why}",
             **({kernel: _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
+            **({"forward by": "{kernel}, {why}; {precision}".format(**facts["forward"])} if facts["forward"] else {}),
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }
 

@@ -4,6 +4,7 @@ broken, noticed.
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.reference import error_budget, reference
-from maskflash.backends.triton import hopper, launch, run
+from maskflash.backends.triton import kernel_choice, launch
 from maskflash.testing import Shape, dropout_keep
 from tests.ptx.driver import DEVICE
 from tests.ptx.faults import Fault
@@ -23,13 +24,12 @@ pytestmark = pytest.mark.skipif(DEVICE.arch != 90, reason="compiles, with MASKFL
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
     """Calls of the triton backend go to Hopper's own kernel, which must have nothing against them."""
-    portable = run.forward
+    choose = kernel_choice.choose
 
-    def forward(plan, problem, q, k, v, strength, **options):
-        assert hopper.why_not(problem, q, v) is None
-        return portable(plan, problem, q, k, v, strength, on_hopper=True, **options)
+    def chosen(problem, q, v, strength):
+        return choose(problem, q, v, replace(strength, kernels="hopper"))
 
-    monkeypatch.setattr(run, "forward", forward)
+    monkeypatch.setattr(kernel_choice, "choose", chosen)
 
 
 def assert_forward_matches(

@@ -30,17 +30,23 @@ def why_not(problem: Problem, q: Tensor, v: Tensor) -> str | None:
         q: (B, Hq, Sq, D).
         v: (B, Hkv, Skv, Dv).
     """
-    arch, dim, (rows, columns) = gpu.arch(q.device), max(q.shape[3], v.shape[3]), problem.block_size
+    if reason := why_not_at(problem):
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}"
+    dim = max(q.shape[3], v.shape[3])
+    return None if dim <= HOPPER_DIM else f"it serves head dims to {HOPPER_DIM}, got {dim}"
+
+
+def why_not_at(problem: Problem) -> str | None:
+    """The same of all calls with such a mask at these lengths, on its device."""
+    arch, (rows, columns) = gpu.arch(problem.device), problem.block_size
     if arch != 90:
         return f"it is for compute capability 9.0, got {arch / 10 if isinstance(arch, int) else arch}"
     if gpu.interprets():
         return "Triton's interpreter doesn't run it"
     if reason := gpu.without_gluon():
         return reason
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"it computes in float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}"
-    if dim > HOPPER_DIM:
-        return f"it serves head dims to {HOPPER_DIM}, got {dim}"
     if rows % _ROWS or columns % _COLUMNS:
         return f"it needs tiles of multiples of {_ROWS} x {_COLUMNS} tokens, got block_size=({rows}, {columns})"
     if are_few(problem.q_len, problem.kv_len):

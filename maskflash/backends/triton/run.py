@@ -6,6 +6,7 @@
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
     hopper      what Hopper's own forward serves
+    kernel_choice  which of the two runs it
     few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn
 
@@ -26,7 +27,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import few, tile_choice
+from maskflash.backends.triton import few, kernel_choice, tile_choice
 from maskflash.backends.triton.device import unavailable
 from maskflash.backends.triton.hopper import mapped
 from maskflash.backends.triton.intervals import intervals
@@ -75,7 +76,8 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, st
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     q, k, v = laid_out(q, k, v)
-    if not tile_choice.find(Launcher(problem, q, k, v, strength, plan=plan).case("forward")).measured:
+    pass_name = kernel_choice.choose(problem, q, v, strength).pass_name
+    if not tile_choice.find(Launcher(problem, q, k, v, strength, plan=plan).case(pass_name)).measured:
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 
@@ -89,7 +91,6 @@ def forward(
     strength: Strength,
     *,
     tuning: bool = False,
-    on_hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Block-sparse attention.
 
@@ -101,7 +102,6 @@ def forward(
         v: (B, Hkv, Skv, Dv).
         strength: how strongly pairs attend.
         tuning: measure tiles first, and keep the fastest.
-        on_hopper: by Hopper's own kernel, where `hopper.why_not` says nothing against it.
 
     Returns:
         out: (B, Hq, Sq, Dv) in q's dtype. lse: (B, Hq, Sq) float32, in base 2; -inf (or the sink), and out 0, for rows
@@ -115,19 +115,20 @@ def forward(
     if out.numel() == 0 or kv_len == 0:
         lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None] * _LOG2E)
         return cut(out.zero_(), v_dim), lse
+    pass_name = kernel_choice.choose(problem, q, v, strength).pass_name
     factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
     own = {
-        **(mapped if on_hopper else addressed)(q=q, k=k, v=v, out=out),
+        **(mapped if pass_name == "hopper" else addressed)(q=q, k=k, v=v, out=out),
         "lse_ptr": lse,
         "sinks_ptr": lse if sinks is None else sinks,
         "HAS_SINKS": sinks is not None,
         **factor,
         "share": gpu.heads_in_cache(q.device, head_bytes, heads // kv_heads, batch * heads),
     }
-    Launcher(problem, q, k, v, strength, tuning, plan=plan).run("hopper" if on_hopper else "forward", own)
+    Launcher(problem, q, k, v, strength, tuning, plan=plan).run(pass_name, own)
     return cut(out, v_dim), lse
 
 

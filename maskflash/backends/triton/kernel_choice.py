@@ -1,0 +1,99 @@
+"""A call on a GPU -> which kernel runs its forward, and why: the one place that decides between them.
+
+    asked for by                    runs                                where it doesn't serve a call
+    kernels="portable"              portable Triton, on every device    an error
+    kernels="hopper"                Hopper's own: see `hopper.py`       an error
+    MASKFLASH_KERNELS=hopper        Hopper's own                        portable
+    nothing                         portable Triton
+
+Hopper's own kernel has not run on a GPU: until it has, nobody gets it who doesn't ask. Few rows over many keys have
+kernels of their own (`few.py`), whatever is asked for here, and the backward has the portable ones alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from maskflash.analysis.problem import Problem
+from maskflash.backends.triton import hopper
+from maskflash.errors import BackendError
+from maskflash.scores.strength import Kernels, Precision, Strength
+
+VARIABLE: Final = "MASKFLASH_KERNELS"
+
+
+class KernelChoice(NamedTuple):
+    """Which kernel runs forward.
+
+    Attributes:
+        pass_name: "forward" for the portable one, or "hopper".
+        why: in words, beginning with "as" or "since".
+    """
+
+    pass_name: Literal["forward", "hopper"]
+    why: str
+
+
+def choose(problem: Problem, q: Tensor, v: Tensor, strength: Strength) -> KernelChoice:
+    """The kernel of a call's forward.
+
+    Args:
+        problem: the mask at the call's lengths, and its tiles.
+        q: (B, Hq, Sq, D).
+        v: (B, Hkv, Skv, Dv).
+        strength: how the call is to be computed.
+
+    Raises:
+        BackendError: what it asks for doesn't serve it; or the environment asks for what there is not.
+    """
+    return _choose(strength.kernels, hopper.why_not(problem, q, v) or _in_full(strength.precision))
+
+
+def told(problem: Problem, kernels: Kernels, precision: Precision) -> KernelChoice:
+    """The same ahead of a call, as far as lengths and device decide it; `hopper` then needs 16 bits.
+
+    Args:
+        problem: the mask at the call's lengths, and its tiles.
+        kernels: as asked for.
+        precision: as asked for.
+    """
+    return _choose(kernels, hopper.why_not_at(problem) or _in_full(precision))
+
+
+def _choose(kernels: Kernels, obstacle: str | None) -> KernelChoice:
+    if kernels == "portable":
+        return KernelChoice("forward", "as asked for")
+    if kernels == "hopper":
+        if obstacle is not None:
+            raise BackendError(
+                f'attention: kernels is "hopper", whose kernel doesn\'t serve this call: {obstacle}; leave kernels out'
+            )
+        return KernelChoice("hopper", "as asked for")
+    wanted = _of_environment()
+    if wanted == "hopper":
+        by = f"{VARIABLE}={wanted}"
+        if obstacle is None:
+            return KernelChoice("hopper", f"as {by} says")
+        return KernelChoice("forward", f"since what {by} asks for doesn't serve this call: {obstacle}")
+    if wanted == "portable":
+        return KernelChoice("forward", f"as {VARIABLE}={wanted} says")
+    return KernelChoice("forward", "since no other has been measured on a GPU")
+
+
+def _of_environment() -> str:
+    """What the environment asks for.
+
+    Raises:
+        BackendError: something that there is not.
+    """
+    found = os.environ.get(VARIABLE) or "auto"
+    if found not in get_args(Kernels):
+        raise BackendError(f"attention: {VARIABLE} is {found!r}, expected one of {', '.join(get_args(Kernels))}")
+    return found
+
+
+def _in_full(precision: Precision) -> str | None:
+    return None if precision == "full" else f'its products are in 16 bits, got precision="{precision}"'

@@ -1,0 +1,72 @@
+"""Which kernel runs forward, by what is asked for and what serves the call; and that it is told."""
+
+import pytest
+import torch
+
+import maskflash as mf
+from maskflash.backends.triton import device as gpu
+from maskflash.backends.triton import kernel_choice
+from maskflash.errors import BackendError
+from maskflash.scores.strength import Strength
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch):
+    """A device of compute capability 9.0, which doesn't interpret; nothing in the environment."""
+    monkeypatch.setattr(gpu, "arch", lambda device: 90)
+    monkeypatch.setattr(gpu, "interprets", lambda: False)
+    monkeypatch.delenv(kernel_choice.VARIABLE, raising=False)
+
+
+def chosen(kernels="auto", precision="full", dtype=torch.bfloat16):
+    x = torch.empty(1, 2, 256, 64, dtype=dtype)
+    problem = mf.causal().at(256, 256, batch=1, heads=2).tiled((128, 128))
+    return kernel_choice.choose(problem, x, x, Strength(1.0, kernels=kernels, precision=precision))
+
+
+def test_nobody_gets_hopper_s_own_who_does_not_ask():
+    assert chosen() == ("forward", "since no other has been measured on a GPU")
+
+
+@pytest.mark.parametrize(("kernels", "pass_name"), [("portable", "forward"), ("hopper", "hopper")])
+def test_what_is_asked_for_runs(monkeypatch, kernels, pass_name):
+    for variable in ("", "auto", "portable", "hopper"):
+        monkeypatch.setenv(kernel_choice.VARIABLE, variable)
+        assert chosen(kernels) == (pass_name, "as asked for")
+
+
+def test_what_is_asked_for_and_does_not_serve_the_call_is_refused():
+    with pytest.raises(
+        BackendError, match=r'kernels is "hopper".*float16 and bfloat16, got float32; leave kernels out'
+    ):
+        chosen("hopper", dtype=torch.float32)
+    with pytest.raises(BackendError, match='got precision="fp8"'):
+        chosen("hopper", precision="fp8")
+
+
+def test_the_environment_decides_for_who_does_not_ask(monkeypatch):
+    monkeypatch.setenv(kernel_choice.VARIABLE, "hopper")
+    assert chosen() == ("hopper", "as MASKFLASH_KERNELS=hopper says")
+    name, why = chosen(dtype=torch.float32)
+    assert name == "forward"
+    assert "doesn't serve this call: it computes in float16 and bfloat16, got float32" in why
+    monkeypatch.setenv(kernel_choice.VARIABLE, "portable")
+    assert chosen() == ("forward", "as MASKFLASH_KERNELS=portable says")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "ampere")
+    with pytest.raises(BackendError, match="MASKFLASH_KERNELS is 'ampere', expected one of auto, portable, hopper"):
+        chosen()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "q_len", "words"),
+    [
+        ("auto", 256, "the portable kernel, since no other has been measured on a GPU; in the dtype of q, k and v"),
+        ("hopper", 256, "Hopper's own kernel, as asked for; in the dtype of q, k and v"),
+        ("hopper", 1, "the kernel of few rows, since rows are few; in the dtype of q, k and v"),
+    ],
+)
+def test_an_explanation_names_it(monkeypatch, kernels, q_len, words):
+    monkeypatch.setattr(gpu, "unavailable", lambda device: None)
+    monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
+    attn = mf.compile(mf.causal(), backend="triton", kernels=kernels)
+    assert words in str(attn.explain(q_len, 256, q_offset=256 - q_len))
