@@ -18,28 +18,18 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
-KERNELS: Final = (
-    "run",
-    "interval_kernel",
-    "compiled_once",
-    "launch",
-    "sinks",
-    "scores",
-    "few",
-)  # tests that launch them
+KERNELS: Final = ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few")  # tests of them
 FILES: Final = (
-    *(
-        f"tests/backends/triton/test_{name}.py"
-        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few")
-    ),
+    *(f"tests/backends/triton/test_{name}.py" for name in KERNELS),
     "tests/ptx/test_sabotage.py",
     "tests/ptx/test_roles.py",
+    "tests/ptx/test_hopper.py",
 )
 QUICK: Final = {  # bfloat16, which no other test of `make test` can run, one kernel's sabotage, a score that learns
     "sm_80": "dtype2 and (three or query) or sabotage and not dkdv and not dq or scores_match and alibi and not paper",
     "sm_90": (
         "dtype2 and (three or runs) or dropped and (dq or delta) or scores_match and pairs and not factor"
-        " or of_two_roles or before_its_product"
+        " or of_two_roles or before_its_product or hopper and (intervals or order or bytes)"
     ),
 }
 
