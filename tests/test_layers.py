@@ -78,7 +78,7 @@ ORDER = {
         "told",
     ],
     "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
-    "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
+    "backends": ["merge", "sinks", "reference", "dense", "eight_bits", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
         *("work", "softmax", "programs", "values", "biases", "sums", "engine", "scored", "few", "paged", "run"),
