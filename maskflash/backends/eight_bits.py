@@ -5,8 +5,8 @@ One scale for each head and block of tokens, so that the block's largest magnitu
     tokens   0 ............ 127 | 128 .......... 255 | 256 ... 299        block = 128
     scales          s[0]        |        s[1]        |    s[2]            s = largest / 448
 
-e4m3 has a sign, 4 bits of exponent and 3 of mantissa: every number between 448 and 2^-6 is off by at most a sixteenth of
-itself, smaller ones by at most 2^-10 of a scale. It has NaN, and no infinity.
+e4m3 has a sign, 4 bits of exponent and 3 of mantissa: rounding moves a number between 2^-6 and 448 by at most a
+sixteenth of itself, a smaller one by at most 2^-10. It has NaN, and no infinity.
 
 **Incoherent processing** of q and k: both are multiplied by one orthogonal matrix M, so their products stay what they
 are, and what stands out in one dim is spread over all of them. M is a diagonal of random signs times a Hadamard matrix:
@@ -89,7 +89,7 @@ def spread(scales: Tensor, block: int, tokens: int) -> Tensor:
 
 
 def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, rounded to the nearest e4m3 number, to an even one of two; what is larger than 448 becomes 448.
+    """Numbers over scales, rounded to the nearest e4m3 number, to an even one of two; what is larger than 448 becomes 448.
 
     Args:
         x: any shape; NaN and infinities become NaN.

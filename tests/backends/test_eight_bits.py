@@ -1,4 +1,4 @@
-"""e4m3 values and scales are as near to a tensor as e4m3 allows, for any numbers; incoherent processing keeps products."""
+"""Values and scales are as near to a tensor as e4m3 allows, for any numbers; incoherent processing keeps products."""
 
 import math
 
