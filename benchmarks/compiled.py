@@ -20,14 +20,16 @@ import torch
 import maskflash as mf
 from maskflash.backends.triton import modules
 from maskflash.backends.triton.few import special_of
+from maskflash.backends.triton.fp8 import SCALED
 from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import SCORE, PassName, ScoreKind, Specialisation, TableKind
 from maskflash.backends.triton.tiles import PARTS, Tile
 from maskflash.functions.sizes import Sizes
+from maskflash.ground.eight_bits import FORMAT
 
-DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
+DTYPES: Final = {8: FORMAT, 16: torch.bfloat16, 32: torch.float32}
 BLOCK: Final = 128  # tokens of a block map's tile
 PROCESSES: Final = 2
 
@@ -151,6 +153,7 @@ def _specialisation(case: Case) -> Specialisation:
         "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
         "score": _score(case),
         "dropout": case.score == "dropout",
+        "eight_bits": case.bits == 8,
     }
     few = case.pass_name == "split"
     if case.mask == "interval" and not few:
@@ -174,7 +177,7 @@ def _constants(case: Case) -> dict[str, Any]:
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
         **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
-        **{"RAGGED": True, "REQUESTS": 128},
+        **{"RAGGED": True, "REQUESTS": 128, "SCALED": SCALED},
     }
 
 
@@ -184,10 +187,14 @@ _TABLES: Final = {torch.float32: "*fp32", torch.int64: "*i64"}
 def _pointer(name: str, bits: int) -> str:
     if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "parts_ptr", "parts_lse_ptr", "totals", "factors"):
         return "*fp32"
+    if name.endswith("_scales"):
+        return "*fp32"
+    if bits == 8 and name in ("q_ptr", "k_ptr", "v_ptr"):
+        return "*fp8e4nv"
     if name.startswith("sums"):
         return "*i64"
     if name.endswith("_ptr"):
-        return {16: "*bf16", 32: "*fp32"}[bits]
+        return {8: "*bf16", 16: "*bf16", 32: "*fp32"}[bits]
     return "*i32"  # the walk over tiles, and the tables of these masks
 
 

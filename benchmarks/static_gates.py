@@ -53,7 +53,7 @@ from benchmarks.compiled import (
 )
 from benchmarks.processors import AMD_SHARED, PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
-from benchmarks.sass.instructions import local_accesses, loops, parse, products_under_copies
+from benchmarks.sass.instructions import PRODUCTS, local_accesses, loops, parse, products_under_copies
 from maskflash.backends.triton.few import narrowed
 from maskflash.backends.triton.signature import FEW, PASSES
 from maskflash.backends.triton.tiles import COMBINE, DELTA, ROWS, SHARED_LIMITS, Tile, choose
@@ -194,7 +194,7 @@ def _nvidia(case: Case, compiled: Any, seconds: float) -> Resources:
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
     turns = loops(parse(code.text))
     under_copies = [under for turn in turns if (under := products_under_copies(turn)) is not None]
-    names = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma"}
+    names = dict(zip(PRODUCTS, ("wgmma", "tcgen05", "mma", "wgmma of 8 bits", "tcgen05 of 8 bits", "mma of 8 bits"), strict=True))
     return Resources(
         code.registers,
         code.stack,
@@ -204,7 +204,7 @@ def _nvidia(case: Case, compiled: Any, seconds: float) -> Resources:
         programs_at_once(case.arch, case.tile.warps, code.registers, shared, tensor_memory),
         next((names[name] for name in names if name in code.text), ""),
         min(under_copies, default=None),
-        _serialised(compiled.asm["ptx"]) if case.arch == 90 and case.bits == 16 else None,
+        _serialised(compiled.asm["ptx"]) if case.arch == 90 and case.bits < 32 else None,
         seconds,
     )
 

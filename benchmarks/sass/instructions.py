@@ -24,7 +24,8 @@ _LINE: Final = re.compile(
     r"/\* 0x(?P<control>[0-9a-f]{16}) \*/"
 )
 _TARGET: Final = re.compile(r"0x([0-9a-f]+)")
-PRODUCTS: Final = ("HGMMA", "UTCHMMA", "HMMA")  # of tensor cores: of a warpgroup, of one thread for all, of a warp
+# Of tensor cores: of a warpgroup, of one thread for all, of a warp; and the same of 8 bits.
+PRODUCTS: Final = ("HGMMA", "UTCHMMA", "HMMA", "QGMMA", "UTCQMMA", "QMMA")
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,14 +141,19 @@ class Asking:
     def _refuse_wishes(self, backend: Backend) -> None:
         """Check that nothing was asked for that only a GPU's kernels have."""
         for name, value, usual in (("precision", self.precision, "full"), ("kernels", self.kernels, "auto")):
-            if value not in (usual, "portable"):
+            served = backend == "triton" and name == "precision"
+            if value not in (usual, "portable") and not served:
                 raise BackendError(
                     f'attention: {name} is "{value}", which the triton backend alone has; this call runs on the '
                     f"{backend} backend: leave it out here"
                 )
 
     def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
-        """Check that the engine of another library, where one was asked for, can do all of a call."""
+        """Check that 8-bit products, or the engine of another library, can do all of a call, where asked for."""
+        if spec.precision == "fp8":
+            from maskflash.backends.triton import fp8
+
+            fp8.check(q, k, self.block_size)
         if spec.backend not in ENGINES:
             return
         from maskflash.engines import named

@@ -57,6 +57,18 @@ def unavailable(device: torch.device) -> str | None:
     return None if found >= 80 else f"it needs compute capability 8.0 (Ampere) or later, got {found / 10}"
 
 
+def no_eight_bits(device: torch.device) -> str | None:
+    """Why a device has no products of 8 bits (e4m3), with the fix; None where it has."""
+    if library().knobs.runtime.interpret:
+        return "Triton's interpreter does not round to e4m3 as devices do; leave precision out"
+    found = arch(device)
+    if isinstance(found, str):
+        return f"its kernels have 8-bit products on NVIDIA's GPUs alone, got {found}; leave precision out"
+    if found >= 89:
+        return None
+    return f"it needs compute capability 8.9 (Ada, Hopper) or later, got {found / 10}; leave precision out"
+
+
 def compile_only(arch: int) -> None:
     """From now on in this process, compile kernels for an architecture, and run none: calls take tensors of the CPU.
 

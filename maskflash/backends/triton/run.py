@@ -5,6 +5,7 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
+    fp8         q, k and v -> 8 bits
     few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn
 
@@ -25,7 +26,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import few, tile_choice
+from maskflash.backends.triton import few, fp8, tile_choice
 from maskflash.backends.triton.device import unavailable
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel, specialisation
@@ -105,6 +106,8 @@ def forward(
     """
     scale, sinks = strength.scale, strength.sinks
     (batch, heads, q_len, _), (_, kv_heads, kv_len, v_dim) = q.shape, v.shape
+    if strength.precision == "fp8":
+        fp8.check(q, k, problem.block_size)
     out = torch.empty((batch, heads, q_len, whole(v_dim)), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
     sinks = None if sinks is None else sinks.float().contiguous()
@@ -114,9 +117,13 @@ def forward(
     factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
+    operands = addressed(q=q, k=k, v=v)
+    if strength.precision == "fp8":
+        q, k, v, operands = fp8.eight_bits(q, k, v)
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
     own = {
-        **addressed(q=q, k=k, v=v, out=out),
+        **operands,
+        **addressed(out=out),
         "lse_ptr": lse,
         "sinks_ptr": lse if sinks is None else sinks,
         "HAS_SINKS": sinks is not None,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maskflash.backends.eight_bits import E4M3, LARGEST, Quantised, dequantise, incoherence, quantise, spread
+from maskflash.backends.incoherence import Quantised, dequantise, incoherence, quantise, spread
+from maskflash.ground.eight_bits import FORMAT, LARGEST
 
 NORMAL, SUBNORMAL = 2.0**-6, 2.0**-9  # e4m3's least normal number, and its least one
 SIZES = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(0, 70), st.sampled_from([1, 8, 20, 64]))
@@ -32,12 +33,12 @@ def step(scaled):
 def test_each_number_is_off_by_half_a_step_at_most(sizes, block, exponent, seed):
     x = drawn(sizes, seed, exponent)
     values, scales = quantise(x, block)
-    assert values.dtype == E4M3
+    assert values.dtype == FORMAT
     assert values.shape == x.shape
     assert scales.shape == (*sizes[:2], -(-sizes[2] // block))
     assert scales.dtype == torch.float32
     assert bool((scales > 0).all() and scales.isfinite().all())
-    each = spread(scales, block, sizes[2]).double()
+    each = spread(scales, block, sizes[2]).double()[..., None]
     finite = torch.where(x.isfinite(), x, 0.0).double()
     off = (values.double().nan_to_num() * each - finite).abs()
     assert bool((off <= step(finite / each) * each * (1 + 1e-6)).all())

@@ -21,7 +21,6 @@ Source: Shah et al., FlashAttention-3, 2024, section 3.3; Chee et al., QuIP, 202
 
 from __future__ import annotations
 
-import math
 import random
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -30,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-E4M3: Final = torch.float8_e4m3fn
-LARGEST: Final = 448.0
+from maskflash.ground.eight_bits import LARGEST, quantised
+
 _SEED: Final = 0  # of M's signs: the same in every process, so the same inputs give the same bits
 _APART: Final = 2.0**-60  # least scale by the head's largest: quotients of scales times sums of values stay finite
 _TINY: Final = torch.finfo(torch.float32).tiny
@@ -70,39 +69,19 @@ def quantise(x: Tensor, block: int, *, incoherent: bool = False) -> Quantised:
     magnitudes = torch.where(x.isfinite(), x.abs(), 0.0)
     tokens = magnitudes.amax(3) if x.shape[3] else magnitudes.sum(3)
     blocks = pad(tokens, (0, -x.shape[2] % block)).unflatten(2, (-1, block)).amax(3)
-    scales = scales_of(blocks)
-    return Quantised(to_e4m3(x, spread(scales, block, x.shape[2])), scales * factor)
-
-
-def scales_of(largest: Tensor) -> Tensor:
-    """The scales of blocks whose largest magnitudes are (..., blocks): 1 where all blocks hold zeros alone."""
-    if not largest.numel():
-        return largest
-    head = largest.amax(-1, keepdim=True)
-    scales = torch.maximum(largest, head * _APART) / LARGEST
-    return torch.where(head == 0, 1.0, scales.clamp_min(_TINY))
+    scales = _scales(blocks)
+    return Quantised(quantised(x, spread(scales, block, x.shape[2])), scales * factor)
 
 
 def spread(scales: Tensor, block: int, tokens: int) -> Tensor:
-    """Scales (B, H, blocks) -> (B, H, tokens, 1), of each token its block's."""
-    return scales.repeat_interleave(block, 2)[:, :, :tokens, None]
-
-
-def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    """Numbers over scales, rounded to the nearest e4m3 number, to an even one of two; what is larger than 448 becomes 448.
-
-    Args:
-        x: any shape; NaN and infinities become NaN.
-        scale: positive, broadcastable to it.
-    """
-    values = (x / scale).clamp(-LARGEST, LARGEST)  # torch's own cast may give NaN there, or not, by its version
-    return torch.where(x.isinf(), math.nan, values).to(E4M3)
+    """Scales (B, H, blocks) -> (B, H, tokens), of each token its block's."""
+    return scales.repeat_interleave(block, 2)[:, :, :tokens]
 
 
 def dequantise(quantised: Quantised, block: int) -> Tensor:
     """The float32 numbers that values and scales stand for; those of q M or k M after incoherent processing."""
     values, scales = quantised
-    return values.float() * spread(scales, block, values.shape[2])
+    return values.float() * spread(scales, block, values.shape[2])[..., None]
 
 
 @lru_cache(maxsize=64)
@@ -119,3 +98,12 @@ def incoherence(dim: int, device: torch.device) -> Tensor:
     while matrix.shape[0] < width:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return (signs[:, None] * matrix[:dim]).to(device)
+
+
+def _scales(largest: Tensor) -> Tensor:
+    """The scales of blocks whose largest magnitudes are (..., blocks): 1 where all blocks hold zeros alone."""
+    if not largest.numel():
+        return largest
+    head = largest.amax(-1, keepdim=True)
+    scales = torch.maximum(largest, head * _APART) / LARGEST
+    return torch.where(head == 0, 1.0, scales.clamp_min(_TINY))
