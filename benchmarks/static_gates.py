@@ -194,7 +194,9 @@ def _nvidia(case: Case, compiled: Any, seconds: float) -> Resources:
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
     turns = loops(parse(code.text))
     under_copies = [under for turn in turns if (under := products_under_copies(turn)) is not None]
-    names = dict(zip(PRODUCTS, ("wgmma", "tcgen05", "mma", "wgmma of 8 bits", "tcgen05 of 8 bits", "mma of 8 bits"), strict=True))
+    names = dict(
+        zip(PRODUCTS, ("wgmma", "tcgen05", "mma", "wgmma of 8 bits", "tcgen05 of 8 bits", "mma of 8 bits"), strict=True)
+    )
     return Resources(
         code.registers,
         code.stack,
