@@ -149,7 +149,7 @@ def _score(case: Case) -> ScoreKind | None:
 def _specialisation(case: Case) -> Specialisation:
     """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
     further = {
-        "padded_d": padded(case.head_dim) != case.head_dim,
+        "padded_d": case.bits > 8 and padded(case.head_dim) != case.head_dim,
         "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
         "score": _score(case),
         "dropout": case.score == "dropout",
@@ -171,7 +171,8 @@ def _specialisation(case: Case) -> Specialisation:
 
 
 def _constants(case: Case) -> dict[str, Any]:
-    tile, dims = case.tile, (case.head_dim, case.v_head_dim)
+    # In 8 bits q and k come with a power of two of dims.
+    tile, dims = case.tile, (max(32, padded(case.head_dim)) if case.bits == 8 else case.head_dim, case.v_head_dim)
     own, step = (tile.block_n, tile.block_m) if case.pass_name == "dkdv" else (tile.block_m, tile.block_n)
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},

@@ -31,11 +31,14 @@ from maskflash.ground.eight_bits import FORMAT
 
 RESULTS: Final = ROOT / "benchmarks/results/fp8_accuracy.json"
 QUESTION: Final = "How far is forward in 8 bits from float64, by what is quantised how?"
-HEADS: Final = 8
-ROWS: Final = 1024  # of each head
+HEADS: Final = 4
+ROWS: Final = 512  # of each head
 CASES: Final = (
-    *(("outliers", tokens, dim) for dim in (64, 128) for tokens in (1024, 4096, 16384)),
-    ("normal", 4096, 128),
+    ("outliers", 4096, 64),
+    ("outliers", 16384, 64),
+    ("outliers", 1024, 128),
+    ("outliers", 4096, 128),
+    ("outliers", 16384, 128),
     ("normal", 16384, 128),
 )
 _CHUNK: Final = 256  # rows at once

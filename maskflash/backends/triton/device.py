@@ -46,8 +46,7 @@ def unavailable(device: torch.device) -> str | None:
     """Why this backend can't serve tensors on a device, with the fix; None where it can."""
     if reason := missing():
         return reason
-    triton = library()
-    if triton.knobs.runtime.interpret or _Compiling.arch:
+    if interprets() or _Compiling.arch:
         return None
     if device.type != "cuda":
         return f"its kernels run on CUDA tensors, got {device.type}; move q, k and v"
@@ -57,9 +56,14 @@ def unavailable(device: torch.device) -> str | None:
     return None if found >= 80 else f"it needs compute capability 8.0 (Ampere) or later, got {found / 10}"
 
 
+def interprets() -> bool:
+    """Whether kernels are interpreted, on the CPU."""
+    return bool(library().knobs.runtime.interpret)
+
+
 def no_eight_bits(device: torch.device) -> str | None:
     """Why a device has no products of 8 bits (e4m3), with the fix; None where it has."""
-    if library().knobs.runtime.interpret:
+    if interprets():
         return "Triton's interpreter does not round to e4m3 as devices do; leave precision out"
     found = arch(device)
     if isinstance(found, str):

@@ -37,7 +37,7 @@ from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
 from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
-from maskflash.scores.strength import BoundScore, Gradients, Strength
+from maskflash.scores.strength import BoundScore, Gradients, Precision, Strength
 
 __all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable"]
 
@@ -53,19 +53,22 @@ def source(
     score: BoundScore | None = None,
     *,
     dropout: bool = False,
+    precision: Precision = "full",
 ) -> str:
     """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
     interval, dims = intervals(seen) is not None, (whole(head_dim), whole(v_head_dim))
-    if pass_name == "forward" and not dropout and few.are_few(problem.q_len, problem.kv_len):
+    eight_bits = pass_name == "forward" and precision == "fp8"
+    if pass_name == "forward" and not (dropout or eight_bits) and few.are_few(problem.q_len, problem.kv_len):
         pass_name = "split"
     if pass_name == "split":
         return render(few.special_of(problem, *dims, score), pass_name, remarks=True)
     kind = None if score is None else score_kind(score, problem.extents)
     if kind is not None and score is not None and pass_name == "dtables":
         kind = replace(kind, wanted=score.wanted)
-    return render(
-        specialisation(problem, interval, seen.largest < 2**31, *dims, kind, dropout), pass_name, remarks=True
-    )
+    special = specialisation(problem, interval, seen.largest < 2**31, *dims, kind, dropout)
+    if eight_bits:
+        special = replace(special, eight_bits=True, padded_d=False)  # q and k have a power of two of dims then
+    return render(special, pass_name, remarks=True)
 
 
 def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> None:
