@@ -16,7 +16,7 @@ from maskflash.errors import BackendError
 from maskflash.ground.eight_bits import FORMAT
 
 SCALED: Final = 128  # tokens that share a scale: no tile is longer, so of q, k and v each tile has one
-_LEAST_STEP: Final = 32  # keys: products of 8 bits sum over so many numbers at least
+_LEAST: Final = (64, 32)  # rows and keys of a tile: of fewer, Hopper's products are of 16 bits, or there are none
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _MOST_KEYS: Final = 2**23 - SCALED  # offsets inside a tile of v, whose head dims lie so far apart, fit 32 bits
 
@@ -48,8 +48,8 @@ def check(q: Tensor, k: Tensor, block_size: tuple[int, int]) -> None:
     if reason is None and q.dtype not in _DTYPES:
         kind = str(q.dtype).removeprefix("torch.")
         reason = f"it takes bfloat16 and float16, which the backward computes in, got {kind}; cast q, k and v"
-    if reason is None and block_size[1] % _LEAST_STEP:
-        reason = f"it needs a block_size of keys that is a multiple of {_LEAST_STEP}, got {block_size[1]}"
+    if reason is None and any(size % least for size, least in zip(block_size, _LEAST, strict=True)):
+        reason = f"it needs a block_size of multiples of {_LEAST}, got {block_size}"
     if reason is None and are_few(q_len, kv_len):
         reason = (
             f"of {q_len} queries and {kv_len} keys, to bring the keys to 8 bits costs more than it saves; compile "
