@@ -21,15 +21,17 @@ import maskflash as mf
 from maskflash.backends.triton import modules
 from maskflash.backends.triton.device import described
 from maskflash.backends.triton.few import special_of
+from maskflash.backends.triton.fp8 import SCALED
 from maskflash.backends.triton.launch import ANY_MASK
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.signature import SCORE, PassName, ScoreKind, Specialisation, TableKind
 from maskflash.backends.triton.tiles import PARTS, Tile
 from maskflash.functions.sizes import Sizes
+from maskflash.ground.eight_bits import FORMAT
 
-DTYPES: Final = {16: torch.bfloat16, 32: torch.float32}
-_SHORT: Final = {16: "bf16", 32: "fp32"}  # as Triton calls them
+DTYPES: Final = {8: FORMAT, 16: torch.bfloat16, 32: torch.float32}
+_SHORT: Final = {8: "bf16", 16: "bf16", 32: "fp32"}  # as Triton calls what is not in 8 bits
 BLOCK: Final = 128  # tokens of a block map's tile
 PROCESSES: Final = 2
 
@@ -170,10 +172,11 @@ def _score(case: Case) -> ScoreKind | None:
 def _specialisation(case: Case) -> Specialisation:
     """What the kernels of a mask and of head dims depend on; the contents of tables are not among it."""
     further = {
-        "padded_d": padded(case.head_dim) != case.head_dim,
+        "padded_d": case.bits > 8 and padded(case.head_dim) != case.head_dim,
         "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
         "score": _score(case),
         "dropout": case.score == "dropout",
+        "eight_bits": case.bits == 8,
     }
     few = case.pass_name == "split"
     if case.mask == "interval" and not few:
@@ -191,13 +194,14 @@ def _specialisation(case: Case) -> Specialisation:
 
 
 def _constants(case: Case) -> dict[str, Any]:
-    tile, dims = case.tile, (case.head_dim, case.v_head_dim)
+    # In 8 bits q and k come with a power of two of dims.
+    tile, dims = case.tile, (max(32, padded(case.head_dim)) if case.bits == 8 else case.head_dim, case.v_head_dim)
     own, step = (tile.block_n, tile.block_m) if case.pass_name == "dkdv" else (tile.block_m, tile.block_n)
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
         **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
-        **{"RAGGED": True, "REQUESTS": 128, "STAGES": tile.stages, "REGISTERS": tile.registers},
+        **{"RAGGED": True, "REQUESTS": 128, "STAGES": tile.stages, "REGISTERS": tile.registers, "SCALED": SCALED},
     }
 
 
@@ -207,6 +211,10 @@ _TABLES: Final = {torch.float32: "*fp32", torch.int64: "*i64"}
 def _pointer(name: str, bits: int) -> str:
     if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "parts_ptr", "parts_lse_ptr", "totals", "factors"):
         return "*fp32"
+    if name.endswith("_scales"):
+        return "*fp32"
+    if bits == 8 and name in ("q_ptr", "k_ptr", "v_ptr"):
+        return "*fp8e4nv"
     if name.startswith("sums"):
         return "*i64"
     if name.endswith("_ptr"):

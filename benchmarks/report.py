@@ -19,6 +19,7 @@ from benchmarks import (
     flashmask,
     flex,
     forms,
+    fp8_accuracy,
     gain_chart,
     gpu,
     million,
@@ -36,7 +37,7 @@ from maskflash.backends.triton.tiles import ROWS, Tile
 RESULTS: Final = ROOT / "benchmarks" / "results"
 FILES: Final = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "integrations", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "integrations", "numerics", "training")),
 )
 MISSING: Final = "TBD"
 NO_GPU: Final = "Not run on a GPU: there are no figures."
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is stale")
     check = parser.parse_args(argv).check
     results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS)
-    results |= load_model(sass_model.RESULTS) | load_shards(shard_tables.RESULTS)
+    results |= load_model(sass_model.RESULTS) | load_shards(shard_tables.RESULTS) | load_fp8(fp8_accuracy.RESULTS)
     stale = []
     for path in FILES:
         before = path.read_text(encoding="utf-8")
@@ -179,6 +180,12 @@ def load_shards(path: Path) -> Results:
     return {"parallel": Result(stored["conditions"], stored["rows"])} if stored else {}
 
 
+def load_fp8(path: Path) -> Results:
+    """What `benchmarks/fp8_accuracy.py` stored: errors of out, then of gradients."""
+    stored = _plain(path)
+    return {f"fp8 {part}": Result(stored["conditions"], stored[part]) for part in ("rows", "gradients") if stored}
+
+
 def _plain(path: Path) -> dict[str, Any]:
     """What a file has; nothing if there is none."""
     if not path.exists():
@@ -218,6 +225,11 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
     blocks[gpu.QUESTION] = _gpus
     blocks |= {f"parallel {name}": partial(_sharded, name) for name in shard_tables.TABLES}
     blocks["parallel conditions"] = partial(_conditions, "parallel")
+    blocks |= {
+        "fp8 accuracy": _fp8,
+        "fp8 gradients": _fp8_gradients,
+        "fp8 conditions": partial(_conditions, "fp8 rows"),
+    }
     blocks |= {"model validation": _known, "model tiles": _tiles, "model conditions": _model_conditions}
     return blocks
 
@@ -246,6 +258,32 @@ def _tiles(results: Results) -> str:
 def _model_conditions(results: Results) -> str:
     where = results["model rows"].conditions if "model rows" in results else None
     return f"Predicted, never run; {runner.describe(where)}." if where else f"Predicted: {MISSING}."
+
+
+def _fp8(results: Results) -> str:
+    """A line for each kind of data, length and head dim: the error of each way to round."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for row in results["fp8 rows"].rows if "fp8 rows" in results else []:
+        found.setdefault((row["data"], row["tokens"], row["head_dim"]), {})[row["way"]] = row
+    names = [way.name for way in fp8_accuracy.WAYS]
+    lines = [
+        [
+            data,
+            f"{tokens:,}",
+            str(dim),
+            *(f"{ways[name]['rmse']:.2e}" for name in names),
+            f"{ways[names[2]]['ratio']:.2f}x",
+        ]
+        for (data, tokens, dim), ways in found.items()
+    ]
+    columns = ["data", "tokens", "D", *names, f"{names[0]} / {names[2]}"]
+    return _markdown(columns, lines or [[MISSING] * len(columns)])
+
+
+def _fp8_gradients(results: Results) -> str:
+    rows = results["fp8 gradients"].rows if "fp8 gradients" in results else []
+    lines = [[row["given"], *(f"{row[name]:.2%}" for name in ("dq", "dk", "dv"))] for row in rows]
+    return _markdown(["from", "dq", "dk", "dv"], lines or [[MISSING] * 4])
 
 
 def _gpus(results: Results) -> str:

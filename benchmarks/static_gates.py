@@ -54,7 +54,7 @@ from benchmarks.compiled import (
 from benchmarks.processors import AMD_SHARED, PROCESSORS, programs_at_once
 from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
 from benchmarks.sass.flow import loops
-from benchmarks.sass.instructions import local_accesses, parse, products_under_copies
+from benchmarks.sass.instructions import PRODUCTS, local_accesses, parse, products_under_copies
 from maskflash.backends.triton.few import narrowed
 from maskflash.backends.triton.signature import FEW, PASSES
 from maskflash.backends.triton.tiles import COMBINE, DELTA, ROWS, SHARED_LIMITS, Tile, choose
@@ -72,6 +72,7 @@ _PRODUCTS: Final[dict[int | str, tuple[str, ...]]] = {
     "gfx950": ("mfma",),
     "gfx1201": ("wmma",),
 }
+OF_8_BITS: Final = " of 8 bits"
 SCORED: Final = (80, 90, 100)
 # By each family of the table.
 SERVED: Final[dict[int | str, tuple[int | str, ...]]] = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,)} | {
@@ -90,7 +91,8 @@ class Resources:
         local_share: the largest share of a loop's instructions that they are.
         shared: bytes per program.
         programs: that fit a multiprocessor at once.
-        product: "wgmma", "mma", "tcgen05", "mfma" or "wmma", the instructions of matrix cores; "" where it has none.
+        product: "wgmma", "mma", "tcgen05", "mfma" or "wmma", the instructions of matrix cores, of NVIDIA's also " of 8
+            bits"; "" where it has none.
         under_copies: products that a loop issues, at least, between a copy and the wait for it; None without such.
         serialised: ptxas warns that Hopper's products wait for one another (C7511); None where it was not asked.
         seconds: to compile.
@@ -111,7 +113,7 @@ class Resources:
 def faults(case: Case, found: Resources) -> list[str]:
     """Why a kernel fails the gate; empty where it passes."""
     wrong = []
-    amd, half = isinstance(case.arch, str), case.bits == 16
+    amd, half = isinstance(case.arch, str), case.bits < 32
     allowed = 0.0 if amd else LOCAL_SHARES[case.tile.registers is not None]
     if found.local_share > allowed and (amd or half):
         wrong.append(f"spills: {found.local} accesses to local memory in its loops")
@@ -120,6 +122,7 @@ def faults(case: Case, found: Resources) -> list[str]:
     if half and case.pass_name not in ("delta", "combine"):
         short = case.arch == 90 and case.pass_name == "split" and case.tile.block_m < 64  # of rows of a product
         products = ("mma",) if short else _PRODUCTS.get(case.arch, ("mma",))
+        products = tuple(name + OF_8_BITS for name in products) if case.bits == 8 else products
         if found.product not in products:
             wrong.append(f"no {products[0]}")
         if found.serialised:
@@ -150,7 +153,7 @@ def table_cases(quick: bool) -> list[Case]:
         if row.pass_name == "split" and (one := narrowed(row.tile, 1)) != row.tile:
             few = (*kind[:-1], one)
             cases += [Case(arch, "split", mask, *few) for arch in archs for mask in (masks[:1] if quick else masks)]
-    for family, bits in product(SERVED, DTYPES):
+    for family, bits in product(SERVED, (16, 32)):  # 8 bits are forward's alone
         for name, tile in (("delta", DELTA), ("combine", COMBINE)):
             cases += [Case(arch, name, "interval", bits, 256, 256, tile) for arch in _archs(family, bits, quick)]
     largest = {(row.arch, row.pass_name, row.bits): row.head_dim for row in ROWS}
@@ -177,6 +180,8 @@ def score_cases(quick: bool) -> list[Case]:
 
 def _archs(family: int | str, bits: int, quick: bool) -> Sequence[int | str]:
     """Which architectures of a family are compiled for."""
+    if bits == 8:  # 8.6 has no such products
+        return [arch for arch in SERVED[family] if arch != 86]
     if quick and family in AMD_SHARED and (bits == 32 or family == "gfx950"):
         return []
     return SERVED[family][:1] if quick else SERVED[family]
@@ -195,7 +200,8 @@ def _nvidia(case: Case, compiled: Any, seconds: float) -> Resources:
     tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
     turns = loops(parse(code.text))
     under_copies = [under for turn in turns if (under := products_under_copies(turn)) is not None]
-    names = {"HGMMA": "wgmma", "UTCHMMA": "tcgen05", "HMMA": "mma"}
+    kinds = ("wgmma", "tcgen05", "mma")
+    names = dict(zip(PRODUCTS, (*kinds, *(kind + OF_8_BITS for kind in kinds)), strict=True))
     return Resources(
         code.registers,
         code.stack,
@@ -205,7 +211,7 @@ def _nvidia(case: Case, compiled: Any, seconds: float) -> Resources:
         programs_at_once(case.arch, case.tile.warps, code.registers, shared, tensor_memory),
         next((names[name] for name in names if name in code.text), ""),
         min(under_copies, default=None),
-        _serialised(compiled.asm["ptx"]) if case.arch == 90 and case.bits == 16 else None,
+        _serialised(compiled.asm["ptx"]) if case.arch == 90 and case.bits < 32 else None,
         seconds,
     )
 

@@ -16,7 +16,18 @@ ORDER = {
         "api",
         *("parallel", "flashmask", "visualize", "integrations", "testing", "demo", "doctor", "cli", "examples"),
     ],
-    "ground": ["names", "units", "modes", "arguments", "qkv", "identity", "transfer", "copies", "stretch"],
+    "ground": [
+        "names",
+        "units",
+        "modes",
+        "arguments",
+        "qkv",
+        "identity",
+        "transfer",
+        "copies",
+        "stretch",
+        "eight_bits",
+    ],
     "expr": [
         "intervals",
         "ops",
@@ -78,7 +89,7 @@ ORDER = {
         "told",
     ],
     "engines": ["engine", "flex", "cudnn", "fa4", "magi", "flashinfer", "named"],
-    "backends": ["merge", "sinks", "reference", "dense", "cpu", "triton"],
+    "backends": ["merge", "sinks", "reference", "dense", "incoherence", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
         *("work", "softmax", "programs", "values", "biases", "sums", "engine", "scored", "few", "paged", "run"),

@@ -22,8 +22,8 @@ _LINE: Final = re.compile(
     r"(?:(?P<predicate>@!?U?P[T\d]+)\s+)?(?P<opcode>\S+?)(?:\s+(?P<operands>[^;]*?))?\s*;\s*/\* 0x[0-9a-f]{16} \*/\s*"
     r"/\* 0x(?P<control>[0-9a-f]{16}) \*/"
 )
-# Of tensor cores: of a warpgroup in 16 and in 8 bits, of one thread for all, of a warp.
-PRODUCTS: Final = ("HGMMA", "QGMMA", "UTCHMMA", "HMMA")
+# Of tensor cores: of a warpgroup, of one thread for all, of a warp; and the same of 8 bits.
+PRODUCTS: Final = ("HGMMA", "UTCHMMA", "HMMA", "QGMMA", "UTCQMMA", "QMMA")
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,9 @@ class Ahead(Asking):
         dims, score = (q.shape[3], v.shape[3]), self._score_in(sizes, q.dtype, mask_args)
         if pass_name == "dtables" and not (score is not None and any(score.wanted)):
             raise ArgumentError("Attention.source: pass_name is 'dtables', but no table of a score requires gradients")
-        return triton.source(problem, classify(problem), *dims, pass_name, score, dropout=p > 0)
+        return triton.source(
+            problem, classify(problem), *dims, pass_name, score, dropout=p > 0, precision=self.precision
+        )
 
     def explain(self, q_len: int, kv_len: int, **call: Any) -> Explanation:
         """What was decided for these lengths, and why: str() for people, .to_dict() for tools.

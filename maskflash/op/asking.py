@@ -121,7 +121,8 @@ class Asking:
     ) -> Spec:
         """What a call asks for, its arguments checked and bound."""
         backend = self._backend_for(sizes.device)
-        self._refuse_wishes(backend)
+        if backend != "triton":
+            self._refuse_wishes(backend)
         scored = self._scored(sizes, q.dtype, mask_args)
         mask = self._with_holes if has_holes(scored.tables) else self.mask
         slots, params, tables = self._bound(mask, sizes, mask_args, stamp)
@@ -141,15 +142,18 @@ class Asking:
     def _refuse_wishes(self, backend: Backend) -> None:
         """Check that nothing was asked for that only a GPU's kernels have."""
         for name, value, usual in (("precision", self.precision, "full"), ("kernels", self.kernels, "auto")):
-            served = backend == "triton" and name == "kernels"
-            if value not in (usual, "portable") and not served:
+            if value not in (usual, "portable"):
                 raise BackendError(
                     f'attention: {name} is "{value}", which the triton backend alone has; this call runs on the '
                     f"{backend} backend: leave it out here"
                 )
 
     def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
-        """Check that the engine of another library, where one was asked for, can do all of a call."""
+        """Check that 8-bit products, or the engine of another library, can do all of a call, where asked for."""
+        if spec.precision == "fp8":
+            from maskflash.backends.triton import fp8
+
+            fp8.check(q, k, self.block_size)
         if spec.backend not in ENGINES:
             return
         from maskflash.engines import named

@@ -22,7 +22,7 @@ from torch import Tensor
 from maskflash.analysis.problem import Problem
 from maskflash.backends.cpu import few, paged
 from maskflash.backends.cpu.scored import ScoredPairs
-from maskflash.errors import ArgumentError
+from maskflash.errors import ArgumentError, BackendError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
 from maskflash.ground import arguments, qkv
@@ -159,6 +159,11 @@ class Paged(Asking):
         as_batch = q if cu_seqlens_q is None else q.transpose(0, 1)[None]
         _check_fit(as_batch, *pools)
         _refuse_dropout(mask_args)
+        if self.precision != "full":
+            raise BackendError(
+                f'{_OPERATION}: precision is "{self.precision}", expected "full": few rows over many keys gain nothing '
+                "from products in 8 bits; compile another op without it"
+            )
         if sinks is not None:
             qkv.check_sinks(sinks, as_batch, _OPERATION)
         _refuse_gradients([("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("sinks", sinks)])

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from tests.ptx import values as on
+from tests.ptx.eight_bits import e4m3_bits
 from tests.ptx.faults import Unsupported
 from tests.ptx.operands import Action, Scope, only, vector
 from tests.ptx.parse import Statement
@@ -345,6 +346,12 @@ def _cvt(statement: Statement) -> Operation:
     *words, target, source = statement.words[1:]
     if words == ["rna"] and (target, source) == ("tf32", "f32"):
         return Operation(("f32",), "u32", lambda a: (a.view(np.uint32) + np.uint32(1 << 12)) & np.uint32(0xFFFFE000))
+    if words == ["rn", "satfinite"] and (target, source) == ("e4m3x2", "f32"):
+        return Operation((source, source), "u16", _pair_of_e4m3)
+    if words == ["rn", "satfinite"] and (target, source) == ("e4m3x2", "f16x2"):
+        return Operation((source,), "u16", lambda pair: _pair_of_e4m3(pair[..., 1], pair[..., 0]))
+    if words == ["rz"] and (target, source) == ("f16", "f32"):
+        return Operation((source,), target, on.toward_zero)
     only(statement, tuple(words), {"rn", "ftz", *_ROUNDINGS})
     if target in ("f16x2", "bf16x2"):
         return Operation((source, source), target, lambda high, low: np.stack(np.broadcast_arrays(low, high), -1))
@@ -364,6 +371,10 @@ def _cvt(statement: Statement) -> Operation:
         return Operation((source,), target, rounded)
     flush = "ftz" in words and "f32" in (source, target)
     return Operation((source,), target, _flushed(lambda a: rounded(a).astype(DTYPES[target]), flush))
+
+
+def _pair_of_e4m3(high: Array, low: Array) -> Array:
+    return (e4m3_bits(high).astype(np.uint16) << np.uint16(8)) | e4m3_bits(low)
 
 
 OPERATIONS: Final[dict[str, Callable[[Statement], Operation]]] = {

@@ -3,7 +3,7 @@
 A warp holds 16 rows of a product's result. Of each 8 by 8 part
 
     row 0   | lane 0 | lane 1 | lane 2 | lane 3 |      two numbers for each lane, side by side;
-    row 1   | lane 4 | ...                             in 16 bits they share a register
+    row 1   | lane 4 | ...                             in 16 bits they share a register, as do four in 8 bits
 
 Products are exact in float32 or nearly so, sums are float32's in numpy's order: a tensor core's order, and its way to
 drop low bits of a sum, are not known.
@@ -17,13 +17,14 @@ from typing import Final
 
 import numpy as np
 
+from tests.ptx.eight_bits import e4m3_values
 from tests.ptx.faults import Fault, Unsupported
 from tests.ptx.operands import Action, Scope, integer, vector
 from tests.ptx.parse import Statement
 from tests.ptx.threads import Threads
-from tests.ptx.values import Array, bf16_values
+from tests.ptx.values import UNSIGNED, Array, bf16_values
 
-_SIZES: Final = {"f16": 2, "bf16": 2, "tf32": 4}
+_SIZES: Final = {"e4m3": 1, "f16": 2, "bf16": 2, "tf32": 4}
 _WARPGROUP: Final = 128  # threads
 
 
@@ -31,23 +32,25 @@ def numbers(bits: Array, kind: str) -> Array:
     """Elements of an operand -> float32; of tf32 the low 13 bits don't count."""
     if kind == "tf32":
         return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    if kind == "e4m3":
+        return e4m3_values(bits)
     return bits.view(np.float16).astype(np.float32) if kind == "f16" else bf16_values(bits)
 
 
 def _part(register: Array, kind: str) -> Array:
-    """A register of an operand -> (warps, 8, 8) of 16 bits, or (warps, 8, 4) of 32."""
+    """A register of an operand -> (warps, 8, 8) of 16 bits, (warps, 8, 4) of 32, or (warps, 8, 16) of 8."""
     words = np.ascontiguousarray(register.reshape(-1, 8, 4))
-    return numbers(words if kind == "tf32" else words.view(np.uint16), kind)
+    return numbers(words.view(UNSIGNED[_SIZES[kind]]), kind)
 
 
 def left_operand(registers: list[Array], kind: str) -> Array:
-    """Four registers -> (warps, 16, 16 or 8): upper and lower rows, then the same of the other columns."""
+    """Four registers -> (warps, 16, 32, 16 or 8): upper and lower rows, then the same of the other columns."""
     parts = [_part(register, kind) for register in registers]
     return np.concatenate([np.concatenate(parts[:2], 1), np.concatenate(parts[2:], 1)], 2)
 
 
 def right_operand(registers: list[Array], kind: str) -> Array:
-    """Two registers -> (warps, 8, 16 or 8), turned."""
+    """Two registers -> (warps, 8, 32, 16 or 8), turned."""
     return np.concatenate([_part(register, kind) for register in registers], 2)
 
 
@@ -59,9 +62,9 @@ def spread(product: Array) -> list[Array]:
 
 
 def build_mma(statement: Statement, scope: Scope) -> Action:
-    """d = a b + c, 16 by 8, over 16 halves or 8 numbers of tf32."""
+    """d = a b + c, 16 by 8, over 32 bytes of a row."""
     *form, kind, second, last = statement.words[2:]
-    shape = "m16n8k8" if kind == "tf32" else "m16n8k16"
+    shape = f"m16n8k{32 // _SIZES.get(kind, 32)}"
     if form != ["aligned", shape, "row", "col", "f32"] or kind not in _SIZES or (second, last) != (kind, "f32"):
         raise Unsupported("a form of mma")
     scope.unguarded(statement)

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -420,6 +421,48 @@ def test_floats_become_integers_within_their_limits(target, low, high):
         assert np.array_equal(found, np.array([x % 2**32 for x in clamped], np.uint32))
 
 
+def of_e4m3(bits):
+    return torch.from_numpy(bits.copy()).view(torch.float8_e4m3fn).float().numpy()
+
+
+def test_float32_becomes_e4m3_to_nearest_even():
+    """Torch's numbers of the 8 bits are the truth; its own rounding saturates or not, by its version."""
+    (bits,) = draw("f32")
+    grid = of_e4m3(np.arange(256, dtype=np.uint8))
+    middle = (grid[1:127] + grid[:126]) / 2
+    special = np.array([448, 463, 464, 465, 1e30, np.inf, -np.inf, np.nan, 2**-10, 1.5 * 2**-10, 0.0, -0.0], np.float32)
+    numbers = np.concatenate([bits.view(np.float32), grid, middle, -middle, special])
+    numbers = np.resize(numbers, -(-len(numbers) // 32) * 32).astype(np.float32)
+    found = value_of(
+        "cvt.rn.satfinite.e4m3x2.f32 %rs0, %r1, %r2;", *(x.view(np.uint32) for x in (numbers, -numbers)), out="u16"
+    )
+    clamped = torch.from_numpy(np.clip(numbers, -448, 448)).to(torch.float8_e4m3fn)
+    expected = clamped.view(torch.uint8).numpy()
+    nan = np.isnan(numbers)
+    assert ((found >> 8).astype(np.uint8)[~nan] == expected[~nan]).all()
+    assert ((found & 0x7F) == (found >> 8 & 0x7F)).all()
+    assert np.isnan(of_e4m3((found >> 8).astype(np.uint8)[nan])).all()
+    halves = np.clip(numbers, -65504, 65504).astype(np.float16).view(np.uint16)
+    pairs = halves.astype(np.uint32) << 16 | halves
+    found = value_of("cvt.rn.satfinite.e4m3x2.f16x2 %rs0, %r1;", pairs, out="u16")
+    near = value_of(
+        "cvt.rn.satfinite.e4m3x2.f32 %rs0, %r1, %r2;",
+        *(halves.view(np.float16).astype(np.float32).view(np.uint32),) * 2,
+        out="u16",
+    )
+    assert np.array_equal(found, near)
+
+
+def test_float16_towards_zero():
+    (bits,) = draw("f32")
+    numbers = bits.view(np.float32)
+    found = value_of("cvt.rz.f16.f32 %rs0, %r1;", bits, out="f16").view(np.float16)
+    finite = np.isfinite(numbers)
+    assert (np.abs(found[finite].astype(np.float64)) <= np.abs(numbers[finite])).all()
+    beyond = np.nextafter(found[finite], np.copysign(np.float16(np.inf), numbers[finite]).astype(np.float16))
+    assert (np.abs(beyond.astype(np.float64)) > np.abs(numbers[finite])).all()
+
+
 def test_tf32_is_rounded_away_from_zero():
     bits = np.array([0x3F800FFF, 0x3F801000, 0xBF801000, 0x3F803000], np.uint32).repeat(8)
     expected = np.array([0x3F800000, 0x3F802000, 0xBF802000, 0x3F804000], np.uint32).repeat(8)
@@ -442,7 +485,8 @@ def test_every_operation_has_a_test():
         "mul.s32 %r0, %r1, %r2;",
         "setp.foo.s32 %p0, %r1, %r2;",
         "setp.lt.s32 %p0|%p1, %r1, %r2;",
-        "cvt.rz.f16.f32 %rs0, %r1;",
+        "cvt.rp.f16.f32 %rs0, %r1;",
+        "cvt.rn.e4m3x2.f32 %rs0, %r1, %r2;",
         "cvt.s32.f32 %r0, %r1;",
         "bfi.b64 %rd0, %rd1, %rd2, 1, 2;",
         "add.s32 %r0, %q1, %r2;",

@@ -26,8 +26,8 @@ def on_hopper(monkeypatch):
     """Calls of the triton backend go to Hopper's own kernel, which must have nothing against them."""
     choose = kernel_choice.choose
 
-    def chosen(problem, q, v, strength):
-        return choose(problem, q, v, replace(strength, kernels="hopper"))
+    def chosen(problem, q, k, v, strength):
+        return choose(problem, q, k, v, replace(strength, kernels="hopper"))
 
     monkeypatch.setattr(kernel_choice, "choose", chosen)
 

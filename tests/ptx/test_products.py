@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.ptx import values as on
+from tests.ptx.eight_bits import e4m3_bits
 from tests.ptx.faults import Fault, Unsupported
 from tests.ptx.snippets import launch, value_of
 
@@ -16,12 +17,16 @@ def whole(*shape):
 
 
 def halves(matrix, kind):
-    return on.encode(matrix, kind)
+    return e4m3_bits(matrix) if kind == "e4m3" else on.encode(matrix, kind)
+
+
+def size_of(kind):
+    return {"e4m3": 1, "tf32": 4}.get(kind, 2)
 
 
 def fragments(matrix, kind):
-    """(rows, columns) -> a register for each 8 by 8 halves, columns after rows: (parts, 32 lanes)."""
-    wide = 8 if kind != "tf32" else 4
+    """(rows, columns) -> a register for each 8 rows of 16 bytes, columns after rows: (parts, 32 lanes)."""
+    wide = 16 // size_of(kind)
     rows, columns = matrix.shape
     parts = matrix.reshape(rows // 8, 8, columns // wide, wide).transpose(2, 0, 1, 3)
     words = halves(parts, kind).copy().view(np.uint32) if kind != "tf32" else parts.astype(np.float32).view(np.uint32)
@@ -35,7 +40,9 @@ def result(registers):
     return parts.transpose(3, 1, 4, 0, 5, 2).reshape(16 * warps, -1)
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("f16", "m16n8k16"), ("bf16", "m16n8k16"), ("tf32", "m16n8k8")])
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("e4m3", "m16n8k32"), ("f16", "m16n8k16"), ("bf16", "m16n8k16"), ("tf32", "m16n8k8")]
+)
 def test_a_warp_multiplies_registers(kind, shape):
     depth = int(shape.rsplit("k", 1)[1])
     a, b, c = whole(16, depth), whole(8, depth), whole(16, 8)
@@ -53,7 +60,7 @@ def test_a_warp_multiplies_registers(kind, shape):
 
 def swizzled(matrix, kind, line):
     """Rows in lines of `line` bytes, in parts of 8 lines; 16 bytes of a line stand at their number xor the line's."""
-    size = on.size_of(kind) if kind != "tf32" else 4
+    size = size_of(kind)
     bits = halves(matrix, kind) if kind != "tf32" else matrix.astype(np.float32).view(np.uint32)
     rows, columns = matrix.shape
     wide, out = line // size, np.zeros(rows * columns * size, np.uint8)
@@ -77,9 +84,9 @@ DONE = ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
 
 def product(kind, columns, a, b, keep=0, turns=(0, 0)):
     """One wgmma on 64 rows into %r100 on."""
-    depth = 8 if kind == "tf32" else 16
+    depth = 32 // size_of(kind)
     sums = ", ".join(f"%r{100 + n}" for n in range(columns // 2))
-    flags = "" if kind == "tf32" else f", {turns[1]}" if a.startswith("{") else f", {turns[0]}, {turns[1]}"
+    flags = "" if kind in ("e4m3", "tf32") else f", {turns[1]}" if a.startswith("{") else f", {turns[0]}, {turns[1]}"
     name = f"wgmma.mma_async.sync.aligned.m64n{columns}k{depth}.f32.{kind}.{kind}"
     return f"{name} {{{sums}}}, {a}, {b}, {keep}, 1, 1{flags};"
 
@@ -105,10 +112,13 @@ def multiplied(image, columns, lines, registers=()):
     return result(out)
 
 
-@pytest.mark.parametrize(("kind", "line"), [("f16", 128), ("bf16", 128), ("bf16", 64), ("f16", 32), ("tf32", 128)])
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [("f16", 128), ("bf16", 128), ("bf16", 64), ("f16", 32), ("tf32", 128), ("e4m3", 128), ("e4m3", 64)],
+)
 def test_a_warpgroup_multiplies_what_lies_in_shared_memory(kind, line):
-    depth, columns = (8 if kind == "tf32" else 16), 24
-    wide = line // (4 if kind == "tf32" else 2)
+    depth, columns = 32 // size_of(kind), 24
+    wide = line // size_of(kind)
     a, b = whole(64, wide), whole(columns, wide)
     image = np.concatenate([swizzled(a, kind, line), swizzled(b, kind, line)])
     lines = list(FENCED)
@@ -184,7 +194,7 @@ def test_what_comes_between_is_enough():
     [
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r0}, {%r1}, {%r2}, {%r3};",
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r0}, {%r1}, {%r2}, {%r3};",
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%r0}, %rd1, %rd2, 0, 1, 1;",
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e5m2.e5m2 {%r0}, %rd1, %rd2, 0, 1, 1;",
         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r0,%r1,%r2,%r3}, %rd1, %rd2, 0, -1, 1, 0, 0;",
     ],
 )

@@ -88,6 +88,13 @@ def bf16_bits(values: Array) -> Array:
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded.astype(np.uint16))
 
 
+def toward_zero(values: Array) -> Array:
+    """Floats -> the float16 next to them towards zero, as a number."""
+    with np.errstate(over="ignore"):
+        near = values.astype(np.float16)
+    return np.where(np.abs(near) > np.abs(values), np.nextafter(near, np.float16(0)), near).astype(np.float64)
+
+
 def f16_bits(values: Array) -> Array:
     """Floats -> bits of float16, rounded once; NaN is 0x7fff."""
     return np.where(np.isnan(values), np.uint16(0x7FFF), np.asarray(values).astype(np.float16).view(np.uint16))

@@ -46,8 +46,7 @@ def unavailable(device: torch.device) -> str | None:
     """Why this backend can't serve tensors on a device, with the fix; None where it can."""
     if reason := missing():
         return reason
-    triton = library()
-    if triton.knobs.runtime.interpret or _Compiling.arch:
+    if interprets() or _Compiling.arch:
         return None
     if device.type != "cuda":
         return f"its kernels run on CUDA tensors, got {device.type}; move q, k and v"
@@ -55,6 +54,23 @@ def unavailable(device: torch.device) -> str | None:
     if isinstance(found, str):
         return None if found in AMD else f"of AMD's GPUs it serves {', '.join(AMD)}, got {found}"
     return None if found >= 80 else f"it needs compute capability 8.0 (Ampere) or later, got {found / 10}"
+
+
+def interprets() -> bool:
+    """Whether kernels are interpreted, on the CPU."""
+    return bool(library().knobs.runtime.interpret)
+
+
+def no_eight_bits(device: torch.device) -> str | None:
+    """Why a device has no products of 8 bits (e4m3), with the fix; None where it has."""
+    if interprets():
+        return "Triton's interpreter does not round to e4m3 as devices do; leave precision out"
+    found = arch(device)
+    if isinstance(found, str):
+        return f"its kernels have 8-bit products on NVIDIA's GPUs alone, got {found}; leave precision out"
+    if found >= 89:
+        return None
+    return f"it needs compute capability 8.9 (Ada, Hopper) or later, got {found / 10}; leave precision out"
 
 
 def compile_only(arch: int) -> None:
@@ -117,12 +133,6 @@ def asked_for() -> Iterator[list[bool]]:
 def kept_in() -> str:
     """The folder of Triton's cache on disk."""
     return str(library().knobs.cache.dir)
-
-
-def interprets() -> bool:
-    """Whether kernels are interpreted, on tensors of the CPU."""
-    found: bool = library().knobs.runtime.interpret
-    return found
 
 
 def without_gluon() -> str | None:

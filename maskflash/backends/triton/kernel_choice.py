@@ -3,6 +3,7 @@
     asked for by                    runs                                where it doesn't serve a call
     kernels="portable"              portable Triton, on every device    an error
     kernels="hopper"                Hopper's own: see `hopper.py`       an error
+    precision="fp8"                 portable, in 8 bits: see `fp8.py`   an error
     MASKFLASH_KERNELS=hopper        Hopper's own                        portable
     nothing                         portable Triton
 
@@ -18,7 +19,7 @@ from typing import Final, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
-from maskflash.backends.triton import hopper
+from maskflash.backends.triton import fp8, hopper
 from maskflash.errors import BackendError
 from maskflash.scores.strength import Kernels, Precision, Strength
 
@@ -37,18 +38,21 @@ class KernelChoice(NamedTuple):
     why: str
 
 
-def choose(problem: Problem, q: Tensor, v: Tensor, strength: Strength) -> KernelChoice:
+def choose(problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> KernelChoice:
     """The kernel of a call's forward.
 
     Args:
         problem: the mask at the call's lengths, and its tiles.
         q: (B, Hq, Sq, D).
+        k: (B, Hkv, Skv, D).
         v: (B, Hkv, Skv, Dv).
         strength: how the call is to be computed.
 
     Raises:
         BackendError: what it asks for doesn't serve it; or the environment asks for what there is not.
     """
+    if strength.precision == "fp8":
+        fp8.check(q, k, problem.block_size)
     return _choose(strength.kernels, hopper.why_not(problem, q, v) or _in_full(strength.precision))
 
 

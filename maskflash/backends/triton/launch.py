@@ -21,6 +21,7 @@ from maskflash.backends.triton.tile_choice import Case
 from maskflash.backends.triton.tiles import Tile, candidates, shrunk
 from maskflash.errors import BackendError
 from maskflash.expr.nodes import parse
+from maskflash.ground.eight_bits import FORMAT
 from maskflash.scores.strength import Strength
 
 ANY_MASK: Final = parse("const=True:bool~()")  # of kernels that have no mask's expression
@@ -180,7 +181,8 @@ class Launcher(Launches):
         score, dropout = self.strength.score, self.strength.dropout
         sizes = {"b": (0, self.q.shape[0] - 1), "h": (0, self.q.shape[1] - 1)}
         kind = None if score is None else score_kind(score, {**self.plan.extents, **sizes})
-        self.special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
+        special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
+        self.special = replace(special, eight_bits=self.q.dtype == FORMAT)
         self._of_strength = {} if score is None else score_values(score)
         if dropout is not None:
             batch, heads, q_len, _ = self.q.shape

@@ -5,8 +5,8 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
-    hopper      what Hopper's own forward serves
-    kernel_choice  which of the two runs it
+    hopper      what Hopper's own forward serves; kernel_choice, which of the two runs
+    fp8         q, k and v -> 8 bits
     few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn
 
@@ -27,7 +27,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import few, kernel_choice, tile_choice
+from maskflash.backends.triton import few, fp8, kernel_choice, tile_choice
 from maskflash.backends.triton.device import unavailable
 from maskflash.backends.triton.hopper import mapped
 from maskflash.backends.triton.intervals import intervals
@@ -39,7 +39,7 @@ from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
 from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
-from maskflash.scores.strength import BoundScore, Gradients, Strength
+from maskflash.scores.strength import BoundScore, Gradients, Precision, Strength
 
 __all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable"]
 
@@ -55,19 +55,22 @@ def source(
     score: BoundScore | None = None,
     *,
     dropout: bool = False,
+    precision: Precision = "full",
 ) -> str:
     """The text of the kernel that a call with these head dims runs, with remarks on the user's lines in it."""
     interval, dims = intervals(seen) is not None, (whole(head_dim), whole(v_head_dim))
-    if pass_name == "forward" and not dropout and few.are_few(problem.q_len, problem.kv_len):
+    eight_bits = pass_name == "forward" and precision == "fp8"
+    if pass_name == "forward" and not (dropout or eight_bits) and few.are_few(problem.q_len, problem.kv_len):
         pass_name = "split"
     if pass_name == "split":
         return render(few.special_of(problem, *dims, score), pass_name, remarks=True)
     kind = None if score is None else score_kind(score, problem.extents)
     if kind is not None and score is not None and pass_name == "dtables":
         kind = replace(kind, wanted=score.wanted)
-    return render(
-        specialisation(problem, interval, seen.largest < 2**31, *dims, kind, dropout), pass_name, remarks=True
-    )
+    special = specialisation(problem, interval, seen.largest < 2**31, *dims, kind, dropout)
+    if eight_bits:
+        special = replace(special, eight_bits=True, padded_d=False)  # q and k have a power of two of dims then
+    return render(special, pass_name, remarks=True)
 
 
 def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> None:
@@ -76,7 +79,7 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, st
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     q, k, v = laid_out(q, k, v)
-    pass_name = kernel_choice.choose(problem, q, v, strength).pass_name
+    pass_name = kernel_choice.choose(problem, q, k, v, strength).pass_name
     if not tile_choice.find(Launcher(problem, q, k, v, strength, plan=plan).case(pass_name)).measured:
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
@@ -115,13 +118,17 @@ def forward(
     if out.numel() == 0 or kv_len == 0:
         lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None] * _LOG2E)
         return cut(out.zero_(), v_dim), lse
-    pass_name = kernel_choice.choose(problem, q, v, strength).pass_name
+    pass_name = kernel_choice.choose(problem, q, k, v, strength).pass_name
     factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
     k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
+    operands = (mapped if pass_name == "hopper" else addressed)(q=q, k=k, v=v, out=out)
+    if strength.precision == "fp8":
+        q, k, v, in_8_bits = fp8.eight_bits(q, k, v)
+        operands |= in_8_bits
     head_bytes = kv_len * (k.shape[3] + v.shape[3]) * q.element_size()
     own = {
-        **(mapped if pass_name == "hopper" else addressed)(q=q, k=k, v=v, out=out),
+        **operands,
         "lse_ptr": lse,
         "sinks_ptr": lse if sinks is None else sinks,
         "HAS_SINKS": sinks is not None,

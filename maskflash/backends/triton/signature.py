@@ -103,6 +103,7 @@ class Specialisation:
         score: what becomes of scaled products; None where they stay what they are.
         dropout: some probabilities are dropped.
         paged: keys lie in pages.
+        eight_bits: forward's q, k and v are e4m3 values with scales.
     """
 
     expr: Expr
@@ -117,6 +118,7 @@ class Specialisation:
     score: ScoreKind | None = None
     dropout: bool = False
     paged: bool = False
+    eight_bits: bool = False
 
     @property
     def mask(self) -> str:
@@ -155,6 +157,10 @@ SCORE: Final = "s_"
 _DROPOUT: Final = [
     [Parameter("row_words", "pointer"), Parameter("column_words", "pointer")],
     [Parameter("threshold", "i32"), Parameter("kept_scale", "fp32")],
+]
+_SCALED: Final = [
+    [Parameter(name, "pointer") for name in ("q_scales", "k_scales", "v_scales")],
+    [Parameter("SCALED", "constant")],
 ]
 _WALKED: Final = [
     [Parameter("order", "pointer")],
@@ -212,6 +218,7 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
             *_of_mask(special),
             *(_of_score(special.score, pass_name) if special.score else []),
             *(_DROPOUT if special.dropout else []),
+            *(_SCALED if special.eight_bits else []),
             *(_line("constant", names) for names in _constants(pass_name)),
             _line("constant", _FLAGS.get(pass_name, ())),
         ]

@@ -56,7 +56,7 @@ class Row:
     Attributes:
         arch: that it was chosen for: compute capability times ten, 80, 86, 90, 100; or one of AMD's, "gfx942".
         pass_name: which kernel.
-        bits: of the input dtype, 16 or 32.
+        bits: of the input dtype, 8, 16 or 32.
         head_dim: largest D and DV that it serves.
         tile: the choice.
         source: "static gate": compiled and checked, never timed; or the device it was measured on.
@@ -106,6 +106,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
         **_FLOAT32,
     },
     86: {
+        ("forward", 8): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},  # of 8.9 and 12.x
         ("forward", 16): {64: (64, 64, 4, 3), 120: (128, 32, 8, 3), 128: (128, 64, 8, 2), 256: (64, 16, 8, 3)},
         ("split", 16): {64: (32, 64, 4, 3), 128: (32, 32, 4, 3), 256: (32, 32, 4, 2)},
         ("dkdv", 16): {64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 1)},
@@ -113,6 +114,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
         **_FLOAT32,
     },
     90: {
+        ("forward", 8): {64: (128, 64, 8, 3, 128), 128: (128, 128, 8, 3), 256: (64, 64, 8, 3)},
         ("forward", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 2, 128), 256: (128, 32, 8, 3)},
         ("hopper", 16): {
             64: (128, 128, 12, 4, 240, 2),
@@ -125,6 +127,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
         **_FLOAT32,
     },
     100: {
+        ("forward", 8): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         ("forward", 16): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
         ("split", 16): {64: (32, 64, 4, 3), 128: (32, 32, 4, 3), 256: (32, 32, 8, 3)},
         ("dkdv", 16): {64: (64, 128, 8, 2), 120: (32, 64, 8, 2), 128: (32, 128, 8, 2), 256: (64, 64, 8, 1)},

@@ -21,7 +21,7 @@ def h100(monkeypatch):
 def chosen(kernels="auto", precision="full", dtype=torch.bfloat16):
     x = torch.empty(1, 2, 256, 64, dtype=dtype)
     problem = mf.causal().at(256, 256, batch=1, heads=2).tiled((128, 128))
-    return kernel_choice.choose(problem, x, x, Strength(1.0, kernels=kernels, precision=precision))
+    return kernel_choice.choose(problem, x, x, x, Strength(1.0, kernels=kernels, precision=precision))
 
 
 def test_nobody_gets_hopper_s_own_who_does_not_ask():

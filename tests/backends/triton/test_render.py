@@ -46,6 +46,7 @@ KEPT = [
     ("interval", "combine"),
     ("packed", "split"),
 ]
+KEPT_PRECISION = [("fp8", "forward")]
 KEPT_SCORES = [
     ("relative", "split"),
     ("softcap", "forward"),
@@ -85,6 +86,14 @@ def test_the_text_of_a_score_is_the_golden_one(request, name, pass_name):
     compare_golden(request, name, pass_name, run.source(*call, dropout=name == "softcap"))
 
 
+@pytest.mark.parametrize(("name", "pass_name"), KEPT_PRECISION)
+def test_the_text_of_a_precision_is_the_golden_one(request, name, pass_name):
+    x = torch.zeros(2, 4, 1024, 80)
+    compare_golden(
+        request, name, pass_name, mf.compile(mf.causal(), precision=name).source(x, x, x, pass_name=pass_name)
+    )
+
+
 def test_remarks_are_of_the_function_that_was_given():
     def first(score, b, h, q, kv):
         return 7 * torch.tanh(score / 7)
@@ -109,7 +118,7 @@ def compare_golden(request, name, pass_name, text):
 
 def test_no_golden_file_is_left_over():
     assert {path.name for path in GOLDEN.glob("*.txt")} == {
-        f"{name}.{pass_name}.txt" for name, pass_name in KEPT + KEPT_SCORES
+        f"{name}.{pass_name}.txt" for name, pass_name in KEPT + KEPT_SCORES + KEPT_PRECISION
     }
 
 
@@ -118,7 +127,7 @@ EVERYTHING = trace(
     {"doc": torch.zeros(2, 8, dtype=torch.int64), "n": 3},
 ).expr
 KINDS = (TableKind(torch.int64, 2),)
-FLAGS = ("narrow", "q_offsets", "kv_offsets", "negative_kv", "padded_d", "padded_dv")
+FLAGS = ("narrow", "q_offsets", "kv_offsets", "negative_kv", "padded_d", "padded_dv", "eight_bits")
 
 
 def special(**flags):
