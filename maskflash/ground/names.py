@@ -17,7 +17,7 @@ OWN: Final = {
     ),
     **dict.fromkeys(("check", "tune", "splits"), "mf.compile"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "mf.varlen_attention"),
-    **dict.fromkeys(("k_pages", "v_pages", "pages", "layout"), "Attention.paged"),
+    **dict.fromkeys(("k_pages", "v_pages", "pages", "layout", "k_scale", "v_scale"), "Attention.paged"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
