@@ -5,7 +5,7 @@
     codes, float8_e4m3fn       64    -448   1.375  224        4 bits of exponent, 3 of mantissa
 
 Codes of e4m3 are the upper bits of a float16: shifted there they are numbers 2⁸ times too small, subnormal ones too.
-That is how they are widened, since torch's own conversion on a CPU takes ten times as long. NaN alone is coded otherwise.
+So they are widened, since torch's own conversion on a CPU takes several times as long. Only NaN is coded otherwise.
 
 Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022, for e4m3.
 """
@@ -34,7 +34,7 @@ def scales_of(x: Tensor) -> Tensor:
 
 
 def quantised(x: Tensor, scales: Tensor) -> Tensor:
-    """x (..., D) as float8_e4m3fn under scales that broadcast to (...).
+    """X (..., D) as float8_e4m3fn under scales that broadcast to (...).
 
     Numbers beyond 448 scales become the largest there is. What is not finite becomes NaN.
     """

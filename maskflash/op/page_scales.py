@@ -38,8 +38,9 @@ def pools_of(operation: str, pages: Sequence[Tensor], scales: tuple[Any, Any], l
         layout: of the pools as they were given, and so of scales of tokens.
 
     Raises:
-        ArgumentTypeError: a pool in 8 bits of another format, scales of another type or dtype, one pool in 8 bits alone.
-        ArgumentError: scales for a pool that has none, none for a pool in 8 bits, another shape or device, a gradient.
+        ArgumentTypeError: a pool in 8 bits of another format, scales of another type or dtype, one pool alone in
+            8 bits.
+        ArgumentError: scales for a pool that has none, none for one in 8 bits, another shape or device, a gradient.
     """
     k_pages, v_pages = (_pool(operation, *of, layout) for of in zip("kv", pages, scales, strict=True))
     if (k_pages.scales is None) != (v_pages.scales is None):
@@ -60,14 +61,14 @@ def _pool(operation: str, name: str, pages: Tensor, scale: Any, layout: str) -> 
             )
         if scale is not None:
             raise ArgumentError(
-                f"{operation}: {named} is given for {name}_pages of {pages.dtype}, expected none: only pools of {FORMAT} "
-                "have scales; leave it out"
+                f"{operation}: {named} is given for {name}_pages of {pages.dtype}, expected none: only pools of "
+                f"{FORMAT} have scales; leave it out"
             )
         return Pool(pages)
     if scale is None:
         raise ArgumentError(
-            f"{operation}: {name}_pages holds {FORMAT} and {named} is missing, expected what its numbers are multiplied "
-            f"by: a number, or {_shapes(pages, layout)}; 1.0 where they are not scaled"
+            f"{operation}: {name}_pages holds {FORMAT} and {named} is missing, expected what its numbers are "
+            f"multiplied by: a number, or {_shapes(pages, layout)}; 1.0 where they are not scaled"
         )
     return Pool(pages, _scales(operation, named, pages, scale, layout))
 

@@ -57,6 +57,16 @@ def unavailable(device: torch.device) -> str | None:
     return None if found >= 80 else f"it needs compute capability 8.0 (Ampere) or later, got {found / 10}"
 
 
+def without_8_bits(device: torch.device) -> str | None:
+    """Why kernels can't read float8_e4m3fn on a device, with the fix; None where they can."""
+    found = arch(device)
+    if isinstance(found, str):
+        return f"on AMD's GPUs no kernel with it has been compiled, got {found}; widen the pools to q's dtype"
+    if found >= 89 or (device.type != "cuda" and not _Compiling.arch):  # interpreted
+        return None
+    return f"it needs compute capability 8.9 (Ada) or later, got {found / 10}; widen the pools to q's dtype"
+
+
 def compile_only(arch: int) -> None:
     """From now on in this process, compile kernels for an architecture, and run none: calls take tensors of the CPU.
 

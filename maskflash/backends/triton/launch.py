@@ -36,6 +36,7 @@ def specialisation(
     score: ScoreKind | None = None,
     dropout: bool = False,
     paged: bool = False,
+    in_8_bits: bool = False,
 ) -> Specialisation:
     """What the text of a call's kernels depends on, given head dims that are whole vectors."""
     padded_d, padded_dv = dim != padded(dim), v_dim != padded(v_dim)
@@ -56,6 +57,7 @@ def specialisation(
         score=score,
         dropout=dropout,
         paged=paged,
+        in_8_bits=in_8_bits,
     )
 
 

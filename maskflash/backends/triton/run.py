@@ -26,7 +26,7 @@ from maskflash.analysis.seen import Seen
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few, tile_choice
-from maskflash.backends.triton.device import unavailable
+from maskflash.backends.triton.device import unavailable, without_8_bits
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel, specialisation
 from maskflash.backends.triton.layout import UNIT, addressed, cut, laid_out, padded, whole, without_hidden
@@ -38,7 +38,7 @@ from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
 from maskflash.scores.strength import BoundScore, Gradients, Strength
 
-__all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable"]
+__all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable", "without_8_bits"]
 
 _LOG2E: Final = 1.4426950408889634
 
