@@ -26,7 +26,7 @@ ORDER = {
         "transfer",
         "copies",
         "stretch",
-        "eight_bits",
+        "e4m3",
         "pool",
     ],
     "expr": [

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
-from maskflash.ground.eight_bits import FORMAT
+from maskflash.ground.e4m3 import E4M3
 from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers
 
 Scale = float | Tensor
 
-OF_TOKENS: Final = 3  # dimensions of scales for each token and head
+_OF_TOKENS: Final = 3  # dimensions
 
 
 def pools_of(operation: str, pages: Sequence[Tensor], scales: tuple[Any, Any], layout: str) -> tuple[Pool, Pool]:
@@ -54,20 +54,20 @@ def pools_of(operation: str, pages: Sequence[Tensor], scales: tuple[Any, Any], l
 def _pool(operation: str, name: str, pages: Tensor, scale: Any, layout: str) -> Pool:
     """That of keys, "k", or of values, "v"."""
     named = f"{name}_scale"
-    if pages.dtype != FORMAT:
+    if pages.dtype != E4M3:
         if pages.dtype.itemsize == 1:
             raise ArgumentTypeError(
-                f"{operation}: {name}_pages has dtype {pages.dtype}, expected q's dtype, or {FORMAT} with {named}"
+                f"{operation}: {name}_pages has dtype {pages.dtype}, expected q's dtype, or {E4M3} with {named}"
             )
         if scale is not None:
             raise ArgumentError(
                 f"{operation}: {named} is given for {name}_pages of {pages.dtype}, expected none: only pools of "
-                f"{FORMAT} have scales; leave it out"
+                f"{E4M3} have scales; leave it out"
             )
         return Pool(pages)
     if scale is None:
         raise ArgumentError(
-            f"{operation}: {name}_pages holds {FORMAT} and {named} is missing, expected what its numbers are "
+            f"{operation}: {name}_pages holds {E4M3} and {named} is missing, expected what its numbers are "
             f"multiplied by: a number, or {_shapes(pages, layout)}; 1.0 where they are not scaled"
         )
     return Pool(pages, _scales(operation, named, pages, scale, layout))
@@ -90,19 +90,20 @@ def _scales(operation: str, named: str, pages: Tensor, scale: Any, layout: str) 
             f"{operation}: {named} asks for a gradient, expected none: there is no backward through pages; call it "
             "under torch.no_grad()"
         )
-    if scale.ndim == OF_TOKENS and layout == "HND":
-        scale = scale.transpose(1, 2)
-    if scale.ndim == OF_TOKENS and scale.shape == pages.shape[:3]:
-        return scale.detach()
-    if scale.shape not in ((), (1,), (heads,)):
-        shape = tuple(scale.shape if layout == "NHD" or scale.ndim != OF_TOKENS else scale.transpose(1, 2).shape)
+    found: Tensor = scale.detach()
+    if of_tokens(found) and layout == "HND":
+        found = found.transpose(1, 2)
+    if found.shape == pages.shape[:3]:
+        return found
+    if found.shape not in ((), (1,), (heads,)):
+        shape = tuple(scale.shape)
         raise ArgumentError(f"{operation}: {named} has shape {shape}, expected one number, or {_shapes(pages, layout)}")
-    return scale.detach().expand(count, tokens, heads)
+    return found.expand(count, tokens, heads)
 
 
 def of_tokens(scale: Any) -> bool:
     """Whether scales are for each token and head."""
-    return isinstance(scale, Tensor) and scale.ndim == OF_TOKENS
+    return isinstance(scale, Tensor) and scale.ndim == _OF_TOKENS
 
 
 def check_shared(operation: str, name: str, scale: Any) -> None:

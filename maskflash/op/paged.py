@@ -228,8 +228,8 @@ class Paged(Asking):
             if len(starts) != requests + 1 or starts.device != q.device:
                 return None  # which says what is wrong
             counts = starts.diff()
-        scales = None if pools[0].scales is None else tuple(pool.scales.transpose(1, 2) for pool in pools)
-        where = triton.few.Pages(pages.block_table, pages.lengths, pages.page_size, starts, scales)
+        scales = [pool.scales.transpose(1, 2) for pool in pools if pool.scales is not None]
+        where = triton.few.Pages(pages.block_table, pages.lengths, pages.page_size, starts, *scales)
         offsets = pages.lengths.long() - counts
         sizes = Sizes(each, room, requests, heads, q.device, offsets, operation=_OPERATION)
         spec = self._spec(sizes, q, sinks, mask_args)

@@ -57,15 +57,16 @@ class Pages:
         page_size: tokens of a page.
         starts: (B + 1,) integers, where the queries of each begin among all, which are one batch row then; None where
             each has equally many.
-        scales: of keys and of values in 8 bits, (P, Hkv, page_size) float32, any strides; None where they are in q's
-            dtype.
+        k_scales: of keys in 8 bits, (P, Hkv, page_size) float32, any strides; None where they are in q's dtype.
+        v_scales: likewise of values.
     """
 
     block_table: Tensor
     lengths: Tensor
     page_size: int
     starts: Tensor | None = None
-    scales: tuple[Tensor, Tensor] | None = None
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     @property
     def room(self) -> int:
@@ -207,7 +208,7 @@ class SplitLauncher(Launches):
     def __post_init__(self) -> None:
         score, pages = self.strength.score, self.pages
         dims = self.q.shape[3], self.v.shape[3]
-        in_8_bits = pages is not None and pages.scales is not None
+        in_8_bits = pages is not None and pages.k_scales is not None
         self.special = special_of(self.problem, *dims, score, paged=pages is not None, in_8_bits=in_8_bits)
         self._of_strength = {} if score is None else score_values(score)
         if pages is None:
@@ -225,9 +226,10 @@ class SplitLauncher(Launches):
             "RAGGED": pages.starts is not None,
             "REQUESTS": _REQUESTS,
         }
-        for name, scales in zip(("k_scales", "v_scales"), pages.scales or (), strict=False):
-            self._where[name] = scales
-            self._where |= dict(zip((f"{name}_{dimension}" for dimension in "bhs"), scales.stride(), strict=True))
+        for name, scales in (("k_scales", pages.k_scales), ("v_scales", pages.v_scales)):
+            if scales is not None:
+                steps = zip("bhs", scales.stride(), strict=True)
+                self._where |= {name: scales, **{f"{name}_{dimension}": step for dimension, step in steps}}
 
     def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
         """Launch `split`, and `combine` where rows have several pieces.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import maskflash as mf
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few
-from maskflash.ground.eight_bits import FORMAT
+from maskflash.ground.e4m3 import E4M3
 from maskflash.testing import masks
 from tests.backends.triton.test_paged import by_table, cache, check
 from tests.backends.triton.test_run import DTYPES
@@ -31,7 +31,7 @@ def in_8_bits(draw, pools, kind, layout):
         tokens = 2.0 ** torch.randint(-30 if name == "v" else -9, 4, pool.shape[:3], generator=draw)
         shared = {"number": torch.tensor(0.01), "heads": torch.rand(pool.shape[2], generator=draw) * 0.02 + 0.001}
         each = tokens if kind == "tokens" else shared[kind].expand(pool.shape[:3])
-        codes = (pool / each[..., None]).clamp(-448, 448).to(FORMAT)
+        codes = (pool / each[..., None]).clamp(-448, 448).to(E4M3)
         wide.append(codes.double() * each.double()[..., None])
         unused = pool.isnan().all((2, 3))
         tokens = tokens.masked_fill(unused[..., None], math.nan)
