@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, Never, overload
+from typing import Any, Final, Literal, Never, get_args, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from maskflash.op.attention import Attention
 from maskflash.op.spec import ENGINES
 from maskflash.scores.presets import bias
 from maskflash.scores.score import Score, ScoreLike, as_score
+from maskflash.scores.strength import Kernels, Precision
 
 _FULL: Final = Predicate(
     lambda b, h, q, kv: True, "full()", traced=False
@@ -37,6 +38,8 @@ def compile(
     tune: bool = False,
     check: bool = False,
     splits: int | Literal["auto"] = "auto",
+    kernels: Kernels = "auto",
+    precision: Precision = "full",
     **others: Never,
 ) -> Attention:
     """Compile a mask to an attention op.
@@ -61,6 +64,11 @@ def compile(
             drafts. "auto" has enough of them for the device's processors. With a number, which pieces a row has
             depends on its own mask alone, so its bits don't depend on who else is in the batch; 1 cuts nothing. On a
             CPU any number has steps over pages compute each request as if it were alone, with the same end.
+        kernels: which of a GPU's kernels run forward: "portable" for those that serve all devices; "hopper" for the one
+            of compute capability 9.0, which is refused where it doesn't serve a call; "auto" for what MASKFLASH_KERNELS
+            in the environment says, else "portable": Hopper's has not run on a GPU yet.
+        precision: of forward's products on a GPU. "full" computes in the dtype of q, k and v. "fp8" computes in 8 bits
+            (e4m3) after making outliers small, on compute capability 8.9 or later, and the backward in full.
         **others: none; those that other libraries have are answered by what to write here.
 
     Returns:
@@ -86,10 +94,12 @@ def compile(
     factor = None if scale is None else arguments.scale("compile", scale)
     automatic = isinstance(splits, str) and splits == "auto"
     pieces = 0 if automatic else arguments.length("compile", "splits", splits, low=1)
+    arguments.choice("compile", "kernels", kernels, get_args(Kernels))
+    arguments.choice("compile", "precision", precision, get_args(Precision))
     whole, strength = _given("compile", mask, score)
     if not (whole.keywords or whole.implied_names):
         whole.slots({})
-    return Attention(whole, factor, size, backend, deterministic, tune, check, strength, pieces)
+    return Attention(whole, factor, size, backend, deterministic, tune, check, strength, pieces, kernels, precision)
 
 
 @overload

@@ -279,10 +279,12 @@ ROW = {**AT, "q": (1, SIZES), "kv_len": (4, SIZES | NONE), "q_len": (None, NONE 
 COLUMN = {**AT, "kv": (1, SIZES), "q_len": (4, SIZES | NONE), "kv_len": (None, NONE | {"3", "numpy int"})}
 DRAWN = {"ax": (None, NONE), "batch_row": (0, SIZES), "head": (0, SIZES), "legend": (True, FLAG)}
 
+COMPILED = {"tune": (False, FLAG), "splits": (2, INTS), "kernels": ("portable", set()), "precision": ("full", set())}
+
 # What each call takes: a right value of each argument, and which of VALUES are right as well.
 CALLS = {
     mf.attention: {**QKV, "mask": (CAUSAL, NONE), **HOW, **CALL},
-    mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, "tune": (False, FLAG), "splits": (2, INTS)},
+    mf.compile: {"mask": (CAUSAL, {"tensor of floats"}), **HOW, **COMPILED},
     ATTN: {**QKV, **CALL},
     mf.varlen_attention: {
         **PACKED,

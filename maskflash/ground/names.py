@@ -15,7 +15,7 @@ OWN: Final = {
     **dict.fromkeys(
         ("mask", "score", "scale", "block_size", "backend", "deterministic"), "mf.compile and mf.attention"
     ),
-    **dict.fromkeys(("check", "tune", "splits"), "mf.compile"),
+    **dict.fromkeys(("check", "tune", "splits", "kernels", "precision"), "mf.compile"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "mf.varlen_attention"),
     **dict.fromkeys(("k_pages", "v_pages", "pages", "layout", "k_scale", "v_scale"), "Attention.paged"),
     "pass_name": "Attention.source",

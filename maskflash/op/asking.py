@@ -21,7 +21,7 @@ from maskflash.op.spec import ENGINES, UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.seeds import probability, seed_of
-from maskflash.scores.strength import BoundScore
+from maskflash.scores.strength import BoundScore, Kernels, Precision
 
 BackendChoice = Literal["auto", "cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
 
@@ -67,6 +67,8 @@ class Asking:
         tune: measure tiles at the first call of a kind (triton only).
         check: read every table at every call, to find writes that torch doesn't see.
         splits: as asked for, 0 for "auto".
+        kernels: which of a GPU's kernels run forward, as asked for.
+        precision: of forward's products on a GPU, as asked for.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Asking:
         check: bool = False,
         score: Score | None = None,
         splits: int = 0,
+        kernels: Kernels = "auto",
+        precision: Precision = "full",
     ) -> None:
         self.given = mask
         self.name = mask.name
@@ -95,6 +99,8 @@ class Asking:
         self.tune = tune
         self.check = check or checking.ALWAYS
         self.splits = splits
+        self.kernels = kernels
+        self.precision = precision
 
     def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
         """The sizes of a call; its tensors are checked already, its offsets here."""
@@ -115,6 +121,7 @@ class Asking:
     ) -> Spec:
         """What a call asks for, its arguments checked and bound."""
         backend = self._backend_for(sizes.device)
+        self._refuse_wishes(backend)
         scored = self._scored(sizes, q.dtype, mask_args)
         mask = self._with_holes if has_holes(scored.tables) else self.mask
         slots, params, tables = self._bound(mask, sizes, mask_args, stamp)
@@ -127,7 +134,18 @@ class Asking:
             seed=dropout.seed,
             dropout_p=0.0 if dropout.seed is None else dropout.p,  # a float of a module is an input to dynamo
             splits=self.splits,
+            kernels=self.kernels,
+            precision=self.precision,
         )
+
+    def _refuse_wishes(self, backend: Backend) -> None:
+        """Check that nothing was asked for that only a GPU's kernels have."""
+        for name, value, usual in (("precision", self.precision, "full"), ("kernels", self.kernels, "auto")):
+            if value not in (usual, "portable"):
+                raise BackendError(
+                    f'attention: {name} is "{value}", which the triton backend alone has; this call runs on the '
+                    f"{backend} backend: leave it out here"
+                )
 
     def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
         """Check that the engine of another library, where one was asked for, can do all of a call."""

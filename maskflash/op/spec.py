@@ -15,7 +15,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.expr.evaluate import Inputs
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import expression
-from maskflash.scores.strength import BoundScore, Dropout, Strength
+from maskflash.scores.strength import BoundScore, Dropout, Kernels, Precision, Strength
 
 Backend = Literal["cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
 ENGINES: Final[tuple[Backend, ...]] = (
@@ -29,7 +29,8 @@ ENGINES: Final[tuple[Backend, ...]] = (
 SCHEMA: Final = (
     "Tensor[] tables, SymInt[] params, SymInt q_offset, Tensor? q_offsets, SymInt kv_offset, Tensor? kv_offsets, "
     "Tensor? sinks, Tensor[] score_tables, SymInt[] score_params, str score, bool[] learned, Tensor? seed, "
-    "float dropout_p, float scale, str expr, int[2] block_size, int splits, str backend"
+    "float dropout_p, float scale, str expr, int[2] block_size, int splits, str kernels, "
+    "str precision, str backend"
 )
 """The fields of a `Spec`, as torch declares the arguments of an op."""
 
@@ -70,7 +71,9 @@ class Spec(NamedTuple):
         expr: the mask's canonical text.
         block_size: (bq, bkv), a tile in tokens.
         splits: pieces that few rows' keys are cut into on a GPU; 0 for as many as the device has work for.
-        backend: which kernels run it.
+        kernels: which of a GPU's kernels run forward.
+        precision: "fp8" where forward's products are of 8 bits, else "full".
+        backend: what runs it.
     """
 
     tables: Sequence[Tensor]
@@ -90,6 +93,8 @@ class Spec(NamedTuple):
     expr: str
     block_size: Sequence[int]
     splits: int
+    kernels: Kernels
+    precision: Precision
     backend: Backend
 
     @classmethod
@@ -108,6 +113,8 @@ class Spec(NamedTuple):
         seed: Tensor | None = None,
         dropout_p: float = 0.0,
         splits: int = 0,
+        kernels: Kernels = "auto",
+        precision: Precision = "full",
     ) -> Spec:
         """A spec of offsets that are either numbers or tensors."""
         q_number, q_tensor = (0, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
@@ -115,7 +122,8 @@ class Spec(NamedTuple):
         return cls(
             *(tables, params, q_number, q_tensor, kv_number, kv_tensor, sinks),
             *(score.tables, score.params, score.text, score.learned, seed, dropout_p),
-            *(scale, text, block_size, splits, backend),
+            *(scale, text, block_size, splits),
+            *(kernels, precision, backend),
         )
 
     @classmethod
@@ -170,7 +178,7 @@ class Spec(NamedTuple):
     def strength(self) -> Strength:
         """How strongly visible pairs attend."""
         if not self.score and self.seed is None:
-            return Strength(self.scale, self.sinks)
+            return Strength(self.scale, self.sinks, kernels=self.kernels, precision=self.precision)
         score, dropout, offsets = None, None, self._offsets
         if self.score:
             expr = expression(self.score)
@@ -178,7 +186,7 @@ class Spec(NamedTuple):
             score = BoundScore(expr, inputs, tuple(self.learned), *offsets)
         if self.seed is not None:
             dropout = Dropout(self.dropout_p, self.seed, *offsets)
-        return Strength(self.scale, self.sinks, score, dropout)
+        return Strength(self.scale, self.sinks, score, dropout, self.kernels, self.precision)
 
     @property
     def _offsets(self) -> tuple[int | Tensor, int | Tensor]:

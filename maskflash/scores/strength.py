@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from maskflash.expr.derivative import Derivatives, differentiate
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr
 from maskflash.scores.form import Form, form_of
+
+Kernels = Literal["auto", "portable", "hopper"]
+Precision = Literal["full", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,19 +68,23 @@ class Dropout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Strength:
-    """How strongly visible pairs attend.
+    """How strongly visible pairs attend, and how that is computed on a GPU.
 
     Attributes:
         scale: positive factor of the products of q and k.
         sinks: (Hq,), see `backends/sinks.py`; None for none.
         score: what becomes of a scaled product; None where it stays what it is.
         dropout: None where all probabilities are kept.
+        kernels: which kernels run forward.
+        precision: of forward's products: that of q, k and v, or 8 bits.
     """
 
     scale: float
     sinks: Tensor | None = None
     score: BoundScore | None = None
     dropout: Dropout | None = None
+    kernels: Kernels = "auto"
+    precision: Precision = "full"
 
 
 class Gradients(NamedTuple):
