@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.ground.e4m3 import scales_of, to_e4m3, widen, widened
+from maskflash.ground.eight_bits import quantised, scales_of, widen, widened
 from maskflash.ground.stretch import Numbers
 
 _LARGE: Final = 256  # tokens of a page that is not cut
@@ -104,7 +104,7 @@ class Pool:
             return
         if of_tokens:
             self.scales[at] = scales_of(x)
-        self.pages.view(torch.uint8)[at] = to_e4m3(x, self.scales[at][..., None]).view(torch.uint8)
+        self.pages.view(torch.uint8)[at] = quantised(x, self.scales[at]).view(torch.uint8)
 
     def _picked(self, ids: Numbers, out: Tensor) -> Tensor:
         """Pages as they are, in out."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground.arguments import DTYPES, by_type, instance
-from maskflash.ground.e4m3 import E4M3
+from maskflash.ground.eight_bits import FORMAT
 
 _STRIDED: Final = torch.strided
 _IN_8_BITS: Final = (
@@ -40,7 +40,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None
             )
         if x.dtype not in DTYPES:
             expected = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            fix = _IN_8_BITS if x.dtype == E4M3 and name != "q" else ""
+            fix = _IN_8_BITS if x.dtype == FORMAT and name != "q" else ""
             raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected one of {expected}{fix}")
         if x.layout != _STRIDED:
             raise ArgumentTypeError(f"{operation}: {name} has layout {x.layout}, expected a dense tensor")

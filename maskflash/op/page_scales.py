@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
-from maskflash.ground.e4m3 import E4M3
+from maskflash.ground.eight_bits import FORMAT
 from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers
 
@@ -54,20 +54,20 @@ def pools_of(operation: str, pages: Sequence[Tensor], scales: tuple[Any, Any], l
 def _pool(operation: str, name: str, pages: Tensor, scale: Any, layout: str) -> Pool:
     """That of keys, "k", or of values, "v"."""
     named = f"{name}_scale"
-    if pages.dtype != E4M3:
+    if pages.dtype != FORMAT:
         if pages.dtype.itemsize == 1:
             raise ArgumentTypeError(
-                f"{operation}: {name}_pages has dtype {pages.dtype}, expected q's dtype, or {E4M3} with {named}"
+                f"{operation}: {name}_pages has dtype {pages.dtype}, expected q's dtype, or {FORMAT} with {named}"
             )
         if scale is not None:
             raise ArgumentError(
                 f"{operation}: {named} is given for {name}_pages of {pages.dtype}, expected none: only pools of "
-                f"{E4M3} have scales; leave it out"
+                f"{FORMAT} have scales; leave it out"
             )
         return Pool(pages)
     if scale is None:
         raise ArgumentError(
-            f"{operation}: {name}_pages holds {E4M3} and {named} is missing, expected what its numbers are "
+            f"{operation}: {name}_pages holds {FORMAT} and {named} is missing, expected what its numbers are "
             f"multiplied by: a number, or {_shapes(pages, layout)}; 1.0 where they are not scaled"
         )
     return Pool(pages, _scales(operation, named, pages, scale, layout))

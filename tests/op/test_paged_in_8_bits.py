@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.backends.cpu import few, paged
-from maskflash.ground.e4m3 import E4M3, LARGEST, scales_of, to_e4m3, widened
+from maskflash.ground.eight_bits import FORMAT, LARGEST, quantised, scales_of, widened
 from maskflash.ground.pool import Pool
 from maskflash.testing import masks, scores
 from tests.op.test_paged import (
@@ -45,7 +45,7 @@ class CacheIn8Bits(Cache):
             one, heads = 0.007 + 0.001 * n, torch.rand(KV_HEADS, generator=draw) * 0.02 + 0.002
             tokens = 2 ** (torch.randn(pool.shape[:3], generator=draw) - 7)
             each = {"heads": heads, "tokens": tokens}.get(scale, torch.tensor(one)).expand(pool.shape[:3])
-            codes = (pool / each[..., None]).to(E4M3)
+            codes = (pool / each[..., None]).to(FORMAT)
             tokens.masked_fill_(pool.isnan().all((2, 3))[..., None], math.nan)
             if layout == "HND":
                 tokens = tokens.transpose(1, 2).contiguous()
@@ -133,7 +133,7 @@ def test_codes_that_are_nan_are_nan_only_where_they_are_seen():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_code_is_widened_to_its_number(dtype):
-    codes = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    codes = torch.arange(256, dtype=torch.uint8).view(FORMAT)
     scales = torch.tensor([1.0, 0.3, 3e-39, 7.0])[:, None].expand(4, 256)
     found = widened(codes.expand(4, 1, 256).transpose(1, 2).contiguous(), scales, dtype)[..., 0]
     wanted = (codes.double() * scales.double()).to(torch.promote_types(dtype, torch.float32)).to(dtype)
@@ -154,10 +154,10 @@ def test_vectors_are_quantised_to_the_nearest_code(rows):
     x = torch.tensor(rows, dtype=torch.float32)
     scales = scales_of(x)
     assert (scales > 0).all() and scales.isfinite().all()
-    codes = to_e4m3(x, scales[:, None])
+    codes = quantised(x, scales)
     lost = codes.float().isnan()
     assert torch.equal(lost, ~x.isfinite())
-    known = torch.arange(256, dtype=torch.uint8).view(E4M3).double().nan_to_num(0.0)
+    known = torch.arange(256, dtype=torch.uint8).view(FORMAT).double().nan_to_num(0.0)
     exact = (x / scales[:, None]).double().masked_fill(lost, 0.0)
     nearest = (exact[..., None] - known).abs().amin(-1)
     error = (codes.double().masked_fill(lost, 0.0) - exact).abs()
@@ -172,7 +172,7 @@ def filled(scale, dtype=torch.float32, layout="NHD"):
     pools, scales = [], []
     for x in (k, v):
         shape = (9, 8, KV_HEADS) if layout == "NHD" else (9, KV_HEADS, 8)
-        pools.append(torch.zeros(*shape, x.shape[3]).to(E4M3))
+        pools.append(torch.zeros(*shape, x.shape[3]).to(FORMAT))
         kinds = {"number": 0.01, "heads": torch.tensor([0.01, 0.02])}
         scales.append(kinds[scale] if scale in kinds else torch.full(shape, torch.nan))
     return k.to(dtype), v.to(dtype), pools, pages, dict(zip(("k_scale", "v_scale"), scales, strict=True))
@@ -302,7 +302,7 @@ def test_scales_of_what_no_query_sees_may_be_anything(count):
     [
         (NONE, mf.ArgumentError, "PageTable.append: k_pages holds torch.float8_e4m3fn and k_scale is missing"),
         (
-            {"k": K.to(E4M3)},
+            {"k": K.to(FORMAT)},
             mf.ArgumentError,
             "k holds .* of torch.float8_e4m3fn on cpu, expected .* of 16, 32 or 64",
         ),
@@ -320,7 +320,7 @@ def test_bad_tokens_write_nothing(given, kind, message):
 
 
 def test_contiguous_calls_say_what_to_write():
-    k, v = K.to(E4M3), V.to(E4M3)
+    k, v = K.to(FORMAT), V.to(FORMAT)
     with pytest.raises(mf.ArgumentTypeError, match=r"k has dtype torch.float8_e4m3fn.*paged"):
         mf.attention(Q, k, v, mf.causal())
     attn, length = mf.compile(mf.causal()), torch.tensor([21, 21])

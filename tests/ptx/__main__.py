@@ -26,11 +26,12 @@ KERNELS: Final = (
     "sinks",
     "scores",
     "few",
+    "paged_in_8_bits",
 )  # tests that launch them
 FILES: Final = (
     *(
         f"tests/backends/triton/test_{name}.py"
-        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few")
+        for name in ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few", "paged_in_8_bits")
     ),
     "tests/ptx/test_sabotage.py",
 )

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -400,6 +401,14 @@ def test_float32_becomes_bfloat16_to_nearest_even():
     pair = value_of("cvt.rn.bf16x2.f32 %r0, %r1, %r2;", bits, bits[::-1].copy())
     assert_same((pair >> 16).astype(np.uint16), found, "bf16")
     assert_same((pair & 0xFFFF).astype(np.uint16), found[::-1], "bf16")
+
+
+def test_pairs_of_e4m3_become_halves():
+    codes = np.arange(1 << 16, dtype=np.uint16)[:: (1 << 16) // 256 + 1]
+    pair = value_of("cvt.rn.f16x2.e4m3x2 %r0, %rs1;", codes)
+    for half, code in ((pair & 0xFFFF, codes & 255), (pair >> 16, codes >> 8)):
+        wanted = torch.from_numpy(code.astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+        assert np.array_equal(half.astype(np.uint16).view(np.float16).astype(np.float32), wanted, equal_nan=True)
 
 
 def nearest(bits):

@@ -80,8 +80,8 @@ def are_few(q_len: int, kv_len: int) -> bool:
 
 
 def can_read(k: Tensor, v: Tensor) -> bool:
-    """Whether pools of pages (P, H, page_size, D) lie in memory as kernels address it: else they had to be copied."""
-    return fits(k) and fits(v) and k.shape[3] % UNIT == v.shape[3] % UNIT == 0
+    """Whether pools of pages (P, H, page_size, D) have any, and lie in memory as kernels address it, without a copy."""
+    return len(k) > 0 and fits(k) and fits(v) and k.shape[3] % UNIT == v.shape[3] % UNIT == 0
 
 
 def is_shown(problem: Problem, score: BoundScore | None, *, paged: bool = False) -> bool:

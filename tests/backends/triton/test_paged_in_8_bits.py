@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 import maskflash as mf
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few
-from maskflash.ground.e4m3 import E4M3
+from maskflash.ground.eight_bits import FORMAT
 from maskflash.testing import masks
 from tests.backends.triton.test_paged import by_table, cache, check
 from tests.backends.triton.test_run import DTYPES
+from tests.conftest import DEVICE, EMULATED
 
 pytest.importorskip("triton")
 __all__ = ["by_table"]  # a fixture
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of NaN and infinities
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's numpy, of NaN and infinities
+    pytest.mark.skipif(DEVICE in ("sm_80", "sm_86"), reason="has no e4m3"),
+]
 
 KINDS = ("number", "heads", "tokens")
 BIAS = torch.linspace(-1, 1, 128).view(2, 64)
@@ -31,7 +35,7 @@ def in_8_bits(draw, pools, kind, layout):
         tokens = 2.0 ** torch.randint(-30 if name == "v" else -9, 4, pool.shape[:3], generator=draw)
         shared = {"number": torch.tensor(0.01), "heads": torch.rand(pool.shape[2], generator=draw) * 0.02 + 0.001}
         each = tokens if kind == "tokens" else shared[kind].expand(pool.shape[:3])
-        codes = (pool / each[..., None]).clamp(-448, 448).to(E4M3)
+        codes = (pool / each[..., None]).clamp(-448, 448).to(FORMAT)
         wide.append(codes.double() * each.double()[..., None])
         unused = pool.isnan().all((2, 3))
         tokens = tokens.masked_fill(unused[..., None], math.nan)
@@ -140,6 +144,7 @@ def test_values_of_tiny_scales_are_not_lost(device):
     assert (half != 0).any() and float((half.float() - wanted).abs().amax()) < 2.0**-20
 
 
+@pytest.mark.skipif(EMULATED, reason="it says which device there is")
 def test_devices_without_the_format_are_refused(monkeypatch):
     q, pools, pages, scales = step("cpu")
     attn = mf.compile(mf.causal(), backend="triton")

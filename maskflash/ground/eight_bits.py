@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-E4M3: Final = torch.float8_e4m3fn
+FORMAT: Final = torch.float8_e4m3fn
 LARGEST: Final = 448.0
 
 _SHIFT: Final = 7  # from e4m3's place in 8 bits to its place in a float16
@@ -33,16 +33,14 @@ def scales_of(x: Tensor) -> Tensor:
     return (largest / LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
-def to_e4m3(x: Tensor, scale: Tensor) -> Tensor:
-    """x / scale, rounded to the nearest e4m3 number; what is larger than 448 becomes 448.
+def quantised(x: Tensor, scales: Tensor) -> Tensor:
+    """X (..., D) as float8_e4m3fn under scales that broadcast to (...).
 
-    Args:
-        x: any shape; NaN and infinities become NaN.
-        scale: positive, broadcasts to it.
+    Numbers beyond 448 scales become the largest there is. What is not finite becomes NaN.
     """
     x = x.float()
-    codes = (x / scale).clamp_(-LARGEST, LARGEST)  # torch's own cast may give NaN there, or not, by its version
-    return codes.masked_fill_(~x.isfinite(), torch.nan).to(E4M3)
+    codes = (x / scales[..., None]).clamp_(-LARGEST, LARGEST)
+    return codes.masked_fill_(~x.isfinite(), torch.nan).to(FORMAT)
 
 
 def widen(codes: Tensor, scales: Tensor, out: Tensor, halves: Tensor) -> None:
