@@ -21,12 +21,12 @@ ORDER = {
         "units",
         "modes",
         "arguments",
+        "eight_bits",
         "qkv",
         "identity",
         "transfer",
         "copies",
         "stretch",
-        "e4m3",
         "pool",
     ],
     "expr": [
