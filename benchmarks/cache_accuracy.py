@@ -26,7 +26,7 @@ from benchmarks.runner import ROOT, conditions, describe, store_lines
 
 RESULTS: Final = ROOT / "benchmarks/results/cache_accuracy.json"
 QUESTION: Final = "How far is a step of decoding from float64, by what keys and values are kept in?"
-BATCH: Final = 4
+BATCH: Final = 1
 HEADS: Final = 16
 KV_HEADS: Final = 4
 HEAD_DIM: Final = 128
