@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 KINDS = ("number", "heads", "tokens")
+UNREAD = [torch.bfloat16] if EMULATED else []  # the emulator can't read the assembly that makes it of e4m3
 BIAS = torch.linspace(-1, 1, 128).view(2, 64)
 
 
@@ -59,7 +60,8 @@ def test_every_mask_and_table_matches_dense_float64(device, data):
     page_size = data.draw(st.sampled_from([1, 3, 4, 16, 33]))
     kv_heads, group = data.draw(st.sampled_from([(1, 1), (1, 4), (2, 3)]))
     heads, dims = kv_heads * group, data.draw(st.sampled_from([(16, 16), (8, 24)]))
-    dtype, layout = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from(["NHD", "HND"]))
+    dtype = data.draw(st.sampled_from([dtype for dtype in DTYPES if dtype not in UNREAD]))
+    layout = data.draw(st.sampled_from(["NHD", "HND"]))
     mask = data.draw(masks(max_len=64, batch=requests, heads=heads))
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     ids, pools, _ = cache(draw, lengths, page_size, kv_heads, dims, torch.float32, "cpu", "NHD")
