@@ -43,7 +43,7 @@ R = TypeVar("R")
 class Case:
     """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v, one of SCORES.
 
-    Of "split" the mask "interval" is a window's expression, and keys may lie in pages.
+    Of "split" the mask "interval" is a window's expression, and keys may lie in pages, which may be in 8 bits.
     """
 
     arch: int | str
@@ -55,6 +55,7 @@ class Case:
     tile: Tile
     score: str = ""
     paged: bool = False
+    pages_in_8_bits: bool = False
 
 
 def compile_case(case: Case) -> Any:
@@ -77,7 +78,7 @@ def compile_case(case: Case) -> Any:
         elif parameter.annotation_type:
             kinds[name] = parameter.annotation_type
         else:
-            kinds[name] = _TABLES[names[name]] if name in names else _pointer(name, case.bits)
+            kinds[name] = _TABLES[names[name]] if name in names else _pointer(name, case)
             if not parameter.do_not_specialize:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     if isinstance(case.arch, str):
@@ -176,7 +177,7 @@ def _specialisation(case: Case) -> Specialisation:
         "padded_dv": padded(case.v_head_dim) != case.v_head_dim,
         "score": _score(case),
         "dropout": case.score == "dropout",
-        "eight_bits": case.bits == 8,
+        "products_in_8_bits": case.bits == 8,
     }
     few = case.pass_name == "split"
     if case.mask == "interval" and not few:
@@ -189,7 +190,8 @@ def _specialisation(case: Case) -> Specialisation:
     }[case.mask]
     problem = made.at(8, 8, batch=2, heads=2, **tables).tiled((BLOCK, BLOCK))
     if few:
-        return replace(special_of(problem, case.head_dim, case.v_head_dim, None, paged=case.paged), **further)
+        where = {"paged": case.paged, "pages_in_8_bits": case.pages_in_8_bits}
+        return replace(special_of(problem, case.head_dim, case.v_head_dim, None, **where), **further)
     return Specialisation(problem.expr, tuple(map(TableKind.of, problem.inputs.tables)), **further)
 
 
@@ -208,17 +210,18 @@ def _constants(case: Case) -> dict[str, Any]:
 _TABLES: Final = {torch.float32: "*fp32", torch.int64: "*i64"}
 
 
-def _pointer(name: str, bits: int) -> str:
+def _pointer(name: str, case: Case) -> str:
     if name in ("lse_ptr", "delta_ptr", "dlse_ptr", "sinks_ptr", "parts_ptr", "parts_lse_ptr", "totals", "factors"):
         return "*fp32"
     if name.endswith("_scales"):
         return "*fp32"
-    if bits == 8 and name in ("q_ptr", "k_ptr", "v_ptr"):
+    of_products = case.bits == 8 and name in ("q_ptr", "k_ptr", "v_ptr")
+    if of_products or (case.pages_in_8_bits and name in ("k_ptr", "v_ptr")):
         return "*fp8e4nv"
     if name.startswith("sums"):
         return "*i64"
     if name.endswith("_ptr"):
-        return f"*{_SHORT[bits]}"
+        return f"*{_SHORT[case.bits]}"
     return "*i32"  # the walk over tiles, and the tables of these masks
 
 

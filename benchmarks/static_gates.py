@@ -150,6 +150,8 @@ def table_cases(quick: bool) -> list[Case]:
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
         if row.pass_name == "split":
             cases += [Case(arch, "split", "interval", *kind, paged=True) for arch in archs]
+            with_e4m3 = [arch for arch in archs if isinstance(arch, int) and arch >= 89 and row.bits == 16]
+            cases += [Case(arch, "split", "interval", *kind, paged=True, pages_in_8_bits=True) for arch in with_e4m3]
         if row.pass_name == "split" and (one := narrowed(row.tile, 1)) != row.tile:
             few = (*kind[:-1], one)
             cases += [Case(arch, "split", mask, *few) for arch in archs for mask in (masks[:1] if quick else masks)]
@@ -326,7 +328,8 @@ def _line(case: Case) -> str:
 
 def _what(case: Case) -> str:
     """The mask, and the score and the pages where there are any."""
-    return ", ".join([case.mask, *([case.score] if case.score else []), *(["paged"] if case.paged else [])])
+    pages = ["paged in 8 bits" if case.pages_in_8_bits else "paged"] if case.paged else []
+    return ", ".join([case.mask, *([case.score] if case.score else []), *pages])
 
 
 def _dims(case: Case) -> str:

@@ -101,16 +101,22 @@ def choice(operation: str, name: str, value: Any, known: Sequence[str]) -> None:
 
 def scale(operation: str, value: Any) -> float:
     """A positive float within `MOST_SCALE`, from any Python or numpy number."""
-    if isinstance(value, (bool, np.bool_, Tensor, np.ndarray)) or not hasattr(type(value), "__float__"):
-        fix = "; use `.item()` on a tensor" if isinstance(value, (Tensor, np.ndarray)) else ""
-        raise ArgumentTypeError(f"{operation}: scale is {_kind(value)}, expected a number{fix}")
-    if not 0 < value < float("inf"):
-        fix = "; negate q instead" if value < 0 else ""
-        raise ArgumentError(f"{operation}: scale is {_kind(value)}, expected a finite positive number{fix}")
+    positive(operation, "scale", value, "; negate q instead")
     if not 1 / MOST_SCALE <= value <= MOST_SCALE:
         raise ArgumentError(
             f"{operation}: scale is {_kind(value)}, expected from 2**-64 to 2**64: beyond them scores leave float32"
         )
+    return float(value)
+
+
+def positive(operation: str, name: str, value: Any, if_negative: str = "") -> float:
+    """A finite positive float, from any Python or numpy number."""
+    if isinstance(value, (bool, np.bool_, Tensor, np.ndarray)) or not hasattr(type(value), "__float__"):
+        fix = "; use `.item()` on a tensor" if isinstance(value, (Tensor, np.ndarray)) else ""
+        raise ArgumentTypeError(f"{operation}: {name} is {_kind(value)}, expected a number{fix}")
+    if not 0 < value < float("inf"):
+        fix = if_negative if value < 0 else ""
+        raise ArgumentError(f"{operation}: {name} is {_kind(value)}, expected a finite positive number{fix}")
     return float(value)
 
 

@@ -17,7 +17,7 @@ OWN: Final = {
     ),
     **dict.fromkeys(("check", "tune", "splits", "kernels", "precision"), "mf.compile"),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), "mf.varlen_attention"),
-    **dict.fromkeys(("k_pages", "v_pages", "pages", "layout"), "Attention.paged"),
+    **dict.fromkeys(("k_pages", "v_pages", "pages", "layout", "k_scale", "v_scale"), "Attention.paged"),
     "pass_name": "Attention.source",
     **dict.fromkeys(("q_len", "kv_len", "batch", "heads", "device"), _QUESTIONS),
     **dict.fromkeys(("b", "h", "kv"), "Mask.row, Mask.column and Mask.why"),
@@ -39,6 +39,7 @@ _DROPOUT: Final = "dropout_p="
 _SCORE: Final = "score=, a function f(score, b, h, q, kv)"
 _SINKS: Final = "sinks=, a number for each query head; for sinks that are tokens join a mask of kv < n"
 _PAGES: Final = "mf.compile(mask).paged(q, k_pages, v_pages, mf.PageTable(block_table, lengths, page_size))"
+_IN_8_BITS: Final = "pools of pages in float8_e4m3fn have k_scale= and v_scale=, in Attention.paged"
 _LSE: Final = "return_lse=True gives the lse; probabilities are never stored"
 _OFFSET: Final = "q_offset=cache_seqlens, after writing into the cache yourself"
 _BEFORE: Final = "apply it to q and k before the call"
@@ -80,6 +81,10 @@ PEERS: Final = {
     "k_cache": f"it is k; {_OFFSET}",
     "v_cache": f"it is v; {_OFFSET}",
     **dict.fromkeys(("block_table", "block_tables", "page_table", "cache_batch_idx"), _PAGES),
+    **dict.fromkeys(("k_scale", "v_scale"), _IN_8_BITS),
+    **dict.fromkeys(
+        ("k_descale", "v_descale"), f"{_IN_8_BITS}, of which each head, or each token and head, may have one"
+    ),
     "cache_leftpad": "join a mask of kv >= cache_leftpad[b]",
     **dict.fromkeys(("rotary_cos", "rotary_sin", "rotary_interleaved"), _BEFORE),
     **dict.fromkeys(("num_splits", "pack_gqa", "sm_margin"), _NEEDLESS),

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground.arguments import DTYPES, by_type, instance
+from maskflash.ground.eight_bits import FORMAT
 
 _STRIDED: Final = torch.strided
+_IN_8_BITS: Final = (
+    "; keys and values in 8 bits are read as pages, those of a contiguous cache as one page of each batch row: "
+    "mf.compile(mask).paged(q, k, v, mf.PageTable(torch.arange(batch)[:, None], lengths, page_size=k.shape[2]), "
+    'layout="HND", k_scale=..., v_scale=...)'
+)
 _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 
@@ -34,7 +40,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None
             )
         if x.dtype not in DTYPES:
             expected = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected one of {expected}")
+            fix = _IN_8_BITS if x.dtype == FORMAT and name != "q" else ""
+            raise ArgumentTypeError(f"{operation}: {name} has dtype {x.dtype}, expected one of {expected}{fix}")
         if x.layout != _STRIDED:
             raise ArgumentTypeError(f"{operation}: {name} has layout {x.layout}, expected a dense tensor")
     dtype, device = q.dtype, q.device

@@ -1,4 +1,4 @@
-"""The columns of a request that some row sees -> the pages that hold them, and their tokens out of a pool of pages.
+"""The columns of a request that some row sees -> the pages that hold them, and their tokens out of these.
 
 columns       . . # # # . . . . . . . # # . .        from the first to the last: the stretch
 pages         0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3        of 4 tokens: some row sees a part of pages 0, 1 and 3
@@ -43,19 +43,12 @@ class Stretch:
         start, stop = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
         return Stretch(start, stop, columns, np.unique(columns // page_size), page_size)
 
-    def tokens(self, pool: Tensor, ids: Numbers) -> Tensor:
-        """All tokens from start to stop, (1, H, stop - start, D); zeros where no row sees any.
-
-        A view where the pages lie one after the other, and all is seen; else a copy.
+    def tokens(self, found: Tensor) -> Tensor:
+        """All tokens from start to stop, (1, H, stop - start, D); zeros where no row sees any. A view if all is seen.
 
         Args:
-            pool: (P, page_size, H, D), any strides.
-            ids: the page of the pool for each of `pages`.
+            found: (len(pages) * page_size, H, D), the tokens of `pages`.
         """
-        if len(ids) and are_adjacent(pool) and (np.diff(ids) == 1).all():
-            found = pool[int(ids[0]) : int(ids[-1]) + 1].flatten(0, 1)
-        else:
-            found = pool.index_select(0, torch.from_numpy(ids).to(pool.device)).flatten(0, 1)
         if len(self.columns) == self.stop - self.start:
             before = self.start % self.page_size
             found = found[before : before + len(self.columns)]
@@ -63,7 +56,7 @@ class Stretch:
         places = np.searchsorted(self.pages, self.columns // self.page_size) * self.page_size
         within, there = places + self.columns % self.page_size, self.columns - self.start
         whole = found.new_zeros(self.stop - self.start, *found.shape[1:])
-        whole[torch.from_numpy(there).to(pool.device)] = found[torch.from_numpy(within).to(pool.device)]
+        whole[torch.from_numpy(there).to(found.device)] = found[torch.from_numpy(within).to(found.device)]
         return whole.transpose(0, 1)[None]
 
 
@@ -72,8 +65,3 @@ def span(numbers: Numbers) -> slice | Numbers:
     if len(numbers) and numbers[-1] - numbers[0] == len(numbers) - 1:
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return numbers
-
-
-def are_adjacent(pool: Tensor) -> bool:
-    """Whether pages (P, page_size, H, D) that follow one another are one tensor of tokens."""
-    return pool.stride(0) == pool.shape[1] * pool.stride(1)

@@ -20,6 +20,8 @@ from torch import Tensor
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments, modes
 from maskflash.ground.stretch import BoolArray, Numbers
+from maskflash.op import page_scales
+from maskflash.op.page_scales import Scale
 
 Layout = Literal["NHD", "HND"]
 
@@ -155,20 +157,30 @@ class PageTable:
         *,
         cu_seqlens: Tensor | None = None,
         layout: Layout = "NHD",
+        k_scale: Scale | None = None,
+        v_scale: Scale | None = None,
     ) -> None:
         """Write the keys and values of each request's last tokens to their slots, in place.
 
+        Pools of float8_e4m3fn get x / scale, rounded to the nearest of their numbers, and at most 448. Scales of tokens
+        are found and written here: the largest magnitude of a token's vector over 448. What is not finite becomes NaN.
+
         Args:
-            k_pages: the pool, (P, page_size, Hkv, D); with layout "HND" (P, Hkv, page_size, D).
+            k_pages: the pool, (P, page_size, Hkv, D); with layout "HND" (P, Hkv, page_size, D). In k's dtype, or in
+                float8_e4m3fn.
             v_pages: likewise, (P, page_size, Hkv, Dv).
             k: (R, Hkv, n, D), the last n tokens of each request; with cu_seqlens (T, Hkv, D), all requests end to end.
             v: (R, Hkv, n, Dv) or (T, Hkv, Dv).
             cu_seqlens: (R + 1,) integers: 0, where each next request's tokens begin in k, and T.
-            layout: of the pool.
+            layout: of the pool, and of scales of tokens.
+            k_scale: with a pool of float8_e4m3fn what its numbers are to be multiplied by: a number, float32 (Hkv,), or
+                float32 (P, page_size, Hkv) to be filled.
+            v_scale: likewise.
 
         Raises:
-            ArgumentError: shapes that don't fit; more tokens than a request has; a page that the pool doesn't have.
-                Nothing is written then.
+            ArgumentError: shapes or scales that don't fit; more tokens than a request has; a page that the pool doesn't
+                have. Nothing is written then.
+            ArgumentTypeError: types or dtypes that don't fit.
 
         Example:
             >>> pages = PageTable(torch.tensor([[3, 1]]), torch.tensor([5]), page_size=4)
@@ -178,28 +190,31 @@ class PageTable:
             [[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
         """
         operation = "PageTable.append"
-        pools = [self.pool(operation, *item, layout) for item in (("k_pages", k_pages), ("v_pages", v_pages))]
+        views = [self.pool(operation, *item, layout) for item in (("k_pages", k_pages), ("v_pages", v_pages))]
+        scales = k_scale, v_scale
+        pools = page_scales.pools_of(operation, views, scales, layout)
+        for item in zip("kv", scales, strict=True):
+            page_scales.check_shared(operation, *item)
         lengths = self.read_lengths(operation)
         counts = self.counts_of(operation, "k", k, cu_seqlens, lengths)
         tokens = [_packed(operation, *item, cu_seqlens) for item in (("k", k), ("v", v))]
         total = int(counts.sum())
         for name, x, pool in zip(("k", "v"), tokens, pools, strict=True):
-            wanted = total, *pool.shape[2:]
-            if tuple(x.shape) != wanted or x.dtype != pool.dtype or x.device != pool.device:
+            wanted = total, *pool.pages.shape[2:]
+            fits = x.dtype == pool.pages.dtype if pool.scales is None else x.dtype in arguments.DTYPES
+            if tuple(x.shape) != wanted or not fits or x.device != pool.pages.device:
+                dtype = pool.pages.dtype if pool.scales is None else "16, 32 or 64 bits, which are scaled here"
                 raise ArgumentError(
                     f"{operation}: {name} holds {tuple(x.shape)} (tokens, heads, head_dim) of {x.dtype} on {x.device}, "
-                    f"expected {wanted} of {pool.dtype} on {pool.device}, as {name}_pages"
+                    f"expected {wanted} of {dtype} on {pool.pages.device}, as {name}_pages"
                 )
         requests = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(total) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(lengths - counts, counts)
-        ids = self.ids(operation, requests, places // self.page_size, len(pools[0]))
+        ids = self.ids(operation, requests, places // self.page_size, len(views[0]))
         with torch.no_grad():
-            page, slot = (
-                torch.from_numpy(ids).to(pools[0].device),
-                torch.from_numpy(places % self.page_size).to(pools[0].device),
-            )
-            for x, pool in zip(tokens, pools, strict=True):
-                pool[page, slot] = x
+            at = tuple(torch.from_numpy(x).to(views[0].device) for x in (ids, places % self.page_size))
+            for x, pool, scale in zip(tokens, pools, scales, strict=True):
+                pool.write(x, at, of_tokens=page_scales.of_tokens(scale))
 
     # What calls ask
 

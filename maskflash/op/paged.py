@@ -26,11 +26,14 @@ from maskflash.errors import ArgumentError, BackendError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
 from maskflash.ground import arguments, qkv
+from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers, Stretch, span
 from maskflash.ground.transfer import capturing
 from maskflash.masks.requests import REQUESTS, OfRequests
+from maskflash.op import page_scales
 from maskflash.op.asking import Asking, asks_for_dropout
 from maskflash.op.few_rows import shown
+from maskflash.op.page_scales import Scale
 from maskflash.op.page_table import Layout, PageTable
 from maskflash.op.spec import Spec
 from maskflash.scores.requests import ScoreOfRequests
@@ -106,6 +109,8 @@ class Paged(Asking):
         *,
         cu_seqlens_q: Tensor | None = None,
         layout: Layout = "NHD",
+        k_scale: Scale | None = None,
+        v_scale: Scale | None = None,
         sinks: Tensor | None = None,
         return_lse: bool = False,
         **mask_args: Any,
@@ -122,10 +127,15 @@ class Paged(Asking):
         Args:
             q: (R, Hq, Sq, D), Sq queries of each request; with cu_seqlens_q (T, Hq, D), those of all, end to end.
             k_pages: (P, page_size, Hkv, D), the pool of pages; with layout "HND" (P, Hkv, page_size, D). Any strides.
-            v_pages: (P, page_size, Hkv, Dv), or (P, Hkv, page_size, Dv).
+                In q's dtype, or in float8_e4m3fn.
+            v_pages: (P, page_size, Hkv, Dv), or (P, Hkv, page_size, Dv); in 8 bits if k_pages is.
             pages: which pages each request has, and its length, which counts the new tokens among them.
             cu_seqlens_q: (R + 1,) integers: 0, where each next request's queries begin in q, and T.
             layout: of the pool, "NHD" or "HND", as FlashInfer calls them.
+            k_scale: what the numbers of a pool in 8 bits are multiplied by: a number, or float32 (Hkv,), one for each
+                head, or (P, page_size, Hkv), one for each token and head, in the pool's layout. Finite and positive;
+                those of slots that no query sees may be anything.
+            v_scale: likewise.
             sinks: as in a call.
             return_lse: also return the log-sum-exp.
             **mask_args: the mask's own arguments, and the score function's; tables by b have a row for each request.
@@ -139,6 +149,7 @@ class Paged(Asking):
                 than a request has tokens, a page that is used and that the pool doesn't have. Dropout, and tensors that
                 ask for a gradient.
             ArgumentTypeError: types or dtypes that don't fit.
+            BackendError: the GPU has no numbers of float8_e4m3fn, and the pools hold such.
             MaskIndexError: as in a call.
 
         Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with PagedAttention, 2023.
@@ -153,7 +164,9 @@ class Paged(Asking):
         """
         arguments.instance(_OPERATION, "pages", pages, PageTable, "mf.PageTable(block_table, lengths, page_size)")
         return_lse = arguments.flag(_OPERATION, "return_lse", return_lse)
-        pools = pages.pool(_OPERATION, "k_pages", k_pages, layout), pages.pool(_OPERATION, "v_pages", v_pages, layout)
+        views = pages.pool(_OPERATION, "k_pages", k_pages, layout), pages.pool(_OPERATION, "v_pages", v_pages, layout)
+        scales = k_scale, v_scale
+        pools = page_scales.pools_of(_OPERATION, views, scales, layout)
         pages.check_shapes(_OPERATION)
         pages.check_tokens(_OPERATION, "q", q, cu_seqlens_q)
         as_batch = q if cu_seqlens_q is None else q.transpose(0, 1)[None]
@@ -167,11 +180,15 @@ class Paged(Asking):
         if sinks is not None:
             qkv.check_sinks(sinks, as_batch, _OPERATION)
         _refuse_gradients([("q", q), ("k_pages", k_pages), ("v_pages", v_pages), ("sinks", sinks)])
+        if pools[0].scales is not None:
+            self._refuse_8_bits(q.device)
         watched = torch.is_grad_enabled()
         found = self._on_device(as_batch, pools, pages, cu_seqlens_q, sinks, mask_args)
         with torch.no_grad():
             if found is not None:
                 return found if return_lse else found[0]
+            for item in zip("kv", scales, strict=True):
+                page_scales.check_shared(_OPERATION, *item)
             lengths = pages.read_lengths(_OPERATION)
             counts = pages.counts_of(_OPERATION, "q", q, cu_seqlens_q, lengths)
             offsets = torch.from_numpy(lengths - counts).to(q.device)
@@ -185,14 +202,15 @@ class Paged(Asking):
             steps, others = _apart(spec, problem, sequences)
             of_few = [_evaluated(spec, problem, sequences, requests) for requests in steps]
             alone = [self._share(problem, sequences, request, mask_args) for request in others]
-            ids = _ids(pages, len(pools[0]), of_few, alone)
+            ids = _ids(pages, len(views[0]), of_few, alone)
+            _check_scales(pools, scales, of_few, alone, ids)
             out, lse = self._attend_pages(spec, q, pools, of_few, alone, ids, cu_seqlens_q is not None, mask_args)
         return (out, lse) if return_lse else out
 
     def _on_device(
         self,
         q: Tensor,
-        pools: tuple[Tensor, Tensor],
+        pools: tuple[Pool, Pool],
         pages: PageTable,
         starts: Tensor | None,
         sinks: Tensor | None,
@@ -204,9 +222,9 @@ class Paged(Asking):
             return None
         from maskflash.backends.triton import run as triton
 
-        pools = pools[0].transpose(1, 2), pools[1].transpose(1, 2)
+        k_pages, v_pages = (pool.pages.transpose(1, 2) for pool in pools)
         each, room = tokens if starts is None else -(-tokens // requests), pages.block_table.shape[1] * pages.page_size
-        if not (triton.few.are_few(each, room) and triton.few.can_read(*pools)):
+        if not (triton.few.are_few(each, room) and triton.few.can_read(k_pages, v_pages)):
             return None
         if starts is None:
             counts: int | Tensor = tokens
@@ -215,7 +233,8 @@ class Paged(Asking):
             if len(starts) != requests + 1 or starts.device != q.device:
                 return None  # which says what is wrong
             counts = starts.diff()
-        where = triton.few.Pages(pages.block_table, pages.lengths, pages.page_size, starts)
+        scales = [pool.scales.transpose(1, 2) for pool in pools if pool.scales is not None]
+        where = triton.few.Pages(pages.block_table, pages.lengths, pages.page_size, starts, *scales)
         offsets = pages.lengths.long() - counts
         sizes = Sizes(each, room, requests, heads, q.device, offsets, operation=_OPERATION)
         spec = self._spec(sizes, q, sinks, mask_args)
@@ -225,7 +244,8 @@ class Paged(Asking):
         if not shown(spec, problem, paged=True):
             return None
         tuning, splits = self.tune and not capturing(q.device), spec.splits or None
-        out, lse = triton.few.forward(problem, q, *pools, spec.strength, splits=splits, pages=where, tuning=tuning)
+        given = problem, q, k_pages, v_pages, spec.strength
+        out, lse = triton.few.forward(*given, splits=splits, pages=where, tuning=tuning)
         lse = lse * math.log(2)
         return (out, lse) if starts is None else (out[0].transpose(0, 1).contiguous(), lse[0])
 
@@ -246,7 +266,7 @@ class Paged(Asking):
         self,
         spec: Spec,
         q: Tensor,
-        pools: tuple[Tensor, Tensor],
+        pools: tuple[Pool, Pool],
         of_few: list[_FewOf],
         alone: list[_Share],
         ids: list[Numbers],
@@ -256,7 +276,7 @@ class Paged(Asking):
         """Out and lse in q's form; `ids` are the pages in the pool, of the few ones first."""
         k_pages, v_pages = pools
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = q.new_empty(*q.shape[:-1], v_pages.shape[3])
+        out = q.new_empty(*q.shape[:-1], v_pages.pages.shape[3])
         lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
         for part, pages in zip(of_few, ids, strict=False):
             at = part.rows if packed else span(part.requests)
@@ -269,7 +289,7 @@ class Paged(Asking):
                 out[at], lse[at] = found
         for each, pages in zip(alone, ids[len(of_few) :], strict=True):
             rows = q[each.rows].transpose(0, 1)[None] if packed else q[each.request][None]
-            k, v = (each.stretch.tokens(x, pages) for x in pools)
+            k, v = (each.stretch.tokens(pool.tokens(pages, q.dtype)) for pool in pools)
             offsets = {"q_offset": each.q_offset, "kv_offset": each.stretch.start}
             given = _of_request(mask_args, each.request, q.device)
             found = self._for_requests()(rows, k, v, **offsets, sinks=spec.sinks, return_lse=True, **given)
@@ -278,6 +298,15 @@ class Paged(Asking):
             else:
                 out[each.request], lse[each.request] = found[0][0], found[1][0]
         return out, lse
+
+    def _refuse_8_bits(self, device: torch.device) -> None:
+        """An error where kernels can't read float8_e4m3fn."""
+        if self._backend_for(device) == "triton":
+            from maskflash.backends.triton import run as triton
+
+            problem = triton.without_8_bits(device)
+            if problem is not None:
+                raise BackendError(f"{_OPERATION}: the triton backend can't read pools in 8 bits here: {problem}")
 
     @aside
     def _for_requests(self) -> Any:
@@ -344,13 +373,39 @@ def _of_request(mask_args: dict[str, Any], request: int, device: torch.device) -
     return {**mask_args, str(REQUESTS): torch.tensor([request], device=device)}
 
 
-def _check_fit(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
-    """Check q (B, Hq, tokens, D) and pools (P, page_size, H, D)."""
-    if len(k_pages) != len(v_pages):
-        raise ArgumentError(
-            f"{_OPERATION}: k_pages has {len(k_pages)} pages and v_pages {len(v_pages)}; expected the same"
-        )
-    k, v = (x.new_empty(len(q), x.shape[2], 0, x.shape[3]) for x in (k_pages, v_pages))
+def _check_scales(
+    pools: tuple[Pool, Pool],
+    scales: tuple[Scale | None, Scale | None],
+    of_few: list[_FewOf],
+    alone: list[_Share],
+    ids: list[Numbers],
+) -> None:
+    """Check the scales of tokens that are attended."""
+    if not any(map(page_scales.of_tokens, scales)):
+        return
+    page_size, attended = pools[0].page_size, list[tuple[Numbers, BoolArray]]()
+    for part, at in zip(of_few, ids, strict=False):
+        tokens: BoolArray = np.logical_or.reduce(part.bits, axis=(1, 2)).reshape(*at.shape, page_size)
+        attended.append((at[part.seen], tokens[part.seen]))
+    for each, at in zip(alone, ids[len(of_few) :], strict=True):
+        seen = np.zeros((len(at), page_size), bool)
+        columns = each.stretch.columns
+        seen[np.searchsorted(each.stretch.pages, columns // page_size), columns % page_size] = True
+        attended.append((at, seen))
+    for name, pool, scale in zip("kv", pools, scales, strict=True):
+        for at, seen in attended:
+            page_scales.check_seen(_OPERATION, name, pool, scale, at, seen)
+
+
+def _check_fit(q: Tensor, k_pages: Pool, v_pages: Pool) -> None:
+    """Check q (B, Hq, tokens, D) and the pools."""
+    counts = len(k_pages.pages), len(v_pages.pages)
+    if counts[0] != counts[1]:
+        raise ArgumentError(f"{_OPERATION}: k_pages has {counts[0]} pages and v_pages {counts[1]}; expected the same")
+    k, v = (
+        pool.pages.new_empty(len(q), pool.pages.shape[2], 0, pool.pages.shape[3], dtype=pool.held_in(q.dtype))
+        for pool in (k_pages, v_pages)
+    )
     qkv.check(q, k, v, _OPERATION)
 
 

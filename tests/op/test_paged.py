@@ -32,7 +32,7 @@ class Cache:
     """Requests with random keys and values in shuffled pages, between NaN; the first pages may be shared."""
 
     def __init__(self, lengths, page_size, layout="NHD", shared=0, dtype=torch.float32, adjacent=False):
-        self.lengths, self.page_size, self.layout = lengths, page_size, layout
+        self.lengths, self.page_size, self.layout, self.dtype, self.scales = lengths, page_size, layout, dtype, {}
         longest = max([1, *lengths])
         self.k, self.v = (drawn(len(lengths), KV_HEADS, longest, d, seed=d, dtype=dtype) for d in (DIM, V_DIM))
         shared = min(shared, *(n // page_size for n in lengths)) if lengths else 0
@@ -66,7 +66,7 @@ class Cache:
 
 def assert_as_dense(cache, counts, mask, score=None, sinks=None, packed=True, **args):
     """out and lse of the last tokens of each request are those of the padded batch, densely and in float64."""
-    dtype, lengths, most = cache.k.dtype, torch.tensor(cache.lengths), max([1, *counts])
+    dtype, lengths, most = cache.dtype, torch.tensor(cache.lengths), max([1, *counts])
     q = drawn(len(counts), HEADS, most, DIM, seed=7, dtype=dtype)
     given_q = torch.cat([row[:, :n].transpose(0, 1) for row, n in zip(q, counts, strict=True)]) if packed else q
     attn = mf.compile(mask, score=score)
@@ -74,7 +74,7 @@ def assert_as_dense(cache, counts, mask, score=None, sinks=None, packed=True, **
         out, lse = attn.paged(
             *(given_q, *cache.pools, cache.pages),
             **{"cu_seqlens_q": starts(counts) if packed else None, "layout": cache.layout},
-            **{"sinks": sinks, "return_lse": True},
+            **{"sinks": sinks, "return_lse": True, **cache.scales},
             **args,
         )
     assert out.dtype == dtype and out.is_contiguous()

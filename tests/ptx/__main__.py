@@ -18,7 +18,9 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[2]
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
-KERNELS: Final = ("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few")  # tests of them
+KERNELS: Final = (  # tests that launch them
+    *("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few", "paged_in_8_bits"),
+)
 FILES: Final = (
     *(f"tests/backends/triton/test_{name}.py" for name in KERNELS),
     "tests/ptx/test_sabotage.py",

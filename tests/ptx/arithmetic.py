@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from tests.ptx import values as on
-from tests.ptx.eight_bits import e4m3_bits
+from tests.ptx.eight_bits import e4m3_bits, e4m3_values
 from tests.ptx.faults import Unsupported
 from tests.ptx.operands import Action, Scope, only, vector
 from tests.ptx.parse import Statement
@@ -353,6 +353,8 @@ def _cvt(statement: Statement) -> Operation:
     if words == ["rz"] and (target, source) == ("f16", "f32"):
         return Operation((source,), target, on.toward_zero)
     only(statement, tuple(words), {"rn", "ftz", *_ROUNDINGS})
+    if source == "e4m3x2":
+        return Operation(("u16",), "f16x2", lambda a: np.stack([e4m3_values(a & 255), e4m3_values(a >> 8)], -1))
     if target in ("f16x2", "bf16x2"):
         return Operation((source, source), target, lambda high, low: np.stack(np.broadcast_arrays(low, high), -1))
     whole = next((word for word in words if word in _ROUNDINGS), None)

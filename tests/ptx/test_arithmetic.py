@@ -403,6 +403,14 @@ def test_float32_becomes_bfloat16_to_nearest_even():
     assert_same((pair & 0xFFFF).astype(np.uint16), found[::-1], "bf16")
 
 
+def test_pairs_of_e4m3_become_halves():
+    codes = np.arange(1 << 16, dtype=np.uint16)[:: (1 << 16) // 256 + 1]
+    pair = value_of("cvt.rn.f16x2.e4m3x2 %r0, %rs1;", codes)
+    for half, code in ((pair & 0xFFFF, codes & 255), (pair >> 16, codes >> 8)):
+        wanted = torch.from_numpy(code.astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
+        assert np.array_equal(half.astype(np.uint16).view(np.float16).astype(np.float32), wanted, equal_nan=True)
+
+
 def nearest(bits):
     numbers = bits.view(np.float32).astype(np.float64)
     finite = np.isfinite(numbers)

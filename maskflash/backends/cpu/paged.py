@@ -28,7 +28,8 @@ from maskflash.backends.cpu.scored import ScoredPairs
 from maskflash.backends.cpu.softmax import merge_some
 from maskflash.backends.sinks import add_sinks
 from maskflash.ground import modes
-from maskflash.ground.stretch import BoolArray, Numbers, are_adjacent, span
+from maskflash.ground.pool import Pool
+from maskflash.ground.stretch import BoolArray, Numbers, span
 
 _IN_PLACE: Final = 1 << 20  # bytes of keys that lie one after the other, from which on they are read where they are
 _COPIED: Final = 1 << 21  # bytes of keys, about, that are copied at once
@@ -63,8 +64,8 @@ class PagedRows(NamedTuple):
         seen: (requests, pages), of which pages some row sees a column.
         ids: (requests, pages), where these are in the pool; of pages that no row sees, anything.
         q: (requests, Hq, q_len, D).
-        k_pages: (P, page_size, Hkv, D), any strides.
-        v_pages: (P, page_size, Hkv, Dv).
+        k_pages: the pool of keys.
+        v_pages: that of values; both hold numbers of q's dtype, or of 8 bits.
         scale: factor of the scores.
         scored: the score function on all pairs, those of the bits; or None.
     """
@@ -73,26 +74,42 @@ class PagedRows(NamedTuple):
     seen: BoolArray
     ids: Numbers
     q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
+    k_pages: Pool
+    v_pages: Pool
     scale: float
     scored: ScoredPairs | None
 
     @property
     def page_size(self) -> int:
         """Tokens of a page."""
-        return self.k_pages.shape[1]
+        return self.k_pages.page_size
 
     @property
     def adjacent(self) -> bool:
         """Whether pages that follow one another in the pool are one tensor of tokens."""
-        return are_adjacent(self.k_pages) and are_adjacent(self.v_pages)
+        return self.k_pages.adjacent and self.v_pages.adjacent
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether pages are in 8 bits; then copies of them have q's dtype."""
+        return self.k_pages.scales is not None
 
     @property
     def page_bytes(self) -> int:
-        """Of the keys of a page."""
-        _, tokens, heads, head_dim = self.k_pages.shape
-        return tokens * heads * head_dim * self.k_pages.itemsize
+        """Of the keys of a page, as they are attended."""
+        dtype = self.k_pages.held_in(self.q.dtype)
+        return self.page_size * math.prod(self.k_pages.pages.shape[2:]) * dtype.itemsize
+
+    def cut(self) -> PagedRows:
+        """The same with large pages cut into parts that are pages of their own."""
+        k_pages = self.k_pages.cut()
+        parts = k_pages.parts
+        if parts == 1:
+            return self
+        ids = (self.ids[:, :, None] * parts + np.arange(parts)).reshape(len(self.ids), -1)
+        by_page = self.bits.reshape(len(ids), -1, ids.shape[1], k_pages.page_size)
+        seen: BoolArray = np.logical_or.reduce(by_page, axis=(1, 3))
+        return self._replace(seen=seen, ids=ids, k_pages=k_pages, v_pages=self.v_pages.cut())
 
 
 def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tensor, Tensor]:
@@ -106,9 +123,12 @@ def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tens
     Returns:
         out (requests, Hq, q_len, Dv) in q's dtype, and lse (requests, Hq, q_len).
     """
-    dtype, seen = step.q.dtype, step.seen.copy()
+    dtype = step.q.dtype
+    if step.in_8_bits:  # each number of a copy is rounded once, and the result, as in float32
+        step = step._replace(q=step.q.to(torch.promote_types(dtype, torch.float32))).cut()
+    seen = step.seen.copy()
     shares = [] if apart else shared(seen, step.ids, max(1, _SHARED // step.page_bytes))
-    if shares and dtype.itemsize == 2:  # parts are rounded once, after they are merged
+    if shares and step.q.dtype.itemsize == 2:  # parts are rounded once, after they are merged
         step = step._replace(q=step.q.float())
     for share in shares:
         seen[share.requests, share.first : share.stop] = False
@@ -202,7 +222,7 @@ def _pieces(step: PagedRows, share: SharedPages) -> list[Numbers]:
 def _keys(step: PagedRows, ids: Numbers) -> tuple[Tensor, ...]:
     """K and V of pages, (1, Hkv, tokens, D): views where they are adjacent, else copies that hold until the next."""
     if step.adjacent and (np.diff(ids) == 1).all():
-        found = [x[int(ids[0]) : int(ids[-1]) + 1] for x in (step.k_pages, step.v_pages)]
+        found = [x.pages[int(ids[0]) : int(ids[-1]) + 1] for x in (step.k_pages, step.v_pages)]
     else:
         found = _copies(step, ids)
     return tuple(x.flatten(0, 1).transpose(0, 1)[None] for x in found)
@@ -273,7 +293,7 @@ def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
     total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     if len(parts) == 1 and len(parts[0].out) == len(step.q):
         return parts[0].out.contiguous(), parts[0].lse.contiguous()
-    out = step.q.new_zeros(*step.q.shape[:3], step.v_pages.shape[3], dtype=total)
+    out = step.q.new_zeros(*step.q.shape[:3], step.v_pages.pages.shape[3], dtype=total)
     lse = step.q.new_full(out.shape[:-1], -torch.inf, dtype=total)
     for requests, part, part_lse in parts:
         of_part, of_part_lse = out[requests], lse[requests]
@@ -285,13 +305,15 @@ def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
 
 def _copies(step: PagedRows, ids: Numbers) -> list[Tensor]:
     """These pages of k and v, in memory that the next copies of this thread take again."""
-    pages, pools = torch.from_numpy(ids), (step.k_pages, step.v_pages)
-    shapes = [(len(ids), *x.shape[1:]) for x in pools]
-    sizes = [math.prod(shape) * x.itemsize for shape, x in zip(shapes, pools, strict=True)]
-    rooms = _memory(sum(sizes)).split(sizes)
+    pools = step.k_pages, step.v_pages
+    dtype = step.k_pages.held_in(step.q.dtype)
+    shapes = [pool.shape_of(ids) for pool in pools]
+    counts = [math.prod(shape) for shape in shapes]
+    sizes = [*(n * dtype.itemsize for n in counts), 3 * max(counts) if step.in_8_bits else 0]
+    *rooms, between = _memory(sum(sizes)).split(sizes)
     return [
-        torch.index_select(x, 0, pages, out=room.view(x.dtype).view(shape))
-        for x, room, shape in zip(pools, rooms, shapes, strict=True)
+        pool.copy(ids, room.view(dtype).view(shape), between)
+        for pool, room, shape in zip(pools, rooms, shapes, strict=True)
     ]
 
 

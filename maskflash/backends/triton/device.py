@@ -22,6 +22,8 @@ from maskflash.backends.triton.tiles import AMD, SHARED_LIMITS, Arch
 from maskflash.errors import BackendError
 from maskflash.ground.transfer import capturing
 
+_ADA: Final = 89  # the first compute capability, times ten, with e4m3
+
 
 @cache
 def library() -> ModuleType:
@@ -61,14 +63,26 @@ def interprets() -> bool:
     return bool(library().knobs.runtime.interpret)
 
 
-def no_eight_bits(device: torch.device) -> str | None:
+def without_8_bits(device: torch.device) -> str | None:
+    """Why kernels can't read float8_e4m3fn on a device, with the fix; None where they can."""
+    if interprets():
+        return None
+    found = arch(device)
+    if isinstance(found, str):
+        return f"on AMD's GPUs no kernel with it has been compiled, got {found}; widen the pools to q's dtype"
+    if found >= _ADA:
+        return None
+    return f"it needs compute capability 8.9 (Ada) or later, got {found / 10}; widen the pools to q's dtype"
+
+
+def without_products_in_8_bits(device: torch.device) -> str | None:
     """Why a device has no products of 8 bits (e4m3), with the fix; None where it has."""
     if interprets():
         return "Triton's interpreter does not round to e4m3 as devices do; leave precision out"
     found = arch(device)
     if isinstance(found, str):
         return f"its kernels have 8-bit products on NVIDIA's GPUs alone, got {found}; leave precision out"
-    if found >= 89:
+    if found >= _ADA:
         return None
     return f"it needs compute capability 8.9 (Ada, Hopper) or later, got {found / 10}; leave precision out"
 

@@ -57,12 +57,16 @@ class Pages:
         page_size: tokens of a page.
         starts: (B + 1,) integers, where the queries of each begin among all, which are one batch row then; None where
             each has equally many.
+        k_scales: of keys in 8 bits, (P, Hkv, page_size) float32, any strides; None where they are in q's dtype.
+        v_scales: likewise of values.
     """
 
     block_table: Tensor
     lengths: Tensor
     page_size: int
     starts: Tensor | None = None
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
     @property
     def room(self) -> int:
@@ -76,8 +80,8 @@ def are_few(q_len: int, kv_len: int) -> bool:
 
 
 def can_read(k: Tensor, v: Tensor) -> bool:
-    """Whether pools of pages (P, H, page_size, D) lie in memory as kernels address it: else they had to be copied."""
-    return fits(k) and fits(v) and k.shape[3] % UNIT == v.shape[3] % UNIT == 0
+    """Whether pools of pages (P, H, page_size, D) have any, and lie in memory as kernels address it, without a copy."""
+    return len(k) > 0 and fits(k) and fits(v) and k.shape[3] % UNIT == v.shape[3] % UNIT == 0
 
 
 def is_shown(problem: Problem, score: BoundScore | None, *, paged: bool = False) -> bool:
@@ -101,7 +105,13 @@ def extents_of(problem: Problem, *, paged: bool = False) -> dict[str, Reach]:
 
 
 def special_of(
-    problem: Problem, dim: int, v_dim: int, score: BoundScore | None, *, paged: bool = False
+    problem: Problem,
+    dim: int,
+    v_dim: int,
+    score: BoundScore | None,
+    *,
+    paged: bool = False,
+    pages_in_8_bits: bool = False,
 ) -> Specialisation:
     """What the text of the kernel depends on: nothing that is in tensors."""
     extents = extents_of(problem, paged=paged)
@@ -109,7 +119,7 @@ def special_of(
     found = largest(problem.expr, problem.inputs, extents, Unread())
     narrow = found is not None and max(found, *sizes, 0) < 2**31
     kind = None if score is None else score_kind(score, extents)
-    return specialisation(problem, False, narrow, dim, v_dim, kind, paged=paged)
+    return specialisation(problem, False, narrow, dim, v_dim, kind, paged=paged, pages_in_8_bits=pages_in_8_bits)
 
 
 def narrowed(tile: Tile, packed: int) -> Tile:
@@ -164,7 +174,8 @@ def forward(
 
     Returns:
         out (B, Hq, Sq, Dv) in q's dtype and lse (B, Hq, Sq) float32, in base 2; with starts of batch 1. Rows whose
-        length can't be, or that see a page which the pool doesn't have, are NaN.
+        length can't be, or that see a page which the pool doesn't have, or a scale that is no finite positive number,
+        are NaN.
     """
     v_dim = v.shape[3]
     if pages is None:
@@ -197,7 +208,8 @@ class SplitLauncher(Launches):
     def __post_init__(self) -> None:
         score, pages = self.strength.score, self.pages
         dims = self.q.shape[3], self.v.shape[3]
-        self.special = special_of(self.problem, *dims, score, paged=pages is not None)
+        in_8_bits = pages is not None and pages.k_scales is not None
+        self.special = special_of(self.problem, *dims, score, paged=pages is not None, pages_in_8_bits=in_8_bits)
         self._of_strength = {} if score is None else score_values(score)
         if pages is None:
             self._where = {"kv_len": self.k.shape[2]}
@@ -214,6 +226,10 @@ class SplitLauncher(Launches):
             "RAGGED": pages.starts is not None,
             "REQUESTS": _REQUESTS,
         }
+        for name, scales in (("k_scales", pages.k_scales), ("v_scales", pages.v_scales)):
+            if scales is not None:
+                steps = zip("bhs", scales.stride(), strict=True)
+                self._where |= {name: scales, **{f"{name}_{dimension}": step for dimension, step in steps}}
 
     def launch(self, pass_name: PassName, tile: Tile, own: dict[str, Any]) -> None:
         """Launch `split`, and `combine` where rows have several pieces.

@@ -43,7 +43,7 @@ def check(q: Tensor, k: Tensor, block_size: tuple[int, int]) -> None:
     Raises:
         BackendError: the device has none, or the dtype, the lengths or the block size don't suit them.
     """
-    reason = gpu.no_eight_bits(q.device)
+    reason = gpu.without_products_in_8_bits(q.device)
     q_len, kv_len = q.shape[2], k.shape[2]
     if reason is None and q.dtype not in _DTYPES:
         kind = str(q.dtype).removeprefix("torch.")

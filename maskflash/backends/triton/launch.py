@@ -37,6 +37,7 @@ def specialisation(
     score: ScoreKind | None = None,
     dropout: bool = False,
     paged: bool = False,
+    pages_in_8_bits: bool = False,
 ) -> Specialisation:
     """What the text of a call's kernels depends on, given head dims that are whole vectors."""
     padded_d, padded_dv = dim != padded(dim), v_dim != padded(v_dim)
@@ -57,6 +58,7 @@ def specialisation(
         score=score,
         dropout=dropout,
         paged=paged,
+        pages_in_8_bits=pages_in_8_bits,
     )
 
 
@@ -182,7 +184,7 @@ class Launcher(Launches):
         sizes = {"b": (0, self.q.shape[0] - 1), "h": (0, self.q.shape[1] - 1)}
         kind = None if score is None else score_kind(score, {**self.plan.extents, **sizes})
         special = specialisation(self.problem, interval, self.plan.narrow, *dims, kind, dropout is not None)
-        self.special = replace(special, eight_bits=self.q.dtype == FORMAT)
+        self.special = replace(special, products_in_8_bits=self.q.dtype == FORMAT)
         self._of_strength = {} if score is None else score_values(score)
         if dropout is not None:
             batch, heads, q_len, _ = self.q.shape

@@ -28,7 +28,7 @@ from maskflash.analysis.seen import Seen
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few, fp8, kernel_choice, tile_choice
-from maskflash.backends.triton.device import unavailable
+from maskflash.backends.triton.device import unavailable, without_8_bits
 from maskflash.backends.triton.hopper import mapped
 from maskflash.backends.triton.intervals import intervals
 from maskflash.backends.triton.launch import NO_MASK, Launcher, kernel, specialisation
@@ -41,7 +41,7 @@ from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
 from maskflash.scores.strength import BoundScore, Gradients, Precision, Strength
 
-__all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable"]
+__all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable", "without_8_bits"]
 
 _LOG2E: Final = 1.4426950408889634
 
@@ -69,7 +69,7 @@ def source(
         kind = replace(kind, wanted=score.wanted)
     special = specialisation(problem, interval, seen.largest < 2**31, *dims, kind, dropout)
     if eight_bits:
-        special = replace(special, eight_bits=True, padded_d=False)  # q and k have a power of two of dims then
+        special = replace(special, products_in_8_bits=True, padded_d=False)  # q and k have a power of two of dims then
     return render(special, pass_name, remarks=True)
 
 

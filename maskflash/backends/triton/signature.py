@@ -103,7 +103,8 @@ class Specialisation:
         score: what becomes of scaled products; None where they stay what they are.
         dropout: some probabilities are dropped.
         paged: keys lie in pages.
-        eight_bits: forward's q, k and v are e4m3 values with scales.
+        products_in_8_bits: forward's q, k and v are in float8_e4m3fn, and have scales.
+        pages_in_8_bits: pages are, and have scales.
     """
 
     expr: Expr
@@ -118,7 +119,8 @@ class Specialisation:
     score: ScoreKind | None = None
     dropout: bool = False
     paged: bool = False
-    eight_bits: bool = False
+    products_in_8_bits: bool = False
+    pages_in_8_bits: bool = False
 
     @property
     def mask(self) -> str:
@@ -127,9 +129,10 @@ class Specialisation:
 
     @property
     def strength(self) -> str:
-        """Likewise the score, and whether there is dropout; empty without both."""
+        """Likewise the score, whether there is dropout, and keys in 8 bits; empty without all."""
         score = "" if self.score is None else self.score.expr.text
-        return f"{score} dropout" if self.dropout else score
+        score = f"{score} dropout" if self.dropout else score
+        return f"{score} 8 bits" if self.pages_in_8_bits else score
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,10 @@ _PAGED: Final = [
     [Parameter("table_step", "i64"), *(Parameter(name, "i32") for name in ("pages", "page_size", "room"))],
     [Parameter("RAGGED", "constant"), Parameter("REQUESTS", "constant")],
 ]
+_SCALES: Final = [
+    [Parameter("k_scales", "view"), Parameter("v_scales", "view")],
+    *([Parameter(f"{x}_scales_{dimension}", "i64") for dimension in "bhs"] for x in "kv"),
+]
 # By pass: tensors with strides; contiguous tensors; real numbers; integers.
 _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "forward": ("q k v out", "lse sinks", "qk_scale", "batch heads group share q_len kv_len tiles_m"),
@@ -215,10 +222,11 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
         few = pass_name == "split"
         lines += [
             *((_PAGED if special.paged else [_line("i32", ["kv_len"])]) if few else _WALKED),
+            *(_SCALES if special.pages_in_8_bits else []),
             *_of_mask(special),
             *(_of_score(special.score, pass_name) if special.score else []),
             *(_DROPOUT if special.dropout else []),
-            *(_SCALED if special.eight_bits else []),
+            *(_SCALED if special.products_in_8_bits else []),
             *(_line("constant", names) for names in _constants(pass_name)),
             _line("constant", _FLAGS.get(pass_name, ())),
         ]

@@ -34,7 +34,7 @@ class Case:
         dims: its (D, Dv).
         block_size: of the map.
         mask: the mask as the kernel has it.
-        strength: likewise the score, and whether there is dropout; empty without both.
+        strength: likewise the score, whether there is dropout, and keys in 8 bits; empty without all.
         of_pairs: real numbers that the score looks up for each pair.
     """
 

@@ -200,7 +200,7 @@ def test_devices_without_such_products_are_told(monkeypatch, arch, reason):
 )
 def test_calls_that_can_not_have_it_are_told(monkeypatch, shape, dtype, options, reason):
     """Before the mask is analysed: nothing of it is evaluated."""
-    monkeypatch.setattr(gpu, "no_eight_bits", lambda device: None)
+    monkeypatch.setattr(gpu, "without_products_in_8_bits", lambda device: None)
     monkeypatch.setattr(triton, "plan", lambda *args: pytest.fail("planned"))
     tensors = [torch.zeros(1, dtype=dtype).expand(1, 2, n, 64) for n in (shape.q_len, shape.kv_len, shape.kv_len)]
     with pytest.raises(BackendError, match=reason):
@@ -208,7 +208,7 @@ def test_calls_that_can_not_have_it_are_told(monkeypatch, shape, dtype, options,
 
 
 def test_few_rows_are_told_in_a_compiled_graph(monkeypatch):
-    monkeypatch.setattr(gpu, "no_eight_bits", lambda device: None)
+    monkeypatch.setattr(gpu, "without_products_in_8_bits", lambda device: None)
     q, k, v = replace(SHAPE, q_len=1).tensors(torch.bfloat16)
     spec = op(mf.full())._spec(mf.functions.sizes.Sizes.of(q, k), q, None, {})
     with pytest.raises(BackendError, match="1 queries and 180 keys"):

@@ -127,7 +127,16 @@ EVERYTHING = trace(
     {"doc": torch.zeros(2, 8, dtype=torch.int64), "n": 3},
 ).expr
 KINDS = (TableKind(torch.int64, 2),)
-FLAGS = ("narrow", "q_offsets", "kv_offsets", "negative_kv", "padded_d", "padded_dv", "eight_bits")
+FLAGS = (
+    "narrow",
+    "q_offsets",
+    "kv_offsets",
+    "negative_kv",
+    "padded_d",
+    "padded_dv",
+    "products_in_8_bits",
+    "pages_in_8_bits",
+)
 
 
 def special(**flags):
