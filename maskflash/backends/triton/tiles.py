@@ -264,6 +264,8 @@ def candidates(tile: Tile) -> Iterable[Tile]:
     for stages in (tile.stages - 1, tile.stages + 1):
         if stages:
             yield replace(tile, stages=stages)
+    if tile.consumers:
+        return  # its warps, rows and registers are those of its roles
     yield replace(tile, warps=4 if tile.warps == 8 else 8)
     if tile.registers is not None:
         yield replace(tile, registers=None)
