@@ -118,7 +118,11 @@ def forward(
         lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None] * _LOG2E)
         return cut(out.zero_(), v_dim), lse
     factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
-    k, v = without_hidden(plan.seen(rows=False), k, v)
+    if strength.precision == "fp8":  # scales are of whole blocks, visited or not
+        (q,) = without_hidden(plan.used(problem, rows=True), q)
+        k, v = without_hidden(plan.used(problem, rows=False), k, v)
+    else:
+        k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     operands = addressed(q=q, k=k, v=v)
     if strength.precision == "fp8":
