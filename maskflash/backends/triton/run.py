@@ -120,7 +120,11 @@ def forward(
         return cut(out.zero_(), v_dim), lse
     pass_name = kernel_choice.choose(problem, q, k, v, strength).pass_name
     factor = {"qk_scale": scale * _LOG2E} if strength.score is None else {"scale": scale}
-    k, v = without_hidden(plan.seen(rows=False), k, v)
+    if strength.precision == "fp8":  # scales are of whole blocks, visited or not
+        (q,) = without_hidden(plan.used(problem, rows=True), q)
+        k, v = without_hidden(plan.used(problem, rows=False), k, v)
+    else:
+        k, v = without_hidden(plan.seen(rows=False), k, v)
     q, k, v = laid_out(q, k, v)
     operands = (mapped if pass_name == "hopper" else addressed)(q=q, k=k, v=v, out=out)
     if strength.precision == "fp8":
