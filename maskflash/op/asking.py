@@ -82,7 +82,7 @@ class Asking:
         splits: int = 0,
     ) -> None:
         self.given = mask
-        self.name = mask.name
+        self.name: str = mask.name
         self.score = score
         if score is not None:
             self._with_holes = Combination("and", mask, Lifted(score, holes=True))
@@ -93,7 +93,7 @@ class Asking:
         self.backend = backend
         self.deterministic = deterministic
         self.tune = tune
-        self.check = check or checking.ALWAYS
+        self.check: bool = check or checking.ALWAYS
         self.splits = splits
 
     def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:

@@ -50,6 +50,10 @@ class Explanation:
     score: dict[str, Any] | None = None
     splits: int = 0
 
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return ["to_dict"]
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data.
 
