@@ -71,7 +71,8 @@ def installed(built, tmp_path_factory):
     (packages / "others.pth").write_text("\n".join(ours), encoding="utf-8")  # .pth files in there are not read
     (wheel,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "--disable-pip-version-check"]
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    # The environment that runs the tests may have the wheel as well.
+    run(*pip, "install", "--quiet", "--ignore-installed", "--no-deps", "--no-index", wheel, cwd=folder)
     return scripts
 
 
