@@ -1,6 +1,35 @@
 """maskflash: a compiler from which pairs may attend to a fast, differentiable attention op.
 
-`compile(mask)` is the front door; `mask`, the presets and `& | ^ ~` make masks. README.md has an example.
+Say which query may see which key, in plain Python or by presets. Get attention that skips what
+is hidden, forward and backward, on a CPU as on a GPU:
+
+    import torch
+    import maskflash as mf
+
+    # batch, heads, tokens, head dim
+    q, k, v = torch.randn(3, 1, 4, 1024, 64, requires_grad=True).unbind()
+    attn = mf.compile(mf.causal() & mf.document(lengths=[300, 724]))
+    out = attn(q, k, v)
+    out.sum().backward()
+
+What you may want, and what does it:
+
+    attend under a mask           mf.compile; mf.attention for one call; mf.varlen_attention
+    make a mask                   mf.mask of a function f(b, h, q, kv); presets, such as
+                                  mf.causal and mf.sliding_window, more in mf.presets
+    join masks                    & | ^ ~
+    change scores as well         score= of mf.compile: mf.score of a function, or mf.scores
+    see what a mask shows, why    mf.Mask: its dense, row, block_map, why; mf.visualize
+    tell two masks apart          mf.equivalent, mf.implies, mf.compare
+    know what a call will do      mf.Attention: its explain and source
+    come from another library     mf.from_arguments, mf.from_flex, mf.flashmask_attention
+    go to another's kernel        mf.Mask: its to_flashmask, to_block_mask, to_slices, ...
+    decode over pages of keys     mf.PageTable, and paged of mf.Attention
+    train on shared beginnings    mf.prefix_tree
+    share a sequence among ranks  mf.parallel
+    test a mask of your own       mf.testing
+
+Every error raised on purpose is an mf.MaskflashError: it says what was expected, and the fix.
 """
 
 from importlib import import_module

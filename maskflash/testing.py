@@ -57,7 +57,17 @@ def __dir__() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of one attention call: q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)."""
+    """Sizes of one attention call: q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv).
+
+    Attributes:
+        batch: B, at least 0.
+        heads: Hq, query heads.
+        kv_heads: Hkv, heads of k and v; it divides `heads`.
+        q_len: Sq, rows in tokens.
+        kv_len: Skv, columns in tokens.
+        head_dim: D, of q and k.
+        v_head_dim: Dv, of v.
+    """
 
     batch: int = 1
     heads: int = 1

@@ -18,6 +18,7 @@ import maskflash as mf
 
 CHECKOUT = Path(__file__).parents[1]
 DOWNSTREAM = CHECKOUT / "tests" / "downstream"
+MODULES = ("parallel", "presets", "scores", "testing", "visualize")
 USE = """
 import importlib.metadata, pathlib, sys, torch
 import maskflash as mf
@@ -70,7 +71,8 @@ def installed(built, tmp_path_factory):
     (packages / "others.pth").write_text("\n".join(ours), encoding="utf-8")  # .pth files in there are not read
     (wheel,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "--disable-pip-version-check"]
-    run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    # The environment that runs the tests may have the wheel as well.
+    run(*pip, "install", "--quiet", "--ignore-installed", "--no-deps", "--no-index", wheel, cwd=folder)
     return scripts
 
 
@@ -104,8 +106,19 @@ def mypy(installed, name, status):
     return [(int(match[1]), match[2]) for match in found]
 
 
-def test_a_type_checker_knows_the_installed_package(installed):
-    assert mypy(installed, "user.py", status=0) == []
+@pytest.mark.parametrize("name", ["user.py", "everything.py"])
+def test_a_type_checker_knows_the_installed_package(installed, name):
+    assert mypy(installed, name, status=0) == []
+
+
+def test_what_is_type_checked_has_every_public_name():
+    """Each as an attribute of its module, as `mf.causal`; of what two modules have, one is enough."""
+    tree = ast.parse((DOWNSTREAM / "everything.py").read_text(encoding="utf-8"))
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {name for name in mf.__all__ if f"mf.{name}" not in used} == set(MODULES)
+    for module in MODULES:
+        names = set(getattr(mf, module).__all__) - set(mf.__all__)
+        assert {name for name in names if f"{module}.{name}" not in used} == set()
 
 
 def test_a_type_checker_finds_a_user_s_mistakes(installed):

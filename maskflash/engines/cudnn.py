@@ -6,6 +6,7 @@ plan/validation.py of nvidia-cudnn-frontend 1.32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Final
 
@@ -28,7 +29,7 @@ class Cudnn(Engine):
     package = "cudnn.flex_attention"
     install = 'pip install "nvidia-cudnn-frontend[cutedsl]"'
     form = "row intervals"
-    dtypes: ClassVar = {"cuda": (torch.bfloat16, torch.float16)}
+    dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = {"cuda": (torch.bfloat16, torch.float16)}
 
     def unfit(self, device: torch.device) -> str | None:
         """Hopper and Blackwell."""

@@ -6,6 +6,7 @@ flash_attn/cute/interface.py, and block_sparsity.py, of flash-attn-4 4.0.0b36.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ class FlashAttention4(Engine):
     install = "pip install --pre flash-attn-4"
     form = "block-sparse tensors, and CuTe text"
     by_batch = False
-    dtypes: ClassVar = {"cuda": (torch.bfloat16, torch.float16)}
+    dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = {"cuda": (torch.bfloat16, torch.float16)}
     deterministic = False
 
     def unfit(self, device: torch.device) -> str | None:

@@ -7,6 +7,7 @@ BlockSparseAttentionWrapper in flashinfer/sparse.py of flashinfer 0.7.4.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar, Final
 
@@ -30,8 +31,8 @@ class FlashInfer(Engine):
     package = "flashinfer"
     install = "pip install flashinfer-python"
     form = "block rows with bits"
-    dtypes: ClassVar = {"cuda": (torch.bfloat16, torch.float16)}
-    with_gradients = ()
+    dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = {"cuda": (torch.bfloat16, torch.float16)}
+    with_gradients: ClassVar[tuple[str, ...]] = ()
 
     def unfit(self, device: torch.device) -> str | None:
         """Turing or later."""

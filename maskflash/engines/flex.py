@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, ClassVar, Final
@@ -35,7 +35,9 @@ class Flex(Engine):
     install = "pip install torch"
     form = "BlockMask"
     by_batch = False
-    dtypes: ClassVar = dict.fromkeys(("cuda", "cpu"), (torch.float32, torch.bfloat16, torch.float16))
+    dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = dict.fromkeys(
+        ("cuda", "cpu"), (torch.float32, torch.bfloat16, torch.float16)
+    )
     scores = True
 
     def formed(self, block_map: BlockMap, problem: Problem) -> Formed:

@@ -6,6 +6,7 @@ magi_attention/functional/flex_flash_attn.py of MagiAttention 1.1, whose backwar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ class Magi(Engine):
     package = "magi_attention"
     install = "pip install git+https://github.com/SandAI-org/MagiAttention"
     form = "slices"
-    dtypes: ClassVar = {"cuda": (torch.bfloat16, torch.float16)}
+    dtypes: ClassVar[Mapping[str, tuple[torch.dtype, ...]]] = {"cuda": (torch.bfloat16, torch.float16)}
     learns_from_lse = False
 
     def unfit(self, device: torch.device) -> str | None:

@@ -103,8 +103,11 @@ class AlignedWindow(_WindowMask):
         chunk: int | None = None,
         lengths: Only = None,
     ) -> None:
-        self.left, self.right, self.align, self.flash = left, right, align, flash
-        self.chunk, self.lengths = chunk, lengths
+        self.left: Side = left
+        self.right: Side = right
+        self.align, self.lengths = align, lengths
+        self.flash: bool = flash
+        self.chunk: int | None = chunk
         self._low, self._high = f"first key of query 0 in {name}", f"last key of query 0 in {name}"
         self._at = f"key of query 0 in {name}"
         implied = [self._low] * (left is not None)

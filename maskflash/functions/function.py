@@ -94,8 +94,8 @@ class Function:
         self.implied_names = implied_names
         self.sizes = sizes
         self.fits = fits
-        self.traces = Traces()
-        self.number = next(_numbers)
+        self.traces: Traces = Traces()
+        self.number: int = next(_numbers)
 
     def __call__(self, *indices: Any, **mask_args: Any) -> Any:
         """The value at a pair, (b, h, q, kv) or what else it takes: numbers, tensors or the symbols of a trace."""

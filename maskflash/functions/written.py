@@ -37,7 +37,7 @@ class Recorded(Function):
         fits: Fits | None = None,
     ) -> None:
         super().__init__(name, keywords, defaults, fits=fits)
-        self.traces = Traces.recorded(records)
+        self.traces: Traces = Traces.recorded(records)
         self._held = tuple(x for record in records for x in record.traced.tables if isinstance(x, Tensor))
 
     def __call__(self, *indices: Any, **mask_args: Any) -> NoReturn:
@@ -71,7 +71,7 @@ class WrittenFunction(Function):
         role: what it is to be.
     """
 
-    reachable = ("function",)
+    reachable: ClassVar[tuple[str, ...]] = ("function",)
     recorded: ClassVar[type[Recorded]]  # what comes out of a pickle without its function
 
     def __init__(

@@ -36,7 +36,7 @@ class Upload:
         Raises:
             BackendError: that stream is recording a CUDA graph, which the copies would become part of.
         """
-        self.tensors = moved(tensors, device)
+        self.tensors: list[Tensor] = moved(tensors, device)
         self._device = device
         made = stream(device)
         self._copied = None if made is None else made.record_event()

@@ -98,11 +98,19 @@ class ColumnIntervals(Mask):
         several = {"batch": len(first) > 1, "heads": heads > 1, "q_len": causal, "kv_len": True}
         sizes = tuple(size for size, matters in several.items() if matters)
         super().__init__(f"ColumnIntervals({', '.join(vectors)}{', causal' if causal else ''})", (), {}, implied, sizes)
-        self.lts, self.lte, self.uts, self.ute = first, vectors.get("lte"), vectors.get("uts"), vectors.get("ute")
+        self.lts: Tensor = first
+        self.lte: Tensor | None = vectors.get("lte")
+        self.uts: Tensor | None = vectors.get("uts")
+        self.ute: Tensor | None = vectors.get("ute")
         self.causal = causal
         self._form = _Form(tuple(vectors), self.causal, len(first) > 1, heads)
         with plain():
             self._tables = {name: self._form.squeezed(x) for name, x in vectors.items()}
+
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        own = (*_VECTORS, "causal", "from_flashmask", "startend_row_indices", "vectors", "to")
+        return sorted((*super().__dir__(), *own))
 
     @staticmethod
     def from_flashmask(startend_row_indices: Tensor, causal: bool) -> ColumnIntervals:

@@ -7,7 +7,7 @@ its steps, never down by recursion.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Combination(Mask):
         leaves: how many masks are joined, all told.
     """
 
-    reachable = ("parts",)
+    reachable: ClassVar[tuple[str, ...]] = ("parts",)
 
     def __init__(self, op: str, *parts: Mask) -> None:
         self.op = op

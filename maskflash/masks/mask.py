@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Joinable = Callable[..., Any] | Tensor
 """A mask, a predicate `(b, h, q, kv)`, or a tensor of bool."""
 
+_INSIDE: Final = frozenset((*dir(Function), "at_call"))  # what the package reads of a mask
 _OF_CALL: Final = ("batch", "heads", "q_offset", "kv_offset", "device")  # what `Mask.at` takes beside lengths
 
 
@@ -38,6 +39,10 @@ class Mask(Function, Exports):
     A mask is equal to itself alone: `equivalent` compares what masks show, `fingerprint` how they are written. It can
     be pickled and deep-copied: see docs/questions.md for what becomes of its function.
     """
+
+    def __dir__(self) -> list[str]:
+        """What users may use, whatever made the mask."""
+        return [name for name in dir(Mask) if not name.startswith("_") and name not in _INSIDE]
 
     def at(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from maskflash.errors import ArgumentTypeError
 from maskflash.functions.written import Recorded, WrittenFunction
@@ -23,7 +23,7 @@ class RecordedMask(Recorded, Mask):
 class Predicate(WrittenFunction, Mask):
     """A mask given by a function."""
 
-    recorded = RecordedMask
+    recorded: ClassVar[type[Recorded]] = RecordedMask
 
 
 def mask(function: MaskLike) -> Mask:

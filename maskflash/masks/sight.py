@@ -66,6 +66,10 @@ class Sight:
     mask_args: dict[str, Any]
     problem: Problem
 
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return [name for name in dir(Sight) if not name.startswith("_") and name not in ("of", "tiled")]
+
     @staticmethod
     def of(mask: Mask, sizes: Sizes, mask_args: dict[str, Any]) -> Sight:
         """A mask at checked sizes."""

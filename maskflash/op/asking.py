@@ -86,7 +86,7 @@ class Asking:
         precision: Precision = "full",
     ) -> None:
         self.given = mask
-        self.name = mask.name
+        self.name: str = mask.name
         self.score = score
         if score is not None:
             self._with_holes = Combination("and", mask, Lifted(score, holes=True))
@@ -97,7 +97,7 @@ class Asking:
         self.backend = backend
         self.deterministic = deterministic
         self.tune = tune
-        self.check = check or checking.ALWAYS
+        self.check: bool = check or checking.ALWAYS
         self.splits = splits
         self.kernels = kernels
         self.precision = precision

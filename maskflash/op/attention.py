@@ -114,7 +114,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
         if getattr(q, "is_nested", False):
             mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
             offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-            return self.jagged(q, k, v, **offsets, sinks=sinks, return_lse=return_lse, mask_args=mask_args)
+            return self._jagged(q, k, v, **offsets, sinks=sinks, return_lse=return_lse, mask_args=mask_args)
         q, k, v = qkv.as_autocast(q, k, v)
         if return_lse is not True and return_lse is not False:
             return_lse = arguments.flag("attention", "return_lse", return_lse)
@@ -285,6 +285,10 @@ class Attention(Ahead, Inside, Varlen, Paged):
         """
         derived = (attn for attn in (self._of_tokens, self._of_requests) if attn is not None)
         cache.invalidate(self.mask.traces.texts.union(*(attn.mask.traces.texts for attn in derived)))
+
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return [name for name in dir(Attention) if not name.startswith("_")]
 
     def __repr__(self) -> str:
         score = "" if self.score is None else f", score={self.score.name}"

@@ -58,6 +58,10 @@ class Explanation:
     kernels: Kernels = "auto"
     precision: Precision = "full"
 
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return ["to_dict"]
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data.
 

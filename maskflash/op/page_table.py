@@ -65,6 +65,10 @@ class PageTable:
         self.page_size = arguments.length("PageTable", "page_size", self.page_size, low=1)
         self.check_shapes("PageTable")
 
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return ["append", "block_table", "from_csr", "lengths", "page_size", "to_csr"]
+
     def check_shapes(self, operation: str) -> None:
         """Check all but numbers, which may change; attributes may have been assigned to."""
         for name, x, dims in (("block_table", self.block_table, 2), ("lengths", self.lengths, 1)):

@@ -84,7 +84,7 @@ class Varlen(Asking):
             )
         return self._attend(packed, cu_seqlens_q, cu_seqlens_k, q_offset, sinks, return_lse, mask_args)
 
-    def jagged(
+    def _jagged(
         self,
         q: Tensor,
         k: Tensor,

@@ -20,3 +20,8 @@ __all__ = [
     "compile",
     "plan",
 ]
+
+
+def __dir__() -> list[str]:
+    """What users may use."""
+    return sorted(__all__)

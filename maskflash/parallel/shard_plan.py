@@ -122,7 +122,7 @@ class ShardPlan:
 
     @property
     def world_size(self) -> int:
-        """Ranks."""
+        """How many ranks the plan is for."""
         return len(self.shards)
 
     @property

@@ -152,6 +152,10 @@ class ShardedAttention(Asking):
         self._ready: OrderedDict[Hashable, _Ready] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return ["group", "plan", "stages"]
+
     def __call__(
         self,
         q: Tensor,

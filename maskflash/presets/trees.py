@@ -112,9 +112,13 @@ class DraftTree(Mask):
         rows = 1 if table.ndim == 1 else len(table)
         drafts = f"{table.shape[-1]} drafts" + (" per row" if rows > 1 else "")
         super().__init__(f"tree({drafts})", (), {}, (_CACHED, _DRAFTS), fits=Fits(batch=unless_1(rows)))
-        self.parents = table
+        self.parents: Tensor = table
         self._batched = rows > 1
         self._now = _read(table, 0)
+
+    def __dir__(self) -> list[str]:
+        """What users may use."""
+        return sorted((*super().__dir__(), "depths", "parents"))
 
     @property
     def depths(self) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 
@@ -62,15 +62,9 @@ class Parted(Function):
 
 
 class Score(Parted, WrittenFunction):
-    """How strongly a query attends to a key that it sees: see `score`.
+    """How strongly a query attends to a key that it sees: see `score`."""
 
-    Attributes:
-        parts: what it applies in turn, if it is several.
-        double: the same for float64 q, k and v.
-        made: what makes a preset, and of what.
-    """
-
-    recorded = RecordedScore
+    recorded: ClassVar[type[Recorded]] = RecordedScore
 
     def __init__(
         self,
@@ -83,10 +77,12 @@ class Score(Parted, WrittenFunction):
         traced: bool = True,
     ) -> None:
         super().__init__(function, name, fits, role=ROLES[dtype], traced=False)
-        self.parts: tuple[Score, ...] = parts
-        self.implied_names = tuple(dict.fromkeys(name for part in parts for name in part.implied_names))
-        self.made: tuple[Callable[..., Score], tuple[Any, ...]] | None = None
-        self.double = self
+        self.parts: tuple[Score, ...] = parts  # what it applies in turn, if it is several
+        self.implied_names: tuple[str, ...] = tuple(
+            dict.fromkeys(name for part in parts for name in part.implied_names)
+        )
+        self.made: tuple[Callable[..., Score], tuple[Any, ...]] | None = None  # what makes a preset, and of what
+        self.double: Score = self  # the same for float64 q, k and v
         if dtype == torch.float32:
             self.double = Score(function, name, fits, parts=parts, dtype=torch.float64, traced=False)
         if traced and not (self.keywords or self.implied_names):
@@ -113,6 +109,10 @@ class Score(Parted, WrittenFunction):
             return super().__deepcopy__(memo)
         parts = copy.deepcopy(self.parts, memo)
         return self if parts is self.parts else _chained(parts)
+
+    def __dir__(self) -> list[str]:
+        """What users may use: what the package reads is not for them."""
+        return ["at"]
 
     def at(self, dtype: torch.dtype) -> Score:
         """The function as calls with q, k and v of a dtype need it."""

@@ -28,7 +28,7 @@ class Premises:
         self, nodes: list[Node], number: Callable[[Node], float | None], ranges: dict[str, Range] | None = None
     ) -> None:
         self.answers: dict[int, bool] = {}
-        self.ranges = {**_START, **(ranges or {})}
+        self.ranges: dict[str, tuple[float, float]] = {**_START, **(ranges or {})}
         self._nodes = nodes
         self._number = number
 

@@ -149,7 +149,7 @@ class Symbol(_StandIn):
 
     def __init__(self, tracer: Tracer, position: int) -> None:
         self.tracer = tracer
-        self.position = position
+        self.position: int = position
 
     @property
     def node(self) -> Node:
@@ -269,9 +269,9 @@ class Table(_StandIn):
 
     def __init__(self, tracer: Tracer, slot: int, tensor: Tensor, indices: tuple[int, ...]) -> None:
         self.tracer = tracer
-        self.slot = slot
-        self.tensor = tensor
-        self.indices = indices
+        self.slot: int = slot
+        self.tensor: Tensor = tensor
+        self.indices: tuple[int, ...] = indices
 
     @property
     def dtype(self) -> torch.dtype:

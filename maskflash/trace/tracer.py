@@ -153,10 +153,10 @@ class Tracer:
     ) -> None:
         self.home = home
         self.role = role
-        self.code = UserCode(home, entry)
+        self.code: UserCode = UserCode(home, entry)
         self.sources = sources
-        self.builder = Builder()
-        self.paths = Paths(self.builder, self._fixed_number, limit, use_values)
+        self.builder: Builder = Builder()
+        self.paths: Paths = Paths(self.builder, self._fixed_number, limit, use_values)
         self.params: list[int | float | Argument] = []
         self.tables: list[Tensor | Argument | View] = []
         self.specialised: set[str] = set()

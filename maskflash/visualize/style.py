@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # By kind, from light to dark: a third of the scale apart in luminance, and one hue, so that they differ in print and
 # for every kind of colour vision.
 COLOURS: Final = {SKIP: "#f7f7f7", PARTIAL: "#7fb0da", FULL: "#12355b"}
-HATCH: Final = {SKIP: None, PARTIAL: "////", FULL: None}
+HATCH: Final[dict[int, str | None]] = {SKIP: None, PARTIAL: "////", FULL: None}
 HATCH_INK: Final = "#3d6f9e"
 OUTLINE: Final = "#c8c8c8"  # of single tiles
 DOCUMENT_COLOUR: Final = "#b2182b"

@@ -90,6 +90,7 @@ def test_a_value_of_several_kinds_is_of_its_own_kind_for_each_pair(text):
         assert got == expected, f"{text} at {pair}: {traced.expr}"
 
 
+@pytest.mark.filterwarnings("ignore:Bitwise inversion:DeprecationWarning")  # of Python 3.12 and later
 def test_narrow_integers_stay_narrow_beside_numbers(agree):
     i32, i8 = TABLES["I32"], TABLES["I8"]
     agree(lambda b, h, q, kv: ((i32[q] if q < 4 else 0) << 40) > 0)

@@ -39,7 +39,8 @@ class Values:
     """
 
     def __init__(self, pairs: Pairs, program: Program) -> None:
-        self.pairs, self._program = pairs, program
+        self.pairs: Pairs = pairs
+        self._program = program
         nodes, tables = program.expr.nodes, len(pairs.inputs.tables)
         self._diagonals: list[Tensor] = []
         if program.diagonal is not None:

@@ -107,7 +107,8 @@ class Writer:
         self.tables = tables
         self.narrow = narrow
         self.remarks = remarks
-        self.natural = ("b", "h") if negative_kv else ("b", "h", "kv")  # indices that are never negative
+        # Indices that are never negative.
+        self.natural: tuple[str, ...] = ("b", "h") if negative_kv else ("b", "h", "kv")
         own, other = "[:, None]", "[None, :]"
         self.expand: dict[Group, str] = {"rows": other if transposed else own, "columns": own if transposed else other}
         self.lines: dict[Group, list[str]] = {group: [] for group in GROUPS}
