@@ -23,15 +23,9 @@ from typing import Final
 from benchmarks import device, memory_check, runner
 from benchmarks.runner import ROOT
 
-KERNELS: Final = (
-    "run",
-    "interval_kernel",
-    "compiled_once",
-    "launch",
-    "sinks",
-    "few",
-    "paged",
-)  # tests that launch them
+KERNELS: Final = (  # tests that launch them
+    *("run", "interval_kernel", "compiled_once", "launch", "sinks", "few", "paged", "fp8", "paged_in_8_bits"),
+)
 TESTS: Final = (
     "tests/test_gpu.py",
     *(f"tests/backends/triton/test_{name}.py" for name in KERNELS),

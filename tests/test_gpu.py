@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import maskflash as mf
-from maskflash.backends.triton import modules, tile_choice
+from maskflash.backends.triton import kernel_choice, modules, tile_choice
 from maskflash.op import cache
 from maskflash.testing import Shape, assert_matches_dense
 
@@ -46,6 +46,17 @@ LAYOUTS = [("lts",), ("lts", "lte"), ("lts", "ute"), ("lts", "lte", "uts", "ute"
 @pytest.mark.parametrize(("name", "dtype", "shape"), PAIRED, ids=str)
 def test_masks_dtypes_and_shapes_match_dense_float64(name, dtype, shape):
     assert_matches_dense(MASKS[name], shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape"), [case for case in PAIRED if case[1] != torch.float32], ids=str)
+def test_hopper_s_own_forward_matches_dense_float64(monkeypatch, name, dtype, shape):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("is for compute capability 9.0")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "hopper")
+    chosen, choose = [], kernel_choice.choose
+    monkeypatch.setattr(kernel_choice, "choose", lambda *call: chosen.append(choose(*call)) or chosen[-1])
+    assert_matches_dense(MASKS[name], shape, dtype=dtype, device="cuda")
+    assert {choice.pass_name for choice in chosen} == {"hopper"}
 
 
 @pytest.mark.parametrize(
