@@ -19,6 +19,7 @@ def test_every_family_pass_width_and_head_dim_has_one_row():
     wanted = {*product((80, 86, 90, 100, "gfx942", "gfx950"), PASSES, (16, 32), (64, 128, 256))}
     wanted |= {*product(("gfx1201",), PASSES, (16,), (64, 128))}
     wanted |= {*product((90,), ("hopper",), (16,), (64, 128, 256))}
+    wanted |= {*product((86, 90, 100), ("forward",), (8,), (64, 128, 256))}
     more = set(found) - wanted
     assert len(found) - len(more) == len(wanted)
     assert {head_dim for *_, head_dim in more} == {120}  # what is masked within 128
@@ -37,7 +38,7 @@ def test_every_row_says_where_it_comes_from():
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.arch}-{row.pass_name}-{row.bits}-{row.head_dim}")
 def test_a_row_serves_its_own_case_unchanged(row):
-    dtype = torch.float32 if row.bits == 32 else torch.bfloat16
+    dtype = {8: torch.float8_e4m3fn, 16: torch.bfloat16, 32: torch.float32}[row.bits]
     assert choose(row.arch, row.pass_name, dtype, row.head_dim, (128, 128)) == row.tile
 
 
