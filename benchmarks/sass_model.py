@@ -13,6 +13,7 @@ ones only ratios mean something, and sm_80 and sm_86 are not validated. Differen
     python -m benchmarks.sass_model                         the validation, then every row of the table
     python -m benchmarks.sass_model --arch 90 --pass dq --dim 64 --tile 128,64,8,3 --tile 128,64,8,3,128
     python -m benchmarks.sass_model --json                  also store it, for docs/benchmarks.md
+    python -m benchmarks.sass_model --backward              the trial kernels of decision 46 alone
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ QUESTION: Final = "How fast would each tile's kernel be, as a model of its machi
 ARCHS: Final = tuple(arch for arch, processor in PROCESSORS.items() if processor.product_cycles)
 WALKS: Final = ("full", "partial")
 _CYCLES: Final = {False: 50_000, True: 5_000}  # by quick
+_TRIALS: Final = tuple((name, dim) for dim in (128, 64) for name in ("dkdv", "dq"))
+_TRIED: Final = Tile(128, 64, 12, 2, 240, 2)  # steps of 64, rings of two slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,22 @@ def _reference(number: int, quick: bool) -> dict[str, Any]:
     return {**known, "predicted": found.loops[0].tflops}
 
 
+def backward_of_roles(quick: bool) -> list[tuple[str, int, float]]:
+    """Backward kernels whose warps have roles: name, head dim and predicted TFLOP/s of their products."""
+    found = in_processes(partial(_trial, quick=quick), _TRIALS)
+    return [(name, dim, tflops) for (name, dim), tflops in zip(_TRIALS, found, strict=True)]
+
+
+def _trial(trial: tuple[str, int], quick: bool) -> float:
+    from benchmarks.sass import specialised_backward
+    from benchmarks.sass.specialised import compile_specialised
+
+    (name, dim), walked = trial, _TRIED.block_n
+    compiled = compile_specialised(getattr(specialised_backward, name), _TRIED, dim, walked=walked)
+    bulk = Bulk(2 * walked * dim)
+    return model(compiled, 90, _TRIED.warps, bulk=bulk, cycles=_CYCLES[quick]).loops[0].tflops
+
+
 def table_cases() -> list[Case]:
     """The rows that have a prediction."""
     return [
@@ -140,6 +159,10 @@ def _modelled(case: Case, quick: bool) -> Modelled | None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = _options(argv)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    if options.backward:
+        for name, dim, tflops in backward_of_roles(options.quick):
+            console.print(f"{name}, D {dim}, warps with roles: {tflops:.0f} TFLOP/s, predicted, never run")
+        return
     known = [] if options.tile else validation(options.quick)
     if known:
         console.print(_validation_table(known))
@@ -161,6 +184,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Predict the speed of the tile table's kernels from their machine code."
     )
     parser.add_argument("--quick", action="store_true", help="few cycles: does it run at all?")
+    parser.add_argument("--backward", action="store_true", help="the trial kernels of a backward alone")
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="compute capability times ten")
     parser.add_argument("--pass", dest="passes", choices=(*PASSES, "hopper"), action="append")
     parser.add_argument("--mask", choices=MASKS, default="interval", help="of the partial tiles (default: %(default)s)")

@@ -41,7 +41,7 @@ class Ahead(Asking):
             v: as in a call.
             pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn. Of few rows over
                 many keys "forward" is "split", and "combine" joins what pieces of the keys have given. "hopper" is
-                another forward, for compute capability 9.0, which nothing runs by itself yet.
+                another forward, for compute capability 9.0, which runs where `kernels` asks for it.
             q_offset: as in a call.
             kv_offset: as in a call.
             dropout_p: as in a call.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -101,6 +101,11 @@ class Asking:
         self.splits = splits
         self.kernels = kernels
         self.precision = precision
+
+    def _as_asked(self, mask: Mask, score: Score | None) -> Self:
+        """An op of another mask and score function, with all else as it was asked for here."""
+        how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
+        return type(self)(mask, *how, score, self.splits, self.kernels, self.precision)
 
     def _sizes(self, q: Tensor, k: Tensor, q_offset: int | Tensor, kv_offset: int | Tensor) -> Sizes:
         """The sizes of a call; its tensors are checked already, its offsets here."""

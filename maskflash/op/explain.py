@@ -14,7 +14,7 @@ from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
 from maskflash.engines.engine import Prepared
-from maskflash.errors import UnsupportedMask
+from maskflash.errors import BackendError, UnsupportedMask
 from maskflash.expr.format import format_expr
 from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
@@ -39,7 +39,11 @@ _KERNELS: Final = {
 }
 
 
-_FORWARD: Final = {"forward": "the portable kernel", "hopper": "Hopper's own kernel", "split": "the kernel of few rows"}
+_FORWARD: Final = {
+    "forward": "the portable kernel",
+    "hopper": "Hopper's own kernel for float16 and bfloat16 up to head dim 256",
+    "split": "the kernel of few rows",
+}
 
 _PRECISIONS: Final = {"full": "in the dtype of q, k and v", "fp8": "in 8 bits"}
 
@@ -126,7 +130,10 @@ class Explanation:
         if few.are_few(self.problem.q_len, self.problem.kv_len):
             name, why = "split", "since rows are few"
         else:
-            name, why = kernel_choice.told(self.problem, self.kernels, self.precision)
+            try:
+                name, why = kernel_choice.ahead(self.problem, self.kernels, self.precision)
+            except BackendError as refused:
+                return {"kernel": "none", "why": f"since a call raises BackendError: {refused}"}
         return {"kernel": _FORWARD[name], "why": why, "precision": _PRECISIONS[self.precision]}
 
     def _passes(self) -> dict[str, dict[str, int | str]]:
@@ -191,7 +198,7 @@ class Explanation:
             **_score(self.score),
             "backend": f"{self.backend}, {self.why}",
             **({kernel: _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
-            **({"forward by": "{kernel}, {why}; {precision}".format(**facts["forward"])} if facts["forward"] else {}),
+            **({"forward by": ", ".join(facts["forward"].values())} if facts["forward"] else {}),
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }
 

@@ -314,8 +314,7 @@ class Paged(Asking):
         if self._of_requests is None:
             mask = self.given.twin(OfRequests)
             score = None if self.score is None else self.score.twin(ScoreOfRequests)
-            how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
-            self._of_requests = type(self)(mask, *how, score)  # type: ignore[arg-type]
+            self._of_requests = self._as_asked(mask, score)
         return self._of_requests
 
 

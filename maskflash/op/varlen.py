@@ -162,8 +162,8 @@ class Varlen(Asking):
         """That, made now; its mask's traces are kept with the mask."""
         mask = self.given.twin(InSequences)
         score = None if self.score is None else self.score.twin(ScoreInSequences)
-        how = self.scale, self.block_size, self.backend, self.deterministic, self.tune, self.check
-        return type(self)(mask, *how, score)  # type: ignore[arg-type]
+        packed: Any = self._as_asked(mask, score)
+        return packed
 
     @aside
     def _keep_packed(self) -> None:

@@ -26,3 +26,17 @@ def test_what_a_cpu_has_anyway_may_be_said():
     q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
     said = mf.compile(mf.causal(), kernels="portable", precision="full")(q, k, v)
     assert torch.equal(said, mf.compile(mf.causal())(q, k, v))
+
+
+@pytest.mark.parametrize(("name", "value"), [("kernels", "hopper"), ("precision", "fp8")])
+def test_sequences_and_requests_are_asked_for_the_same(name, value):
+    """What an op hands its calls on to is asked for what it was asked for."""
+    attn = mf.compile(mf.causal(), **{name: value}, splits=3)
+    x, starts = torch.randn(8, 2, 16), torch.tensor([0, 3, 8])
+    with pytest.raises(BackendError, match=f'{name} is "{value}"'):
+        attn.varlen(x, x, x, starts, starts)
+    for twin in (attn._packed(), attn._for_requests()):
+        assert (twin.splits, getattr(twin, name)) == (3, value)
+    nested = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    with pytest.raises(BackendError, match=f'{name} is "{value}"'):
+        attn(nested, nested, nested)

@@ -172,8 +172,8 @@ def described(dtype: torch.dtype, rows: int, columns: int) -> tuple[list[int], A
 def descriptor(x: torch.Tensor, rows: int, columns: int) -> Any:
     """A tensor map of a tensor (B, heads, tokens, n): copies are `rows` of one head, `columns` numbers of each."""
     block, layout = described(x.dtype, rows, columns)
-    # A dimension of one element may have any step, of which the driver may refuse some.
-    steps = [step if n > 1 else max(x.stride()) for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    # A dimension of one element may have any step, of which the driver may refuse some: it gets one of a whole vector.
+    steps = [step if n > 1 else x.shape[3] for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return importlib.import_module(_GLUON).TensorDescriptor(x, list(x.shape), [*steps, 1], block, layout)
 
 

@@ -17,7 +17,7 @@ from maskflash.backends.triton.few import are_few
 from maskflash.backends.triton.tiles import HOPPER_DIM
 
 _ROWS: Final = 128  # of a program: two warpgroups' products
-_COLUMNS: Final = 64  # of its shortest step
+_COLUMNS: Final = 64  # that a map's tile has a multiple of
 
 
 def why_not(problem: Problem, q: Tensor, v: Tensor) -> str | None:
@@ -57,10 +57,10 @@ def why_not_at(problem: Problem) -> str | None:
 def mapped(**tensors: Tensor) -> dict[str, Tensor]:
     """Tensors as `laid_out` makes them -> arguments of the kernel, before a tile says how they are copied.
 
-    Tensor maps have no steps of 0, so what is expanded is copied.
+    Tensor maps have no steps of 0, and none shorter than a token: what is expanded, or overlaps, is copied.
     """
-    return {f"{name}_desc": x.contiguous() if _expanded(x) else x for name, x in tensors.items()}
+    return {f"{name}_desc": x.contiguous() if _overlaps(x) else x for name, x in tensors.items()}
 
 
-def _expanded(x: Tensor) -> bool:
-    return any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True))
+def _overlaps(x: Tensor) -> bool:
+    return any(n > 1 and step < x.shape[3] for n, step in zip(x.shape[:3], x.stride()[:3], strict=True))

@@ -56,8 +56,8 @@ def choose(problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     return _choose(strength.kernels, hopper.why_not(problem, q, v) or _in_full(strength.precision))
 
 
-def told(problem: Problem, kernels: Kernels, precision: Precision) -> KernelChoice:
-    """The same ahead of a call, as far as lengths and device decide it; `hopper` then needs 16 bits.
+def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelChoice:
+    """The same ahead of a call, as far as lengths and device decide it; dtype and head dims may be against it yet.
 
     Args:
         problem: the mask at the call's lengths, and its tiles.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ import torch
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import modules
 from maskflash.backends.triton.signature import PassName
-from maskflash.backends.triton.tiles import Tile, choose
+from maskflash.backends.triton.tiles import LEAST_RING, Tile, choose
 
 _MOST: Final = 1024  # choices held; the oldest goes first, and costs a look at its file
 
@@ -116,7 +116,12 @@ def _read(case: Case) -> Tile | None:
         numbers: dict[str, Any] = {name: value and int(value) for name, value in held["tile"].items()}
         tile = Tile(**numbers)
         sound = all(side in (16, 32, 64, 128) for side in (tile.block_m, tile.block_n))
-        sound &= tile.warps in (4, 8) and 1 <= tile.stages <= 9 and tile.registers in (None, *range(32, 256))
+        own = listed(case)
+        if own.consumers:  # warps and registers are those of its roles
+            sound &= replace(tile, block_n=own.block_n, stages=own.stages) == own and LEAST_RING <= tile.stages <= 9
+        else:
+            sound &= tile.consumers == 0 and tile.warps in (4, 8)
+            sound &= 1 <= tile.stages <= 9 and tile.registers in (None, *range(32, 256))
         return tile if sound and held["key"] == case.key else None
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -238,6 +238,7 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     return itemsize * (rows * dims + weights) + looked_up + _MASK_BYTES
 
 
+LEAST_RING: Final = 2  # slots: consumers wait for the next keys before they release a step's values
 _BARRIER_BYTES: Final = 1 << 10
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 
@@ -249,7 +250,7 @@ def shrunk(pass_name: PassName, tile: Tile) -> Tile | None:
     TFLOP/s in 114 KiB, a stage less 392 in 130 KiB, half of what a program holds 350.
     """
     if tile.consumers:
-        return replace(tile, stages=tile.stages - 1) if tile.stages > 1 else None
+        return replace(tile, stages=tile.stages - 1) if tile.stages > LEAST_RING else None
     own, walked = ("block_n", "block_m") if pass_name == "dkdv" else ("block_m", "block_n")
     if getattr(tile, walked) <= 32 and tile.stages > 1:
         return replace(tile, stages=tile.stages - 1)
@@ -262,7 +263,7 @@ def candidates(tile: Tile) -> Iterable[Tile]:
     """What to time where tiles are measured: the table's tile and its neighbours, one thing changed at a time."""
     yield tile
     for stages in (tile.stages - 1, tile.stages + 1):
-        if stages:
+        if stages >= (LEAST_RING if tile.consumers else 1):
             yield replace(tile, stages=stages)
     if tile.consumers:
         return  # its warps, rows and registers are those of its roles

@@ -60,9 +60,13 @@ def test_the_environment_decides_for_who_does_not_ask(monkeypatch):
 @pytest.mark.parametrize(
     ("kernels", "q_len", "words"),
     [
-        ("auto", 256, "the portable kernel, since no other has been measured on a GPU; in the dtype of q, k and v"),
-        ("hopper", 256, "Hopper's own kernel, as asked for; in the dtype of q, k and v"),
-        ("hopper", 1, "the kernel of few rows, since rows are few; in the dtype of q, k and v"),
+        ("auto", 256, "the portable kernel, since no other has been measured on a GPU, in the dtype of q, k and v"),
+        (
+            "hopper",
+            256,
+            "Hopper's own kernel for float16 and bfloat16 up to head dim 256, as asked for, in the dtype of q, k and v",
+        ),
+        ("hopper", 1, "the kernel of few rows, since rows are few, in the dtype of q, k and v"),
     ],
 )
 def test_an_explanation_names_it(monkeypatch, kernels, q_len, words):
@@ -70,3 +74,11 @@ def test_an_explanation_names_it(monkeypatch, kernels, q_len, words):
     monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
     attn = mf.compile(mf.causal(), backend="triton", kernels=kernels)
     assert words in str(attn.explain(q_len, 256, q_offset=256 - q_len))
+
+
+def test_an_explanation_says_what_a_call_would_be_told(monkeypatch):
+    monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
+    monkeypatch.setattr(gpu, "arch", lambda device: 80)
+    said = str(mf.compile(mf.causal(), backend="triton", kernels="hopper").explain(256, 256))
+    assert "none, since a call raises BackendError: " in said
+    assert "compute capability 9.0, got 8.0" in said

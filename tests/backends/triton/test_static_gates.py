@@ -29,7 +29,7 @@ AMPERE = Case(80, "dq", "interval", 16, 64, 64, Tile(64, 64, 4, 2))
 INSTINCT = Case("gfx942", "dq", "interval", 16, 64, 64, Tile(64, 32, 4, 2))
 
 
-def gates(*words, timeout=900):
+def gates(*words, timeout=1800):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.static_gates", *words],

@@ -10,7 +10,7 @@ import torch
 
 from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton.tile_choice import Case, Choice
-from maskflash.backends.triton.tiles import Tile
+from maskflash.backends.triton.tiles import ROWS, Tile, candidates
 
 CASE = Case(torch.device("cpu"), "forward", torch.float16, (64, 64), (128, 128), "kv=kv")
 TILE = Tile(64, 32, 8, 2)
@@ -63,6 +63,17 @@ def test_a_broken_file_says_nothing_and_is_replaced(folder, monkeypatch, change)
     assert not again(monkeypatch).measured
     tile_choice.keep(CASE, TILE)
     assert again(monkeypatch) == Choice(TILE, measured=True)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if isinstance(row.arch, int)], ids=str)
+def test_the_candidates_of_every_row_can_be_kept(folder, monkeypatch, row):
+    monkeypatch.setattr(tile_choice.gpu, "arch", lambda device: row.arch)
+    dtype = {8: torch.float8_e4m3fn, 16: torch.bfloat16, 32: torch.float32}[row.bits]
+    case = replace(CASE, pass_name=row.pass_name, dtype=dtype, dims=(row.head_dim, row.head_dim), block_size=(128, 128))
+    for tile in candidates(row.tile):
+        tile_choice.keep(case, tile)
+        monkeypatch.setattr(tile_choice, "_known", {})
+        assert tile_choice.find(case) == Choice(tile, measured=True)
 
 
 def test_without_a_folder_a_choice_holds_in_this_process(folder, monkeypatch):
