@@ -45,8 +45,8 @@ QUESTION: Final = "How fast would each tile's kernel be, as a model of its machi
 ARCHS: Final = tuple(arch for arch, processor in PROCESSORS.items() if processor.product_cycles)
 WALKS: Final = ("full", "partial")
 _CYCLES: Final = {False: 50_000, True: 5_000}  # by quick
-_TRIALS: Final = tuple((name, dim) for dim in (128, 64) for name in ("dkdv", "dq"))
-_TRIED: Final = Tile(128, 64, 12, 2, 240, 2)  # steps of 64, rings of two slots
+# Of each kernel its head dim, tokens of a step, and slots of a ring.
+_TRIALS: Final = (("dkdv", 128, 64, 2), ("dq", 128, 64, 2), ("dkdv", 64, 64, 2), ("dq", 64, 128, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +121,17 @@ def _reference(number: int, quick: bool) -> dict[str, Any]:
 def backward_of_roles(quick: bool) -> list[tuple[str, int, float]]:
     """Backward kernels whose warps have roles: name, head dim and predicted TFLOP/s of their products."""
     found = in_processes(partial(_trial, quick=quick), _TRIALS)
-    return [(name, dim, tflops) for (name, dim), tflops in zip(_TRIALS, found, strict=True)]
+    return [(name, dim, tflops) for (name, dim, *_), tflops in zip(_TRIALS, found, strict=True)]
 
 
-def _trial(trial: tuple[str, int], quick: bool) -> float:
+def _trial(trial: tuple[str, int, int, int], quick: bool) -> float:
     from benchmarks.sass import specialised_backward
     from benchmarks.sass.specialised import compile_specialised
 
-    (name, dim), walked = trial, _TRIED.block_n
-    compiled = compile_specialised(getattr(specialised_backward, name), _TRIED, dim, walked=walked)
-    bulk = Bulk(2 * walked * dim)
-    return model(compiled, 90, _TRIED.warps, bulk=bulk, cycles=_CYCLES[quick]).loops[0].tflops
+    name, dim, walked, stages = trial
+    tile = Tile(128, walked, warps=12, stages=stages, registers=240, consumers=2)
+    compiled = compile_specialised(getattr(specialised_backward, name), tile, dim, walked=walked)
+    return model(compiled, 90, tile.warps, bulk=Bulk(2 * walked * dim), cycles=_CYCLES[quick]).loops[0].tflops
 
 
 def table_cases() -> list[Case]:

@@ -210,7 +210,8 @@ def _buffer(name: str, tensor: Tensor, shape: tuple[int, ...], strides: tuple[in
 def _descriptor(name: str, value: Any, layout: dict[str, Any]) -> list[Buffer | TensorMap | int]:
     """A tensor descriptor as Triton's launcher expands it: a tensor map, the sizes, and the strides in elements."""
     shape, strides, size = tuple(value.shape), tuple(value.strides), layout["elem_size"]
-    if layout["fp4_padded"] or value.round_f32_to_tf32 or value.padding != "zero":
+    rounds = getattr(value, "round_f32_to_tf32", False)  # Triton 3.6 knows no such maps
+    if layout["fp4_padded"] or rounds or value.padding != "zero":
         raise Unsupported("a descriptor of four bits, that rounds, or that fills with NaN")
     buffer = _buffer(name, value.base, shape, strides)
     steps = tuple(step * size for step in strides)

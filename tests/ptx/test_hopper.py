@@ -1,5 +1,5 @@
-"""Hopper's own forward, compiled for sm_90 and emulated: equal to dense float64 in every order of its warps; when
-broken, noticed.
+"""Hopper's own forward, compiled for sm_90 and emulated: equal to dense float64, the same in every order of its warps,
+and noticed when broken.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.reference import error_budget, reference
-from maskflash.backends.triton import kernel_choice, launch
+from maskflash.backends.triton import kernel_choice, launch, tile_choice
 from maskflash.testing import Shape, dropout_keep
 from tests.ptx.driver import DEVICE
 from tests.ptx.faults import Fault
@@ -231,6 +231,18 @@ def test_what_is_dropped_is_noticed(recorded, start):
     print(f"{start}:", ends)
     assert ends
     assert sum(end is None for end in ends.values()) <= BREAKS[start], ends
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_rings_of_any_number_of_slots(monkeypatch, stages):
+    find = tile_choice.find
+
+    def found(case):
+        choice = find(case)
+        return replace(choice, tile=replace(choice.tile, stages=stages)) if case.pass_name == "hopper" else choice
+
+    monkeypatch.setattr(tile_choice, "find", found)
+    assert_forward_matches(*LONG, block_size=STEP)
 
 
 SABOTAGE = {

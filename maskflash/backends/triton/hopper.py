@@ -13,7 +13,6 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton.few import are_few
 from maskflash.backends.triton.tiles import HOPPER_DIM
 
 _ROWS: Final = 128  # of a program: two warpgroups' products
@@ -49,8 +48,6 @@ def why_not_at(problem: Problem) -> str | None:
         return reason
     if rows % _ROWS or columns % _COLUMNS:
         return f"it needs tiles of multiples of {_ROWS} x {_COLUMNS} tokens, got block_size=({rows}, {columns})"
-    if are_few(problem.q_len, problem.kv_len):
-        return f"{problem.q_len} rows over {problem.kv_len} keys are few: programs share them, by pieces of the keys"
     return None
 
 
