@@ -66,8 +66,8 @@ def compile(
             CPU any number has steps over pages compute each request as if it were alone, with the same end.
         kernels: which of a GPU's kernels run forward: "portable" for those that serve all devices; "hopper" for the one
             of compute capability 9.0, which is refused where it doesn't serve a call; "auto" for what MASKFLASH_KERNELS
-            in the environment says, else "portable": Hopper's has not run on a GPU yet. Few rows over many keys, and pages,
-            have kernels of their own, whatever is said here.
+            in the environment says, else "portable": Hopper's has not run on a GPU yet. Few rows over many keys, and
+            pages, have kernels of their own, whatever is said here.
         precision: of forward's products on a GPU. "full" computes in the dtype of q, k and v. "fp8" computes in 8 bits
             (e4m3) after making outliers small, on compute capability 8.9 or later, and the backward in full.
         **others: none; those that other libraries have are answered by what to write here.

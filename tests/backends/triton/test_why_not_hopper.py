@@ -20,8 +20,8 @@ def h100(monkeypatch):
     monkeypatch.setattr(gpu, "interprets", lambda: False)
 
 
-def reason(length=256, dim=64, v_dim=64, dtype=torch.bfloat16, block_size=(128, 128), q_len=None):
-    q, v = torch.empty(1, 2, q_len or length, dim, dtype=dtype), torch.empty(1, 2, length, v_dim, dtype=dtype)
+def reason(length=256, dim=64, v_dim=64, dtype=torch.bfloat16, block_size=(128, 128)):
+    q, v = torch.empty(1, 2, length, dim, dtype=dtype), torch.empty(1, 2, length, v_dim, dtype=dtype)
     problem = mf.causal().at(q.shape[2], length, batch=1, heads=2).tiled(block_size)
     return hopper.why_not(problem, q, v)
 
