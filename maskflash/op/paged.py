@@ -314,7 +314,7 @@ class Paged(Asking):
         if self._of_requests is None:
             mask = self.given.twin(OfRequests)
             score = None if self.score is None else self.score.twin(ScoreOfRequests)
-            self._of_requests = self._as_asked(mask, score)
+            self._of_requests = self._as_asked(mask, score)  # type: ignore[arg-type]
         return self._of_requests
 
 

@@ -162,7 +162,7 @@ class Varlen(Asking):
         """That, made now; its mask's traces are kept with the mask."""
         mask = self.given.twin(InSequences)
         score = None if self.score is None else self.score.twin(ScoreInSequences)
-        packed: Any = self._as_asked(mask, score)
+        packed: Any = self._as_asked(mask, score)  # type: ignore[arg-type]
         return packed
 
     @aside
