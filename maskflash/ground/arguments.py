@@ -117,7 +117,10 @@ def positive(operation: str, name: str, value: Any, if_negative: str = "") -> fl
     if not 0 < value < float("inf"):
         fix = if_negative if value < 0 else ""
         raise ArgumentError(f"{operation}: {name} is {_kind(value)}, expected a finite positive number{fix}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int of hundreds of digits
+        raise ArgumentError(f"{operation}: {name} is {_kind(value)}, expected a number that a float can hold") from None
 
 
 def block_size(operation: str, value: Any, *, attended: bool = True) -> tuple[int, int]:
