@@ -14,7 +14,7 @@ from maskflash.analysis.ways.columns import find_pieces
 from maskflash.analysis.ways.separate import obstacle, separate
 from maskflash.backends.cpu import run as cpu
 from maskflash.engines.engine import Prepared
-from maskflash.errors import UnsupportedMask
+from maskflash.errors import BackendError, UnsupportedMask
 from maskflash.expr.format import format_expr
 from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
@@ -121,13 +121,14 @@ class Explanation:
         """Which of a GPU's kernels runs forward, and in which precision; None elsewhere."""
         if self.backend != "triton":
             return None
-        from maskflash.backends.triton import few, kernel_choice
+        from maskflash.backends.triton import kernel_choice
 
-        if few.are_few(self.problem.q_len, self.problem.kv_len):
-            name, why = "split", "since rows are few"
-        else:
+        precision = _PRECISIONS[self.precision]
+        try:
             name, why = kernel_choice.told(self.problem, self.kernels, self.precision)
-        return {"kernel": _FORWARD[name], "why": why, "precision": _PRECISIONS[self.precision]}
+        except BackendError as error:
+            return {"kernel": "none", "why": f"since a call raises: {error}", "precision": precision}
+        return {"kernel": _FORWARD[name], "why": why, "precision": precision}
 
     def _passes(self) -> dict[str, dict[str, int | str]]:
         """What runs in each pass."""
