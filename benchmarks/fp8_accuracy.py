@@ -200,7 +200,7 @@ def gradient_errors(data: str, tokens: int, dim: int, heads: int, seed: int) -> 
 
 def gradients(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float) -> Operands:
     """What backward computes from out and lse: dq, dk, dv."""
-    p = (q @ k.mT * scale - lse[..., None]).exp()
+    p = (q @ k.mT * scale - lse[..., None]).exp().to(q.dtype)  # lse may be of more bits
     ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * scale
     return ds @ k, ds.mT @ q, p.mT @ dout
 

@@ -158,7 +158,7 @@ class Asking:
         if spec.precision == "fp8":
             from maskflash.backends.triton import fp8
 
-            fp8.check(q, k, self.block_size)
+            fp8.check(q, k, v, self.block_size)
         if spec.backend not in ENGINES:
             return
         from maskflash.engines import named

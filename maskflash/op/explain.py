@@ -125,15 +125,12 @@ class Explanation:
         """Which of a GPU's kernels runs forward, and in which precision; None elsewhere."""
         if self.backend != "triton":
             return None
-        from maskflash.backends.triton import few, kernel_choice
+        from maskflash.backends.triton import kernel_choice
 
-        if few.are_few(self.problem.q_len, self.problem.kv_len):
-            name, why = "split", "since rows are few"
-        else:
-            try:
-                name, why = kernel_choice.ahead(self.problem, self.kernels, self.precision)
-            except BackendError as refused:
-                return {"kernel": "none", "why": f"since a call raises BackendError: {refused}"}
+        try:
+            name, why = kernel_choice.ahead(self.problem, self.kernels, self.precision)
+        except BackendError as error:
+            return {"kernel": "none", "why": f"since a call raises: {error}"}
         return {"kernel": _FORWARD[name], "why": why, "precision": _PRECISIONS[self.precision]}
 
     def _passes(self) -> dict[str, dict[str, int | str]]:

@@ -1,13 +1,17 @@
 """Values and scales are as near to a tensor as e4m3 allows, for any numbers; incoherent processing keeps products."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from maskflash.backends import incoherence as module
 from maskflash.backends.incoherence import Quantised, dequantise, incoherence, quantise, spread
+from maskflash.errors import BackendError
 from maskflash.ground.eight_bits import FORMAT, LARGEST
 
 NORMAL, SUBNORMAL = 2.0**-6, 2.0**-9  # e4m3's least normal number, and its least one
@@ -153,3 +157,56 @@ def test_dtypes_and_strides_change_nothing(dtype):
     found, expected = quantise(packed, 32), quantise(packed.float().contiguous(), 32)
     assert torch.equal(found.values.float(), expected.values.float())
     assert torch.equal(found.scales, expected.scales)
+
+
+@contextmanager
+def in_bfloat16():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", [in_bfloat16, torch.inference_mode, FakeTensorMode, lambda: torch.device("meta")])
+def test_what_the_caller_is_in_does_not_reach_m(mode):
+    """It outlives the call that made it."""
+    x = torch.randn(1, 1, 4, 24)
+    expected = quantise(x, 2, incoherent=True)
+    incoherence.cache_clear()
+    with mode():
+        made = incoherence(24, torch.device("cpu"))
+    assert type(made) is torch.Tensor
+    assert (made.dtype, made.device.type, made.is_inference()) == (torch.float32, "cpu", False)
+    found = quantise(x, 2, incoherent=True)
+    assert torch.equal(found.values.float(), expected.values.float())
+    assert torch.equal(found.scales, expected.scales)
+
+
+def test_autocast_changes_no_bit():
+    x = torch.randn(1, 2, 40, 64)
+    expected = quantise(x, 32, incoherent=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = quantise(x, 32, incoherent=True)
+    assert torch.equal(found.values.float(), expected.values.float())
+    assert torch.equal(found.scales, expected.scales)
+
+
+def test_m_is_not_copied_while_a_cuda_graph_is_captured(monkeypatch):
+    device = torch.device("cpu")
+    incoherence.cache_clear()
+    with monkeypatch.context() as captured:
+        captured.setattr(module, "capturing", lambda device: True)
+        with pytest.raises(BackendError, match="head dim 24 has run on its device yet; run the same call once before"):
+            incoherence(24, device)
+    made = incoherence(24, device)
+    monkeypatch.setattr(module, "capturing", lambda device: True)
+    assert incoherence(24, device) is made
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-36, 1e-35])
+@pytest.mark.parametrize("incoherent", [False, True])
+@pytest.mark.parametrize("dim", [24, 256])
+def test_scales_of_tiny_numbers_are_normal(size, incoherent, dim):
+    _, scales = quantise(torch.full((1, 1, 3, dim), size), 2, incoherent=incoherent)
+    assert bool((scales >= torch.finfo(torch.float32).tiny).all())

@@ -12,11 +12,11 @@ from maskflash.backends.incoherence import quantise
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton.few import are_few
 from maskflash.backends.triton.layout import addressed
+from maskflash.backends.triton.tiles import DIM_IN_8_BITS, least
 from maskflash.errors import BackendError
 from maskflash.ground.eight_bits import FORMAT
 
 SCALED: Final = 128  # tokens that share a scale: no tile is longer, so of q, k and v each tile has one
-_LEAST: Final = (64, 32)  # rows and keys of a tile: of fewer, Hopper's products are of 16 bits, or there are none
 _DTYPES: Final = (torch.bfloat16, torch.float16)
 _MOST_KEYS: Final = 2**23 - SCALED  # offsets inside a tile of v, whose head dims lie so far apart, fit 32 bits
 
@@ -37,28 +37,47 @@ class EightBits(NamedTuple):
     arguments: dict[str, Any]
 
 
-def check(q: Tensor, k: Tensor, block_size: tuple[int, int]) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]) -> None:
     """Check that a call can have 8-bit products.
 
     Raises:
-        BackendError: the device has none, or the dtype, the lengths or the block size don't suit them.
+        BackendError: the device has none, or dtype, head dims, lengths or block size don't suit them.
     """
-    reason = gpu.without_products_in_8_bits(q.device)
-    q_len, kv_len = q.shape[2], k.shape[2]
+    dim = max(q.shape[3], v.shape[3])
+    reason = why_not_at(q.device, q.shape[2], k.shape[2], block_size)
     if reason is None and q.dtype not in _DTYPES:
         kind = str(q.dtype).removeprefix("torch.")
         reason = f"it takes bfloat16 and float16, which the backward computes in, got {kind}; cast q, k and v"
-    if reason is None and any(size % least for size, least in zip(block_size, _LEAST, strict=True)):
-        reason = f"it needs a block_size of multiples of {_LEAST}, got {block_size}"
-    if reason is None and are_few(q_len, kv_len):
-        reason = (
+    if reason is None and dim > DIM_IN_8_BITS:
+        reason = f"it serves head dims to {DIM_IN_8_BITS}, got {dim}"
+    if reason is not None:
+        raise refusal(reason)
+
+
+def refusal(reason: str) -> BackendError:
+    """The error of a call that can't have it."""
+    return BackendError(f'attention: precision="fp8" can\'t serve this call: {reason}')
+
+
+def why_not_at(device: torch.device, q_len: int, kv_len: int, block_size: tuple[int, int]) -> str | None:
+    """What keeps all calls at these lengths from it, with the fix; None where nothing does.
+
+    A block of keys may reach beyond the last one, and no block of SCALED tokens is there for a step that begins so far
+    out: so blocks of keys divide those. Rows are cut into tiles that divide them, and no tile begins beyond the last.
+    """
+    rows, keys = least(FORMAT).values()
+    if reason := gpu.without_products_in_8_bits(device):
+        return reason
+    if block_size[0] % rows or block_size[1] % keys or SCALED % block_size[1]:
+        return f"it needs blocks of a multiple of {rows} rows, and of 32, 64 or 128 keys, got block_size {block_size}"
+    if are_few(q_len, kv_len):
+        return (
             f"of {q_len} queries and {kv_len} keys, to bring the keys to 8 bits costs more than it saves; compile "
             "another op without precision for steps of decoding"
         )
-    if reason is None and kv_len > _MOST_KEYS:
-        reason = f"it serves up to {_MOST_KEYS} keys, got {kv_len}; leave precision out"
-    if reason is not None:
-        raise BackendError(f'attention: precision="fp8" can\'t serve this call: {reason}')
+    if kv_len > _MOST_KEYS:
+        return f"it serves up to {_MOST_KEYS} keys, got {kv_len}; leave precision out"
+    return None
 
 
 def eight_bits(q: Tensor, k: Tensor, v: Tensor) -> EightBits:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import fp8, hopper
+from maskflash.backends.triton.few import are_few
 from maskflash.errors import BackendError
 from maskflash.scores.strength import Kernels, Precision, Strength
 
@@ -30,11 +31,11 @@ class KernelChoice(NamedTuple):
     """Which kernel runs forward.
 
     Attributes:
-        pass_name: "forward" for the portable one, or "hopper".
+        pass_name: "forward" for the portable one, or "hopper"; ahead of a call also "split", that of few rows.
         why: in words, beginning with "as" or "since".
     """
 
-    pass_name: Literal["forward", "hopper"]
+    pass_name: Literal["forward", "hopper", "split"]
     why: str
 
 
@@ -52,7 +53,7 @@ def choose(problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
         BackendError: what it asks for doesn't serve it; or the environment asks for what there is not.
     """
     if strength.precision == "fp8":
-        fp8.check(q, k, problem.block_size)
+        fp8.check(q, k, v, problem.block_size)
     return _choose(strength.kernels, hopper.why_not(problem, q, v) or _in_full(strength.precision))
 
 
@@ -63,7 +64,16 @@ def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelCho
         problem: the mask at the call's lengths, and its tiles.
         kernels: as asked for.
         precision: as asked for.
+
+    Raises:
+        BackendError: as calls will.
     """
+    lengths = problem.q_len, problem.kv_len
+    if precision == "fp8":
+        if reason := fp8.why_not_at(problem.device, *lengths, problem.block_size):
+            raise fp8.refusal(reason)
+    elif are_few(*lengths):
+        return KernelChoice("split", "since rows are few")
     return _choose(kernels, hopper.why_not_at(problem) or _in_full(precision))
 
 

@@ -136,7 +136,7 @@ class Launches(ABC):
             except Exception as error:
                 if not gpu.is_too_large(error):
                     raise
-                smaller = shrunk(pass_name, tile)
+                smaller = shrunk(pass_name, tile, case.dtype)
                 if smaller is None:
                     raise BackendError(
                         f"the triton backend: no tile of {pass_name} fits this device: {error}"
@@ -157,7 +157,7 @@ class Launches(ABC):
         """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
         rows, columns = case.block_size
         seconds: dict[Tile, float] = {}
-        for tile in candidates(tile_choice.listed(case)):
+        for tile in candidates(tile_choice.listed(case), case.dtype):
             if rows % tile.block_m == 0 and columns % tile.block_n == 0:
                 try:
                     seconds[tile] = gpu.seconds(partial(self.launch, case.pass_name, tile, own), case.device)

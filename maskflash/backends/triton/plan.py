@@ -79,16 +79,18 @@ class DevicePlan:
         self._made.lend()
         return self._seen[rows]
 
-    def used(self, problem: Problem, *, rows: bool) -> Tensor:
+    def used(self, problem: Problem, *, rows: bool) -> Tensor | None:
         """The same as (B, H, tokens) with the map's own B and H, False also where no visited tile is."""
+        seen = self.seen(rows=rows)  # first: it lends the current stream what the walks are part of
         walks, side, tokens = (
             (self.rows, problem.block_size[0], problem.q_len)
             if rows
             else (self.columns, problem.block_size[1], problem.kv_len)
         )
+        if bool((walks.counts.sum(0) > 0).all()):
+            return seen
         visited = walks.full.tiles + walks.partial.tiles > 0
         found = visited.view(*problem.shape[:2], -1).repeat_interleave(side, 2)[:, :, :tokens]
-        seen = self.seen(rows=rows)
         return found if seen is None else found & seen
 
     @property

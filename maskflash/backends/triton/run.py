@@ -25,6 +25,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.analysis.seen import Seen
+from maskflash.backends.incoherence import width
 from maskflash.backends.sinks import gradient
 from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import few, fp8, kernel_choice, tile_choice
@@ -39,6 +40,7 @@ from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
 from maskflash.backends.triton.signature import PassName
 from maskflash.backends.triton.tiles import DELTA
+from maskflash.ground.eight_bits import FORMAT
 from maskflash.scores.strength import BoundScore, Gradients, Precision, Strength
 
 __all__ = ["DevicePlan", "backward", "few", "forward", "plan", "source", "tune", "unavailable", "without_8_bits"]
@@ -78,9 +80,12 @@ def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, st
 
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
-    q, k, v = laid_out(q, k, v)
     pass_name = kernel_choice.choose(problem, q, k, v, strength).pass_name
-    if not tile_choice.find(Launcher(problem, q, k, v, strength, plan=plan).case(pass_name)).measured:
+    q, k, v = laid_out(q, k, v)
+    case = Launcher(problem, q, k, v, strength, plan=plan).case(pass_name)
+    if strength.precision == "fp8":  # as forward has it, after it has quantised
+        case = replace(case, dtype=FORMAT, dims=(width(q.shape[3]), v.shape[3]))
+    if not tile_choice.find(case).measured:
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 

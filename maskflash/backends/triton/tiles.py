@@ -13,6 +13,7 @@ import torch
 
 from maskflash.backends.triton.signature import PassName
 from maskflash.errors import BackendError
+from maskflash.ground.eight_bits import FORMAT
 
 WARPGROUP: Final = 4  # warps that share a product of Hopper's
 Arch = int | str
@@ -148,6 +149,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 
 ROWS: Final = _rows()
 HOPPER_DIM: Final = max(_TABLE[90]["hopper", 16])  # largest head dim of Hopper's own forward
+DIM_IN_8_BITS: Final = max(row.head_dim for row in ROWS if row.bits == 8)  # likewise of forward in 8 bits
 DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
 PARTS: Final = 16  # of a row that are joined at once
 COMBINE: Final = Tile(16, 16, 4, 1)  # it has no tile: a row for each program
@@ -209,7 +211,7 @@ def choose(
         tile = replace(tile, **{walked: getattr(tile, walked) // 2})
     limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
     while shared_bytes(family, pass_name, tile, dtype.itemsize, head_dim, of_pairs) > limit:
-        smaller = shrunk(pass_name, tile)
+        smaller = shrunk(pass_name, tile, dtype)
         if smaller is None:
             break  # an estimate from above: the launch will tell
         tile = smaller
@@ -243,7 +245,12 @@ _BARRIER_BYTES: Final = 1 << 10
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 
 
-def shrunk(pass_name: PassName, tile: Tile) -> Tile | None:
+def least(dtype: torch.dtype) -> dict[str, int]:
+    """The shortest sides of tiles. Of fewer than 64 rows Hopper's 8-bit products are of 16 bits; and 32 keys are summed."""
+    return {"block_m": 64, "block_n": 32} if dtype == FORMAT else {"block_m": 16, "block_n": 16}
+
+
+def shrunk(pass_name: PassName, tile: Tile, dtype: torch.dtype) -> Tile | None:
     """The next smaller choice where a kernel did not fit the device: shorter steps, then fewer stages, then both sides.
 
     Two stages prefetch nothing. On Hopper, half the step is predicted to leave dK and dV at 128 dims 416 of 500
@@ -254,12 +261,15 @@ def shrunk(pass_name: PassName, tile: Tile) -> Tile | None:
     own, walked = ("block_n", "block_m") if pass_name == "dkdv" else ("block_m", "block_n")
     if getattr(tile, walked) <= 32 and tile.stages > 1:
         return replace(tile, stages=tile.stages - 1)
-    sides = {side: getattr(tile, side) for side in (walked, own)}
+    ends = least(dtype)
+    sides = {side: getattr(tile, side) for side in (walked, own) if getattr(tile, side) > ends[side]}
+    if not sides:
+        return None
     side = walked if tile.stages > 1 else max(sides, key=lambda side: sides[side])
-    return None if sides[side] == 16 else replace(tile, **{side: sides[side] // 2})
+    return replace(tile, **{side: sides[side] // 2})
 
 
-def candidates(tile: Tile) -> Iterable[Tile]:
+def candidates(tile: Tile, dtype: torch.dtype) -> Iterable[Tile]:
     """What to time where tiles are measured: the table's tile and its neighbours, one thing changed at a time."""
     yield tile
     for stages in (tile.stages - 1, tile.stages + 1):
@@ -272,7 +282,7 @@ def candidates(tile: Tile) -> Iterable[Tile]:
         yield replace(tile, registers=None)
     for side in ("block_m", "block_n"):
         tokens = getattr(tile, side)
-        if tokens > 16:
+        if tokens > least(dtype)[side]:
             yield replace(tile, **{side: tokens // 2})
         if tokens < 128:
             yield replace(tile, **{side: tokens * 2})

@@ -11,6 +11,7 @@ import maskflash as mf
 from benchmarks.fp8_accuracy import P_SCALE, as_the_kernel, attended, gradients
 from maskflash.backends.reference import error_budget
 from maskflash.backends.triton import device as gpu
+from maskflash.backends.triton import modules, tile_choice
 from maskflash.backends.triton import run as triton
 from maskflash.errors import BackendError
 from maskflash.testing import Shape, masks
@@ -50,8 +51,8 @@ def assert_matches(attn, q, k, v, visible, **call):
     if seen.any():
         unit = torch.finfo(q.dtype).eps * exact.out.abs().max()
         assert (out.double() - exact.out).abs().max() <= error_budget(plain.out, exact.out) + unit
-        shifted = 8 * torch.finfo(torch.float32).eps  # exponents are of 256 P: 8 more, in base 2, and rounded so
-        budget = error_budget(plain.lse[seen], exact.lse[seen]) + shifted
+        unit = 8 * torch.finfo(torch.float32).eps
+        budget = error_budget(plain.lse[seen], exact.lse[seen]) + unit
         assert (lse.double() - exact.lse)[seen].abs().max() <= budget
 
 
@@ -157,9 +158,51 @@ def test_gradients_are_those_of_full_precision_from_out_and_lse(device):
     found = torch.autograd.grad(out, (q, k, v), dout)
     given = [x.detach().cpu() for x in (q, k, v, dout, out, lse)]
     exact = gradients(*(x.double() for x in given), 64**-0.5)
-    plain = gradients(*(x.to(torch.bfloat16) for x in given[:5]), given[5].to(torch.bfloat16), 64**-0.5)
+    plain = gradients(*(x.to(torch.bfloat16) for x in given[:5]), given[5], 64**-0.5)
     for one, truth, other in zip(found, exact, plain, strict=True):
         assert (one.cpu().double() - truth).abs().max() <= error_budget(other, truth)
+
+
+@runs
+@pytest.mark.parametrize("block_size", [(64, 32), (192, 64), (128, 128), (64, 128)])
+def test_blocks_that_reach_beyond_the_keys(device, block_size):
+    q, k, v = replace(SHAPE, kv_len=100).tensors(torch.bfloat16, device=device)
+    assert_matches(op(mf.causal(), block_size=block_size), q, k, v, mf.causal().dense(140, 100))
+
+
+@runs
+def test_very_large_scores_leave_probabilities_what_they_are(device):
+    q, k, v = (x.detach() for x in SHAPE.tensors(torch.bfloat16, device=device))
+    biased = op(mf.full(), score=lambda score, b, h, q, kv: score - 1.2e8)
+    out, lse = biased(q, k, v, return_lse=True)
+    exact = v.repeat_interleave(2, 1).double().mean(2, keepdim=True)  # in float32 all scores are -1.2e8
+    assert (out.double() - exact).norm() <= 0.08 * exact.norm()
+    torch.testing.assert_close(lse, torch.full_like(lse, -1.2e8), rtol=1e-6, atol=0)
+
+
+@runs
+def test_out_is_near_attention_in_full_precision(device):
+    q, k, v = Shape(1, 2, 2, 256, 256, 64, 64).tensors(torch.bfloat16, device=device)
+    out = op(mf.full())(q, k, v).detach().cpu()
+    exact = attended(*(x.detach().cpu().double() for x in (q, k, v)), None, 64**-0.5, None).out
+    assert (out.double() - exact).norm() <= 0.08 * exact.norm()
+
+
+@runs
+def test_a_second_call_of_a_kind_measures_no_tile(device, monkeypatch, tmp_path):
+    monkeypatch.setenv(modules.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tile_choice, "_known", {})
+    timed = []
+    monkeypatch.setattr(gpu, "seconds", lambda function, device: timed.append(function.args[:2]) or len(timed))
+    shape = replace(SHAPE, head_dim=40, v_head_dim=36)
+    attn = op(mf.causal(), tune=True)
+    attn(*shape.tensors(torch.bfloat16, device=device))
+    count = len(timed)
+    tiles = [tile for pass_name, tile in timed if pass_name == "forward"]
+    assert len(tiles) > 2
+    assert all(tile.block_m >= 64 and tile.block_n >= 32 for tile in tiles)
+    attn(*shape.tensors(torch.bfloat16, device=device))
+    assert len(timed) == count
 
 
 @runs
@@ -195,8 +238,13 @@ def test_devices_without_such_products_are_told(monkeypatch, arch, reason):
     [
         (SHAPE, torch.float32, {}, "bfloat16 and float16.*got float32; cast"),
         (SHAPE, torch.float64, {}, "got float64"),
-        (SHAPE, torch.bfloat16, {"block_size": (64, 16)}, r"multiples of \(64, 32\), got \(64, 16\)"),
-        (SHAPE, torch.bfloat16, {"block_size": 32}, r"got \(32, 32\)"),
+        (SHAPE, torch.bfloat16, {"block_size": (64, 16)}, r"32, 64 or 128 keys, got block_size \(64, 16\)"),
+        *(
+            (SHAPE, torch.bfloat16, {"block_size": (64, keys)}, rf"128 keys, got block_size \(64, {keys}\)")
+            for keys in (96, 192, 256)
+        ),
+        (replace(SHAPE, head_dim=272), torch.bfloat16, {}, "head dims to 256, got 272"),
+        (SHAPE, torch.bfloat16, {"block_size": 32}, r"multiple of 64 rows.*got block_size \(32, 32\)"),
         (replace(SHAPE, q_len=1), torch.bfloat16, {}, "1 queries and 180 keys.*another op without precision"),
         (replace(SHAPE, kv_len=2**23), torch.bfloat16, {}, "keys, got 8388608"),
     ],
@@ -205,7 +253,8 @@ def test_calls_that_can_not_have_it_are_told(monkeypatch, shape, dtype, options,
     """Before the mask is analysed: nothing of it is evaluated."""
     monkeypatch.setattr(gpu, "without_products_in_8_bits", lambda device: None)
     monkeypatch.setattr(triton, "plan", lambda *args: pytest.fail("planned"))
-    tensors = [torch.zeros(1, dtype=dtype).expand(1, 2, n, 64) for n in (shape.q_len, shape.kv_len, shape.kv_len)]
+    lengths = shape.q_len, shape.kv_len, shape.kv_len
+    tensors = [torch.zeros(1, dtype=dtype).expand(1, 2, n, shape.head_dim) for n in lengths]
     with pytest.raises(BackendError, match=reason):
         op(mf.causal(), **options)(*tensors)
 

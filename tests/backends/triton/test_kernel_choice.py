@@ -80,5 +80,19 @@ def test_an_explanation_says_what_a_call_would_be_told(monkeypatch):
     monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
     monkeypatch.setattr(gpu, "arch", lambda device: 80)
     said = str(mf.compile(mf.causal(), backend="triton", kernels="hopper").explain(256, 256))
-    assert "none, since a call raises BackendError: " in said
+    assert "none, since a call raises: attention: " in said
     assert "compute capability 9.0, got 8.0" in said
+
+
+@pytest.mark.parametrize(
+    ("q_len", "block_size", "words"),
+    [
+        (256, 128, "the portable kernel, since no other has been measured on a GPU, in 8 bits"),
+        (1, 128, r'none, since a call raises: attention: precision="fp8" can\'t serve this call: of 1 queries'),
+        (256, (64, 256), "32, 64 or 128 keys, got block_size (64, 256)"),
+    ],
+)
+def test_an_explanation_says_what_a_call_in_8_bits_would(monkeypatch, q_len, block_size, words):
+    monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
+    attn = mf.compile(mf.causal(), backend="triton", precision="fp8", block_size=block_size)
+    assert words in str(attn.explain(q_len, 256, q_offset=256 - q_len))

@@ -56,3 +56,28 @@ def test_what_a_graph_reads_is_kept_once(made, problem, monkeypatch):
     others = replace(problem.inputs, tables=(torch.zeros(40),))  # another graph's
     triton_plan.keep(made, replace(problem, inputs=others), Strength(1.0))
     assert len(kept) == 2
+
+
+def test_walks_are_read_after_the_stream_has_been_lent_them(made, problem, monkeypatch):
+    """Each read of the plan's tensors on the device comes after `lend`."""
+    calls = []
+    monkeypatch.setattr(type(made._made), "lend", lambda self: calls.append("lend"))
+
+    class Read:
+        """A walk that notes when it is read."""
+
+        @property
+        def tiles(self):
+            calls.append("read")
+            return made.rows.full.tiles
+
+    used = replace(made, rows=replace(made.rows, full=Read())).used(problem, rows=True)
+    assert calls == ["lend", "read"]
+    assert used is not None
+    assert used[0, 0].tolist() == [True] * 33 + [False] * 7
+
+
+def test_nothing_is_hidden_of_a_full_mask():
+    problem = mf.full().at(40, 40).tiled((16, 16))
+    made = plan(classify(problem), problem.device)
+    assert made.used(problem, rows=True) is made.used(problem, rows=False) is None

@@ -69,7 +69,7 @@ def test_a_tile_divides_the_blocks(block_size, head_dim):
 def test_a_tile_fits_the_shared_memory(limit):
     for arch, pass_name, dtype, dim in product((80, 86, 90, 100, "gfx950"), PASSES, DTYPES, (64, 128, 256)):
         tile = choose(arch, pass_name, dtype, dim, (128, 128), limit)
-        smallest = shrunk(pass_name, tile) is None
+        smallest = shrunk(pass_name, tile, dtype) is None
         assert smallest or shared_bytes(arch, pass_name, tile, dtype.itemsize, dim) <= (limit or SHARED_LIMITS[arch])
 
 
@@ -84,7 +84,7 @@ def test_a_limit_that_nothing_fits_still_gives_the_smallest_tile():
 
 def test_shrinking_ends_at_the_smallest_tile():
     tile, steps = Tile(128, 128, 8, 3), 0
-    while (smaller := shrunk("dq", tile)) is not None:
+    while (smaller := shrunk("dq", tile, torch.bfloat16)) is not None:
         assert smaller.block_m * smaller.block_n * smaller.stages < tile.block_m * tile.block_n * tile.stages
         tile, steps = smaller, steps + 1
     assert (tile.block_m, tile.block_n, tile.stages) == (16, 16, 1)
@@ -107,7 +107,7 @@ def test_look_ups_of_pairs_take_shorter_steps_and_count_as_shared_memory(arch):
 @pytest.mark.parametrize("pass_name", PASSES)
 def test_steps_shrink_before_stages_and_what_a_program_holds_comes_last(pass_name):
     tiles = [Tile(64, 64, 4, 3)]
-    while (smaller := shrunk(pass_name, tiles[-1])) is not None:
+    while (smaller := shrunk(pass_name, tiles[-1], torch.bfloat16)) is not None:
         tiles.append(smaller)
     order = ("block_n", "block_m") if pass_name == "dkdv" else ("block_m", "block_n")
     sizes = [(*(getattr(tile, side) for side in order), tile.stages) for tile in tiles]
@@ -151,7 +151,7 @@ def test_what_no_row_serves_is_an_error(arch, dtype, dim, block_size, message):
 
 @pytest.mark.parametrize("tile", dict.fromkeys(row.tile for row in ROWS), ids=str)
 def test_candidates_are_the_tile_and_what_differs_in_one_thing(tile):
-    found = list(candidates(tile))
+    found = list(candidates(tile, torch.bfloat16))
     assert found[0] == tile
     assert len(set(found)) == len(found) > (2 if tile.consumers else 3)
     for other in found[1:]:
@@ -159,3 +159,16 @@ def test_candidates_are_the_tile_and_what_differs_in_one_thing(tile):
         assert {other.block_m, other.block_n} <= {16, 32, 64, 128}
         assert other.warps in (4, 8) or other.warps == tile.warps == 4 * (tile.consumers + 1)
         assert other.stages >= 1
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.bits == 8], ids=lambda row: f"{row.arch}-{row.head_dim}")
+def test_tiles_of_8_bits_have_64_rows_and_32_keys_at_least(row):
+    for block_size, limit in product(product((64, 128, 192), (32, 64, 128)), (None, 1 << 15)):
+        tile = choose(row.arch, "forward", torch.float8_e4m3fn, row.head_dim, block_size, limit)
+        assert tile.block_m >= 64
+        found = [*candidates(tile, torch.float8_e4m3fn)]
+        while tile is not None:
+            found.append(tile)
+            tile = shrunk("forward", tile, torch.float8_e4m3fn)
+        assert all(one.block_m >= 64 and one.block_n >= 32 for one in found)
+        assert (found[-1].block_m, found[-1].block_n, found[-1].stages) == (64, 32, 1)

@@ -96,7 +96,7 @@ def test_tiles_fit_and_shrink_to_rings_of_two_slots(dim, columns):
     assert (tile.block_m, tile.consumers, tile.options) == (128, 2, {"num_warps": 4})
     assert tile.block_n <= columns
     assert shared_bytes(90, "hopper", tile, 2, dim) <= SHARED_LIMITS[90]
-    while (smaller := shrunk("hopper", tile)) is not None:
+    while (smaller := shrunk("hopper", tile, torch.bfloat16)) is not None:
         assert shared_bytes(90, "hopper", smaller, 2, dim) < shared_bytes(90, "hopper", tile, 2, dim)
         tile = smaller
     assert tile.stages == 2  # with one, consumers and producer wait for one another
