@@ -28,6 +28,7 @@ ORDER = {
         "copies",
         "stretch",
         "pool",
+        "overlaps",
     ],
     "expr": [
         "intervals",

@@ -251,8 +251,9 @@ PACKED = {
 }
 PAGES = mf.PageTable(torch.tensor([[1], [0]]), torch.tensor([3, 4]), 4)
 POOLS = {
-    **dict.fromkeys(("k_pages", "v_pages"), (torch.randn(2, 4, 2, 8), set())),
+    **{name: (torch.randn(2, 4, 2, 8).to(torch.float8_e4m3fn), set()) for name in ("k_pages", "v_pages")},
     "layout": ("NHD", set()),
+    **dict.fromkeys(("k_scale", "v_scale"), (0.5, NUMBERS)),
 }
 SEEDS = {"-1", "tensor of one", *SIZES}
 CALL = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 FORMAT: Final = torch.float8_e4m3fn
 LARGEST: Final = 448.0
+LARGEST_SCALE: Final = torch.finfo(torch.float32).max / LARGEST  # beyond it the largest code is no float32
 
 _SHIFT: Final = 7  # from e4m3's place in 8 bits to its place in a float16
 _SIGNS: Final = ~(1 << 14)  # but for the copy of the sign that the shift leaves beside it
@@ -48,8 +49,9 @@ def widen(codes: Tensor, scales: Tensor, out: Tensor, halves: Tensor) -> None:
 
     Args:
         codes: (..., D) float8_e4m3fn.
-        scales: float32 that broadcasts to (...).
-        out: (..., D), floating; each number is rounded once.
+        scales: float32 that broadcasts to (...), at most `LARGEST_SCALE`.
+        out: (..., D), floating. In 64 bits numbers are exact, in 32 they are rounded once; in 16 they are rounded to
+            float32, and then again.
         halves: (..., D) int16, memory for what comes between.
     """
     bits = codes.view(torch.int8)

@@ -16,8 +16,8 @@ from maskflash.ground.eight_bits import FORMAT
 _STRIDED: Final = torch.strided
 _IN_8_BITS: Final = (
     "; keys and values in 8 bits are read as pages, those of a contiguous cache as one page of each batch row: "
-    "mf.compile(mask).paged(q, k, v, mf.PageTable(torch.arange(batch)[:, None], lengths, page_size=k.shape[2]), "
-    'layout="HND", k_scale=..., v_scale=...)'
+    "mf.compile(mask).paged(q, k, v, mf.PageTable(torch.arange(batch, device=k.device)[:, None], lengths, "
+    'page_size=k.shape[2]), layout="HND", k_scale=..., v_scale=...)'
 )
 _AUTOCAST: Final = ("cpu", "cuda")  # device types
 

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments
-from maskflash.ground.eight_bits import FORMAT
+from maskflash.ground.eight_bits import FORMAT, LARGEST_SCALE
 from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers
 
 Scale = float | Tensor
 
 _OF_TOKENS: Final = 3  # dimensions
+_RIGHT: Final = "a positive number of at most 7.6e35, with which the largest code of 448 is a float32"
 
 
 def pools_of(operation: str, pages: Sequence[Tensor], scales: tuple[Any, Any], layout: str) -> tuple[Pool, Pool]:
@@ -77,8 +78,14 @@ def _scales(operation: str, named: str, pages: Tensor, scale: Any, layout: str) 
     """Scales as (P, page_size, Hkv), a view."""
     count, tokens, heads, _ = pages.shape
     if not isinstance(scale, Tensor):
+        if isinstance(scale, (bool, np.bool_, np.ndarray)) or not hasattr(type(scale), "__float__"):
+            fix = f"; torch.from_numpy({named}).float() makes one" if isinstance(scale, np.ndarray) else ""
+            raise ArgumentTypeError(
+                f"{operation}: {named} is {arguments.by_type(scale)}, expected a number or a float32 tensor{fix}"
+            )
         number = float(torch.tensor(arguments.positive(operation, named, scale), dtype=torch.float32, device="cpu"))
-        arguments.positive(operation, f"{named} in float32", number)
+        if not 0 < number <= LARGEST_SCALE:
+            raise ArgumentError(f"{operation}: {named} in float32 is {number}, expected {_RIGHT}")
         return torch.full((), number, dtype=torch.float32, device=pages.device).expand(count, tokens, heads)
     arguments.held(operation, named, scale)
     if scale.dtype != torch.float32:
@@ -110,7 +117,7 @@ def check_shared(operation: str, name: str, scale: Any) -> None:
     """Check the numbers of a tensor of scales that all tokens share; it is read on the host.
 
     Raises:
-        ArgumentError: one that is not positive, or not finite.
+        ArgumentError: one that is not positive, or beyond `LARGEST_SCALE`.
     """
     if not isinstance(scale, Tensor) or of_tokens(scale):
         return
@@ -119,7 +126,7 @@ def check_shared(operation: str, name: str, scale: Any) -> None:
     if wrong.any():
         head = int(wrong.int().argmax())
         of = f" for head {head}" if len(heads) > 1 else ""
-        raise ArgumentError(f"{operation}: {name}_scale is {float(heads[head])}{of}, expected a finite positive number")
+        raise ArgumentError(f"{operation}: {name}_scale is {float(heads[head])}{of}, expected {_RIGHT}")
 
 
 def check_seen(operation: str, name: str, pool: Pool, scale: Any, ids: Numbers, seen: BoolArray) -> None:
@@ -134,7 +141,7 @@ def check_seen(operation: str, name: str, pool: Pool, scale: Any, ids: Numbers, 
         seen: (n, page_size), which tokens are seen.
 
     Raises:
-        ArgumentError: one that is not positive, or not finite.
+        ArgumentError: one that is not positive, or beyond `LARGEST_SCALE`.
     """
     if pool.scales is None or not of_tokens(scale):
         return
@@ -144,12 +151,12 @@ def check_seen(operation: str, name: str, pool: Pool, scale: Any, ids: Numbers, 
         at, slot, head = np.argwhere(wrong.numpy())[0].tolist()
         raise ArgumentError(
             f"{operation}: {name}_scale is {float(scales[at, slot, head])} for slot {slot} of page {ids[at]}, head "
-            f"{head}, which is used; expected a finite positive number"
+            f"{head}, which is used; expected {_RIGHT}"
         )
 
 
 def _right(scales: Tensor) -> Tensor:
-    return (scales > 0) & (scales < torch.inf)
+    return (scales > 0) & (scales <= LARGEST_SCALE)
 
 
 def _shapes(pages: Tensor, layout: str) -> str:

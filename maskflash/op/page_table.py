@@ -19,6 +19,7 @@ from torch import Tensor
 
 from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.ground import arguments, modes
+from maskflash.ground.overlaps import check_apart
 from maskflash.ground.stretch import BoolArray, Numbers
 from maskflash.op import page_scales
 from maskflash.op.page_scales import Scale
@@ -167,7 +168,8 @@ class PageTable:
         """Write the keys and values of each request's last tokens to their slots, in place.
 
         Pools of float8_e4m3fn get x / scale, rounded to the nearest of their numbers, and at most 448. Scales of tokens
-        are found and written here: the largest magnitude of a token's vector over 448. What is not finite becomes NaN.
+        are found and written here: the largest magnitude of a token's vector over 448. What is not finite becomes NaN;
+        so do numbers of float64 that are beyond float32's.
 
         Args:
             k_pages: the pool, (P, page_size, Hkv, D); with layout "HND" (P, Hkv, page_size, D). In k's dtype, or in
@@ -182,8 +184,9 @@ class PageTable:
             v_scale: likewise.
 
         Raises:
-            ArgumentError: shapes or scales that don't fit; more tokens than a request has; a page that the pool doesn't
-                have. Nothing is written then.
+            ArgumentError: shapes or scales that don't fit; pools and scales of tokens that share memory with one
+                another, or within themselves; more tokens than a request has; a page that the pool doesn't have.
+                Nothing is written then.
             ArgumentTypeError: types or dtypes that don't fit.
 
         Example:
@@ -202,6 +205,13 @@ class PageTable:
         lengths = self.read_lengths(operation)
         counts = self.counts_of(operation, "k", k, cu_seqlens, lengths)
         tokens = [_packed(operation, *item, cu_seqlens) for item in (("k", k), ("v", v))]
+        written = {f"{name}_pages": pool.pages for name, pool in zip("kv", pools, strict=True)}
+        written |= {
+            f"{name}_scale": pool.scales
+            for name, pool, scale in zip("kv", pools, scales, strict=True)
+            if pool.scales is not None and page_scales.of_tokens(scale)
+        }
+        check_apart(operation, written)
         total = int(counts.sum())
         for name, x, pool in zip(("k", "v"), tokens, pools, strict=True):
             wanted = total, *pool.pages.shape[2:]

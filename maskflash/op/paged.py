@@ -133,8 +133,8 @@ class Paged(Asking):
             cu_seqlens_q: (R + 1,) integers: 0, where each next request's queries begin in q, and T.
             layout: of the pool, "NHD" or "HND", as FlashInfer calls them.
             k_scale: what the numbers of a pool in 8 bits are multiplied by: a number, or float32 (Hkv,), one for each
-                head, or (P, page_size, Hkv), one for each token and head, in the pool's layout. Finite and positive;
-                those of slots that no query sees may be anything.
+                head, or (P, page_size, Hkv), one for each token and head, in the pool's layout. Positive, and at most
+                7.6e35; those of slots that no query sees may be anything.
             v_scale: likewise.
             sinks: as in a call.
             return_lse: also return the log-sum-exp.

@@ -183,6 +183,19 @@ def filled(scale, dtype=torch.float32, layout="NHD"):
     return k.to(dtype), v.to(dtype), pools, pages, dict(zip(("k_scale", "v_scale"), scales, strict=True))
 
 
+def test_the_largest_numbers_come_back():
+    """The scale that append finds of float32's largest number is one that calls take, and zeros beside it stay zeros."""
+    largest = torch.finfo(torch.float32).max
+    k, v, pools, pages, scales = filled("tokens")
+    v = torch.zeros_like(v)
+    v[..., 0] = largest
+    pages.append(*pools, k, v, **scales)
+    out = mf.compile(mf.mask(lambda b, h, q, kv: q == kv)).paged(
+        k[:, :, -1:].repeat(1, 2, 1, 1), *pools, pages, **scales
+    )
+    assert torch.equal(out, v.repeat(1, 2, 1, 1)[:, :, -1:])
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 @pytest.mark.parametrize("scale", ["number", "heads", "tokens"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -259,14 +272,34 @@ def changed(at, number):
             mf.ArgumentTypeError,
             "k_pages has dtype torch.float8_e5m2, expected q's dtype, or torch.float8_e4m3fn",
         ),
-        ({"k_scale": "0.1"}, mf.ArgumentTypeError, "k_scale is '0.1', expected a number"),
-        ({"k_scale": True}, mf.ArgumentTypeError, "k_scale is True, expected a number"),
+        ({"k_scale": "0.1"}, mf.ArgumentTypeError, "k_scale is a str, expected a number or a float32 tensor"),
+        (
+            {"k_scale": SCALES["k_scale"].numpy()},
+            mf.ArgumentTypeError,
+            r"k_scale is a ndarray, expected a number or a float32 tensor; torch.from_numpy\(k_scale\).float\(\) makes",
+        ),
+        (
+            {"k_scale": 1e36},
+            mf.ArgumentError,
+            "k_scale in float32 is .*e\\+35, expected a positive number of at most 7.6e35",
+        ),
+        (
+            {"v_scale": torch.tensor(1e36)},
+            mf.ArgumentError,
+            "v_scale is .*e\\+35, expected a positive number of at most",
+        ),
+        (
+            changed((7, 3, 1), 7.6e35),
+            mf.ArgumentError,
+            "k_scale is .*e\\+35 for slot 3 of page 7, head 1, which is used",
+        ),
+        ({"k_scale": True}, mf.ArgumentTypeError, "k_scale is a bool, expected a number"),
         ({"k_scale": 0.0}, mf.ArgumentError, "k_scale is 0.0, expected a finite positive number"),
         ({"v_scale": -1}, mf.ArgumentError, "v_scale is -1, expected a finite positive number"),
         ({"v_scale": math.nan}, mf.ArgumentError, "v_scale is nan, expected a finite positive number"),
         ({"k_scale": 1e39}, mf.ArgumentError, "k_scale in float32 is inf, expected"),
         ({"k_scale": 1e-60}, mf.ArgumentError, "k_scale in float32 is 0.0, expected"),
-        ({"k_scale": torch.tensor(-0.5)}, mf.ArgumentError, "k_scale is -0.5, expected a finite positive number"),
+        ({"k_scale": torch.tensor(-0.5)}, mf.ArgumentError, "k_scale is -0.5, expected a positive number"),
         ({"k_scale": torch.tensor([0.5, math.inf])}, mf.ArgumentError, "k_scale is inf for head 1, expected"),
         (
             {"k_scale": torch.ones(2).double()},
@@ -322,6 +355,63 @@ def test_bad_tokens_write_nothing(given, kind, message):
     with pytest.raises(kind, match=message):
         pages.append(**{**{"k_pages": pools[0], "v_pages": pools[1], "k": K, "v": V}, **scales, **given})
     assert not any(pool.float().any() for pool in pools) and all(x.isnan().all() for x in scales.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"k_scale": (one := torch.ones(9, 8, KV_HEADS)), "v_scale": one},
+            "v_scale shares memory with k_scale, expected memory of its own",
+        ),
+        (
+            {"k_scale": (rows := torch.ones(10, 8, KV_HEADS))[:9], "v_scale": rows[1:]},
+            "v_scale shares memory with k_scale",
+        ),
+        (
+            {"k_scale": torch.ones(1, 1, 1).expand(9, 8, KV_HEADS)},
+            r"k_scale of shape \(9, 8, 2\) has strides \(0, 0, 0\), expected memory .* k_scale.contiguous\(\)",
+        ),
+        ({"v_scale": torch.ones(9, 8, 1).expand(9, 8, KV_HEADS)}, r"v_scale of shape \(9, 8, 2\) has strides"),
+        ({"v_scale": torch.ones(200).as_strided((9, 8, KV_HEADS), (2, 1, 1))}, "v_scale .* has strides"),
+        ({"k_pages": torch.zeros(1, 8, KV_HEADS, DIM).to(FORMAT).expand(9, -1, -1, -1)}, "k_pages .* has strides"),
+        (
+            {
+                "k_pages": (pool := torch.zeros(9, 8, KV_HEADS, max(DIM, V_DIM)).to(FORMAT))[..., :DIM],
+                "v_pages": pool[..., -V_DIM:],
+            },
+            "v_pages shares memory with k_pages",
+        ),
+        (
+            {
+                "k_pages": (memory := torch.zeros(9, 8, KV_HEADS, DIM, 4, dtype=torch.uint8)).view(FORMAT)[..., 0],
+                "k_scale": memory.view(torch.float32)[:, :, :, 3, 0],
+            },
+            "k_scale shares memory with k_pages",
+        ),
+    ],
+)
+def test_memory_that_is_written_twice_is_refused_before_it_is(given, message):
+    _, _, pools, pages, scales = filled("tokens")
+    given = {"k_pages": pools[0], "v_pages": pools[1], **scales, **given}
+    before = [x.view(torch.uint8).clone() if x.dtype == FORMAT else x.clone() for x in given.values()]
+    with pytest.raises(mf.ArgumentError, match=f"PageTable.append: {message}"):
+        pages.append(**given, k=K, v=V)
+    for x, old in zip(given.values(), before, strict=True):
+        torch.testing.assert_close(x.view(torch.uint8) if x.dtype == FORMAT else x, old, equal_nan=True)
+
+
+def test_pools_that_interleave_are_apart():
+    """Views of one tensor serve where no byte belongs to both: codes of k, those of v, and both tensors of scales."""
+    _, _, pools, pages, scales = filled("tokens")
+    pages.append(*pools, K, V, **scales)
+    memory = torch.zeros(9, 8, KV_HEADS, 64, dtype=torch.uint8)
+    codes = memory[..., 8:].view(FORMAT)
+    views = codes[..., :DIM], codes[..., DIM : DIM + V_DIM]
+    mixed = dict(zip(scales, memory[..., :8].view(torch.float32).unbind(-1), strict=True))
+    pages.append(*views, K, V, **mixed)
+    for x, y in zip((*views, *mixed.values()), (*pools, *scales.values()), strict=True):
+        assert torch.equal(x.float(), y.float().nan_to_num(0.0))
 
 
 def test_contiguous_calls_say_what_to_write():

@@ -126,7 +126,7 @@ def test_the_host_reads_no_scale(device, by_table):
         assert all(x.isfinite().all() for x in clean)
         page, old = int(pages.block_table[1, 4]), int(pages.block_table[1, 0])
         for name in scales:
-            for wrong in (0.0, -1.0, math.nan, math.inf):
+            for wrong in (0.0, -1.0, math.nan, math.inf, 7.6e35):
                 changed = scales[name].clone()
                 changed[page, 3, 1] = changed[old, 3, 1] = wrong  # of which no row sees the second
                 found = attn.paged(q, *pools, pages, return_lse=True, **{**scales, name: changed})
@@ -144,6 +144,27 @@ def test_values_of_tiny_scales_are_not_lost(device):
     assert torch.equal(found, wanted)
     half = attn.paged(q.half(), *pools, pages, **scales)
     assert (half != 0).any() and float((half.float() - wanted).abs().amax()) < 2.0**-20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_that_see_tiny_scales_alone_are_as_exact_as_others(device, dtype, by_table):
+    """Each row is right by its own size, though other rows of its tile see values of far larger scales."""
+    length, draw = 32, torch.Generator().manual_seed(3)
+    q, (k, v) = torch.randn(1, 4, 4, 16, generator=draw).to(dtype), torch.randn(2, 1, 2, length, 16, generator=draw)
+    v_scale = torch.where(torch.arange(length) % 2 == 0, 2.0**-11, 2.0**13)[None, :, None].repeat(1, 1, 2)
+    pools = [x.transpose(1, 2).contiguous().to(FORMAT) for x in (k, v)]
+    mask = mf.mask(lambda b, h, q, kv: (q + kv) % 2 == 0)
+    pages = mf.PageTable(torch.zeros(1, 1, dtype=torch.int32), torch.tensor([length]), length)
+    pages.block_table, pages.lengths = pages.block_table.to(device), pages.lengths.to(device)
+    given, scales = (x.to(device) for x in (q, *pools)), {"k_scale": 1.0, "v_scale": v_scale.to(device)}
+    found = mf.compile(mask, backend="triton").paged(*given, pages, **scales).cpu().double()
+    numbers = pools[0].double(), pools[1].double() * v_scale[..., None]
+    k, v = (x.transpose(1, 2).repeat_interleave(2, 1) for x in numbers)
+    products = (q.double() @ k.mT / 4).masked_fill(~mask.dense(4, length, q_offset=length - 4), -math.inf)
+    wanted = products.softmax(-1) @ v
+    errors, sizes = (x.square().mean(-1).sqrt() for x in (found - wanted, wanted))
+    assert sizes.amin() < 2.0**-11 and sizes.amax() > 2.0**10
+    assert float((errors / sizes).amax()) < (2.0**-10 if dtype == torch.float16 else 2.0**-19)
 
 
 @pytest.mark.skipif(EMULATED, reason="it says which device there is")
