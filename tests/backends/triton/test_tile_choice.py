@@ -70,7 +70,7 @@ def test_the_candidates_of_every_row_can_be_kept(folder, monkeypatch, row):
     monkeypatch.setattr(tile_choice.gpu, "arch", lambda device: row.arch)
     dtype = {8: torch.float8_e4m3fn, 16: torch.bfloat16, 32: torch.float32}[row.bits]
     case = replace(CASE, pass_name=row.pass_name, dtype=dtype, dims=(row.head_dim, row.head_dim), block_size=(128, 128))
-    for tile in candidates(row.tile):
+    for tile in candidates(row.tile, dtype):
         tile_choice.keep(case, tile)
         monkeypatch.setattr(tile_choice, "_known", {})
         assert tile_choice.find(case) == Choice(tile, measured=True)
