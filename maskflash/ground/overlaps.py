@@ -73,6 +73,6 @@ def _share(x: Tensor, y: Tensor) -> bool:
     if not (x.numel() and y.numel()):
         return False
     try:
-        return np.shares_memory(np.asarray(_Bytes(x)), np.asarray(_Bytes(y)), max_work=_EFFORT)
+        return np.shares_memory(np.asarray(_Bytes(x)), np.asarray(_Bytes(y)), max_work=_EFFORT)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

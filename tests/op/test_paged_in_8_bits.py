@@ -184,7 +184,7 @@ def filled(scale, dtype=torch.float32, layout="NHD"):
 
 
 def test_the_largest_numbers_come_back():
-    """The scale that append finds of float32's largest number is one that calls take, and zeros beside it stay zeros."""
+    """The scale that append finds of float32's largest number is one that calls take; zeros beside it stay zeros."""
     largest = torch.finfo(torch.float32).max
     k, v, pools, pages, scales = filled("tokens")
     v = torch.zeros_like(v)

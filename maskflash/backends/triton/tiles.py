@@ -246,7 +246,7 @@ _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB 
 
 
 def least(dtype: torch.dtype) -> dict[str, int]:
-    """The shortest sides of tiles. Products of 8 bits sum 32 keys at least, and Hopper has none of fewer than 64 rows."""
+    """The shortest sides of tiles. Products of 8 bits sum 32 keys at least, and on Hopper have 64 rows at least."""
     return {"block_m": 64, "block_n": 32} if dtype == FORMAT else {"block_m": 16, "block_n": 16}
 
 

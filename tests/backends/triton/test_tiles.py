@@ -153,7 +153,7 @@ def test_what_no_row_serves_is_an_error(arch, dtype, dim, block_size, message):
 def test_candidates_are_the_tile_and_what_differs_in_one_thing(tile):
     found = list(candidates(tile, torch.bfloat16))
     assert found[0] == tile
-    assert len(set(found)) == len(found) > (2 if tile.consumers else 3)
+    assert len(set(found)) == len(found) > (1 if tile.consumers else 3)
     for other in found[1:]:
         assert sum(getattr(other, name) != getattr(tile, name) for name in Tile.__slots__) == 1
         assert {other.block_m, other.block_n} <= {16, 32, 64, 128}
