@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from benchmarks import (
+    cache_accuracy,
     decode,
     flashmask,
     flex,
@@ -37,7 +38,7 @@ from maskflash.backends.triton.tiles import ROWS, Tile
 RESULTS: Final = ROOT / "benchmarks" / "results"
 FILES: Final = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "integrations", "numerics", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "integrations", "numerics", "serving", "training")),
 )
 MISSING: Final = "TBD"
 NO_GPU: Final = "Not run on a GPU: there are no figures."
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     results = load(RESULTS / "cpu") | load_cpus(RESULTS) | load_gpus(RESULTS)
     results |= load_model(sass_model.RESULTS) | load_shards(shard_tables.RESULTS) | load_fp8(fp8_accuracy.RESULTS)
+    results |= load_caches(cache_accuracy.RESULTS)
     stale = []
     for path in FILES:
         before = path.read_text(encoding="utf-8")
@@ -186,6 +188,12 @@ def load_fp8(path: Path) -> Results:
     return {f"fp8 {part}": Result(stored["conditions"], stored[part]) for part in ("rows", "gradients") if stored}
 
 
+def load_caches(path: Path) -> Results:
+    """What `benchmarks/cache_accuracy.py` stored: errors of steps over caches."""
+    stored = _plain(path)
+    return {"cache accuracy": Result(stored["conditions"], stored["rows"])} if stored else {}
+
+
 def _plain(path: Path) -> dict[str, Any]:
     """What a file has; nothing if there is none."""
     if not path.exists():
@@ -230,6 +238,7 @@ def _blocks() -> dict[str, Callable[[Results], str]]:
         "fp8 gradients": _fp8_gradients,
         "fp8 conditions": partial(_conditions, "fp8 rows"),
     }
+    blocks |= {"cache accuracy": _caches, "cache conditions": partial(_conditions, "cache accuracy")}
     blocks |= {"model validation": _known, "model tiles": _tiles, "model conditions": _model_conditions}
     return blocks
 
@@ -284,6 +293,16 @@ def _fp8_gradients(results: Results) -> str:
     rows = results["fp8 gradients"].rows if "fp8 gradients" in results else []
     lines = [[row["given"], *(f"{row[name]:.2%}" for name in ("dq", "dk", "dv"))] for row in rows]
     return _markdown(["from", "dq", "dk", "dv"], lines or [[MISSING] * 4])
+
+
+def _caches(results: Results) -> str:
+    """A line for each kind of cache, a column for each kind of data."""
+    rows = results["cache accuracy"].rows if "cache accuracy" in results else []
+    errors = {(row["kept"], row["data"]): f"{row['rmse']:.2%}" for row in rows}
+    lines = [
+        [kept, *(errors.get((kept, data), MISSING) for data in cache_accuracy.DATA)] for kept in cache_accuracy.KEPT
+    ]
+    return _markdown(["keys and values in", *cache_accuracy.DATA], lines)
 
 
 def _gpus(results: Results) -> str:

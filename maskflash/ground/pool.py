@@ -1,7 +1,8 @@
 """Keys or values in pages -> copies of some pages: as they are, or out of 8 bits.
 
 parts = 2      page 0                    page 1                    pages of many tokens are cut, so that few tokens
-numbers        0           1             2           3             are copied at once
+numbers        0           1             2           3             are copied at once: here 4 of 7, and the last part
+tokens         0 1 2 3     3 4 5 6       0 1 2 3     3 4 5 6       begins earlier where the size is no multiple
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from maskflash.ground.eight_bits import quantised, scales_of, widen, widened
-from maskflash.ground.stretch import Numbers
+from maskflash.ground.stretch import Numbers, Stretch
 
-_LARGE: Final = 256  # tokens of a page that is not cut
-_SMALL: Final = 16  # tokens of what pages are cut into, at least
+_LARGE: Final = 256  # tokens of a page that is not cut, and of a part of one, at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,8 +37,14 @@ class Pool:
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.pages.shape[1] // self.parts
+        """Tokens of a page, or of a part."""
+        return -(-self.pages.shape[1] // self.parts)
+
+    @property
+    def starts(self) -> Numbers:
+        """The first token of each part of a page, (parts,); the last part ends with the page."""
+        size = self.page_size
+        return np.minimum(np.arange(self.parts) * size, self.pages.shape[1] - size)
 
     def held_in(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of copies: that of the pages; of 8 bits the one that is asked for."""
@@ -51,12 +57,8 @@ class Pool:
         return self.scales is None and x.stride(0) == x.shape[1] * x.stride(1)
 
     def cut(self) -> Pool:
-        """The same with large pages cut into parts, where their size has a divisor that serves."""
-        size = self.pages.shape[1]
-        if size <= _LARGE:
-            return self
-        fitting = [n for n in range(_LARGE, _SMALL - 1, -1) if size % n == 0]
-        return replace(self, parts=size // fitting[0]) if fitting else self
+        """The same with large pages cut into parts."""
+        return replace(self, parts=max(1, -(-self.pages.shape[1] // _LARGE)))
 
     def shape_of(self, ids: Numbers) -> tuple[int, ...]:
         """Of a copy of some pages: (n, page_size, H, D)."""
@@ -77,19 +79,19 @@ class Pool:
         widen(self._picked(ids, codes.view(out.shape)), self._scales(ids), out, halves.view(out.shape))
         return out
 
-    def tokens(self, ids: Numbers, dtype: torch.dtype) -> Tensor:
-        """The tokens of pages, (n · page_size, H, D): a view where they lie one after the other, else a copy.
+    def stretch(self, stretch: Stretch, ids: Numbers, dtype: torch.dtype) -> Tensor:
+        """A stretch of a request's tokens, (1, H, stop - start, D); zeros where no row sees any.
 
         Args:
-            ids: which.
+            stretch: which; of 8 bits only what some row sees is widened.
+            ids: where its pages are in the pool.
             dtype: of what was in 8 bits.
         """
-        if self.adjacent and len(ids) and (np.diff(ids) == 1).all():
-            return self.pages[int(ids[0]) : int(ids[-1]) + 1].flatten(0, 1)
-        found = self.pages.index_select(0, torch.from_numpy(ids).to(self.pages.device))
         if self.scales is not None:
-            found = widened(found, self._scales(ids), dtype)
-        return found.flatten(0, 1)
+            return stretch.spread(self._widened(stretch.slots(ids), dtype))
+        if self.adjacent and len(ids) and (np.diff(ids) == 1).all():
+            return stretch.tokens(self.pages[int(ids[0]) : int(ids[-1]) + 1].flatten(0, 1))
+        return stretch.tokens(self.pages.index_select(0, torch.from_numpy(ids).to(self.pages.device)).flatten(0, 1))
 
     def write(self, x: Tensor, at: tuple[Tensor, ...], *, of_tokens: bool) -> None:
         """Write vectors to their slots, in place.
@@ -106,20 +108,31 @@ class Pool:
             self.scales[at] = scales_of(x)
         self.pages.view(torch.uint8)[at] = quantised(x, self.scales[at]).view(torch.uint8)
 
+    def _widened(self, slots: tuple[Numbers, Numbers], dtype: torch.dtype) -> Tensor:
+        """The tokens of 8 bits in pages and slots, (n, H, D), in a dtype."""
+        assert self.scales is not None, "of 8 bits"
+        at = tuple(torch.from_numpy(x).to(self.pages.device) for x in slots)
+        scales = self.scales[0, :1] if self._shared else self.scales[at]
+        return widened(self.pages.view(torch.uint8)[at].view(self.pages.dtype), scales, dtype)
+
     def _picked(self, ids: Numbers, out: Tensor) -> Tensor:
         """Pages as they are, in out."""
         if self.parts == 1:
             return torch.index_select(self.pages, 0, torch.from_numpy(ids), out=out)
-        parts = self.pages.unflatten(1, (self.parts, -1))
-        for each, number in zip(out, ids.tolist(), strict=True):  # many tokens each
-            each.copy_(parts[number // self.parts, number % self.parts])
+        starts, size = self.starts[ids % self.parts].tolist(), self.page_size
+        for each, page, start in zip(out, (ids // self.parts).tolist(), starts, strict=True):  # many tokens each
+            each.copy_(self.pages[page, start : start + size])
         return out
 
     def _scales(self, ids: Numbers) -> Tensor:
         """The scales of pages (n, page_size, H), or (1, 1, H) where all tokens share them."""
         assert self.scales is not None, "of 8 bits"
-        if self.scales.stride()[:2] == (0, 0):
+        if self._shared:
             return self.scales[:1, :1]
-        number = torch.from_numpy(ids).to(self.scales.device)
-        parts: Tensor = self.scales.unflatten(1, (self.parts, -1))
-        return parts[number // self.parts, number % self.parts]
+        slots = self.starts[ids % self.parts][:, None] + np.arange(self.page_size)
+        return self.scales[torch.from_numpy(ids // self.parts)[:, None], torch.from_numpy(slots)]
+
+    @property
+    def _shared(self) -> bool:
+        """Whether all tokens of a head have one scale."""
+        return self.scales is not None and self.scales.stride()[:2] == (0, 0)

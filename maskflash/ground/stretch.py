@@ -53,11 +53,29 @@ class Stretch:
             before = self.start % self.page_size
             found = found[before : before + len(self.columns)]
             return found.transpose(0, 1)[None]
-        places = np.searchsorted(self.pages, self.columns // self.page_size) * self.page_size
-        within, there = places + self.columns % self.page_size, self.columns - self.start
-        whole = found.new_zeros(self.stop - self.start, *found.shape[1:])
-        whole[torch.from_numpy(there).to(found.device)] = found[torch.from_numpy(within).to(found.device)]
-        return whole.transpose(0, 1)[None]
+        pages, slots = self.slots(np.arange(len(self.pages)))
+        within = torch.from_numpy(pages * self.page_size + slots).to(found.device)
+        return self.spread(found[within])
+
+    def slots(self, ids: Numbers) -> tuple[Numbers, Numbers]:
+        """The page and the slot of each of the columns.
+
+        Args:
+            ids: what `pages` are called.
+        """
+        return ids[np.searchsorted(self.pages, self.columns // self.page_size)], self.columns % self.page_size
+
+    def spread(self, found: Tensor) -> Tensor:
+        """All tokens from start to stop, (1, H, stop - start, D); zeros where no row sees any.
+
+        Args:
+            found: (len(columns), H, D), the tokens of `columns`.
+        """
+        if len(self.columns) < self.stop - self.start:
+            whole = found.new_zeros(self.stop - self.start, *found.shape[1:])
+            whole[torch.from_numpy(self.columns - self.start).to(found.device)] = found
+            found = whole
+        return found.transpose(0, 1)[None]
 
 
 def span(numbers: Numbers) -> slice | Numbers:

@@ -289,7 +289,7 @@ class Paged(Asking):
                 out[at], lse[at] = found
         for each, pages in zip(alone, ids[len(of_few) :], strict=True):
             rows = q[each.rows].transpose(0, 1)[None] if packed else q[each.request][None]
-            k, v = (each.stretch.tokens(pool.tokens(pages, q.dtype)) for pool in pools)
+            k, v = (pool.stretch(each.stretch, pages, q.dtype) for pool in pools)
             offsets = {"q_offset": each.q_offset, "kv_offset": each.stretch.start}
             given = _of_request(mask_args, each.request, q.device)
             found = self._for_requests()(rows, k, v, **offsets, sinks=spec.sinks, return_lse=True, **given)

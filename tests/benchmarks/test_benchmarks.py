@@ -293,6 +293,13 @@ def test_the_docs_hold_what_the_results_say():
     assert report.main(["--check"]) == 0
 
 
+def test_errors_of_caches_come_from_their_results():
+    rows = [{"kept": "bfloat16", "data": "normal", "rmse": 0.125}]
+    text = "<!-- figures: cache accuracy -->\nstale\n<!-- end figures -->"
+    filled = report.filled_in(text, {"cache accuracy": report.Result({}, rows)})
+    assert f"| bfloat16 | 12.50% | {report.MISSING} | {report.MISSING} |" in filled and "stale" not in filled
+
+
 def test_stored_results_become_tables(tmp_path):
     ratio = Spread(11.0, 12.0, 13.0)
     row = Row("documents", "causal documents", 8192, "forward", "float32", "s", 9, ratio, ratio, ratio, floor=10.0)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import maskflash as mf
 from maskflash.backends.cpu import few, paged
+from maskflash.ground import pool as pool_module
 from maskflash.ground.eight_bits import FORMAT, LARGEST, quantised, scales_of, widened
 from maskflash.ground.pool import Pool
 from maskflash.testing import masks, scores
@@ -97,7 +98,7 @@ def test_sinks(scale, dtype, counts):
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("page_size", [512, 320, 257, 1000])
+@pytest.mark.parametrize("page_size", [512, 320, 257, 514, 1000])
 @pytest.mark.parametrize("scale", ["heads", "tokens"])
 def test_large_pages_are_read_in_parts(layout, page_size, scale, monkeypatch):
     """A contiguous cache is pages of whole requests: only parts of them that some row sees are widened."""
@@ -112,8 +113,41 @@ def test_large_pages_are_read_in_parts(layout, page_size, scale, monkeypatch):
     assert_as_dense(cache, [1, 2], mf.causal())
     copied.clear()
     assert_as_dense(cache, [1, 1], mf.sliding_window(30))
-    part = {512: 256, 320: 160, 257: 257, 1000: 250}[page_size]
-    assert copied == [2 * part] * 2  # of k and v, one part of each request
+    part = {512: 256, 320: 160, 257: 129, 514: 172, 1000: 250}[page_size]
+    assert max(copied) <= 4 * part and len(copied) == 2  # of k and v, up to two parts of each request
+
+
+def test_scores_count_tokens_of_pages_that_are_read_in_parts():
+    bias = torch.linspace(-1, 1, 600)
+    cache = CacheIn8Bits([600, 300], 514)
+    assert_as_dense(cache, [1, 1], mf.causal(), score=lambda score, b, h, q, kv: score + bias[kv])
+
+
+@pytest.mark.parametrize("size", [1, 16, 256, 257, 514, 4099, 8198, 131_071, 131_073, 131_074])
+def test_parts_hold_each_token_of_a_page_and_few_of_them_twice(size):
+    pool = Pool(torch.empty(1, size, 1, 1)).cut()
+    held = (pool.starts[:, None] + range(pool.page_size)).reshape(-1)
+    assert pool.page_size <= 256 and set(held.tolist()) == set(range(size))
+    assert len(held) - size < pool.page_size
+
+
+@pytest.mark.parametrize("scale", ["heads", "tokens"])
+@pytest.mark.parametrize("page_size", [16, 1000])
+def test_chunks_widen_only_tokens_that_some_query_sees(page_size, scale, monkeypatch):
+    counts, honest = [], pool_module.widened
+
+    def counted(codes, *given):
+        counts.append(codes.numel() // (codes.shape[-1] * codes.shape[-2]))
+        return honest(codes, *given)
+
+    monkeypatch.setattr(pool_module, "widened", counted)
+    monkeypatch.setattr(few, "are_few", lambda *_: False)  # each request is a call of its own
+    cache = CacheIn8Bits([1000, 400], page_size, "NHD", scale)
+    assert_as_dense(cache, [40, 30], mf.sliding_window(9))
+    assert counts == [49, 49, 39, 39]
+    counts.clear()
+    assert_as_dense(cache, [40, 0], mf.mask(lambda b, h, q, kv: (q - kv < 9) & (q >= kv) | (kv < 4)))
+    assert counts == [52, 52]
 
 
 def test_little_is_widened_at_once(monkeypatch):

@@ -103,13 +103,19 @@ class PagedRows(NamedTuple):
     def cut(self) -> PagedRows:
         """The same with large pages cut into parts that are pages of their own."""
         k_pages = self.k_pages.cut()
-        parts = k_pages.parts
+        parts, size = k_pages.parts, k_pages.page_size
         if parts == 1:
             return self
+        count = self.ids.shape[1]
         ids = (self.ids[:, :, None] * parts + np.arange(parts)).reshape(len(self.ids), -1)
-        by_page = self.bits.reshape(len(ids), -1, ids.shape[1], k_pages.page_size)
-        seen: BoolArray = np.logical_or.reduce(by_page, axis=(1, 3))
-        return self._replace(seen=seen, ids=ids, k_pages=k_pages, v_pages=self.v_pages.cut())
+        slots = k_pages.starts[:, None] + np.arange(size)
+        columns = (np.arange(count)[:, None, None] * self.page_size + slots).reshape(-1)
+        bits: BoolArray = self.bits[..., columns]
+        by_part = bits.reshape(*bits.shape[:3], count, parts, size)
+        by_part[..., -1, : parts * size - self.page_size] = False  # which are the part's before
+        seen: BoolArray = np.logical_or.reduce(by_part, axis=(1, 2, 5)).reshape(len(ids), -1)
+        scored = None if self.scored is None else self.scored.columns(columns)
+        return self._replace(bits=bits, seen=seen, ids=ids, k_pages=k_pages, v_pages=self.v_pages.cut(), scored=scored)
 
 
 def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tensor, Tensor]:
@@ -268,7 +274,7 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
             )
             tokens, scored = slice(first * page_size, end * page_size), step.scored
             if scored is not None:
-                kv = torch.from_numpy(columns[picked, tokens])[:, None, None]
+                kv = scored.kv.flatten()[torch.from_numpy(columns[picked, tokens])][:, None, None]
                 scored = replace(scored, b=scored.b[picked], q=scored.q[picked], kv=kv)
             visible = bits[picked, :, :, tokens]
             parts.append(PagesOut(picked, *_attend(visible, step.q[picked], k, v, step.scale, scored)))
