@@ -174,8 +174,8 @@ def test_blocks_that_reach_beyond_the_keys(device, block_size):
 def test_very_large_scores_leave_probabilities_what_they_are(device):
     q, k, v = (x.detach() for x in SHAPE.tensors(torch.bfloat16, device=device))
     biased = op(mf.full(), score=lambda score, b, h, q, kv: score - 1.2e8)
-    out, lse = biased(q, k, v, return_lse=True)
-    exact = v.repeat_interleave(2, 1).double().mean(2, keepdim=True)  # in float32 all scores are -1.2e8
+    out, lse = biased(q / 8, k, v, return_lse=True)
+    exact = v.double().mean(2, keepdim=True).expand(out.shape)  # scores of less than 4 leave float32's -1.2e8 as it is
     assert (out.double() - exact).norm() <= 0.08 * exact.norm()
     torch.testing.assert_close(lse, torch.full_like(lse, -1.2e8), rtol=1e-6, atol=0)
 
@@ -195,13 +195,13 @@ def test_a_second_call_of_a_kind_measures_no_tile(device, monkeypatch, tmp_path)
     timed = []
     monkeypatch.setattr(gpu, "seconds", lambda function, device: timed.append(function.args[:2]) or len(timed))
     shape = replace(SHAPE, head_dim=40, v_head_dim=36)
-    attn = op(mf.causal(), tune=True)
-    attn(*shape.tensors(torch.bfloat16, device=device))
+    op(mf.causal(), tune=True)(*shape.tensors(torch.bfloat16, device=device))
     count = len(timed)
     tiles = [tile for pass_name, tile in timed if pass_name == "forward"]
     assert len(tiles) > 2
     assert all(tile.block_m >= 64 and tile.block_n >= 32 for tile in tiles)
-    attn(*shape.tensors(torch.bfloat16, device=device))
+    monkeypatch.setattr(tile_choice, "_known", {})  # a later process
+    op(mf.sliding_window(9), tune=True)(*shape.tensors(torch.bfloat16, device=device))
     assert len(timed) == count
 
 
