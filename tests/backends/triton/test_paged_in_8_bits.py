@@ -172,6 +172,7 @@ def test_devices_without_the_format_are_refused(monkeypatch):
     q, pools, pages, scales = step("cpu")
     attn = mf.compile(mf.causal(), backend="triton")
     monkeypatch.setattr(gpu._Compiling, "arch", 86)
+    monkeypatch.setattr(gpu, "interprets", lambda: False)
     with pytest.raises(mf.BackendError, match=r"pools in 8 bits here: it needs compute capability 8\.9 .*, got 8\.6"):
         attn.paged(q, *pools, pages, **scales)
     monkeypatch.setattr(gpu, "arch", lambda device: "gfx942")
