@@ -43,7 +43,8 @@ R = TypeVar("R")
 class Case:
     """One kernel: architecture, pass, mask, bits of the dtype, tile, head dims of q and k and of v, one of SCORES.
 
-    Of "split" the mask "interval" is a window's expression, and keys may lie in pages, which may be in 8 bits.
+    Products of float32 are in full, "ieee", or "tf32x3". Of "split" the mask "interval" is a window's expression, and
+    keys may lie in pages, which may be in 8 bits.
     """
 
     arch: int | str
@@ -56,6 +57,7 @@ class Case:
     score: str = ""
     paged: bool = False
     pages_in_8_bits: bool = False
+    products: str = "ieee"
 
 
 def compile_case(case: Case) -> Any:
@@ -202,7 +204,7 @@ def _constants(case: Case) -> dict[str, Any]:
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),
-        **{"PRECISION": "ieee", "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
+        **{"PRECISION": case.products, "HAS_DLSE": True, "HAS_SINKS": True, "MEASURE": False, "PARTS": PARTS},
         **{"RAGGED": True, "REQUESTS": 128, "STAGES": tile.stages, "REGISTERS": tile.registers, "SCALED": SCALED},
     }
 

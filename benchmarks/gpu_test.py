@@ -25,6 +25,7 @@ from benchmarks.runner import ROOT
 
 KERNELS: Final = (  # tests that launch them
     *("run", "interval_kernel", "compiled_once", "launch", "sinks", "few", "paged", "fp8", "paged_in_8_bits"),
+    "three_products",
 )
 TESTS: Final = (
     "tests/test_gpu.py",

@@ -1,7 +1,8 @@
 """Rows of the tile table -> real machine code, without a GPU: registers, memory, and what fits a processor.
 
 Every row is compiled for each of three masks, and for head dims that fill it only in part; with one mask also for score
-functions and dropout, on sm_80, sm_90 and sm_100, in bfloat16. A row fails the gate when
+functions and dropout, on sm_80, sm_90 and sm_100, in bfloat16; and float32's as three products of TF32. A row fails the
+gate when
 
 - its loops use local memory: in 16 bits more than one instruction in 25, or in 10 where the tile limits registers; on
   AMD's GPUs any; in float32 on NVIDIA's the kernel may have 600 bytes of it,
@@ -73,6 +74,7 @@ _PRODUCTS: Final[dict[int | str, tuple[str, ...]]] = {
     "gfx1201": ("wmma",),
 }
 OF_8_BITS: Final = " of 8 bits"
+THREE: Final = "tf32x3"  # products of float32 that have tensor cores
 SCORED: Final = (80, 90, 100)
 # By each family of the table.
 SERVED: Final[dict[int | str, tuple[int | str, ...]]] = {80: (80,), 86: (86, 89), 90: (90,), 100: (100,)} | {
@@ -131,6 +133,8 @@ def faults(case: Case, found: Resources) -> list[str]:
         alone = found.under_copies == 0 and found.programs == 1
         if case.arch in (80, 90) and alone and not OF_PAIRS.get(case.score):
             wrong.append("its stages prefetch nothing, and its program is alone on the multiprocessor")
+    if case.products == THREE and not found.product:
+        wrong.append("no tensor cores")
     if found.shared > SHARED_LIMITS[case.arch]:
         wrong.append(f"{found.shared} B of shared memory, more than {SHARED_LIMITS[case.arch]}")
     return wrong
@@ -148,6 +152,8 @@ def table_cases(quick: bool) -> list[Case]:
         archs = _archs(row.arch, row.bits, quick)
         kind = (row.bits, row.head_dim, row.head_dim, row.tile)
         cases += [Case(arch, row.pass_name, mask, *kind) for arch in archs for mask in masks]
+        if row.bits == 32 and row.arch in SCORED and not (quick and (row.arch, row.head_dim) != (80, 64)):
+            cases.append(Case(row.arch, row.pass_name, "interval", *kind, products=THREE))
         if row.pass_name == "split":
             cases += [Case(arch, "split", "interval", *kind, paged=True) for arch in archs]
             with_e4m3 = [arch for arch in archs if isinstance(arch, int) and arch >= 89 and row.bits == 16]
@@ -329,6 +335,7 @@ def _line(case: Case) -> str:
 def _what(case: Case) -> str:
     """The mask, and the score and the pages where there are any."""
     pages = ["paged in 8 bits" if case.pages_in_8_bits else "paged"] if case.paged else []
+    pages += [case.products] * (case.products != "ieee")
     return ", ".join([case.mask, *([case.score] if case.score else []), *pages])
 
 

@@ -68,8 +68,10 @@ def compile(
             of compute capability 9.0, which is refused where it doesn't serve a call; "auto" for what MASKFLASH_KERNELS
             in the environment says, else "portable": Hopper's has not run on a GPU yet. Few rows over many keys, and
             pages, have kernels of their own, whatever is said here.
-        precision: of forward's products on a GPU. "full" computes in the dtype of q, k and v. "fp8" computes in 8 bits
-            (e4m3) after making outliers small, on compute capability 8.9 or later, and the backward in full.
+        precision: of products on a GPU. "full" computes in the dtype of q, k and v. "tf32x3" computes those of float32
+            as three of TF32, which have tensor cores: nearly float32's accuracy in the scores, less in long sums.
+            "fp8" computes forward's in 8 bits (e4m3) after making outliers small, on compute capability 8.9 or later,
+            and the backward in full.
         **others: none; those that other libraries have are answered by what to write here.
 
     Returns:

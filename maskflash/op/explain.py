@@ -45,7 +45,11 @@ _FORWARD: Final = {
     "split": "the kernel of few rows",
 }
 
-_PRECISIONS: Final = {"full": "in the dtype of q, k and v", "fp8": "in 8 bits"}
+_PRECISIONS: Final = {
+    "full": "in the dtype of q, k and v",
+    "tf32x3": "in float32 as three products of TF32",
+    "fp8": "in 8 bits",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -172,9 +172,9 @@ class Paged(Asking):
         as_batch = q if cu_seqlens_q is None else q.transpose(0, 1)[None]
         _check_fit(as_batch, *pools)
         _refuse_dropout(mask_args)
-        if self.precision != "full":
+        if self.precision == "fp8":
             raise BackendError(
-                f'{_OPERATION}: precision is "{self.precision}", expected "full": few rows over many keys gain nothing '
+                f'{_OPERATION}: precision is "fp8": few rows over many keys gain nothing '
                 "from products in 8 bits; compile another op without it"
             )
         if sinks is not None:

@@ -72,7 +72,7 @@ class Spec(NamedTuple):
         block_size: (bq, bkv), a tile in tokens.
         splits: pieces that few rows' keys are cut into on a GPU; 0 for as many as the device has work for.
         kernels: which of a GPU's kernels run forward.
-        precision: "fp8" where forward's products are of 8 bits, else "full".
+        precision: of products on a GPU, as asked for.
         backend: what runs it.
     """
 

@@ -13,7 +13,7 @@ from maskflash.expr.nodes import Expr
 from maskflash.scores.form import Form, form_of
 
 Kernels = Literal["auto", "portable", "hopper"]
-Precision = Literal["full", "fp8"]
+Precision = Literal["full", "tf32x3", "fp8"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +76,7 @@ class Strength:
         score: what becomes of a scaled product; None where it stays what it is.
         dropout: None where all probabilities are kept.
         kernels: which kernels run forward.
-        precision: of forward's products: that of q, k and v, or 8 bits.
+        precision: of products: that of q, k and v; "tf32x3", of all; or "fp8", of forward's.
     """
 
     scale: float

@@ -7,7 +7,7 @@ import maskflash as mf
 from maskflash.errors import ArgumentError, BackendError
 
 
-@pytest.mark.parametrize(("name", "value"), [("kernels", "hopper"), ("precision", "fp8")])
+@pytest.mark.parametrize(("name", "value"), [("kernels", "hopper"), ("precision", "fp8"), ("precision", "tf32x3")])
 @pytest.mark.parametrize("rows", [1, 64])
 def test_a_cpu_refuses_what_it_does_not_have(name, value, rows):
     q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
@@ -28,7 +28,7 @@ def test_what_a_cpu_has_anyway_may_be_said():
     assert torch.equal(said, mf.compile(mf.causal())(q, k, v))
 
 
-@pytest.mark.parametrize(("name", "value"), [("kernels", "hopper"), ("precision", "fp8")])
+@pytest.mark.parametrize(("name", "value"), [("kernels", "hopper"), ("precision", "fp8"), ("precision", "tf32x3")])
 def test_sequences_and_requests_are_asked_for_the_same(name, value):
     """What an op hands its calls on to is asked for what it was asked for."""
     attn = mf.compile(mf.causal(), **{name: value}, splits=3)

@@ -20,6 +20,7 @@ ROOT: Final = Path(__file__).parents[2]
 ARCHS: Final = ("sm_80", "sm_86", "sm_89", "sm_90")
 KERNELS: Final = (  # tests that launch them
     *("run", "interval_kernel", "compiled_once", "launch", "sinks", "scores", "few", "fp8", "paged_in_8_bits"),
+    "three_products",
 )
 FILES: Final = (
     *(f"tests/backends/triton/test_{name}.py" for name in KERNELS),
@@ -32,7 +33,7 @@ QUICK: Final = {  # bfloat16, which no other test of `make test` can run, one ke
     "sm_90": (
         "dtype2 and (three or runs) or dropped and (dq or delta) or scores_match and pairs and not factor"
         " or of_two_roles or before_its_product or hopper and (intervals or order or bytes)"
-        " or fp8 and different_size"
+        " or fp8 and different_size or such_products and ragged"
     ),
 }
 

@@ -21,6 +21,7 @@ import torch
 from maskflash.backends.triton.tiles import AMD, SHARED_LIMITS, Arch
 from maskflash.errors import BackendError
 from maskflash.ground.transfer import capturing
+from maskflash.scores.strength import Precision
 
 _ADA: Final = 89  # the first compute capability, times ten, with e4m3
 
@@ -85,6 +86,16 @@ def without_products_in_8_bits(device: torch.device) -> str | None:
     if found >= _ADA:
         return None
     return f"it needs compute capability 8.9 (Ada, Hopper) or later, got {found / 10}; leave precision out"
+
+
+def without_tf32x3(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a call can't have its products in three of TF32, with the fix; None where it can."""
+    if torch.version.hip is not None and device.type == "cuda":
+        return f"its kernels have TF32 on NVIDIA's GPUs alone, got {arch(device)}; leave precision out"
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
+        return f"it computes products of float32, got {kind}, whose products are on tensor cores anyway; leave it out"
+    return None
 
 
 def compile_only(arch: int) -> None:
@@ -273,13 +284,16 @@ def programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def precision(dtype: torch.dtype) -> str:
-    """float32 products in full, unless torch's own setting asks for TF32, by its new name or by its old ones.
+def precision(dtype: torch.dtype, asked: Precision = "full") -> str:
+    """float32 products in full, unless a call asks for three of TF32, or torch's own setting for one.
 
-    Only one of AMD's architectures has TF32, so there it is always in full.
+    torch's setting goes by its new name or by its old ones. Only one of AMD's architectures has TF32, so there products
+    are always in full.
     """
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
+    if asked == "tf32x3":
+        return asked
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

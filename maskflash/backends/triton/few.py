@@ -282,7 +282,7 @@ class SplitLauncher(Launches):
                 DV=v_dim,
                 BLOCK_D=padded(dim),
                 BLOCK_DV=padded(v_dim),
-                PRECISION=gpu.precision(self.q.dtype),
+                PRECISION=gpu.precision(self.q.dtype, self.strength.precision),
             )
             if pieces > 1:
                 kernel(replace(NO_MASK, padded_dv=v_dim != padded(v_dim)), "combine").launch(

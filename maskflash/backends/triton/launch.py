@@ -151,7 +151,8 @@ class Launches(ABC):
         special = self.special
         of_pairs = 0 if special.score is None else special.score.of_pairs
         kind = self.q.device, pass_name, self.q.dtype, dims, self.problem.block_size
-        return Case(*kind, special.mask, special.strength, of_pairs)
+        products = gpu.precision(self.q.dtype, self.strength.precision)
+        return Case(*kind, special.mask, special.strength, of_pairs, products)
 
     def _tune(self, case: Case, own: dict[str, Any]) -> None:
         """Time the listed tile and its neighbours on this call, and keep the fastest for this device."""
@@ -230,7 +231,7 @@ class Launcher(Launches):
         if tile.consumers:
             return {"STAGES": tile.stages, "REGISTERS": tile.registers}
         dims = {"D": self.q.shape[3], "DV": self.v.shape[3]}
-        return {"UNIT": UNIT, **dims, "PRECISION": gpu.precision(self.q.dtype)}
+        return {"UNIT": UNIT, **dims, "PRECISION": gpu.precision(self.q.dtype, self.strength.precision)}
 
     def _special(self, pass_name: PassName) -> Specialisation:
         """What the text of one pass depends on: the tables that learn are the business of `dtables` alone."""

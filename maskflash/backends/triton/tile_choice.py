@@ -36,6 +36,7 @@ class Case:
         mask: the mask as the kernel has it.
         strength: likewise the score, whether there is dropout, and keys in 8 bits; empty without all.
         of_pairs: real numbers that the score looks up for each pair.
+        products: how those of float32 are computed, as Triton calls it.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class Case:
     mask: str
     strength: str = ""
     of_pairs: int = 0
+    products: str = "ieee"
 
     @property
     def key(self) -> list[str]:
@@ -59,6 +61,7 @@ class Case:
             str(self.block_size),
             self.mask,
             *([self.strength] if self.strength else []),
+            *([self.products] if self.products != "ieee" else []),
         ]
 
 

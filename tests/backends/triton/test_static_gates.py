@@ -98,6 +98,7 @@ def test_a_tile_that_is_too_big_is_reported(tmp_path):
         (AMPERE, "mma", {"shared": 166_913}, "more than 166912"),
         (replace(AMPERE, arch=86), "mma", {"shared": 101_377}, "more than 101376"),
         (replace(HOPPER, bits=32), "mma", {"stack": 601}, "601 B of stack"),
+        (replace(HOPPER, bits=32, products="tf32x3"), "wgmma", {"product": ""}, "no tensor cores"),
         (INSTINCT, "mfma", {"local": 1, "local_share": 1.0}, "1 accesses to local memory"),
         (INSTINCT, "mfma", {"product": ""}, "no mfma"),
         (INSTINCT, "mfma", {"shared": 65_537}, "more than 65536"),
