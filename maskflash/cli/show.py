@@ -96,7 +96,7 @@ def _added(
     effect = Effect.of("--score", seen.mask, score, at, seen.q_len, seen.kv_len, call)
     drawn = cells(block_map, terminal.CELLS)
     square = tuple(side * drawn.side for side in block_map.block_size)
-    found = effect.changes(place["batch_row"], place["head"], square)
+    found = effect.added(place["batch_row"], place["head"], square)
     finite = [x[np.isfinite(x)] for x in (found.least, found.largest)]
     low, high = (finite[0].min(), finite[1].max()) if all(x.size for x in finite) else (None, None)
     return {"to": at, "least": low, "largest": high, "sampled": max(square) > SAMPLES}

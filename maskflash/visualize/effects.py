@@ -5,7 +5,6 @@ f(score, b, h, q, kv) - score        for one score, the same of all pairs: 0 unl
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Self
@@ -15,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from maskflash.analysis.problem import Problem
-from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.expr.evaluate import Inputs, compute
 from maskflash.expr.nodes import Expr
 from maskflash.masks.combination import Combination
@@ -30,7 +28,7 @@ SAMPLES: Final = 16  # along each side of a square; all of its tokens where it h
 Numbers = NDArray[np.float64]
 
 
-class Changes(NamedTuple):
+class Added(NamedTuple):
     """What is added in squares of pairs: (rows, columns) each, over the visible pairs that were looked at.
 
     Attributes:
@@ -75,15 +73,12 @@ class Effect:
             ArgumentError: lengths, or arguments, that don't fit.
         """
         found = as_score(operation, score)
-        if isinstance(at, bool) or not isinstance(at, int | float):
-            raise ArgumentTypeError(f"{operation}: at is a {type(at).__name__}, expected a number: the score to change")
-        if not math.isfinite(at):
-            raise ArgumentError(f"{operation}: at is {at}, expected a finite number: the score to change")
+        at = arguments.real(operation, "at", at)
         sight = Combination("and", mask, Lifted(found)).at_call(operation, q_len, kv_len, call)
         inputs = _bound(found, sight)[1]
         if has_holes(inputs.tables):
             sight = Combination("and", mask, Lifted(found, holes=True)).at_call(operation, q_len, kv_len, call)
-        return cls(found.name, float(at), sight, sight.problem.on_host(), *_bound(found, sight))
+        return cls(found.name, at, sight, sight.problem.on_host(), *_bound(found, sight))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +89,7 @@ class Effect:
             self.problem.heads if "h" in self.expr.reads else heads,
         )
 
-    def changes(self, b: int, h: int, square: tuple[int, int]) -> Changes:
+    def added(self, b: int, h: int, square: tuple[int, int]) -> Added:
         """What is added in each square of so many rows and columns.
 
         Of a square with more than 16 tokens along a side, 16 of them are looked at, evenly from the first to the last.
@@ -109,7 +104,7 @@ class Effect:
         value = self._values(b, h, torch.from_numpy(q)[:, None], torch.from_numpy(kv))
         if not value.size:
             empty = np.zeros((len(first_q), len(first_kv)))
-            return Changes(empty, empty, empty)
+            return Added(empty, empty, empty)
 
         def folded(operation: np.ufunc, x: NDArray[Any]) -> Numbers:
             found: Numbers = operation.reduceat(operation.reduceat(x, first_q, axis=0), first_kv, axis=1)
@@ -118,7 +113,7 @@ class Effect:
         seen = folded(np.add, (~np.isnan(value)).astype(np.float64))
         with warnings.catch_warnings(action="ignore"):  # of 0 / 0 where nothing is visible
             mean = folded(np.add, np.nan_to_num(value)) / seen
-        return Changes(mean, folded(np.fmin, value), folded(np.fmax, value))
+        return Added(mean, folded(np.fmin, value), folded(np.fmax, value))
 
     def _values(self, b: int, h: int, q: torch.Tensor, kv: torch.Tensor) -> Numbers:
         """What is added to each pair; NaN where it is hidden, by the mask or by a score of -inf."""

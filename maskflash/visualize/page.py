@@ -28,7 +28,7 @@ from maskflash.masks.mask import Mask
 from maskflash.scores.score import ScoreLike
 from maskflash.visualize import style
 from maskflash.visualize.deciders import Decided, decide
-from maskflash.visualize.effects import SAMPLES, Changes, Effect
+from maskflash.visualize.effects import SAMPLES, Added, Effect
 from maskflash.visualize.marks import Documents, Steps, Vectors, find_documents, find_vectors
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def explorer(
         if q_len is None or kv_len is None:
             raise ArgumentError(f"explorer: {shown.name} is a mask, so q_len and kv_len are needed")
         size = arguments.block_size("explorer", block_size)
+        at = arguments.real("explorer", "at", at)
         effect = None if score is None else Effect.of("explorer", shown, score, at, q_len, kv_len, call)
         asked = shown.at_call("explorer", q_len, kv_len, call) if effect is None else effect.sight
         problem = asked.tiled(size).on_host()
@@ -192,9 +193,7 @@ def _scores(effect: Effect, block_map: BlockMap) -> dict[str, Any]:
     ):
         side *= 2
     square = side * block_map.block_size[0], side * block_map.block_size[1]
-    found = [effect.changes(b, h, square) for b in range(batch) for h in range(heads)]
-    means = np.concatenate([np.zeros(0), *(changes.mean.ravel() for changes in found)])
-    known = means[np.isfinite(means)]
+    found = [effect.added(b, h, square) for b in range(batch) for h in range(heads)]
     return {
         "name": effect.name,
         "at": effect.at,
@@ -203,11 +202,9 @@ def _scores(effect: Effect, block_map: BlockMap) -> dict[str, Any]:
         "across": math.ceil(tiles[1] / side),
         "samples": [min(SAMPLES, tokens) for tokens in square],
         "sampled": max(square) > SAMPLES,
-        "low": float(known.min()) if known.size else 0.0,
-        "high": float(known.max()) if known.size else 0.0,
         "numbers": {
-            name: [pack(getattr(changes, name).astype(np.float32).ravel().view(np.int32)) for changes in found]
-            for name in Changes._fields
+            name: [pack(getattr(one, name).astype(np.float32).ravel().view(np.int32)) for one in found]
+            for name in Added._fields
         },
     }
 

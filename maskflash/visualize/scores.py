@@ -89,7 +89,7 @@ def draw_score(
     alone = max(q_len, kv_len) <= _PAIRS
     drawn = cells(effect.sight.block_map((1, 1) if alone else size), _PAIRS if alone else _SQUARES, batch_row, head)
     square = (1, 1) if alone else (drawn.side * size[0], drawn.side * size[1])
-    number = np.ma.masked_invalid(effect.changes(batch_row, head, square).mean)
+    number = np.ma.masked_invalid(effect.added(batch_row, head, square).mean)
     unknown = (drawn.kinds > SKIP) & np.ma.getmaskarray(number)
     ax = axes(ax)
     ax.set_facecolor(COLOURS[SKIP])

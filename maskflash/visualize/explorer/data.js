@@ -7,7 +7,7 @@
 //   data.documents   [{name, shape, rows, columns}]: steps of document numbers over queries and keys
 //   data.vectors     {shape, named: {lts: [steps], ...}}; or null
 //   data.scores      what a score function adds, in squares of `side` x `side` tiles: {name, at, shape, side, across,
-//                    samples, low, high, numbers: {mean: [one for each batch row and head], ...}}; or null
+//                    samples, numbers: {mean: [one for each batch row and head], ...}}; or null
 //   data.choices     batch rows and heads to choose from: of the map, or of the score function
 //
 // Packed numbers are differences in int32, deflated, in base64; of scores, of the bits of floats. Lines count through batch rows, heads and rows of

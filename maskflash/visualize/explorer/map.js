@@ -98,9 +98,9 @@ function draw() {
   context.fillStyle = colours.kinds[SKIP];
   context.fillRect(0, 0, map.width, map.height);
   if (nQ && nKV) drawCells();
-  if (nQ && nKV && scoresShown()) drawNumbers();
   if ($("show-documents")?.checked) documents.forEach(drawDocuments);
   if ($("show-vectors")?.checked) Object.keys(vectors).forEach(drawVector);
+  if (nQ && nKV && scoresShown()) drawNumbers();
   if (cursor) drawCursor();
   drawAxes();
   const right = view.left + kvLen / view.zoom, bottom = view.top + qLen / view.zoom;
