@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from maskflash.analysis.problem import Problem
 from maskflash.expr.evaluate import Inputs, compute
 from maskflash.expr.nodes import Expr
+from maskflash.ground import arguments
 from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
