@@ -133,7 +133,10 @@ ORDER = {
     "flashmask": ["paper", "call"],
     "examples": ["train_packed", "train_transformers", "train_on_ranks"],
     "integrations": ["closures", "layers", "layer_mask", "shards", "transformers"],
-    "visualize": ["cells", "notebook", "style", "vectors", "forms", "shards", "figures", "deciders", "marks", "page"],
+    "visualize": [
+        *("cells", "notebook", "style", "vectors", "forms", "shards", "figures", "effects", "scores"),
+        *("deciders", "marks", "page"),
+    ],
     "cli": [
         "parser",
         "traffic",

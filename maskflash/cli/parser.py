@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import textwrap
 from pathlib import Path
 from typing import Final
@@ -99,10 +100,21 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
         'maskflash show "causal & document(300, 500, 224)"',
         'maskflash show "sliding_window(4096)" --q-len 1048576 --png window.png',
         'maskflash show "causal & document([4096] * 256)" --html packed.html',
+        "maskflash show causal --score alibi --heads 8 --head 2 --png alibi.png",
         "maskflash show masks.py:packed --block-size 64 --json",
     )
     _with_score(show)
-    show.add_argument("--png", metavar="FILE", help="also draw the mask and its tiles with matplotlib")
+    show.add_argument(
+        "--at",
+        type=_number,
+        metavar="X",
+        help="with --score: which score it changes, the same for all pairs (default: 0)",
+    )
+    show.add_argument("--batch-row", type=_index, default=0, metavar="N", help="to draw (default: %(default)s)")
+    show.add_argument("--head", type=_index, default=0, metavar="N", help="to draw (default: %(default)s)")
+    show.add_argument(
+        "--png", metavar="FILE", help="also draw the mask, its tiles and what the score function adds, by matplotlib"
+    )
     show.add_argument(
         "--html", metavar="FILE", help="also write the explorer, a page to zoom and ask: it needs nothing but a browser"
     )
@@ -351,6 +363,22 @@ def _count(text: str) -> int:
     if not 1 <= count <= _MOST:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 to {_MOST:,}, got {text!r}")
     return count
+
+
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer from 0, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return found
 
 
 def _block_size(text: str) -> tuple[int, int]:

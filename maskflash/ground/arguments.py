@@ -111,12 +111,20 @@ def scale(operation: str, value: Any) -> float:
 
 def positive(operation: str, name: str, value: Any, if_negative: str = "") -> float:
     """A finite positive float, from any Python or numpy number."""
+    found = real(operation, name, value, "a finite positive number")
+    if found <= 0:
+        fix = if_negative if found < 0 else ""
+        raise ArgumentError(f"{operation}: {name} is {_kind(value)}, expected a finite positive number{fix}")
+    return found
+
+
+def real(operation: str, name: str, value: Any, expected: str = "a finite number") -> float:
+    """A finite float, from any Python or numpy number."""
     if isinstance(value, (bool, np.bool_, Tensor, np.ndarray)) or not hasattr(type(value), "__float__"):
         fix = "; use `.item()` on a tensor" if isinstance(value, (Tensor, np.ndarray)) else ""
         raise ArgumentTypeError(f"{operation}: {name} is {_kind(value)}, expected a number{fix}")
-    if not 0 < value < float("inf"):
-        fix = if_negative if value < 0 else ""
-        raise ArgumentError(f"{operation}: {name} is {_kind(value)}, expected a finite positive number{fix}")
+    if not abs(value) < float("inf"):
+        raise ArgumentError(f"{operation}: {name} is {_kind(value)}, expected {expected}")
     try:
         return float(value)
     except OverflowError:  # an int of hundreds of digits

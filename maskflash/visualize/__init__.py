@@ -8,6 +8,7 @@ none.
 from maskflash.visualize.figures import draw_mask, draw_tiles, side_by_side
 from maskflash.visualize.forms import draw_row_intervals, draw_slices
 from maskflash.visualize.page import explorer
+from maskflash.visualize.scores import draw_score
 from maskflash.visualize.shards import draw_shards
 from maskflash.visualize.vectors import draw_intervals
 
@@ -15,6 +16,7 @@ __all__ = [
     "draw_intervals",
     "draw_mask",
     "draw_row_intervals",
+    "draw_score",
     "draw_shards",
     "draw_slices",
     "draw_tiles",

@@ -30,6 +30,13 @@ class Cells:
     columns: NDArray[np.int64]
     side: int
 
+    def corners(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Of the cells that are True in (rows, columns): (n, 4, 2) keys and queries."""
+        i, j = np.nonzero(chosen)
+        left, right, top, bottom = self.columns[j], self.columns[j + 1], self.rows[i], self.rows[i + 1]
+        across, down = np.stack((left, right, right, left), axis=1), np.stack((top, top, bottom, bottom), axis=1)
+        return np.stack((across, down), axis=2)
+
 
 def cells(block_map: BlockMap, most: int, batch_row: int = 0, head: int = 0) -> Cells:
     """The cells of one batch row and head.

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
-
-import numpy as np
 
 from maskflash.analysis.block_map import BlockMap
 from maskflash.analysis.runs import FULL, PARTIAL, SKIP
@@ -16,16 +13,17 @@ from maskflash.ground import arguments
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
 from maskflash.visualize.cells import Cells, cells
-from maskflash.visualize.style import COLOURS, HATCH, HATCH_INK, OUTLINE, axes, figure, frame
+from maskflash.visualize.style import COLOURS, HATCH, HATCH_INK, OUTLINE, axes, figure, frame, titled
 from maskflash.visualize.vectors import draw_intervals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Panel = Mask | BlockMap | Callable[..., Any]
+
 _MOST: Final = 512  # pairs or tiles a side, up to which each is drawn by itself
 _COARSE: Final = 256  # cells a side beyond that: each is two pixels or more, so that those along a boundary are seen
-_TITLE: Final = 46  # letters that a line of a title has room for
 _OUTLINED: Final = 64  # tiles a side, up to which each has its outline, and partial ones are hatched
 _TILES: Final = {FULL: "full", PARTIAL: "partial", SKIP: "skip"}
 _PAIRS: Final = {FULL: "visible", PARTIAL: "in part", SKIP: "hidden"}
@@ -79,7 +77,7 @@ def draw_mask(
     ax = axes(ax)
     _image(ax, drawn)
     frame(ax, q_len, kv_len)
-    ax.set_title(_titled(mask.name))
+    ax.set_title(titled(mask.name))
     if legend and size == 1:
         _legend(ax, {kind: _PAIRS[kind] for kind in (FULL, SKIP)})
     elif legend:
@@ -135,15 +133,16 @@ def draw_tiles(
 
 
 def side_by_side(
-    panels: Mapping[str, Mask | BlockMap], q_len: int | None = None, kv_len: int | None = None, **options: Any
+    panels: Mapping[str, Panel], q_len: int | None = None, kv_len: int | None = None, **options: Any
 ) -> Figure:
     """Draw masks and block maps beside one another, each under its title; column intervals with their vectors.
 
     Args:
-        panels: title -> mask or block map.
+        panels: title -> mask, block map, or a function that draws on the axes that it is given as `ax=`, such as
+            `partial(draw_score, mask, score, 1024, 1024)`.
         q_len: rows in tokens; needed where a mask is among them.
         kv_len: columns in tokens; likewise.
-        **options: of `draw_mask`, for the masks.
+        **options: of `draw_mask`, for the masks; of block maps too, batch_row and head.
 
     Returns:
         The figure, with axes in the panels' order.
@@ -162,27 +161,25 @@ def side_by_side(
     arguments.instance("side_by_side", "panels", panels, Mapping, "it is {title: mask or block map}")
     if not panels:
         raise ArgumentError("side_by_side: panels is empty, expected {title: mask or block map}")
+    place = {name: options[name] for name in ("batch_row", "head") if name in options}
     for title, panel in panels.items():
-        if not isinstance(panel, BlockMap):
+        if isinstance(panel, Mask) or not (isinstance(panel, BlockMap) or callable(panel)):
             _check(panel, Mask, f"side_by_side: {title}")
             if q_len is None or kv_len is None:
                 raise ArgumentError(f"side_by_side: {title!r} is a mask, so q_len and kv_len are needed")
     made = figure(len(panels))
     for ax, (title, panel) in zip(made.axes, panels.items(), strict=True):
         if isinstance(panel, BlockMap):
-            draw_tiles(panel, ax=ax)
+            draw_tiles(panel, ax=ax, **place)
+        elif not isinstance(panel, Mask):
+            panel(ax=ax)
         else:
             assert q_len is not None and kv_len is not None, "checked above"
             draw_mask(panel, q_len, kv_len, ax=ax, **options)
             if isinstance(panel, ColumnIntervals):
                 draw_intervals(panel, q_len, ax=ax, batch_row=options.get("batch_row", 0))
-        ax.set_title(_titled(title))
+        ax.set_title(titled(title))
     return made
-
-
-def _titled(text: str) -> str:
-    """A title in lines that fit a panel, three at most."""
-    return "\n".join(textwrap.wrap(text, _TITLE, max_lines=3, placeholder=" …"))
 
 
 def _image(ax: Axes, drawn: Cells) -> None:
@@ -199,14 +196,9 @@ def _outlined(ax: Axes, drawn: Cells) -> None:
     from matplotlib.collections import PolyCollection
 
     for kind, colour in COLOURS.items():
-        i, j = np.nonzero(drawn.kinds == kind)
-        left, right, top, bottom = drawn.columns[j], drawn.columns[j + 1], drawn.rows[i], drawn.rows[i + 1]
-        corners = np.stack(
-            (np.stack((left, right, right, left), axis=1), np.stack((top, top, bottom, bottom), axis=1)), axis=2
-        )
         ax.add_collection(
             PolyCollection(
-                list(corners),
+                list(drawn.corners(drawn.kinds == kind)),
                 facecolor=colour,
                 edgecolor=HATCH_INK if HATCH[kind] else OUTLINE,
                 linewidth=0.4,

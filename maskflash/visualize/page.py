@@ -25,8 +25,10 @@ from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
 from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.mask import Mask
+from maskflash.scores.score import ScoreLike
 from maskflash.visualize import style
 from maskflash.visualize.deciders import Decided, decide
+from maskflash.visualize.effects import SAMPLES, Added, Effect
 from maskflash.visualize.marks import Documents, Steps, Vectors, find_documents, find_vectors
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 _DASHES: Final = {"solid": [], "dashed": [6, 3], "dotted": [2, 2], "dashdot": [6, 2, 2, 2]}  # of lines, in pixels
 _MOST_PAIRS: Final = 1 << 24  # of partial tiles, up to which they are looked at one by one
+_SQUARES: Final = 64  # of numbers of scores, a side
+_MOST_SQUARES: Final = 1 << 15  # of all batch rows and heads
 _MOST_RUNS: Final = 1 << 18  # of pairs, up to which the page holds them
 
 
@@ -42,6 +46,8 @@ def explorer(
     q_len: int | None = None,
     kv_len: int | None = None,
     *,
+    score: ScoreLike | None = None,
+    at: float = 0.0,
     path: str | os.PathLike[str] | None = None,
     title: str | None = None,
     block_size: BlockSize = 128,
@@ -52,16 +58,20 @@ def explorer(
     The page is made from runs, so a million tokens of causal documents are well below a megabyte. It fetches nothing.
     Zoomed in, partial tiles of a mask show their pairs, if they hold at most 2^24 pairs in all, in at most 2^18 runs.
     Documents are marked where a mask compares look-ups by q and kv, such as `doc[b, q] == doc[b, kv]`, and vectors
-    where it is a `ColumnIntervals`.
+    where it is a `ColumnIntervals`. What a score function adds is a layer that can be switched on: a number for each
+    tile, or for squares of them, of at most 16 x 16 of their pairs.
 
     Args:
         shown: a mask, or a block map; a map alone doesn't tell who decided its tiles, nor about documents.
         q_len: rows in tokens; needed for a mask, and for nothing else.
         kv_len: columns in tokens; likewise.
+        score: a score function, for a mask: as in `compile`.
+        at: the score that it changes, the same for all pairs: see `draw_score`.
         path: a file to write the page to as well.
         title: what to call it; None for the mask's own name.
         block_size: tokens per tile, one number or (q_tokens, kv_tokens).
-        **call: for a mask, batch, heads, q_offset, kv_offset, device and its own arguments: see `Mask.at`.
+        **call: for a mask, batch, heads, q_offset, kv_offset, device, its own arguments and the score function's: see
+            `Mask.at`.
 
     Returns:
         The page's HTML.
@@ -81,20 +91,25 @@ def explorer(
         arguments.instance("explorer", "title", title, str, "it is what the page is called")
     if path is not None and not isinstance(path, str | os.PathLike):
         raise ArgumentTypeError(f"explorer: path is a {type(path).__name__}, expected a str or a path")
-    decided, pairs, documents, vectors = None, None, [], None
+    decided, pairs, documents, vectors, scores = None, None, [], None, None
     if isinstance(shown, BlockMap):
+        if score is not None:
+            raise ArgumentError("explorer: score needs the mask that it is used under, got a block map; pass the mask")
         block_map = shown
     elif isinstance(shown, Mask):
         if q_len is None or kv_len is None:
             raise ArgumentError(f"explorer: {shown.name} is a mask, so q_len and kv_len are needed")
         size = arguments.block_size("explorer", block_size)
-        asked = shown.at_call("explorer", q_len, kv_len, call)
+        at = arguments.real("explorer", "at", at)
+        effect = None if score is None else Effect.of("explorer", shown, score, at, q_len, kv_len, call)
+        asked = shown.at_call("explorer", q_len, kv_len, call) if effect is None else effect.sight
         problem = asked.tiled(size).on_host()
         decided = decide(problem)
         block_map = decided.seen.block_map
         if 0 < block_map.counts["partial"] * math.prod(size) <= _MOST_PAIRS:
             pairs = _few(classify(asked.tiled((1, 1)).on_host()).block_map)
         documents = find_documents(problem)
+        scores = None if effect is None else _scores(effect, block_map)
         if isinstance(shown, ColumnIntervals):
             vectors = find_vectors(shown, problem.q_len)
     else:
@@ -102,7 +117,7 @@ def explorer(
             f"explorer: got a {type(shown).__name__}, expected a Mask or a BlockMap; make one with mf.mask"
         )
     name = title if title is not None else "block map" if isinstance(shown, BlockMap) else shown.name
-    page = _render(name, block_map, decided, pairs, documents, vectors)
+    page = _render(name, block_map, decided, pairs, documents, vectors, scores)
     if path is not None:
         _write(page, Path(path))
     return page
@@ -115,6 +130,7 @@ def _render(
     pairs: BlockMap | None,
     documents: list[Documents],
     vectors: Vectors | None,
+    scores: dict[str, Any] | None,
 ) -> str:
     lines = {
         name: {"colour": style.VECTOR_COLOURS[name], "dash": _DASHES[style.VECTOR_DASHES[name]]}
@@ -125,6 +141,7 @@ def _render(
         "kv_len": block_map.kv_len,
         "block_size": block_map.block_size,
         "shape": block_map.shape,
+        "choices": list(map(max, block_map.shape, scores["shape"])) if scores else block_map.shape[:2],
         "runs": _runs(block_map.rows),
         "pairs": pairs and {"shape": pairs.shape[:2], **_runs(pairs.rows)},
         "decided": decided and decided.seen.decided,
@@ -140,6 +157,9 @@ def _render(
         ],
         "vectors": vectors
         and {"shape": vectors.shape, "named": {name: _all_steps(steps) for name, steps in vectors.named.items()}},
+        "scores": scores,
+        "scale": style.SCALE,
+        "unknown": style.UNKNOWN,
         "lines": lines,
         "colours": {
             "kinds": [style.COLOURS[kind] for kind in (SKIP, PARTIAL, FULL)],
@@ -161,6 +181,32 @@ def _render(
         },
     }
     return _environment().get_template("page.html.jinja").render(name=name, block_map=block_map, data=data)
+
+
+def _scores(effect: Effect, block_map: BlockMap) -> dict[str, Any]:
+    """What a score function adds in squares of tiles: numbers packed, and all that is said of them."""
+    (batch, heads), tiles = effect.shape, block_map.shape[2:]
+    side = 1
+    while side < max(tiles) and (
+        max(tiles) > side * _SQUARES
+        or batch * heads * math.prod(math.ceil(count / side) for count in tiles) > _MOST_SQUARES
+    ):
+        side *= 2
+    square = side * block_map.block_size[0], side * block_map.block_size[1]
+    found = [effect.added(b, h, square) for b in range(batch) for h in range(heads)]
+    return {
+        "name": effect.name,
+        "at": effect.at,
+        "shape": (batch, heads),
+        "side": side,
+        "across": math.ceil(tiles[1] / side),
+        "samples": [min(SAMPLES, tokens) for tokens in square],
+        "sampled": max(square) > SAMPLES,
+        "numbers": {
+            name: [pack(getattr(one, name).astype(np.float32).ravel().view(np.int32)) for one in found]
+            for name in Added._fields
+        },
+    }
 
 
 def _few(pairs: BlockMap) -> BlockMap | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -26,7 +27,12 @@ DARK_COLOURS: Final = {SKIP: "#22272e", PARTIAL: "#4a78a6", FULL: "#c4dcf3"}
 DARK_HATCH_INK: Final = "#86b0d8"
 DARK_OUTLINE: Final = "#4b525b"
 DARK_DOCUMENT_COLOUR: Final = "#ff8f87"
+_TITLE: Final = 46  # letters that a line of a title has room for
 _TICKS: Final = 5  # on an axis of tiles, beside the one at 0
+# Of numbers, from low to high: evenly lighter, and unlike the colour of what is hidden, on light screens and on dark.
+# Source: matplotlib's viridis, from 0.12 to 0.96.
+SCALE: Final = ("#472a7a", "#3e4a89", "#31678e", "#26818e", "#1f9a8a", "#2eb37c", "#5ec962", "#9dd93b", "#e5e419")
+UNKNOWN: Final = "#a0a0a0"  # of what is visible, but has no number
 VECTOR_COLOURS: Final = {"lts": "#d95f02", "lte": "#8c2d04", "uts": "#b8860b", "ute": "#e6ab02"}
 VECTOR_DASHES: Final = {"lts": "solid", "lte": "dashed", "uts": "dotted", "ute": "dashdot"}
 
@@ -66,6 +72,11 @@ def figure(panels: int, widths: Sequence[float] | None = None) -> Figure:
     made = Figure(figsize=(5.2 * sum(widths), 6.1), dpi=160, layout="constrained")
     made.subplots(1, panels, width_ratios=widths)
     return made
+
+
+def titled(text: str) -> str:
+    """A title in lines that fit a panel, three at most."""
+    return "\n".join(textwrap.wrap(text, _TITLE, max_lines=3, placeholder=" …"))
 
 
 def frame(ax: Axes, q_len: int, kv_len: int, block_size: tuple[int, int] | None = None) -> None:

@@ -1,6 +1,7 @@
 """`maskflash show`: the picture in an 80-column terminal, its colours, its JSON, and the figure it writes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from maskflash import cli
 from maskflash.cli import terminal
 
 EXAMPLE = "causal & document(300, 500, 224)"
+BATCH = ["padding(3, 5)", "--batch", "2", "--q-len", "8"]
 SMALL = """\
 causal() & document(3 documents): 10 queries x 10 keys
 
@@ -118,7 +120,7 @@ def test_json_has_the_counts_and_the_picture(capsys):
 
 
 def test_several_rows_and_heads_say_which_is_drawn(capsys):
-    assert "batch row 0, head 0 of 2 x 1" in show(capsys, "padding(3, 5)", "--batch", "2", "--q-len", "8")
+    assert "batch row 0, head 0 of 2 x 1" in show(capsys, *BATCH)
 
 
 def test_colours_are_for_terminals_alone(capsys, monkeypatch):
@@ -135,6 +137,33 @@ def test_a_terminal_without_these_letters_gets_others(monkeypatch):
     program = "import sys; from maskflash.cli import main; sys.exit(main(['show', 'causal', '--q-len', '3']))"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert run.stdout.decode("ascii").splitlines()[3:6] == ["  0 ##. .", "    ####.", "    ######"]
+
+
+def test_a_score_says_what_it_adds_for_the_head_that_is_drawn(capsys):
+    alibi = ["causal", "--score", "alibi", "--heads", "8", "--q-len"]
+    *_, last = show(capsys, *alibi, "16").splitlines()
+    assert last == "alibi(): adds -7.5 to 0 to a score of 0 (sampled visible pairs, head 0 of 8)"
+    *_, last = show(capsys, *alibi, "16", "--head", "1", "--block-size", "4").splitlines()
+    assert last == "alibi(): adds -3.75 to 0 to a score of 0 (visible pairs, head 1 of 8)"
+    facts = json.loads(show(capsys, "causal", "--score", "softcap(10)", "--at", "20", "--q-len", "16", "--json"))
+    low = facts["added"]
+    assert (low["to"], low["sampled"]) == (20, True)
+    assert low["least"] == low["largest"] == pytest.approx(10 * math.tanh(2) - 20, rel=1e-5)
+
+
+def test_the_row_and_head_that_are_drawn_are_chosen(capsys):
+    assert "batch row 1, head 0 of 2 x 1" in (out := show(capsys, *BATCH, "--batch-row", "1"))
+    assert [out.splitlines()[3].count(mark) for mark in "█·"] == [10, 3]
+    assert [show(capsys, *BATCH).splitlines()[3].count(mark) for mark in "█·"] == [6, 5]
+
+
+def test_a_figure_with_a_score_has_it_as_a_panel(capsys, tmp_path):
+    path = tmp_path / "mask.png"
+    sizes = []
+    for score in ([], ["--score", "alibi"]):
+        show(capsys, EXAMPLE, *score, "--png", str(path))
+        sizes.append(int.from_bytes(path.read_bytes()[16:20]))
+    assert sizes[1] == pytest.approx(1.5 * sizes[0], rel=0.01)
 
 
 def test_the_figure_is_written(capsys, tmp_path):
@@ -165,6 +194,9 @@ def test_the_explorer_is_written_without_matplotlib(capsys, tmp_path, monkeypatc
         (["causal & documents(3)"], "column 10: there is no preset 'documents'"),
         (["nowhere.py:mask"], "there is no file nowhere.py"),
         (["random_eviction(1, 2)"], "column 1"),
+        (["causal", "--at", "3"], "--at: which score is changed is of no use without --score"),
+        (["causal", "--head", "1"], "--head: 1 is not less than --heads, 1"),
+        (["causal", "--heads", "8", "--batch-row", "1"], "--batch-row: 1 is not less than --batch, 1"),
         (["causal", "--png", "/nowhere/at/all.png"], "--png: there is no folder /nowhere/at"),
         (["causal", "--html", "/nowhere/at/all.html"], "--html: there is no folder /nowhere/at"),
     ],
@@ -183,7 +215,9 @@ def test_without_matplotlib_the_figure_says_what_to_install(capsys, monkeypatch,
     assert "pip install 'maskflash[plot]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--q-len", "0"], ["--block-size", "8x8x8"], ["--block-size", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--q-len", "0"], ["--block-size", "8x8x8"], ["--block-size", "0"], ["--head", "-1"], ["--at", "nan"]]
+)
 def test_wrong_options_are_status_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(["show", "causal", *arguments])

@@ -18,7 +18,10 @@ def test_it_trains_and_resumes(tmp_path, monkeypatch):
 
     real = Attention.__call__
     monkeypatch.setattr(Attention, "__call__", counted)
-    command = ["--longest", "100", "--batch", "4", "--workers", "0", "--save", str(tmp_path / "saved")]
-    first = train_transformers.main([*command, "--steps", "2"])
+    monkeypatch.setattr(train_transformers, "SAVE", tmp_path / "saved")
+    for name, value in {"LONGEST": 100, "BATCH": 4, "WORKERS": 0}.items():
+        monkeypatch.setattr(train_transformers, name, value)
+    first = train_transformers.train(2)
     assert len(first) == 2 and calls
-    assert len(train_transformers.main([*command, "--steps", "3"])) == 3  # its history begins with the first two
+    again = train_transformers.train(3)
+    assert len(again) == 3 and again[:2] == first  # its history begins with the first two

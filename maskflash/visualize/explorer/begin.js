@@ -7,6 +7,7 @@ function choose() {
   view.b = Number($("batch").value || 0);
   view.h = Number($("head").value || 0);
   work = measure();
+  measureScores();
   const full = work.rows.full.reduce((sum, tiles) => sum + tiles, 0), seen = work.rows.total;
   const several = batch * heads > 1 ? `batch row ${view.b}, head ${view.h}: ` : "";
   $("drawn").textContent =

@@ -6,8 +6,11 @@
 //   data.evaluated   the tiles whose pairs were evaluated, packed as runs; or null
 //   data.documents   [{name, shape, rows, columns}]: steps of document numbers over queries and keys
 //   data.vectors     {shape, named: {lts: [steps], ...}}; or null
+//   data.scores      what a score function adds, in squares of `side` x `side` tiles: {name, at, shape, side, across,
+//                    samples, numbers: {mean: [one for each batch row and head], ...}}; or null
+//   data.choices     batch rows and heads to choose from: of the map, or of the score function
 //
-// Packed numbers are differences in int32, deflated, in base64. Lines count through batch rows, heads and rows of
+// Packed numbers are differences in int32, deflated, in base64; of scores, of the bits of floats. Lines count through batch rows, heads and rows of
 // tiles. A cell is a square of `side` x `side` tiles, one where there is room: full or skip if all its tiles are, else
 // partial, as it would be as a tile.
 "use strict";
@@ -17,7 +20,8 @@ const KINDS = ["skip", "partial", "full"];
 
 const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
-const [batch, heads, nQ, nKV] = data.shape;
+const [batch, heads] = data.choices;
+const [, , nQ, nKV] = data.shape;
 const [bq, bkv] = data.block_size;
 const {q_len: qLen, kv_len: kvLen} = data;
 const dark = window.matchMedia("screen and (prefers-color-scheme: dark)");
@@ -25,7 +29,7 @@ let colours = dark.matches ? data.dark : data.colours;
 const number = (x) => x.toLocaleString("en-US");
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
-let runs, pairs, evaluated, documents, vectors; // of `data`, unpacked
+let runs, pairs, evaluated, documents, vectors, scores; // of `data`, unpacked
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -44,20 +48,22 @@ async function unpackAll(packed) {
 // Unpack everything; throws where the browser can't.
 async function load() {
   const {shape: _, ...packed} = data.pairs ?? {};
-  [runs, pairs, evaluated, documents, vectors] = await Promise.all([
+  [runs, pairs, evaluated, documents, vectors, scores] = await Promise.all([
     unpackAll(data.runs),
     data.pairs && unpackAll(packed),
     data.evaluated && unpackAll(data.evaluated),
     Promise.all(data.documents.map(async ({name, shape, rows, columns}) =>
       ({name, shape, rows: await unpackAll(rows), columns: await unpackAll(columns)}))),
     data.vectors && unpackAll(data.vectors.named),
+    data.scores && unpackAll(data.scores.numbers),
   ]);
+  for (const name of Object.keys(scores ?? {})) scores[name] = scores[name].map((bits) => new Float32Array(bits.buffer));
 }
 
 const view = {b: 0, h: 0, left: 0, top: 0, zoom: 1};
 let cursor = null; // the tile {i, j} that is asked about
 let work = null; // of the batch row and head that are drawn
-const line = (i) => (view.b * heads + view.h) * nQ + i;
+const line = (i) => unit(data.shape) * nQ + i;
 
 // The last index of an ascending part of an array whose value is at most x; low - 1 where there is none.
 function last(values, x, low, high) {

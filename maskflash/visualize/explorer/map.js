@@ -71,11 +71,11 @@ function shown(side) {
   };
 }
 
-function hatched() {
+function hatched(ink) {
   const stroke = document.createElement("canvas");
   stroke.width = stroke.height = 8;
   const pen = stroke.getContext("2d");
-  pen.strokeStyle = colours.hatch;
+  pen.strokeStyle = ink;
   pen.lineWidth = 1;
   for (const shift of [-8, 0, 8]) {
     pen.moveTo(shift - 1, 9);
@@ -84,11 +84,11 @@ function hatched() {
   pen.stroke();
   return context.createPattern(stroke, "repeat");
 }
-let hatch = hatched();
+let hatch = hatched(colours.hatch);
 
 function colour(palette) {
   colours = palette;
-  hatch = hatched();
+  hatch = hatched(colours.hatch);
 }
 
 const pairsShown = () => pairs && Math.min(scaleX(), scaleY()) >= PAIR;
@@ -100,6 +100,7 @@ function draw() {
   if (nQ && nKV) drawCells();
   if ($("show-documents")?.checked) documents.forEach(drawDocuments);
   if ($("show-vectors")?.checked) Object.keys(vectors).forEach(drawVector);
+  if (nQ && nKV && scoresShown()) drawNumbers();
   if (cursor) drawCursor();
   drawAxes();
   const right = view.left + kvLen / view.zoom, bottom = view.top + qLen / view.zoom;
@@ -107,7 +108,7 @@ function draw() {
   $("view").textContent = `queries ${number(Math.round(view.top))} to ${number(Math.round(bottom))}, ` +
     `keys ${number(Math.round(view.left))} to ${number(Math.round(right))}` +
     (side > 1 ? `; each cell is ${side} × ${side} tiles` : "") +
-    (pairsShown() ? "; partial tiles show their pairs, visible ones as full" : "");
+    (pairsShown() ? `; partial tiles show their pairs, visible ones as ${scoresShown() ? "their tile" : "full"}` : "");
   map.setAttribute("aria-label", `tiles of ${$("view").textContent}`);
 }
 
@@ -116,6 +117,8 @@ function drawCells() {
   const {seen, full, stride} = tally(side, top, bottom, left, right);
   const room = side === 1 && Math.min(bq * scaleY(), bkv * scaleX()) >= ROOM;
   const edge = (cell, block, length) => Math.min(cell * side * block, length);
+  const scored = scoresShown(), hatching = scored ? hatchOver : hatch;
+  const apart = (j) => scored && j * side % data.scores.side === 0; // here another number begins
   for (let i = top; i < bottom; i++) {
     // A ragged last cell may be less than a pixel.
     const y1 = y(edge(i + 1, bq, qLen)), y0 = Math.min(y(edge(i, bq, qLen)), y1 - 1);
@@ -123,11 +126,13 @@ function drawCells() {
     for (let j = left; j <= right; j++) {
       const at = (i - top) * stride + j - left;
       const next = j < right ? kindOf(seen[at], full[at], side, i, j) : -1;
-      if (next === kind) continue;
+      if (next === kind && !apart(j)) continue;
       if (kind > SKIP) {
+        const fills = [scored ? colourOf(scoreOf("mean", i * side, start * side)) : colours.kinds[kind]];
         const x1 = x(edge(j, bkv, kvLen)), x0 = Math.min(x(edge(start, bkv, kvLen)), x1 - 1);
-        if (kind === PARTIAL && pairsShown()) drawPairs(i, start, j);
-        else for (const fill of kind === PARTIAL && room ? [colours.kinds[kind], hatch] : [colours.kinds[kind]]) {
+        if (kind === PARTIAL && room) fills.push(hatching);
+        if (kind === PARTIAL && pairsShown()) drawPairs(i, start, j, scored ? fills[0] : colours.kinds[FULL]);
+        else for (const fill of fills) {
           context.fillStyle = fill;
           context.fillRect(x0, y0, x1 - x0, y1 - y0);
         }
@@ -152,14 +157,14 @@ function drawCells() {
 }
 
 // The pairs of a row's partial tiles, first to stop (half open).
-function drawPairs(row, first, stop) {
+function drawPairs(row, first, stop, ink) {
   const left = Math.max(first * bkv, Math.floor(view.left));
   const right = Math.min(stop * bkv, kvLen, Math.ceil(view.left + kvLen / view.zoom));
   const top = Math.max(row * bq, Math.floor(view.top));
   const bottom = Math.min(row * bq + bq, qLen, Math.ceil(view.top + qLen / view.zoom));
   context.fillStyle = colours.kinds[SKIP];
   context.fillRect(x(left), y(top), x(right) - x(left), y(bottom) - y(top));
-  context.fillStyle = colours.kinds[FULL];
+  context.fillStyle = ink;
   for (let q = top; q < bottom; q++) {
     const begin = pairs.offsets[unit(data.pairs.shape) * qLen + q];
     const end = pairs.offsets[unit(data.pairs.shape) * qLen + q + 1];

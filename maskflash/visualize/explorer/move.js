@@ -112,6 +112,8 @@ function listenToMap() {
       zoom(1 / 1.5, ...middle);
     } else if (event.key === "0") {
       whole();
+    } else if (event.key === "s" && scores) {
+      $("show-scores").click();
     } else {
       return;
     }
@@ -125,6 +127,7 @@ function listenToControls() {
   $("whole").addEventListener("click", whole);
   $("show-documents")?.addEventListener("change", redraw);
   $("show-vectors")?.addEventListener("change", redraw);
+  $("show-scores")?.addEventListener("change", showScores);
   for (const id of ["side", "order"]) $(id).addEventListener("change", ready);
   for (const id of ["batch", "head"]) $(id).addEventListener("change", choose);
 }

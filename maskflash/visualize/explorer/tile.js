@@ -66,6 +66,7 @@ function say() {
       documentsIn(own(layer.rows, layer.shape), qLen, cell.top, cell.bottom) + "; keys " +
       documentsIn(own(layer.columns, layer.shape), kvLen, cell.left, cell.right)).join("; ");
   }
+  if (scores) $("score").textContent = sayScore(cursor);
   for (const name of Object.keys(vectors ?? {})) {
     $(`vector-${name}`).textContent = vectorIn(own(vectors[name], data.vectors.shape), cell.left, cell.right);
   }
