@@ -132,6 +132,7 @@ ORDER = {
     ],
     "flashmask": ["paper", "call"],
     "examples": ["train_packed", "train_transformers", "train_on_ranks"],
+    "testing": ["shape", "keep", "dense", "strategies"],
     "integrations": ["closures", "layers", "layer_mask", "shards", "transformers"],
     "visualize": [
         *("cells", "notebook", "style", "vectors", "forms", "shards", "figures", "effects", "scores"),
