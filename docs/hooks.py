@@ -3,7 +3,8 @@
 mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- picture: mask, 64, 64 -->` becomes a
 picture of what the sessions above it have made, `<!-- scores: mask, 64, 64, [alibi] -->` one of what score functions
 add, `<!-- shards: plan, mask -->` one of a plan's ranks over a mask, and `<!-- listing: text -->` a listing of a text;
-they are what `picture(mask, 64, 64)` and the like return in the sessions' own namespace. `<!-- chart: "frontier" -->` draws stored results.
+they are what `picture(mask, 64, 64)` and so on return in the sessions' own namespace. `<!-- chart: "frontier" -->`
+draws stored results.
 `<!-- gallery -->` becomes small pictures of all masks that the page draws, which lead to their headings.
 """
 
@@ -11,7 +12,7 @@ import doctest
 import html
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def gallery(headings: list[str], pictures: list[str]) -> str:
     return "\n".join([*links, "{ .gallery }"]) if links else ""
 
 
-def scored(mask: Any, q_len: int, kv_len: int, scores: list[Any], **options: Any) -> tuple[bytes, str]:
+def scored(mask: Any, q_len: int, kv_len: int, scores: Sequence[Any], **options: Any) -> tuple[bytes, str]:
     """What score functions add under a mask, side by side, as SVG; a title."""
     from matplotlib.figure import Figure
 
