@@ -44,7 +44,7 @@ ORDER = {
         "sequences",
     ],
     "trace": [
-        *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
+        *("frames", "premises", "paths", "sources", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
         *("hooks", "builtin_calls", "lower", "trace", "combine"),
     ],
     "analysis": [
