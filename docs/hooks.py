@@ -1,9 +1,10 @@
 """The repository's pages -> the site's: pages from outside docs/, the notebook, links between them, and pictures.
 
 mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- picture: mask, 64, 64 -->` becomes a
-picture of what the sessions above it have made, `<!-- shards: plan, mask -->` one of a plan's ranks over a mask, and
-`<!-- listing: text -->` a listing of a text; they are what `picture(mask, 64, 64)`, `shards(plan, mask)` and
-`listing(text)` return in the sessions' own namespace. `<!-- chart: "frontier" -->` draws stored results.
+picture of what the sessions above it have made, `<!-- scores: mask, 64, 64, [alibi] -->` one of what score functions
+add, `<!-- shards: plan, mask -->` one of a plan's ranks over a mask, and `<!-- listing: text -->` a listing of a text;
+they are what `picture(mask, 64, 64)` and so on return in the sessions' own namespace. `<!-- chart: "frontier" -->`
+draws stored results.
 `<!-- gallery -->` becomes small pictures of all masks that the page draws, which lead to their headings.
 """
 
@@ -11,7 +12,7 @@ import doctest
 import html
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ FROM_ROOT = {
     "templates/README.md": "templates.md",
 }
 SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
-SHOWN = re.compile(r"^<!-- ((?:picture|shards|chart|listing): .*) -->$", re.MULTILINE)
+SHOWN = re.compile(r"^<!-- ((?:picture|scores|shards|chart|listing): .*) -->$", re.MULTILINE)
 GALLERY = "<!-- gallery -->"
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 ROW = re.compile(r"^\|.*$", re.MULTILINE)
@@ -68,6 +69,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.meta["search"] = {"boost": 0.5}  # who looks for a word wants to use it first
     makers = {
         "picture": picture,
+        "scores": lambda *arguments, **options: added(*scored(*arguments, **options)),
         "shards": lambda *arguments, **options: added(*sharded(*arguments, **options)),
         "chart": lambda name: added(*charted(name)),
         "listing": listing,
@@ -200,6 +202,22 @@ def gallery(headings: list[str], pictures: list[str]) -> str:
         f"[{picture} {heading}](#{slugify(heading, '-')})" for heading, picture in zip(headings, pictures, strict=True)
     ]
     return "\n".join([*links, "{ .gallery }"]) if links else ""
+
+
+def scored(mask: Any, q_len: int, kv_len: int, scores: Sequence[Any], **options: Any) -> tuple[bytes, str]:
+    """What score functions add under a mask, side by side, as SVG; a title."""
+    from matplotlib.figure import Figure
+
+    from maskflash import visualize
+
+    width, height = 5.2 * len(scores), 5.2  # inches
+    margins = {"left": 0.7 / width, "right": 1 - 0.8 / width, "bottom": 0.8 / height, "top": 1 - 0.8 / height}
+    figure = Figure(figsize=(width, height))
+    panels = figure.subplots(1, len(scores), squeeze=False, gridspec_kw={**margins, "wspace": 0.4})
+    for score, ax in zip(scores, panels[0], strict=True):
+        visualize.draw_score(mask, score, q_len, kv_len, ax=ax, **options)
+    names = " and ".join(ax.get_title() for ax in panels[0])
+    return as_svg(figure), f"what {names} add at {q_len} x {kv_len} tokens"
 
 
 def sharded(plan: Any, mask: Any, **options: Any) -> tuple[bytes, str]:

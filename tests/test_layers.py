@@ -44,7 +44,7 @@ ORDER = {
         "sequences",
     ],
     "trace": [
-        *("frames", "premises", "paths", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
+        *("frames", "premises", "paths", "sources", "tracer", "symbols", "branches", "torch_calls", "rewrite"),
         *("hooks", "builtin_calls", "lower", "trace", "combine"),
     ],
     "analysis": [
@@ -132,6 +132,7 @@ ORDER = {
     ],
     "flashmask": ["paper", "call"],
     "examples": ["train_packed", "train_transformers", "train_on_ranks"],
+    "testing": ["shape", "keep", "dense", "strategies"],
     "integrations": ["closures", "layers", "layer_mask", "shards", "transformers"],
     "visualize": [
         *("cells", "notebook", "style", "vectors", "forms", "shards", "figures", "effects", "scores"),

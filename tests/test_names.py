@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 PACKAGE = Path(__file__).parents[1] / "maskflash"
-ROOT = {"__init__.py", "__main__.py", "api.py", "doctor.py", "errors.py", "testing.py"}
+ROOT = {"__init__.py", "__main__.py", "api.py", "doctor.py", "errors.py"}
 RENAMED = {  # where the name itself would clash with, or say less than, what stands beside it
     "maskflash.backends.cpu.run as cpu",
     "maskflash.backends.triton.device as gpu",

@@ -81,9 +81,13 @@ def _figure(seen: Subject, block_map: BlockMap, at: float, place: dict[str, int]
     panels: dict[str, Panel] = {f"{seen.visible}": seen.visible, f"tiles of {rows} x {columns}": block_map}
     call: dict[str, Any] = {"batch": seen.batch, "heads": seen.heads, **place}
     if seen.score is not None:
-        sizes = {"at": at, "block_size": block_map.block_size}
+        lengths = seen.q_len, seen.kv_len
         panels[seen.score.name] = partial(
-            visualize.draw_score, seen.mask, seen.score, seen.q_len, seen.kv_len, **sizes, **call
+            visualize.draw_score,
+            *(seen.mask, seen.score, *lengths),
+            at=at,
+            block_size=block_map.block_size,
+            **call,
         )
     return visualize.side_by_side(panels, seen.q_len, seen.kv_len, **call)
 
@@ -95,7 +99,7 @@ def _added(
     call = {"batch": seen.batch, "heads": seen.heads}
     effect = Effect.of("--score", seen.mask, score, at, seen.q_len, seen.kv_len, call)
     drawn = cells(block_map, terminal.CELLS)
-    square = tuple(side * drawn.side for side in block_map.block_size)
+    square = drawn.side * block_map.block_size[0], drawn.side * block_map.block_size[1]
     found = effect.added(place["batch_row"], place["head"], square)
     finite = [x[np.isfinite(x)] for x in (found.least, found.largest)]
     low, high = (finite[0].min(), finite[1].max()) if all(x.size for x in finite) else (None, None)

@@ -49,10 +49,17 @@ def check_results(results: tuple[Tensor, ...], work: Workload, mask: Tensor, tic
     """
     exact = tuple(torch.zeros_like(result, dtype=torch.float64) for result in results)
     plain = tuple(torch.zeros_like(result, dtype=torch.float64) for result in results)
-    for head in range(work.q.shape[1]):
-        _add_dense_head(exact, work, mask, head, torch.float64)
-        _add_dense_head(plain, work, mask, head, work.q.dtype)
-        tick()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # these are small operations: on a busy machine several threads wait for one another at each
+    try:
+        for head in range(work.q.shape[1]):
+            _add_dense_head(exact, work, mask, head, torch.float64)
+            _add_dense_head(plain, work, mask, head, work.q.dtype)
+            tick()
+    finally:
+        torch.set_num_threads(threads)
     return [
         Check(name, _largest(result - truth), error_budget(own.to(work.q.dtype), truth))
         for name, result, truth, own in zip(RESULTS, results, exact, plain, strict=True)

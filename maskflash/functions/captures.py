@@ -34,7 +34,7 @@ from maskflash.functions.reach import ABSENT, MAPPINGS, SEQUENCES, Step, follow,
 from maskflash.functions.slots import aside
 from maskflash.functions.traces import Reading
 from maskflash.trace.lower import read_elsewhere
-from maskflash.trace.tracer import Captured, Sources
+from maskflash.trace.sources import Captured, Sources
 
 _ARRAYS = (np.ndarray, array, bytearray)
 _MUTABLE = (list, deque, set, *_ARRAYS, *MAPPINGS)

@@ -34,8 +34,8 @@ from maskflash.functions.traces import (
     stand_ins,
 )
 from maskflash.ground import arguments
+from maskflash.trace.sources import is_captured
 from maskflash.trace.trace import Traced
-from maskflash.trace.tracer import is_captured
 
 F = TypeVar("F", bound="Function")
 

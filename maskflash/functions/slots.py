@@ -12,8 +12,8 @@ from torch import Tensor
 
 from maskflash.expr.nodes import Expr, bits_of, parse
 from maskflash.ground import copies
+from maskflash.trace.sources import View, is_captured
 from maskflash.trace.trace import Traced
-from maskflash.trace.tracer import View, is_captured
 
 _MOST_EXPRESSIONS: Final = 1024  # remembered by their text; the first to come is the first to go
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from maskflash.functions.slots import Slots
+from maskflash.trace.sources import is_captured
 from maskflash.trace.trace import Traced
-from maskflash.trace.tracer import is_captured
 
 _MOST: Final = 64  # traces of one function; the least recently used goes first
 _MOST_NAMES: Final = 4096  # of slots, in all functions; the first to come is the first to go

@@ -16,8 +16,8 @@ from maskflash.functions.slots import aside
 from maskflash.functions.traces import Reading
 from maskflash.masks.mask import Mask
 from maskflash.trace.combine import Join, combine
+from maskflash.trace.sources import Captured
 from maskflash.trace.trace import Traced
-from maskflash.trace.tracer import Captured
 
 SYMBOLS: Final = {"bitand": "&", "bitor": "|", "bitxor": "^", "and": "and"}
 _LONGEST_NAME: Final = 1000  # characters

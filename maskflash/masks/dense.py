@@ -16,8 +16,8 @@ from maskflash.functions.sizes import Sizes
 from maskflash.functions.traces import Reading
 from maskflash.ground import arguments
 from maskflash.masks.mask import Mask
+from maskflash.trace.sources import Captured, View
 from maskflash.trace.trace import Traced, trace
-from maskflash.trace.tracer import Captured, View
 
 MOST_PAIRS: Final = 1 << 30  # of a dense mask; a byte each, and as much again while it is analysed
 

@@ -17,7 +17,7 @@ from maskflash.ground.arguments import BlockSize
 from maskflash.masks.exports import Exports
 from maskflash.masks.lines import Line
 from maskflash.masks.sight import Sight
-from maskflash.trace.tracer import Argument
+from maskflash.trace.sources import Argument
 
 if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap

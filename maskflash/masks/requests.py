@@ -10,8 +10,8 @@ from maskflash.expr.nodes import Builder, Expr
 from maskflash.functions.derived import Derived
 from maskflash.functions.sizes import Sizes
 from maskflash.masks.mask import Mask
+from maskflash.trace.sources import Argument
 from maskflash.trace.trace import Traced, compact
-from maskflash.trace.tracer import Argument
 
 REQUESTS: Final = Argument("call.requests")
 """What the table of requests, (batch rows of the call,), is called among arguments: nobody can pass such a name."""

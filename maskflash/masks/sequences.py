@@ -13,8 +13,8 @@ from maskflash.masks.columns import ColumnIntervals
 from maskflash.masks.combination import Combination
 from maskflash.masks.dense import DenseMask
 from maskflash.masks.mask import Mask
+from maskflash.trace.sources import Argument
 from maskflash.trace.trace import Traced, compact
-from maskflash.trace.tracer import Argument
 
 ARGUMENTS: Final = tuple(Argument(f"call.{name}") for name in TABLES)
 """What the tables are called among arguments: nobody can pass such names."""

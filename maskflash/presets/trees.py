@@ -30,8 +30,8 @@ from maskflash.ground import arguments, modes
 from maskflash.ground.identity import state
 from maskflash.masks.mask import Mask
 from maskflash.presets.documents import Ints, unless_1
+from maskflash.trace.sources import Captured
 from maskflash.trace.trace import Traced, trace
-from maskflash.trace.tracer import Captured
 
 __all__ = ["tree"]
 

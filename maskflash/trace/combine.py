@@ -11,8 +11,8 @@ from torch import Tensor
 
 from maskflash.expr.nodes import Builder, Node
 from maskflash.expr.simplify import simplify
+from maskflash.trace.sources import Argument, View
 from maskflash.trace.trace import Traced, compact
-from maskflash.trace.tracer import Argument, View
 
 Join = tuple[str, tuple[int, ...]]
 """A connective, "bitand", "bitor", "bitxor" (both sides are always reached) or "not", and its operands' places."""

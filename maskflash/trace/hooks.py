@@ -17,8 +17,9 @@ from torch import Tensor
 
 from maskflash.trace.branches import explore, merge
 from maskflash.trace.paths import Apart, CannotMerge
+from maskflash.trace.sources import Captured
 from maskflash.trace.symbols import Symbol, Table, apply, is_bool, symbol, truth
-from maskflash.trace.tracer import Captured, Tracer, active, drop_private
+from maskflash.trace.tracer import Tracer, active, drop_private
 
 _UNCHANGING = (Symbol, Table, Tensor, int, float, complex, str, bytes, tuple, frozenset, range, type(None))
 

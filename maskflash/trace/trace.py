@@ -28,8 +28,9 @@ from maskflash.trace import torch_calls
 from maskflash.trace.branches import explore_all
 from maskflash.trace.lower import lower, python_code
 from maskflash.trace.paths import FEW_PATHS, MAX_PATHS, Apart, RaisesInBranch, TooManyPaths, Unrepeatable
+from maskflash.trace.sources import Argument, Captured, Sources, View
 from maskflash.trace.symbols import Symbol, Table, element, is_bool, symbol, truth
-from maskflash.trace.tracer import ACTIVE, MASK, Argument, Captured, Role, Sources, TorchCalls, Tracer, View, active
+from maskflash.trace.tracer import ACTIVE, MASK, Role, TorchCalls, Tracer, active
 
 MaskArg = Tensor | int | float | bool
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from itertools import product
 from types import CodeType
 from typing import Any, Final, NamedTuple, NoReturn
@@ -20,6 +20,7 @@ from maskflash.expr.nodes import Builder, Node, Source, operand_dtype, result_ty
 from maskflash.expr.ops import COMPARISONS, INDEX_VARIABLES
 from maskflash.trace.frames import UserCode
 from maskflash.trace.paths import Apart, Paths, TooManyPaths, Unrepeatable
+from maskflash.trace.sources import Argument, Captured, Sources, View
 
 MAX_OPERATIONS: Final = 1 << 18  # recorded by one trace, over all its branches: some ten seconds
 
@@ -35,52 +36,6 @@ _DTYPES = frozenset(
 
 Kind = tuple[torch.dtype, bool]
 """Dtype and weakness of a value."""
-
-
-class Argument(str):
-    """The name of a keyword argument that fills a slot at run time."""
-
-
-class Captured(Argument):
-    """The name of a value that the predicate gets at by itself, read again at each call: no argument can have it."""
-
-
-def is_captured(name: str) -> bool:
-    """Whether a name is that of a captured value; as plain text too."""
-    return name.startswith("@")
-
-
-class View(NamedTuple):
-    """A slot that is filled by a view of a tensor, made of it again at each call: its sizes, strides and offset."""
-
-    name: str
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The view."""
-        if torch.compiler.is_dynamo_compiling():  # which can't ask for an offset, but counts from the tensor's own
-            last = sum((size - 1) * step for size, step in zip(self.size, self.stride, strict=True))
-            flat = tensor.as_strided((self.offset + last + 1,), (1,))
-            return flat[self.offset :].as_strided(self.size, self.stride)
-        return tensor.as_strided(self.size, self.stride, int(tensor.storage_offset()) + self.offset)
-
-
-class Sources(NamedTuple):
-    """Where values come from that a trace meets and that are read again at each call.
-
-    Attributes:
-        numbers: names by where a number is read: a cell, or a name and the owner of it.
-        tensors: names by the tensor's id.
-        values: by name.
-        labels: what the user calls them.
-    """
-
-    numbers: Mapping[object, Captured] = {}
-    tensors: Mapping[int, Captured] = {}
-    values: Mapping[Captured, Any] = {}
-    labels: Mapping[Captured, str] = {}
 
 
 class TorchCalls(NamedTuple):

@@ -109,15 +109,18 @@ def explorer(
         if 0 < block_map.counts["partial"] * math.prod(size) <= _MOST_PAIRS:
             pairs = _few(classify(asked.tiled((1, 1)).on_host()).block_map)
         documents = find_documents(problem)
-        scores = None if effect is None else _scores(effect, block_map)
+        if effect is not None:
+            scores = _scores(effect, block_map)
         if isinstance(shown, ColumnIntervals):
             vectors = find_vectors(shown, problem.q_len)
     else:
         raise ArgumentTypeError(
             f"explorer: got a {type(shown).__name__}, expected a Mask or a BlockMap; make one with mf.mask"
         )
-    name = title if title is not None else "block map" if isinstance(shown, BlockMap) else shown.name
-    page = _render(name, block_map, decided, pairs, documents, vectors, scores)
+    name = "block map" if isinstance(shown, BlockMap) else shown.name
+    if scores is not None:
+        name = f"{name}, {scores['name']}"
+    page = _render(name if title is None else title, block_map, decided, pairs, documents, vectors, scores)
     if path is not None:
         _write(page, Path(path))
     return page

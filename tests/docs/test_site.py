@@ -106,6 +106,17 @@ def test_every_recipe_has_its_picture(site):
     assert "<!-- picture" not in page
 
 
+def test_what_presets_add_is_drawn_beside_their_weights(site, hooks):
+    page = (site / "scores.html").read_text(encoding="utf-8")
+    wanted = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8").count("<!-- scores")
+    pictures = re.findall(r'<img alt="what [^"]+ add at [^"]*" [^>]*src="(pictures/[^"]+\.svg)"', page)
+    assert len(set(pictures)) == wanted > 3
+    assert "added to a score of 0" in (site / pictures[0]).read_text(encoding="utf-8")
+    drawing, title = hooks.scored(mf.causal(), 12, 12, [mf.scores.alibi(), mf.scores.softcap(3.0)], heads=8, at=5.0)
+    assert title == "what alibi() and softcap(3) add at 12 x 12 tokens"
+    assert drawing.count(b"added to a score of 5") >= 2
+
+
 def test_the_gallery_leads_to_every_recipe(site):
     page = (site / "cookbook.html").read_text(encoding="utf-8")
     (links,) = re.findall(r'<p class="gallery">(.*?)</p>', page, re.DOTALL)

@@ -12,7 +12,8 @@ from maskflash.backends.cpu import few, paged
 from maskflash.backends.dense import DenseCall
 from maskflash.ground.stretch import Stretch
 from maskflash.scores.score import as_score
-from maskflash.testing import Shape, _bound, error_budget, masks, scores
+from maskflash.testing import Shape, error_budget, masks, scores
+from maskflash.testing.dense import bound_score
 
 TABLES = 64  # tokens of a request, at most; the dense reference counts on to twice as many
 PREFIX = torch.tensor([3, 0, 7])
@@ -87,7 +88,7 @@ def assert_as_dense(cache, counts, mask, score=None, sinks=None, packed=True, **
     bound = None
     if score is not None:
         score = as_score("score", score)
-        bound = _bound(score, Shape(len(counts), HEADS, KV_HEADS, most, columns, DIM, V_DIM), sizes, dtype, args)
+        bound = bound_score(score, Shape(len(counts), HEADS, KV_HEADS, most, columns, DIM, V_DIM), sizes, dtype, args)
     zeros = torch.zeros(*q.shape[:3], V_DIM, dtype=dtype), torch.zeros(q.shape[:3], dtype=lse.dtype)
     batch = [x.clone().requires_grad_() for x in (q, cache.k, cache.v)]
     call = DenseCall(*batch, dense, DIM**-0.5, *zeros, sinks, bound, (), None)

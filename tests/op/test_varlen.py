@@ -19,7 +19,8 @@ from maskflash.masks.sequences import ARGUMENTS, InSequences
 from maskflash.masks.sight import Sight
 from maskflash.op import cache, places
 from maskflash.scores.score import as_score
-from maskflash.testing import Shape, _bound, error_budget, masks, scores
+from maskflash.testing import Shape, error_budget, masks, scores
+from maskflash.testing.dense import bound_score
 from tests.op.ragged import PREFIX, packed, starts
 
 MOST = 20  # tokens of a sequence
@@ -61,7 +62,7 @@ def assert_as_alone(mask, lengths, kv_lengths, q_offset=0, score=None, sinks=Non
     if score is not None:
         score = as_score("score", score)
         shape = Shape(count, 4, 2, rows, columns, 8, 6)
-        bound = _bound(score, shape, sizes, dtype, args)
+        bound = bound_score(score, shape, sizes, dtype, args)
         learned = [x for x in score.held() if x.requires_grad]
     batch = [padded(x.detach(), of) for x, of in ((q, lengths), (k, kv_lengths), (v, kv_lengths))]
     batch = [x.requires_grad_() for x in batch]

@@ -84,6 +84,17 @@ def test_what_a_score_function_or_a_table_of_it_hides_is_hidden():
         assert not found.sight.dense()[..., 3].any()
 
 
+def test_what_is_hidden_at_one_score_alone_has_no_number_there():
+    def low(score, b, h, q, kv):
+        return score if score > 1 or kv != 3 else -math.inf
+
+    for at, hidden in ((0.0, [3]), (2.0, [])):
+        found = effect(mf.full(), low, 1, 8, at)
+        added = found.added(0, 0, (1, 1))
+        assert np.isnan(added.mean).nonzero()[1].tolist() == hidden
+        assert found.added(0, 0, (8, 8)).least.tolist() == [[0.0]]
+
+
 def test_arguments_of_the_mask_and_of_the_score_come_with_the_call():
     mask = mf.mask(lambda b, h, q, kv, *, n: kv < n)
     found = effect(mask, lambda score, b, h, q, kv, *, factor: score + factor * kv, 4, 4, n=3, factor=2.0)

@@ -112,7 +112,7 @@ function listenToMap() {
       zoom(1 / 1.5, ...middle);
     } else if (event.key === "0") {
       whole();
-    } else if (event.key === "s" && scores) {
+    } else if (event.key.toLowerCase() === "s" && scores) {
       $("show-scores").click();
     } else {
       return;
