@@ -66,7 +66,7 @@ def find_alike(problem: Problem, tiles: Tensor) -> IntArray:
     lines, columns = problem.shape[2:]
     b, h, i, j = tiles.numpy().T
     at = (b * problem.shape[1] + h) * lines + i, (b * problem.shape[1] + h) * columns + j
-    beyond = [int(length % size > 0) for length, size in zip((problem.q_len, problem.kv_len), problem.block_size)]
+    beyond = [int(x % size > 0) for x, size in zip((problem.q_len, problem.kv_len), problem.block_size, strict=True)]
     found = _numbered(2 * beyond[0] * (i == lines - 1) + beyond[1] * (j == columns - 1))
     sides: dict[int, _Side] = {}
     reads = _reads(problem.expr)
