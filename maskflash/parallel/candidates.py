@@ -26,6 +26,7 @@ import numpy as np
 from maskflash.analysis.runs import IntArray
 from maskflash.parallel.needs import Needs
 from maskflash.parallel.routes import Shards
+from maskflash.parallel.tiled import set_bits
 
 _HEAPS: Final = (2, 4, 8, 16)  # chunks of a rank
 _AFFINITIES: Final = (4, 8)
@@ -132,18 +133,24 @@ def affinity(area: IntArray, sees: Any, ranks: int, grain: int) -> IntArray:
         grain: units of a chunk.
     """
     share = max(area.sum() / ranks, 1)
-    has = np.zeros((ranks, *sees.shape[1:]), dtype=np.bool_)
+    own = np.eye(len(sees), sees.shape[2], dtype=np.bool_)[:, None]
+    needs, holds = (_packed(x.reshape(len(sees), -1)) for x in (sees, sees | own))
+    has = np.zeros((ranks, needs.shape[1]), dtype=needs.dtype)
 
     def pick(units: IntArray, work: Any) -> int:
         chunk = units[0] // grain
-        lacks = (sees[chunk] & ~has).sum((1, 2)).astype(np.float64)
+        lacks = set_bits(needs[chunk] & ~has).astype(np.float64)
         fits = work + area[units].sum() <= share
         rank = int(np.where(fits, lacks * len(area) + work / share, np.inf).argmin() if fits.any() else work.argmin())
-        has[rank] |= sees[chunk]
-        has[rank, :, chunk] = True
+        has[rank] |= holds[chunk]
         return rank
 
     return deal(area, ranks, _chunks(len(area), grain), pick)
+
+
+def _packed(bits: Any) -> Any:
+    """Rows of bits as words, filled up with zeros."""
+    return np.packbits(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 64))), axis=1).view(np.uint64)
 
 
 def _chunks(units: int, grain: int) -> list[IntArray]:

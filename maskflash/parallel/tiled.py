@@ -20,7 +20,7 @@ from maskflash.analysis.runs import IntArray
 from maskflash.parallel.ranges import Ranges, closed
 
 _WORD: Final = 64
-_SET: Final = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1)  # of 16 bits
+_SET: Final = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
 _ONES: Final = np.uint64(2**64 - 1)
 
 
@@ -56,7 +56,7 @@ class TiledNeeds:
         place = owner[of] * tiles + tile
         order = np.argsort(place, kind="stable")
         place, bits = _together(place[order], self.bits.take(order, 1))
-        some = _SET[bits.view(np.uint16)].reshape(len(bits), len(place), 4).sum((0, 2))
+        some = set_bits(bits.T)
         every = found.reshape(-1)
         every[place] = np.maximum(every[place], some)
         return found
@@ -106,6 +106,12 @@ def _together(place: IntArray, bits: Any) -> tuple[IntArray, Any]:
     """Places that ascend, each once, and all bits in them."""
     runs = _begins(place)
     return place[runs], np.bitwise_or.reduceat(bits, runs, axis=1) if len(runs) else bits
+
+
+def set_bits(words: Any) -> IntArray:
+    """How many bits are set in each row of uint64 (rows, words)."""
+    found: IntArray = _SET[np.ascontiguousarray(words).view(np.uint16)].sum(1, dtype=np.int64)
+    return found
 
 
 def _below(edge: IntArray, word: int) -> Any:
