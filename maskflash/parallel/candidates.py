@@ -139,7 +139,8 @@ def affinity(area: IntArray, sees: Any, ranks: int, grain: int) -> IntArray:
 
     def pick(units: IntArray, work: Any) -> int:
         chunk = units[0] // grain
-        lacks = set_bits(needs[chunk] & ~has).astype(np.float64)
+        words = np.flatnonzero(needs[chunk])
+        lacks = set_bits(needs[chunk, words] & ~has[:, words]).astype(np.float64)
         fits = work + area[units].sum() <= share
         rank = int(np.where(fits, lacks * len(area) + work / share, np.inf).argmin() if fits.any() else work.argmin())
         has[rank] |= holds[chunk]
