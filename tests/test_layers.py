@@ -126,7 +126,7 @@ ORDER = {
         "eager",
     ],
     "parallel": [
-        *("links", "distance", "ranges", "tiled", "needs", "routes", "price", "candidates", "swaps", "search"),
+        *("links", "distance", "ranges", "tiled", "alike", "needs", "routes", "price", "candidates", "swaps", "search"),
         *("shard_plan", "report", "planning"),
         *("peers", "exchange", "agree", "attention", "heads", "sharded_attention", "eager"),
     ],

@@ -65,11 +65,12 @@ def merge(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> t
 
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Merge one more part into out (..., D) and lse (...), in place; in each row both have seen something.
+    """Merge one more part into out (..., D) and lse (...), in place; a part that saw nothing in a row has 0 there.
 
     This is `merge` of two parts in one pass over out, since exp(part_lse - merged lse) = sigmoid(part_lse - lse).
     """
-    out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse)[..., None])
+    weight = torch.sigmoid(part_lse - lse).masked_fill_(part_lse == -torch.inf, 0.0)  # also where neither saw anything
+    out.lerp_(part.to(out.dtype), weight[..., None])
     torch.logaddexp(lse, part_lse, out=lse)
 
 

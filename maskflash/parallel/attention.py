@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskflash.backends.merge import merge
+from maskflash.backends.merge import merge_into
 from maskflash.backends.sinks import add_sinks, gradient
 from maskflash.op import autograd
 from maskflash.op.analyse import Analysis
@@ -133,17 +133,19 @@ class _OnShards(torch.autograd.Function):
 def _forward(work: Assignment, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     total, compute = _dtypes(work, spec, q)
     queries = q.to(compute)
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
+    merged: tuple[Tensor, Tensor] | None = None
     for portion, keys, values in work.arriving(k, v):
         if portion.analysis is None:
             continue
         own = work.spec(spec, portion)
-        out, lse = portion.analysis.forward(own, queries, keys.to(compute), values.to(compute))
-        outs, lses = [*outs, out.to(total)], [*lses, autograd.natural(spec, lse)]
-        if len(outs) > 1:
-            outs, lses = ([x] for x in merge(outs, lses))
-    (out,), (lse,) = outs, lses
+        part, part_lse = portion.analysis.forward(own, queries, keys.to(compute), values.to(compute))
+        found = part.to(total), autograd.natural(spec, part_lse)
+        if merged is None:
+            merged = found
+        else:
+            merge_into(*merged, *found)
+    assert merged is not None, "a rank's own keys are a portion"
+    out, lse = merged
     if spec.sinks is not None:
         add_sinks(out, lse, spec.sinks)
     return out.to(q.dtype), lse

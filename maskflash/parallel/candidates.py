@@ -17,6 +17,7 @@ affinity of MagiAttention's dispatch; documents as in Wang et al., WLB-LLM, 2025
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ import numpy as np
 from maskflash.analysis.runs import IntArray
 from maskflash.parallel.needs import Needs
 from maskflash.parallel.routes import Shards
+from maskflash.parallel.tiled import set_bits
 
 _HEAPS: Final = (2, 4, 8, 16)  # chunks of a rank
 _AFFINITIES: Final = (4, 8)
@@ -96,16 +98,16 @@ def level(area: IntArray, ranks: int) -> IntArray:
 
 def _runs(area: IntArray, ranks: int, room: int) -> IntArray:
     """The rank of each unit: runs of at most `room` units, whose largest work is least."""
-    before = np.append(0, area.cumsum())
+    before = [0, *area.cumsum().tolist()]
 
     def cut(most: int) -> list[int]:
         ends = [0]
         for _ in range(ranks):
-            end = int(np.searchsorted(before, before[ends[-1]] + most, side="right")) - 1
+            end = bisect_right(before, before[ends[-1]] + most) - 1
             ends.append(min(end, ends[-1] + room))
         return ends
 
-    low, high = int(area.max(initial=0)), int(before[-1])
+    low, high = int(area.max(initial=0)), before[-1]
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if cut(middle)[-1] == len(area) else (middle + 1, high)
@@ -118,8 +120,7 @@ def _even(units: int, parts: int) -> IntArray:
 
 def heap(area: IntArray, ranks: int, grain: int) -> IntArray:
     """Chunks of `grain` units, the largest area first, each to the rank with the least work of those with room."""
-    chunks = np.split(np.arange(len(area)), range(grain, len(area), grain))
-    return deal(area, ranks, chunks, lambda _, work: int(work.argmin()))
+    return deal(area, ranks, _chunks(len(area), grain), lambda _, work: int(work.argmin()))
 
 
 def affinity(area: IntArray, sees: Any, ranks: int, grain: int) -> IntArray:
@@ -132,19 +133,30 @@ def affinity(area: IntArray, sees: Any, ranks: int, grain: int) -> IntArray:
         grain: units of a chunk.
     """
     share = max(area.sum() / ranks, 1)
-    has = np.zeros((ranks, *sees.shape[1:]), dtype=np.bool_)
+    own = np.eye(len(sees), sees.shape[2], dtype=np.bool_)[:, None]
+    needs, holds = (_packed(x.reshape(len(sees), -1)) for x in (sees, sees | own))
+    has = np.zeros((ranks, needs.shape[1]), dtype=needs.dtype)
 
     def pick(units: IntArray, work: Any) -> int:
         chunk = units[0] // grain
-        lacks = (sees[chunk] & ~has).sum((1, 2)).astype(np.float64)
+        words = np.flatnonzero(needs[chunk])
+        lacks = set_bits(needs[chunk, words] & ~has[:, words]).astype(np.float64)
         fits = work + area[units].sum() <= share
         rank = int(np.where(fits, lacks * len(area) + work / share, np.inf).argmin() if fits.any() else work.argmin())
-        has[rank] |= sees[chunk]
-        has[rank, :, chunk] = True
+        has[rank] |= holds[chunk]
         return rank
 
-    chunks = np.split(np.arange(len(area)), range(grain, len(area), grain))
-    return deal(area, ranks, chunks, pick)
+    return deal(area, ranks, _chunks(len(area), grain), pick)
+
+
+def _packed(bits: Any) -> Any:
+    """Rows of bits as words, filled up with zeros."""
+    return np.packbits(np.pad(bits, ((0, 0), (0, -bits.shape[1] % 64))), axis=1).view(np.uint64)
+
+
+def _chunks(units: int, grain: int) -> list[IntArray]:
+    every = np.arange(units)
+    return [every[first : first + grain] for first in range(0, units, grain)]
 
 
 def documents(area: IntArray, cuts: IntArray, ranks: int) -> IntArray:
@@ -169,13 +181,16 @@ def deal(area: IntArray, ranks: int, pieces: Sequence[IntArray], pick: Pick) -> 
     """
     room = np.full(ranks, -(-len(area) // ranks))
     work, owner = np.zeros(ranks), np.zeros(len(area), dtype=np.int64)
-    sizes = np.array([area[piece].sum() for piece in pieces])
-    for place in np.argsort(-sizes, kind="stable"):
-        for piece in _fitting(pieces[place], room):
-            rank = pick(piece, np.where(room >= len(piece), work, np.inf))
-            owner[piece] = rank
-            work[rank] += area[piece].sum()
-            room[rank] -= len(piece)
+    order = np.argsort([-area[piece].sum() for piece in pieces], kind="stable")
+    size, fits = 0, work  # the work of ranks with room for a piece of this size
+    for piece in (part for place in order for part in _fitting(pieces[place], room)):
+        if len(piece) != size:
+            size, fits = len(piece), np.where(room >= len(piece), work, np.inf)
+        rank = pick(piece, fits)
+        owner[piece] = rank
+        work[rank] += area[piece].sum()
+        room[rank] -= size
+        fits[rank] = work[rank] if room[rank] >= size else np.inf
     return owner
 
 

@@ -24,6 +24,7 @@ from maskflash.analysis.classify import see
 from maskflash.analysis.facts import Facts
 from maskflash.analysis.problem import LARGEST_SUM, Problem
 from maskflash.analysis.runs import BoolArray, IntArray
+from maskflash.parallel.alike import find_alike
 from maskflash.parallel.distance import only_distance_counts
 from maskflash.parallel.ranges import Ranges, closed, runs_of, spread, union
 from maskflash.parallel.tiled import TiledNeeds, by_tiles
@@ -221,13 +222,28 @@ def _by_tiles(facts: Facts) -> _Told:
     parts = [(line, start * width, np.minimum(stop * width, length))]
     area = np.zeros(lines, dtype=np.int64)
     np.add.at(area, line, (parts[0][2] - parts[0][1]) * np.minimum(tile, length - line * tile))
-    for tiles in block_map.partial_tiles().split(max(1, _PAIRS_AT_ONCE // (tile * width))):
-        bits, line, column = _bits(problem, tiles), tiles[:, 2].numpy(), tiles[:, 3].numpy()
-        np.add.at(area, line, np.count_nonzero(bits, axis=(1, 2)))
-        needed: BoolArray = np.any(bits, axis=1)
-        place, start, stop = runs_of(needed)
-        parts.append((line[place], start + column[place] * width, stop + column[place] * width))
+    partial = block_map.partial_tiles()
+    count, needed, kind = _of_kinds(problem, partial)
+    _, _, line, column = partial.numpy().T
+    np.add.at(area, line, count[kind])
+    place, start, stop = runs_of(needed)
+    runs = np.bincount(place, minlength=len(needed))
+    chosen, first = spread((runs.cumsum() - runs)[kind], runs[kind]), np.repeat(column * width, runs[kind])
+    parts.append((np.repeat(line, runs[kind]), start[chosen] + first, stop[chosen] + first))
     return _Told(area, _joined(parts))
+
+
+def _of_kinds(problem: Problem, tiles: Tensor) -> tuple[IntArray, BoolArray, IntArray]:
+    """Visible pairs of each kind of tile, (kinds,); the columns that its rows see, (kinds, width); each tile's kind."""
+    kind = find_alike(problem, tiles)
+    examples = tiles[torch.from_numpy(np.unique(kind, return_index=True)[1])]
+    rows, width = problem.block_size
+    count, needed = np.zeros(len(examples), dtype=np.int64), np.zeros((len(examples), width), dtype=np.bool_)
+    done = 0
+    for some in examples.split(max(1, _PAIRS_AT_ONCE // (rows * width))):
+        bits, here = _bits(problem, some), slice(done, done := done + len(some))
+        count[here], needed[here] = np.count_nonzero(bits, axis=(1, 2)), np.any(bits, axis=1)
+    return count, needed, kind
 
 
 def _bits(problem: Problem, tiles: Tensor) -> BoolArray:

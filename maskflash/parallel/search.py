@@ -34,7 +34,8 @@ _MANY: Final = 8  # the same where chunks are few
 _FEW: Final = 128  # chunks
 _COLUMNS: Final = 2048  # of a layer: above, columns are as wide as chunks
 _CHUNKS: Final = 4096  # above, only the largest chunks are swapped
-_STEPS: Final = 1.2e10  # multiplications of all swaps, about
+_STEPS: Final = 1.2e10  # multiplications of all swaps, about, and
+_STEPS_OF_A_LINE: Final = 6e6  # where that is more: else only the largest chunks of a million tokens would be swapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class _Search:
         self.ideal = ideal_seconds(layers, world_size, load, links)
         self.found: dict[tuple[str, int], tuple[Candidate, Shards]] = {}
         self.owners: dict[int, dict[str, IntArray]] = {}
-        self.steps = _STEPS
+        self.steps = max(_STEPS, _STEPS_OF_A_LINE * len(layers[0][0].area))
 
     def limit(self) -> float:
         """Seconds within reach."""

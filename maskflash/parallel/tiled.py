@@ -20,7 +20,7 @@ from maskflash.analysis.runs import IntArray
 from maskflash.parallel.ranges import Ranges, closed
 
 _WORD: Final = 64
-_SET: Final = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int64)  # bits of a byte
+_SET: Final = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
 _ONES: Final = np.uint64(2**64 - 1)
 
 
@@ -55,14 +55,10 @@ class TiledNeeds:
         of, tile = np.divmod(self.place, tiles)
         place = owner[of] * tiles + tile
         order = np.argsort(place, kind="stable")
-        place = place[order]
-        begin = _begins(place)
-        some = np.zeros(len(begin), dtype=np.int64)
-        for word in self.bits:
-            together = np.bitwise_or.reduceat(word[order], begin) if len(begin) else word
-            some += _SET[together.view(np.uint8).reshape(-1, 8)].sum(1)
-        at = place[begin]
-        found.flat[at] = np.maximum(found.flat[at], some)
+        place, bits = _together(place[order], self.bits.take(order, 1))
+        some = set_bits(bits.T)
+        every = found.reshape(-1)
+        every[place] = np.maximum(every[place], some)
         return found
 
     def seen(self, rows: int, columns: int) -> Any:
@@ -92,19 +88,30 @@ def by_tiles(tile: int, seq_len: int, ranges: Ranges) -> TiledNeeds:
     whole = line[inner], low[inner], high[inner]
     head = np.flatnonzero((start % tile > 0) | (low >= high))  # a range in one tile has a head alone
     tail = np.flatnonzero((last > first) & (high <= last))
-    at = np.concatenate((head, tail))
-    of = np.concatenate((first[head], last[tail]))
-    begin = np.concatenate((start[head], last[tail] * tile)) - of * tile
-    end = np.concatenate((np.minimum(stop[head], (first[head] + 1) * tile), stop[tail])) - of * tile
-    place = line[at] * tiles + of
+    ends = _bits(tile, line[head], first[head], start[head], stop[head], tiles)
+    others = _bits(tile, line[tail], last[tail], last[tail] * tile, stop[tail], tiles)
+    place, bits = (np.concatenate(x, -1) for x in zip(ends, others, strict=True))
     order = np.argsort(place, kind="stable")
-    place, begin, end = place[order], begin[order], end[order]
+    return TiledNeeds(width, touched, whole, *_together(place[order], bits.take(order, 1)))
+
+
+def _bits(tile: int, line: IntArray, of: IntArray, start: IntArray, stop: IntArray, tiles: int) -> tuple[IntArray, Any]:
+    """Places, and the bits in them, of ranges that ascend: of each the keys in one tile."""
+    begin, end = start - of * tile, np.minimum(stop - of * tile, tile)
+    words = [_below(end, word) & ~_below(begin, word) for word in range(-(-tile // _WORD))]
+    return _together(line * tiles + of, np.stack(words))
+
+
+def _together(place: IntArray, bits: Any) -> tuple[IntArray, Any]:
+    """Places that ascend, each once, and all bits in them."""
     runs = _begins(place)
-    bits = np.zeros((-(-tile // _WORD), len(runs)), dtype=np.uint64)
-    for word, row in enumerate(bits):
-        if len(runs):
-            row[:] = np.bitwise_or.reduceat(_below(end, word) & ~_below(begin, word), runs)
-    return TiledNeeds(width, touched, whole, place[runs], bits)
+    return place[runs], np.bitwise_or.reduceat(bits, runs, axis=1) if len(runs) else bits
+
+
+def set_bits(words: Any) -> IntArray:
+    """How many bits are set in each row of uint64 (rows, words)."""
+    found: IntArray = _SET[np.ascontiguousarray(words).view(np.uint16)].sum(1, dtype=np.int64)
+    return found
 
 
 def _below(edge: IntArray, word: int) -> Any:

@@ -139,11 +139,23 @@ def test_disjoint_keys_merged_are_attention_over_all(dtype, cuts):
         assert error <= error_budget(plain_x, exact_x, dtype) + rounding
 
 
-def test_two_parts_in_place_are_the_same():
-    outs, lses = parts_of(2, (3, 40), hidden=0)
-    want = mf.merge(outs, lses)
+@pytest.mark.parametrize("seen", [(True, True), (True, False), (False, True), (False, False)])
+def test_two_parts_in_place_are_the_same(seen):
+    outs, lses = torch.randn(2, 3, 5, 8, dtype=torch.float64), 5 * torch.randn(2, 3, 5, dtype=torch.float64)
+    for part, sees in enumerate(seen):  # in one row
+        if not sees:
+            outs[part, 1, 2], lses[part, 1, 2] = 0, -torch.inf
+    expected = mf.merge(outs, lses)
     merge_into(outs[0], lses[0], outs[1], lses[1])
-    torch.testing.assert_close((outs[0], lses[0]), want)
+    torch.testing.assert_close((outs[0], lses[0]), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fault_of_a_part_stays_in_place():
+    """NaN is no part that saw nothing."""
+    outs, lses = torch.randn(2, 4, 8), torch.randn(2, 4)
+    outs[1, 2], lses[1, 2] = torch.nan, torch.nan
+    merge_into(outs[0], lses[0], outs[1], lses[1])
+    assert outs[0, 2].isnan().all() and lses[0].isnan().tolist() == [False, False, True, False]
 
 
 def test_it_compiles_and_maps():

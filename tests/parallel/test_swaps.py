@@ -49,17 +49,21 @@ def test_a_deal_is_counted(deal):
 
 
 @given(deals(), st.data())
-def test_a_swap_is_counted_as_a_new_deal(deal, data):
+def test_swaps_are_counted_as_new_deals(deal, data):
+    """Each of several pairs as if it alone had swapped."""
     chunks, sees, owner = deal
     swaps = Swaps(chunks, owner)
-    one, other = (data.draw(st.integers(0, len(swaps.owner) - 1)) for _ in range(2))
-    if swaps.owner[one] == swaps.owner[other]:
-        return
-    _, count = swaps.swapped(one, other)
-    after = swaps.owner.copy()
-    after[[one, other]] = after[[other, one]]
-    for got, expected in zip(count[3:], counted(chunks, sees, after[: len(owner)]), strict=True):
-        np.testing.assert_allclose(got, expected)
+    slot = st.integers(0, len(swaps.owner) - 1)
+    pairs = data.draw(st.lists(st.tuples(slot, slot).filter(lambda x: swaps.owner[x[0]] != swaps.owner[x[1]])))
+    ones, others = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    needs, count = swaps.swapped(ones, others)
+    for place, pair in enumerate(pairs):
+        after = swaps.owner.copy()
+        after[[*pair]] = after[[*pair[::-1]]]
+        for got, expected in zip(count[3:], counted(chunks, sees, after[: len(owner)]), strict=True):
+            np.testing.assert_allclose(got[place], expected)
+        for rank, got in zip(swaps.owner[[*pair]], needs[:, place], strict=True):
+            assert (got == chunks.sees[after == rank].sum(0)).all()
 
 
 @settings(max_examples=150)
@@ -115,8 +119,8 @@ def test_swaps_are_estimated_well_where_their_own_keys_play_no_part(seed, ranks,
             if pair[0] >= pair[1]:
                 assert gains[one, other] == np.inf
                 continue
-            _, after = swaps.swapped(one, other)
-            costs = wanted.cost(*(x[pair] for x in after[3:])), swaps.costs(wanted)[pair]
+            _, after = swaps.swapped(np.array([one]), np.array([other]))
+            costs = wanted.cost(*(x[0, pair] for x in after[3:])), swaps.costs(wanted)[pair]
             rounding = 1e-5 * (10 + max(x.max() for x in costs))  # of 32 bits
             np.testing.assert_allclose(gains[one, other], costs[0].sum() - costs[1].sum(), rtol=1e-6, atol=rounding)
 
