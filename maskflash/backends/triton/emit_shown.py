@@ -76,7 +76,9 @@ class _Bits:
     def _text(self, position: int) -> str | None:
         node, group = self.expr.nodes[position], self.writer.groups[position]
         if group in ("once", "columns"):  # seen by all rows or by none
-            return f"tl.where({self.writer.value(position, torch.bool, group, typed=True)}, rows_from(0), rows_from(64))"
+            return (
+                f"tl.where({self.writer.value(position, torch.bool, group, typed=True)}, rows_from(0), rows_from(64))"
+            )
         if node.dtype != torch.bool:
             return None
         kinds = [self.expr.nodes[arg] for arg in node.args]
