@@ -13,6 +13,7 @@ import torch
 import maskflash as mf
 from maskflash.backends.reference import error_budget, reference
 from maskflash.backends.triton import kernel_choice, launch, tile_choice
+from maskflash.backends.triton.tiles import choose
 from maskflash.testing import Shape, dropout_keep
 from tests.ptx.driver import DEVICE
 from tests.ptx.faults import Fault
@@ -141,6 +142,32 @@ def test_scores(score, weigh):
     """Also where the first tile is a full one: then partial tiles are none, and steps still know where they are."""
     assert_forward_matches(mf.sliding_window(200), Shape(1, 2, 1, 280, 280, 64, 64), score=score, weigh=weigh)
     assert_forward_matches(lambda b, h, q, kv: True, Shape(1, 2, 1, 128, 384, 64, 64), score=score, weigh=weigh)
+
+
+def test_look_ups_of_pairs_at_the_widest_head_dim():
+    """Its steps are of 32 keys, the shortest there are."""
+    shape = Shape(1, 1, 1, 140, 200, 256, 256)
+    bias = torch.randn(1, 1, 140, 200, generator=torch.Generator().manual_seed(5))
+    assert choose(90, "hopper", torch.bfloat16, 256, (128, 128), of_pairs=1).block_n == 32
+    weigh = lambda scores: scores + bias.to(scores.dtype)  # noqa: E731
+    assert_forward_matches(mf.causal(), shape, score=mf.scores.bias(bias), weigh=weigh)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_flashmask_s_vectors_at_every_head_dim(dim):
+    """Every row of the table has their bits: steps of 128 keys, and of 64."""
+    assert_forward_matches(columns(200), Shape(1, 1, 1, 200, 200, dim, dim))
+
+
+def neither(b, h, q, kv, *, doc, start):
+    """What columns look up has bits here but for one comparison, so all pairs are compared."""
+    return (doc[q] == doc[kv]) & (q >= start[kv]) | (kv < 3)
+
+
+def test_columns_that_are_spread_to_pairs():
+    tables = {"doc": torch.arange(300) // 70, "start": torch.arange(300).flip(0)}
+    captured = lambda b, h, q, kv: neither(b, h, q, kv, **tables)  # noqa: E731
+    assert_forward_matches(captured, Shape(1, 2, 1, 300, 300, 64, 64))
 
 
 def test_dropout():
