@@ -83,6 +83,12 @@ def columns(length):
     return mf.ColumnIntervals(*hidden, none, none)
 
 
+def neither_of(length):
+    """One of its comparisons has no bits of rows, so all pairs are compared: with what two look-ups give a column."""
+    doc, start = torch.arange(length) // 70, torch.arange(length).flip(0)
+    return lambda b, h, q, kv: (doc[q] == doc[kv]) & (q >= start[kv]) | (kv < 3)
+
+
 MASKS = {
     "causal": (mf.causal(), Shape(1, 2, 1, 300, 300, 64, 64)),
     "all": (lambda b, h, q, kv: True, Shape(1, 1, 1, 128, 384, 64, 64)),
@@ -159,15 +165,8 @@ def test_flashmask_s_vectors_at_every_head_dim(dim):
     assert_forward_matches(columns(200), Shape(1, 1, 1, 200, 200, dim, dim))
 
 
-def neither(b, h, q, kv, *, doc, start):
-    """What columns look up has bits here but for one comparison, so all pairs are compared."""
-    return (doc[q] == doc[kv]) & (q >= start[kv]) | (kv < 3)
-
-
 def test_columns_that_are_spread_to_pairs():
-    tables = {"doc": torch.arange(300) // 70, "start": torch.arange(300).flip(0)}
-    captured = lambda b, h, q, kv: neither(b, h, q, kv, **tables)  # noqa: E731
-    assert_forward_matches(captured, Shape(1, 2, 1, 300, 300, 64, 64))
+    assert_forward_matches(neither_of(300), Shape(1, 2, 1, 300, 300, 64, 64))
 
 
 def test_dropout():
@@ -201,10 +200,8 @@ LONG = (lambda b, h, q, kv: kv <= q + 500), Shape(1, 1, 1, 128, 700, 16, 16)
 STEP = (128, 64)
 
 
-@pytest.fixture
-def recorded(on_hopper):
+def record(mask, shape):
     """A launch; what it wrote, and a copy of it."""
-    mask, shape = LONG
     q, k, v = (x.detach() for x in shape.tensors(torch.bfloat16))
     DEVICE.calls = []
     out = mf.attention(q, k, v, mask, backend="triton", block_size=STEP)
@@ -212,12 +209,34 @@ def recorded(on_hopper):
     return call, out, out.clone()
 
 
-def test_every_order_gives_the_same_bits(recorded):
-    call, out, wanted = recorded
+@pytest.fixture
+def recorded(on_hopper):
+    return record(*LONG)
+
+
+OF_COLUMNS = {
+    "intervals": LONG,
+    "bits": (columns(300), Shape(1, 1, 1, 128, 300, 16, 16)),
+    "spread": (neither_of(300), Shape(1, 1, 1, 128, 300, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", OF_COLUMNS)
+def test_every_order_gives_the_same_bits(on_hopper, name):
+    """Also where threads of a consumer tell one another what they found of columns."""
+    call, out, wanted = record(*OF_COLUMNS[name])
     for order in ORDERS:
         out.zero_()
         call.run(order=order)
         assert torch.equal(out, wanted), order
+
+
+def test_consumers_that_do_not_meet_are_noticed(on_hopper):
+    """A barrier between what warps of a consumer write of columns and what others read: without it there is a race."""
+    call, out, wanted = record(*OF_COLUMNS["bits"])
+    ends = [noticed(call, out, wanted, text) for _, text in dropped(call.text, "bar.sync")]
+    print(ends)
+    assert "shared race" in ends
 
 
 def noticed(call, out, wanted, text):
