@@ -65,6 +65,9 @@ def compile_case(case: Case) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
+    tile = case.tile
+    if case.pass_name == "hopper" and (tile.block_m, tile.warps, tile.consumers) != (128, 12, 2):
+        raise ValueError(f"hopper: got {tile}, expected 128 rows, 12 warps and 2 consumers, which the kernel has")
     special = _specialisation(case)
     function = getattr(modules.load(render(special, case.pass_name)), case.pass_name)
     tables = special.score.tables if special.score else ()

@@ -178,7 +178,9 @@ def table_cases(quick: bool) -> list[Case]:
 def score_cases(quick: bool) -> list[Case]:
     """The kernels of each score, and of dropout, with one mask; if quick, a few of them."""
     cases = []
-    for arch, dim, score, pass_name in product(SCORED, (64, 128), SCORES, (*PASSES, "hopper", "split", "dtables")):
+    passes = (*PASSES, "hopper", "split", "dtables")
+    kinds = [*product(SCORED, (64, 128), SCORES, passes), *product((90,), (256,), SCORES, ("hopper",))]
+    for arch, dim, score, pass_name in kinds:
         without = {"delta": True, "split": score == "dropout", "dtables": score not in LEARNED, "hopper": arch != 90}
         if not without.get(pass_name):
             tile = choose(arch, pass_name, DTYPES[16], dim, (BLOCK, BLOCK), None, OF_PAIRS.get(score, 0))

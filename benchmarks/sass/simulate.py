@@ -3,7 +3,8 @@
     warps    ##..####......##        each in order: an instruction is issued when its stalls, its scoreboards, its
              ..##....####....        pipe and what it waits for allow it; the warp that issued last goes first,
                                  then the one that waited longest
-    tensor   ====..========..        one product after another; a warp hands its next one in shortly before
+    tensor   ====..========..        one product after another, the groups of who waited longest first; a warp hands its
+                                 next one in shortly before
     copies   ~~~~~~~~~~~             arrive in order, a latency after their bytes had their turn
 
 Each warp repeats its turn for ever, and waits at mbarriers for copies, or for the warps of another role. Not in
@@ -87,6 +88,7 @@ class _Warp:
     boards: list[float] = field(default_factory=lambda: [0.0] * 6)
     products: list[float] = field(default_factory=list)  # when each group ends
     copies: list[float] = field(default_factory=list)  # when each group is there
+    grouped: bool = False  # in the midst of a group of products
     copied: float = 0.0  # when the copies of the next group are there
     met: dict[tuple[Kind, int | None], int] = field(default_factory=lambda: defaultdict(int))  # at each mbarrier
     why: str = "others issue"  # it could not go on when it was last looked at
@@ -119,7 +121,7 @@ class _Scheduler:
         """Go on to a cycle."""
         while self.now < until:
             soonest = self.now + 1000
-            for warp in (self.last, *sorted(self.residents, key=lambda warp: warp.ready)):
+            for warp in sorted(self.residents, key=self.rank):
                 work = warp.part.turn[warp.place]
                 start = self.start(warp, work)
                 if start <= self.now:
@@ -128,6 +130,11 @@ class _Scheduler:
                     break
                 soonest = min(soonest, start)
             self.now = max(self.now + 1, math.ceil(soonest))
+
+    def rank(self, warp: _Warp) -> tuple[bool, float]:
+        """Who goes first: the warp that issued last, but for a new group of products; then who waited longest."""
+        new = warp.part.turn[warp.place].kind is Kind.PRODUCT and not warp.grouped
+        return warp is not self.last or (new and warp.ready < self.now), warp.ready
 
     def start(self, warp: _Warp, work: Work) -> float:
         """When a warp's next instruction can be issued, as far as is known now."""
@@ -179,6 +186,8 @@ class _Scheduler:
 
     def effect(self, warp: _Warp, work: Work) -> None:
         """What an instruction changes beside its pipe and its scoreboards."""
+        if work.kind is Kind.PRODUCT:
+            warp.grouped = not work.closes
         if work.kind is Kind.PRODUCT and work.closes:
             warp.products.append(self.free["tensor"] + _DRAIN)
         elif work.kind is Kind.COPY:

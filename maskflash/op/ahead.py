@@ -41,14 +41,16 @@ class Ahead(Asking):
             v: as in a call.
             pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn. Of few rows over
                 many keys "forward" is "split", and "combine" joins what pieces of the keys have given. "hopper" is
-                another forward, for compute capability 9.0, which runs where `kernels` asks for it.
+                another forward, for compute capability 9.0; "forward" is that one where `kernels`, or the environment,
+                asks for it and it serves the call. Without a GPU the text is that of a GPU with such a kernel.
             q_offset: as in a call.
             kv_offset: as in a call.
             dropout_p: as in a call.
             **mask_args: the mask's own arguments, and the score function's.
 
         Raises:
-            BackendError: the mask or the score uses an operation that Triton can't express as it should.
+            BackendError: the mask or the score uses an operation that Triton can't express as it should; or `kernels`
+                asks for what doesn't serve the call.
 
         Example:
             >>> import torch
@@ -59,6 +61,7 @@ class Ahead(Asking):
             'x2 = q[:, None] ^ kv[None, :]'
         """
         from maskflash.analysis.classify import classify
+        from maskflash.backends.triton import kernel_choice
         from maskflash.backends.triton import run as triton
         from maskflash.backends.triton.signature import FEW, PASSES
 
@@ -72,6 +75,10 @@ class Ahead(Asking):
         dims, score = (q.shape[3], v.shape[3]), self._score_in(sizes, q.dtype, mask_args)
         if pass_name == "dtables" and not (score is not None and any(score.wanted)):
             raise ArgumentError("Attention.source: pass_name is 'dtables', but no table of a score requires gradients")
+        if pass_name == "forward" and not (
+            p == 0 and self.precision == "full" and triton.few.are_few(problem.q_len, problem.kv_len)
+        ):
+            pass_name = kernel_choice.of_text(problem, q, v, self.kernels, self.precision).pass_name
         return triton.source(
             problem, classify(problem), *dims, pass_name, score, dropout=p > 0, precision=self.precision
         )

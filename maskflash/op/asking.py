@@ -21,7 +21,7 @@ from maskflash.op.spec import ENGINES, UNSCORED, Backend, Scored, Spec
 from maskflash.scores.lifting import Lifted, has_holes
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.seeds import probability, seed_of
-from maskflash.scores.strength import BoundScore, Kernels, Precision
+from maskflash.scores.strength import BoundScore, Kernels, Precision, check_wishes
 
 BackendChoice = Literal["auto", "cpu", "triton", "flex", "cudnn", "fa4", "magi", "flashinfer"]
 
@@ -126,8 +126,7 @@ class Asking:
     ) -> Spec:
         """What a call asks for, its arguments checked and bound."""
         backend = self._backend_for(sizes.device)
-        if backend != "triton":
-            self._refuse_wishes(backend)
+        check_wishes(backend, self.kernels, self.precision)
         scored = self._scored(sizes, q.dtype, mask_args)
         mask = self._with_holes if has_holes(scored.tables) else self.mask
         slots, params, tables = self._bound(mask, sizes, mask_args, stamp)
@@ -143,15 +142,6 @@ class Asking:
             kernels=self.kernels,
             precision=self.precision,
         )
-
-    def _refuse_wishes(self, backend: Backend) -> None:
-        """Check that nothing was asked for that only a GPU's kernels have."""
-        for name, value, usual in (("precision", self.precision, "full"), ("kernels", self.kernels, "auto")):
-            if value not in (usual, "portable"):
-                raise BackendError(
-                    f'attention: {name} is "{value}", which the triton backend alone has; this call runs on the '
-                    f"{backend} backend: leave it out here"
-                )
 
     def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
         """Check that products in other bits, or another library's engine, can do all of a call, where asked for."""

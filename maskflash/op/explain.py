@@ -19,7 +19,7 @@ from maskflash.expr.format import format_expr
 from maskflash.forms.slices import find_slices
 from maskflash.op.analyse import Analysis
 from maskflash.op.few_rows import applies
-from maskflash.scores.strength import Kernels, Precision
+from maskflash.scores.strength import Kernels, Precision, check_wishes
 
 if TYPE_CHECKING:
     from maskflash.backends.triton import run as triton
@@ -126,12 +126,13 @@ class Explanation:
         return visible_rows(separated, self.problem.inputs.params, self.problem.names)
 
     def _forward(self) -> dict[str, str] | None:
-        """Which of a GPU's kernels runs forward, and in which precision; None elsewhere."""
-        if self.backend != "triton":
-            return None
-        from maskflash.backends.triton import kernel_choice
-
+        """Which of a GPU's kernels runs forward, and in which precision; None elsewhere, unless a call raises."""
         try:
+            check_wishes(self.backend, self.kernels, self.precision)
+            if self.backend != "triton":
+                return None
+            from maskflash.backends.triton import kernel_choice
+
             name, why = kernel_choice.ahead(self.problem, self.kernels, self.precision)
         except BackendError as error:
             return {"kernel": "none", "why": f"since a call raises: {error}"}

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from maskflash.errors import BackendError
 from maskflash.expr.derivative import Derivatives, differentiate
 from maskflash.expr.evaluate import Inputs
 from maskflash.expr.nodes import Expr
@@ -103,3 +104,17 @@ class Gradients(NamedTuple):
     v: Tensor
     sinks: Tensor | None = None
     tables: tuple[Tensor, ...] = ()
+
+
+def check_wishes(backend: str, kernels: Kernels, precision: Precision) -> None:
+    """Check that a backend has what was asked for.
+
+    Raises:
+        BackendError: a GPU's kernels alone have it.
+    """
+    for name, value, usual in (("precision", precision, "full"), ("kernels", kernels, "auto")):
+        if backend != "triton" and value not in (usual, "portable"):
+            raise BackendError(
+                f'attention: {name} is "{value}", which the triton backend alone has; this call runs on the '
+                f"{backend} backend: leave it out here"
+            )

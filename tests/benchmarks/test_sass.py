@@ -278,10 +278,21 @@ def test_consumers_take_turns_at_the_tensor_core():
     assert ring([[*softmax, *consuming(800)]]).tensor_share < 0.55
 
 
-def test_no_consumer_starves():
-    """With three of them a slot is empty when the slowest has read it: they go on at one pace."""
-    softmax = [work(stall=10) for _ in range(80)]
-    assert ring([[*softmax, *consuming(800)]] * 3).tensor_share > 0.9
+def turns_of_three(depth):
+    """How many turns each of three consumers has made; two of them would keep the tensor core busy."""
+    softmax = [work(stall=10) for _ in range(40)]
+    parts = [*[Part([*softmax, *consuming(800)], 1)] * 3, Part(producing(), 1)]
+    scheduler = simulation._Scheduler(parts, 1, Bulk(2048), {EMPTY: depth}, 1)
+    scheduler.run(100_000)
+    return [warp.turns for warp in scheduler.residents[:3]]
+
+
+@pytest.mark.parametrize("depth", [DEPTH, 100])
+def test_no_consumer_starves(depth):
+    """Who waited longest goes first: three go on at one pace, also where a ring is too deep to hold a fast one back."""
+    turns = turns_of_three(depth)
+    assert min(turns) > 30
+    assert max(turns) - min(turns) <= DEPTH
 
 
 def test_the_slowest_consumer_sets_the_pace():

@@ -40,3 +40,16 @@ def test_sequences_and_requests_are_asked_for_the_same(name, value):
     nested = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
     with pytest.raises(BackendError, match=f'{name} is "{value}"'):
         attn(nested, nested, nested)
+
+
+@pytest.mark.parametrize(("name", "value"), [("kernels", "hopper"), ("precision", "fp8")])
+def test_an_explanation_says_that_a_call_on_a_cpu_raises(name, value):
+    """In the call's own words."""
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    attn = mf.compile(mf.causal(), **{name: value})
+    with pytest.raises(BackendError) as raised:
+        attn(q, k, v)
+    explanation = attn.explain(64, 64)
+    assert f"none, since a call raises: {raised.value}" in str(explanation)
+    assert explanation.to_dict()["forward"]["kernel"] == "none"
+    assert mf.compile(mf.causal(), kernels="portable").explain(64, 64).to_dict()["forward"] is None

@@ -13,6 +13,7 @@ import torch
 import maskflash as mf
 from maskflash.backends.reference import error_budget, reference
 from maskflash.backends.triton import kernel_choice, launch, tile_choice
+from maskflash.backends.triton.tiles import choose
 from maskflash.testing import Shape, dropout_keep
 from tests.ptx.driver import DEVICE
 from tests.ptx.faults import Fault
@@ -82,6 +83,12 @@ def columns(length):
     return mf.ColumnIntervals(*hidden, none, none)
 
 
+def neither_of(length):
+    """One of its comparisons has no bits of rows, so all pairs are compared: with what two look-ups give a column."""
+    doc, start = torch.arange(length) // 70, torch.arange(length).flip(0)
+    return lambda b, h, q, kv: (doc[q] == doc[kv]) & (q >= start[kv]) | (kv < 3)
+
+
 MASKS = {
     "causal": (mf.causal(), Shape(1, 2, 1, 300, 300, 64, 64)),
     "all": (lambda b, h, q, kv: True, Shape(1, 1, 1, 128, 384, 64, 64)),
@@ -143,6 +150,25 @@ def test_scores(score, weigh):
     assert_forward_matches(lambda b, h, q, kv: True, Shape(1, 2, 1, 128, 384, 64, 64), score=score, weigh=weigh)
 
 
+def test_look_ups_of_pairs_at_the_widest_head_dim():
+    """Its steps are of 32 keys, the shortest there are."""
+    shape = Shape(1, 1, 1, 140, 200, 256, 256)
+    bias = torch.randn(1, 1, 140, 200, generator=torch.Generator().manual_seed(5))
+    assert choose(90, "hopper", torch.bfloat16, 256, (128, 128), of_pairs=1).block_n == 32
+    weigh = lambda scores: scores + bias.to(scores.dtype)  # noqa: E731
+    assert_forward_matches(mf.causal(), shape, score=mf.scores.bias(bias), weigh=weigh)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_flashmask_s_vectors_at_every_head_dim(dim):
+    """Every row of the table has their bits: steps of 128 keys, and of 64."""
+    assert_forward_matches(columns(200), Shape(1, 1, 1, 200, 200, dim, dim))
+
+
+def test_columns_that_are_spread_to_pairs():
+    assert_forward_matches(neither_of(300), Shape(1, 2, 1, 300, 300, 64, 64))
+
+
 def test_dropout():
     assert_forward_matches(mf.causal(), Shape(1, 2, 1, 280, 280, 64, 64), dropout_p=0.25)
 
@@ -174,10 +200,8 @@ LONG = (lambda b, h, q, kv: kv <= q + 500), Shape(1, 1, 1, 128, 700, 16, 16)
 STEP = (128, 64)
 
 
-@pytest.fixture
-def recorded(on_hopper):
+def record(mask, shape):
     """A launch; what it wrote, and a copy of it."""
-    mask, shape = LONG
     q, k, v = (x.detach() for x in shape.tensors(torch.bfloat16))
     DEVICE.calls = []
     out = mf.attention(q, k, v, mask, backend="triton", block_size=STEP)
@@ -185,12 +209,32 @@ def recorded(on_hopper):
     return call, out, out.clone()
 
 
-def test_every_order_gives_the_same_bits(recorded):
-    call, out, wanted = recorded
+@pytest.fixture
+def recorded(on_hopper):
+    return record(*LONG)
+
+
+OF_COLUMNS = {
+    "intervals": LONG,
+    "bits": (columns(300), Shape(1, 1, 1, 128, 300, 16, 16)),
+    "spread": (neither_of(300), Shape(1, 1, 1, 128, 300, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", OF_COLUMNS)
+def test_every_order_gives_the_same_bits(on_hopper, name):
+    """Also where threads of a consumer tell one another what they found of columns."""
+    call, out, wanted = record(*OF_COLUMNS[name])
     for order in ORDERS:
         out.zero_()
         call.run(order=order)
         assert torch.equal(out, wanted), order
+
+
+def test_consumers_that_do_not_meet_are_noticed(on_hopper):
+    """A barrier between what warps of a consumer write of columns and what others read: without it there is a race."""
+    call, out, wanted = record(*OF_COLUMNS["bits"])
+    assert any(noticed(call, out, wanted, text) == "shared race" for _, text in dropped(call.text, "bar.sync"))
 
 
 def noticed(call, out, wanted, text):

@@ -12,6 +12,7 @@ torch rounds it. Look-ups load under a range mask: what a guard excludes may be 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,18 @@ class Emitted:
 
     lines: Mapping[Group, list[str]]
     visible: str
+
+    @property
+    def spread(self) -> list[str]:
+        """What columns have and pairs use, by name."""
+        return spread(self.lines, self.visible)
+
+
+def spread(lines: Mapping[Group, list[str]], result: str) -> list[str]:
+    """The names that statements of columns give, and those of pairs or the result use."""
+    given = (line.partition(" = ")[0] for line in lines["columns"] if not line.startswith("#"))
+    used = set(re.findall(r"\w+", " ".join((*(line for line in lines["pairs"] if not line.startswith("#")), result))))
+    return [name for name in given if name in used]
 
 
 def emit(

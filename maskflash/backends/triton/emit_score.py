@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from maskflash.backends.triton.emit import Group, Writer
+from maskflash.backends.triton.emit import Group, Writer, spread
 from maskflash.backends.triton.signature import SCORE, ScoreKind
 from maskflash.errors import BackendError
 from maskflash.expr.derivative import differentiate
@@ -65,6 +65,11 @@ class EmittedScore:
     slope: str
     lookups: tuple[Lookup, ...]
     functions: tuple[str, ...]
+
+    @property
+    def spread(self) -> list[str]:
+        """What columns have and pairs use, by name."""
+        return spread(self.lines, self.value)
 
 
 def emit_score(

@@ -29,7 +29,12 @@ def why_not(problem: Problem, q: Tensor, v: Tensor) -> str | None:
         q: (B, Hq, Sq, D).
         v: (B, Hkv, Skv, Dv).
     """
-    if reason := why_not_at(problem):
+    return why_not_at(problem) or why_not_text(problem, q, v)
+
+
+def why_not_text(problem: Problem, q: Tensor, v: Tensor) -> str | None:
+    """The same of a kernel's text, which needs no device."""
+    if reason := _of_tiles(problem):
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}"
@@ -39,13 +44,18 @@ def why_not(problem: Problem, q: Tensor, v: Tensor) -> str | None:
 
 def why_not_at(problem: Problem) -> str | None:
     """The same of all calls with such a mask at these lengths, on its device."""
-    arch, (rows, columns) = gpu.arch(problem.device), problem.block_size
+    arch = gpu.arch(problem.device)
     if arch != 90:
         return f"it is for compute capability 9.0, got {arch / 10 if isinstance(arch, int) else arch}"
     if gpu.interprets():
         return "Triton's interpreter doesn't run it"
     if reason := gpu.without_gluon():
         return reason
+    return _of_tiles(problem)
+
+
+def _of_tiles(problem: Problem) -> str | None:
+    rows, columns = problem.block_size
     if rows % _ROWS or columns % _COLUMNS:
         return f"it needs tiles of multiples of {_ROWS} x {_COLUMNS} tokens, got block_size=({rows}, {columns})"
     return None

@@ -77,6 +77,23 @@ def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelCho
     return _choose(kernels, hopper.why_not_at(problem) or _in_full(precision))
 
 
+def of_text(problem: Problem, q: Tensor, v: Tensor, kernels: Kernels, precision: Precision) -> KernelChoice:
+    """The kernel whose text is shown: that of a call with these tensors on its GPU, or of one on a GPU that it suits.
+
+    Args:
+        problem: as in `choose`.
+        q: as in `choose`.
+        v: as in `choose`.
+        kernels: as asked for.
+        precision: as asked for.
+
+    Raises:
+        BackendError: as calls will.
+    """
+    why_not = hopper.why_not if problem.device.type == "cuda" else hopper.why_not_text
+    return _choose(kernels, why_not(problem, q, v) or _in_full(precision))
+
+
 def _choose(kernels: Kernels, obstacle: str | None) -> KernelChoice:
     if kernels == "portable":
         return KernelChoice("forward", "as asked for")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskflash.backends.triton.emit import emit
 from maskflash.backends.triton.emit_score import emit_score
+from maskflash.backends.triton.emit_shown import emit_shown
 from maskflash.backends.triton.signature import PassName, Specialisation, signature
 from maskflash.backends.triton.spans import emit_few
 from maskflash.errors import BackendError
@@ -43,6 +44,9 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
         if few
         else emit(special.expr, special.tables, transposed=transposed, **how),
         score=emit_score(special.score, **score) if special.score else None,
+        shown=emit_shown(special.expr, special.tables, narrow=special.narrow, negative_kv=special.negative_kv)
+        if pass_name == "hopper"
+        else [],
     )
 
 

@@ -31,7 +31,7 @@ class Tile:
         stages: of the pipeline that loads what a program walks over.
         registers: most that a thread may have, so that more programs fit a multiprocessor; None for no limit.
         consumers: warpgroups that compute, with `registers` each thread, where another warp copies (pass "hopper");
-            0 where all warps do both.
+            0 where all warps do both. No choice: the kernel has two, of 64 rows each, and so 128 rows and 12 warps.
     """
 
     block_m: int

@@ -1,5 +1,7 @@
 """Which kernel runs forward, by what is asked for and what serves the call; and that it is told."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -96,3 +98,42 @@ def test_an_explanation_says_what_a_call_in_8_bits_would(monkeypatch, q_len, blo
     monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
     attn = mf.compile(mf.causal(), backend="triton", precision="fp8", block_size=block_size)
     assert words in str(attn.explain(q_len, 256, q_offset=256 - q_len))
+
+
+def text(name, dtype=torch.bfloat16, block_size=128, **how):
+    """Whose text `source` shows."""
+    q, k, v = torch.zeros(3, 1, 2, 256, 64, dtype=dtype).unbind()
+    source = mf.compile(mf.causal(), block_size=block_size, kernels=name).source(q, k, v, **how)
+    return "hopper" if "def hopper(" in source else "split" if "def split(" in source else "portable"
+
+
+def test_the_text_is_of_what_runs(monkeypatch):
+    """By the rule of calls; a machine without a GPU shows what a GPU that suits would run."""
+    for arch in (90, 80):
+        monkeypatch.setattr(gpu, "arch", lambda device, arch=arch: arch)
+        assert text("hopper") == text("hopper", pass_name="hopper") == "hopper"
+        assert text("auto") == text("portable") == "portable"
+    monkeypatch.setenv(kernel_choice.VARIABLE, "hopper")
+    assert text("auto") == "hopper"
+    assert text("portable") == text("auto", dtype=torch.float32) == "portable"
+    monkeypatch.delenv(kernel_choice.VARIABLE)
+    for call in ({"dtype": torch.float32}, {"block_size": (64, 64)}):
+        with pytest.raises(BackendError, match="doesn't serve this call"):
+            text("hopper", **call)
+
+
+def test_the_text_on_a_gpu_is_that_of_this_gpu():
+    x = torch.empty(1, 2, 256, 64, dtype=torch.bfloat16)
+    problem = mf.causal().at(256, 256, batch=1, heads=2).tiled((128, 128))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), block_size=problem.block_size)
+    assert kernel_choice.of_text(on_gpu, x, x, "hopper", "full").pass_name == "hopper"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "arch", lambda device: 80)
+        assert kernel_choice.of_text(problem, x, x, "hopper", "full").pass_name == "hopper"
+        with pytest.raises(BackendError, match=r"9\.0, got 8\.0"):
+            kernel_choice.of_text(on_gpu, x, x, "hopper", "full")
+
+
+def test_few_rows_show_their_own_text():
+    q, k, v = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16) for n in (1, 256, 256))
+    assert "def split(" in mf.compile(mf.causal(), kernels="hopper").source(q, k, v, q_offset=255)
