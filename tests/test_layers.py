@@ -98,7 +98,8 @@ ORDER = {
     ],
     "backends/triton": [
         *("signature", "score_kind", "emit", "spans", "emit_score", "render", "tiles", "modules", "device"),
-        *("tile_choice", "walks", "layout", "intervals", "plan", "launch", "few", "hopper", "fp8", "kernel_choice"),
+        *("tile_choice", "walks", "layout", "intervals", "plan", "launch", "few", "hopper", "hopper_backward"),
+        *("fp8", "kernel_choice"),
         *("learned", "run"),
     ],
     "op": [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from maskflash.backends.triton.emit import emit
 from maskflash.backends.triton.emit_score import emit_score
-from maskflash.backends.triton.signature import PassName, Specialisation, signature
+from maskflash.backends.triton.signature import OF_KEYS, PassName, Specialisation, signature
 from maskflash.backends.triton.spans import emit_few
 from maskflash.errors import BackendError
 
@@ -31,7 +31,7 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
             what must be exact.
     """
     template = _environment().get_template(f"{pass_name}.py.jinja")
-    transposed = pass_name == "dkdv"
+    transposed = pass_name in OF_KEYS
     how = {"narrow": special.narrow, "negative_kv": special.negative_kv, "remarks": remarks}
     forward, few = pass_name in ("forward", "hopper", "split"), pass_name == "split"
     score = {"backward": not forward, "transposed": transposed, "packed": few, "remarks": remarks}
