@@ -45,7 +45,10 @@ _FORWARD: Final = {
     "split": "the kernel of few rows",
 }
 
-_BACKWARD: Final = {False: "the portable kernels", True: "Hopper's own kernels up to head dim 128"}
+_BACKWARD: Final = {
+    False: "the portable kernels",
+    True: "Hopper's own kernels for float16 and bfloat16 up to head dim 128",
+}
 
 _PRECISIONS: Final = {"full": "in the dtype of q, k and v", "fp8": "in 8 bits"}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskflash.backends.triton.emit import emit
+from maskflash.backends.triton.emit import Group, emit
 from maskflash.backends.triton.emit_score import emit_score
 from maskflash.backends.triton.signature import OF_KEYS, PassName, Specialisation, signature
 from maskflash.backends.triton.spans import emit_few
@@ -38,12 +40,35 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
     return template.render(
         special=special,
         signature=signature(special, pass_name),
+        spread=spread,
         integer="tl.int32" if special.narrow else "tl.int64",
         mask=emit_few(special.expr, special.tables, **how)
         if few
         else emit(special.expr, special.tables, transposed=transposed, **how),
         score=emit_score(special.score, **score) if special.score else None,
     )
+
+
+def spread(lines: Mapping[Group, list[str]], group: Group, result: str) -> list[str]:
+    """Statements of pairs, where those of a group have left one number in each thread.
+
+    What pairs use of it goes to all threads that have such pairs, just before its first use: each such number holds a
+    register for every column, or row, of a thread's pairs.
+
+    Args:
+        lines: of a mask or a score.
+        group: "rows" or "columns".
+        result: what is made of them, an expression.
+    """
+    given = [line.partition(" = ")[0] for line in lines[group] if not line.startswith("#")]
+    statements = []
+    for line in (*lines["pairs"], result):
+        used = set() if line.startswith("#") else set(re.findall(r"\w+", line))
+        names = [name for name in given if name in used]
+        statements += [f"{name} = tl.convert_layout({name}, OF_{group.upper()})" for name in names]
+        given = [name for name in given if name not in names]
+        statements.append(line)
+    return statements[:-1]
 
 
 def template_folder() -> Path:
