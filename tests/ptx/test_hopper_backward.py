@@ -35,7 +35,7 @@ def assert_matches(mask, shape, dtype=torch.bfloat16, **given):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_gradients_of_intervals(name):
+def test_gradients_match(name):
     assert_matches(*MASKS[name])
 
 
@@ -115,6 +115,7 @@ def test_tokens_that_nobody_sees_may_hold_anything():
 # Steps of both kinds in both kernels, up to five in a program: rings of two slots go round more than twice.
 LONG = (lambda b, h, q, kv: abs(q - kv) <= 300), Shape(1, 1, 1, 600, 600, 16, 16)
 KERNELS = ("hopper_dkdv", "hopper_dq")
+BOTH = pytest.mark.parametrize("recorded", KERNELS, indirect=True, ids=["of keys", "of queries"])
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def recorded(on_hopper, request):
     return call, written, [x.clone() for x in written]
 
 
-@pytest.mark.parametrize("recorded", KERNELS, indirect=True)
+@BOTH
 def test_every_order_gives_the_same_bits(recorded):
     call, written, wanted = recorded
     for order in ORDERS:
@@ -162,7 +163,7 @@ BREAKS = (
 
 
 @pytest.mark.parametrize("start", BREAKS)
-@pytest.mark.parametrize("recorded", KERNELS, indirect=True)
+@BOTH
 def test_what_is_dropped_is_noticed(recorded, start):
     call, written, wanted = recorded
     ends = {line: noticed(call, written, wanted, text) for line, text in dropped(call.text, start)}
