@@ -190,11 +190,11 @@ SABOTAGE = {
     "a mask that is left out": ("p = tl.where(visible, p, 0.0)", "p = tl.where(visible, p, p)"),
     "rows of the step before": ("row_delta = delta_ring.index(slot)", "row_delta = delta_ring.index(slot ^ 1)"),
     "a slot that is left too soon": (
-        "acc_v = warpgroup_mma_wait(1, deps=[acc_v])\n            mbarrier.arrive(dout_empty.index(slot))\n",
-        "mbarrier.arrive(dout_empty.index(slot))\n            acc_v = warpgroup_mma_wait(1, deps=[acc_v])\n",
+        "acc_k, acc_v = warpgroup_mma_wait(0, deps=[acc_k, acc_v])\n            mbarrier.arrive(empty.index(slot))\n",
+        "mbarrier.arrive(empty.index(slot))\n            acc_k, acc_v = warpgroup_mma_wait(0, deps=[acc_k, acc_v])\n",
     ),
     "a head that is left out": ("for nth in range(0, part):", "for nth in range(1, part):"),
-    "bytes that never come": ("mbarrier.expect(held_full, 2 *", "mbarrier.expect(held_full, 3 *"),
+    "bytes that never come": ("mbarrier.expect(held, 2 *", "mbarrier.expect(held, 3 *"),
 }
 
 
