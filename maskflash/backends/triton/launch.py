@@ -222,14 +222,15 @@ class Launcher(Launches):
                 SUB=steps,
                 BLOCK_D=padded(dim),
                 BLOCK_DV=padded(v_dim),
-                **self._constants(tile),
+                **self._constants(pass_name, tile),
             )
 
-    def _constants(self, tile: Tile) -> dict[str, Any]:
-        """What kernels whose warps have roles are told, and the others."""
-        if tile.consumers:
-            return {"STAGES": tile.stages, "REGISTERS": tile.registers}
+    def _constants(self, pass_name: PassName, tile: Tile) -> dict[str, Any]:
+        """What kernels whose warps have roles are told, and the others; tensor maps have head dims in them."""
         dims = {"D": self.q.shape[3], "DV": self.v.shape[3]}
+        if tile.consumers:
+            stored = dims if pass_name == "hopper_dkdv" else {}
+            return {"STAGES": tile.stages, "REGISTERS": tile.registers, **stored}
         return {"UNIT": UNIT, **dims, "PRECISION": gpu.precision(self.q.dtype)}
 
     def _special(self, pass_name: PassName) -> Specialisation:

@@ -209,19 +209,16 @@ def backward(
     summed = q.dtype if group == 1 else torch.float32  # not by the number of parts: that depends on lengths
     dk, dv = (torch.empty((group // part, *x.shape), dtype=summed, device=q.device) for x in (k, v))
     share = gpu.heads_in_cache(q.device, q_len * token_bytes * part, 1, batch * heads // part)
-    results = {"dk_ptr": dk, "dv_ptr": dv, "part": part, "share": share}
-    if own:
-        launcher.run("hopper_dkdv", {**operands, **both, **results, "D": q.shape[3], "DV": v.shape[3]})
-    else:
-        launcher.run("dkdv", {**operands, **both, **results})
+    summands = {"dk_ptr": dk, "dv_ptr": dv, "part": part, "share": share}
+    launcher.run("hopper_dkdv" if own else "dkdv", {**operands, **both, **summands})
     dk, dv = ((x[0] if len(x) == 1 else x.sum(0)).to(q.dtype) for x in (dk, dv))
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     share = gpu.heads_in_cache(q.device, kv_len * token_bytes, group, batch * heads)
-    dq_at = (mapped if own else addressed)(dq=dq)
-    launcher.run("hopper_dq" if own else "dq", {**operands, **both, **dq_at, "share": share})
-    portable = addressed(q=q, k=k, v=v, dout=dout)
-    tables = table_gradients(launcher, strength.score, {**portable, **both, "share": share})
+    result = (mapped if own else addressed)(dq=dq)
+    launcher.run("hopper_dq" if own else "dq", {**operands, **both, **result, "share": share})
+    portable = {**addressed(q=q, k=k, v=v, dout=dout), **both, "share": share}
+    tables = table_gradients(launcher, strength.score, portable)
     dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf) / _LOG2E, delta)
     return Gradients(cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks, tables)
 

@@ -233,8 +233,9 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     own, walked = (tile.block_n, tile.block_m) if pass_name in OF_KEYS else (tile.block_m, tile.block_n)
     held = own if pass_name in ("forward", "hopper", "split") else 2 * own
     dims = 1 << (head_dim - 1).bit_length()
-    if tile.consumers:  # P and what masks look up stay in registers
-        return itemsize * (held + 2 * tile.stages * walked) * dims + _BARRIER_BYTES
+    if tile.consumers:  # P and dS stay in registers
+        of_rows = _ROW_BYTES * tile.stages * walked if pass_name in OF_KEYS else 0
+        return itemsize * (held + 2 * tile.stages * walked) * dims + of_rows + _BARRIER_BYTES
     hopper = isinstance(arch, int) and arch >= 90
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)
     rows = max(held, buffers * walked) if isinstance(arch, str) else held + buffers * walked
@@ -244,7 +245,8 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
 
 
 LEAST_RING: Final = 2  # slots: consumers wait for the next keys before they release a step's values
-_BARRIER_BYTES: Final = 4 << 10  # and what dK and dV know of rows
+_BARRIER_BYTES: Final = 2 << 10  # and what goes from one thread to others
+_ROW_BYTES: Final = 20  # lse, delta, both ends of an interval, a word of dropout
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 
 
