@@ -22,10 +22,10 @@ from maskflash.backends.triton import modules
 from maskflash.backends.triton.device import described
 from maskflash.backends.triton.few import special_of
 from maskflash.backends.triton.fp8 import SCALED
-from maskflash.backends.triton.launch import ANY_MASK
+from maskflash.backends.triton.launch import ANY_MASK, copied_rows
 from maskflash.backends.triton.layout import UNIT, padded
 from maskflash.backends.triton.render import render
-from maskflash.backends.triton.signature import SCORE, PassName, ScoreKind, Specialisation, TableKind
+from maskflash.backends.triton.signature import HOPPER, OF_KEYS, SCORE, PassName, ScoreKind, Specialisation, TableKind
 from maskflash.backends.triton.tiles import PARTS, Tile
 from maskflash.functions.sizes import Sizes
 from maskflash.ground.eight_bits import FORMAT
@@ -96,7 +96,7 @@ def compile_case(case: Case) -> Any:
 
 def _source(pass_name: PassName) -> Any:
     """What Triton's compiler takes a function in: Hopper's own kernel is written in Gluon."""
-    if pass_name == "hopper":
+    if pass_name in HOPPER:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         return GluonASTSource
@@ -107,8 +107,8 @@ def _source(pass_name: PassName) -> Any:
 
 def _descriptor(case: Case, name: str) -> str:
     """The type of a tensor map, as Triton calls it."""
-    rows = case.tile.block_n if name in ("k_desc", "v_desc") else case.tile.block_m // case.tile.consumers
-    dim = padded(case.head_dim if name in ("q_desc", "k_desc") else case.v_head_dim)
+    rows = copied_rows(name, case.pass_name, case.tile)
+    dim = padded(case.head_dim if name in ("q_desc", "k_desc", "dq_desc") else case.v_head_dim)
     block, layout = described(DTYPES[case.bits], rows, dim)
     return f"tensordesc<{_SHORT[case.bits]}{block},{layout!r}>"
 
@@ -203,7 +203,7 @@ def _specialisation(case: Case) -> Specialisation:
 def _constants(case: Case) -> dict[str, Any]:
     # In 8 bits q and k come with a power of two of dims.
     tile, dims = case.tile, (max(32, padded(case.head_dim)) if case.bits == 8 else case.head_dim, case.v_head_dim)
-    own, step = (tile.block_n, tile.block_m) if case.pass_name == "dkdv" else (tile.block_m, tile.block_n)
+    own, step = (tile.block_n, tile.block_m) if case.pass_name in OF_KEYS else (tile.block_m, tile.block_n)
     return {
         **{"UNIT": UNIT, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ROWS": BLOCK // own, "SUB": BLOCK // step},
         **dict(zip(("D", "DV", "BLOCK_D", "BLOCK_DV"), (*dims, *map(padded, dims)), strict=True)),

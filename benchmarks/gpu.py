@@ -42,7 +42,7 @@ TITLES = {
     "flex": "TFLOP/s of the visible area, bf16, maskflash beside compiled FlexAttention",
     "flash": "the same, beside SDPA's flash backend",
     "cudnn": "the same, beside SDPA's cuDNN backend",
-    "hopper": "the same, beside Hopper's own forward (the backward is the same)",
+    "hopper": "the same, beside Hopper's own kernels, forward and backward",
     "fp8": "the same, beside forward in 8 bits (the backward is the same)",
     "copy": "a step of decoding, bf16, beside a copy that moves as many bytes as its keys and values have",
 }

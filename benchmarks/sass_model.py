@@ -13,7 +13,6 @@ ones only ratios mean something, and sm_80 and sm_86 are not validated. Differen
     python -m benchmarks.sass_model                         the validation, then every row of the table
     python -m benchmarks.sass_model --arch 90 --pass dq --dim 64 --tile 128,64,8,3 --tile 128,64,8,3,128
     python -m benchmarks.sass_model --json                  also store it, for docs/benchmarks.md
-    python -m benchmarks.sass_model --backward              the trial kernels of decision 46 alone
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from benchmarks.sass.predict import Prediction, predict
 from benchmarks.sass.roles import depths, roles
 from benchmarks.sass.simulate import NO_BULK, Bulk
 from maskflash.backends.triton.layout import padded
-from maskflash.backends.triton.signature import PASSES
+from maskflash.backends.triton.signature import HOPPER, OF_KEYS, PASSES
 from maskflash.backends.triton.tiles import ROWS, Tile
 
 RESULTS: Final = ROOT / "benchmarks/results/sass_model.json"
@@ -45,8 +44,6 @@ QUESTION: Final = "How fast would each tile's kernel be, as a model of its machi
 ARCHS: Final = tuple(arch for arch, processor in PROCESSORS.items() if processor.product_cycles)
 WALKS: Final = ("full", "partial")
 _CYCLES: Final = {False: 50_000, True: 5_000}  # by quick
-# Of each kernel its head dim, tokens of a step, and slots of a ring.
-_TRIALS: Final = (("dkdv", 128, 64, 2), ("dq", 128, 64, 2), ("dkdv", 64, 64, 2), ("dq", 64, 128, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +115,6 @@ def _reference(number: int, quick: bool) -> dict[str, Any]:
     return {**known, "predicted": found.loops[0].tflops}
 
 
-def backward_of_roles(quick: bool) -> list[tuple[str, int, float]]:
-    """Backward kernels whose warps have roles: name, head dim and predicted TFLOP/s of their products."""
-    found = in_processes(partial(_trial, quick=quick), _TRIALS)
-    return [(name, dim, tflops) for (name, dim, *_), tflops in zip(_TRIALS, found, strict=True)]
-
-
-def _trial(trial: tuple[str, int, int, int], quick: bool) -> float:
-    from benchmarks.sass import specialised_backward
-    from benchmarks.sass.specialised import compile_specialised
-
-    name, dim, walked, stages = trial
-    tile = Tile(128, walked, warps=12, stages=stages, registers=240, consumers=2)
-    compiled = compile_specialised(getattr(specialised_backward, name), tile, dim, walked=walked)
-    return model(compiled, 90, tile.warps, bulk=Bulk(2 * walked * dim), cycles=_CYCLES[quick]).loops[0].tflops
-
-
 def table_cases() -> list[Case]:
     """The rows that have a prediction."""
     return [
@@ -150,19 +131,16 @@ def _modelled(case: Case, quick: bool) -> Modelled | None:
     except Exception:
         return None
     tile = case.tile
-    bulk = Bulk(2 * tile.block_n * padded(case.head_dim)) if tile.consumers else NO_BULK
+    walked = tile.block_m if case.pass_name in OF_KEYS else tile.block_n
+    bulk = Bulk(2 * walked * padded(case.head_dim)) if tile.consumers else NO_BULK
     found = model(compiled, int(case.arch), tile.warps, bulk=bulk, cycles=_CYCLES[quick])
-    # The kernel of Hopper's own walks over partial tiles first.
-    return replace(found, loops=found.loops[::-1]) if tile.consumers else found
+    # Hopper's own forward walks over partial tiles first.
+    return replace(found, loops=found.loops[::-1]) if case.pass_name == "hopper" else found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _options(argv)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    if options.backward:
-        for name, dim, tflops in backward_of_roles(options.quick):
-            console.print(f"{name}, D {dim}, warps with roles: {tflops:.0f} TFLOP/s, predicted, never run")
-        return
     known = [] if options.tile else validation(options.quick)
     if known:
         console.print(_validation_table(known))
@@ -184,9 +162,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Predict the speed of the tile table's kernels from their machine code."
     )
     parser.add_argument("--quick", action="store_true", help="few cycles: does it run at all?")
-    parser.add_argument("--backward", action="store_true", help="the trial kernels of a backward alone")
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="compute capability times ten")
-    parser.add_argument("--pass", dest="passes", choices=(*PASSES, "hopper"), action="append")
+    parser.add_argument("--pass", dest="passes", choices=(*PASSES, *HOPPER), action="append")
     parser.add_argument("--mask", choices=MASKS, default="interval", help="of the partial tiles (default: %(default)s)")
     parser.add_argument("--dim", type=int, action="append", help="head dim")
     parser.add_argument(

@@ -57,7 +57,7 @@ from benchmarks.runner import ROOT, WIDTH, conditions, describe, store_lines
 from benchmarks.sass.flow import loops
 from benchmarks.sass.instructions import PRODUCTS, local_accesses, parse, products_under_copies
 from maskflash.backends.triton.few import narrowed
-from maskflash.backends.triton.signature import FEW, PASSES
+from maskflash.backends.triton.signature import FEW, HOPPER, PASSES
 from maskflash.backends.triton.tiles import COMBINE, DELTA, ROWS, SHARED_LIMITS, Tile, choose
 
 RESULTS: Final = ROOT / "benchmarks/results/static_gates.json"
@@ -178,10 +178,11 @@ def table_cases(quick: bool) -> list[Case]:
 def score_cases(quick: bool) -> list[Case]:
     """The kernels of each score, and of dropout, with one mask; if quick, a few of them."""
     cases = []
-    passes = (*PASSES, "hopper", "split", "dtables")
+    passes = (*PASSES, *HOPPER, "split", "dtables")
     kinds = [*product(SCORED, (64, 128), SCORES, passes), *product((90,), (256,), SCORES, ("hopper",))]
     for arch, dim, score, pass_name in kinds:
-        without = {"delta": True, "split": score == "dropout", "dtables": score not in LEARNED, "hopper": arch != 90}
+        without = {"delta": True, "split": score == "dropout", "dtables": score not in LEARNED}
+        without |= dict.fromkeys(HOPPER, arch != 90)
         if not without.get(pass_name):
             tile = choose(arch, pass_name, DTYPES[16], dim, (BLOCK, BLOCK), None, OF_PAIRS.get(score, 0))
             cases.append(Case(arch, pass_name, "interval", 16, dim, dim, tile, score))
@@ -289,7 +290,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile the tile table for real devices and check what it needs.")
     parser.add_argument("--quick", action="store_true", help="each row of the table once")
     parser.add_argument("--arch", type=_arch, choices=[*PROCESSORS, *AMD_SHARED], action="append", help="90 or gfx942")
-    parser.add_argument("--pass", dest="passes", choices=(*PASSES, "hopper", *FEW, "dtables"), action="append")
+    parser.add_argument("--pass", dest="passes", choices=(*PASSES, *HOPPER, *FEW, "dtables"), action="append")
     parser.add_argument("--score", choices=("", *SCORES), action="append", help='"" for none')
     parser.add_argument("--mask", choices=MASKS, action="append")
     parser.add_argument("--bits", type=int, choices=DTYPES, action="append", help="of the dtype")

@@ -9,6 +9,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.triton import kernel_choice, modules, tile_choice
+from maskflash.backends.triton.tiles import HOPPER_BACKWARD_DIM
 from maskflash.op import cache
 from maskflash.testing import Shape, assert_matches_dense
 
@@ -49,14 +50,18 @@ def test_masks_dtypes_and_shapes_match_dense_float64(name, dtype, shape):
 
 
 @pytest.mark.parametrize(("name", "dtype", "shape"), [case for case in PAIRED if case[1] != torch.float32], ids=str)
-def test_hopper_s_own_forward_matches_dense_float64(monkeypatch, name, dtype, shape):
+def test_hopper_s_own_kernels_match_dense_float64(monkeypatch, name, dtype, shape):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("is for compute capability 9.0")
     monkeypatch.setenv(kernel_choice.VARIABLE, "hopper")
-    chosen, choose = [], kernel_choice.choose
-    monkeypatch.setattr(kernel_choice, "choose", lambda *call: chosen.append(choose(*call)) or chosen[-1])
+    chosen = {"choose": [], "choose_backward": []}
+    for which, found in chosen.items():
+        choose = getattr(kernel_choice, which)
+        monkeypatch.setattr(kernel_choice, which, lambda *call, f=found, c=choose: f.append(c(*call)) or f[-1])
     assert_matches_dense(MASKS[name], shape, dtype=dtype, device="cuda")
-    assert {choice.pass_name for choice in chosen} == {"hopper"}
+    assert {choice.pass_name for choice in chosen["choose"]} == {"hopper"}
+    served = max(shape.head_dim, shape.v_head_dim) <= HOPPER_BACKWARD_DIM
+    assert {choice.own for choice in chosen["choose_backward"]} == {served}
 
 
 @pytest.mark.parametrize(

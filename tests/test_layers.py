@@ -97,19 +97,9 @@ ORDER = {
         *("work", "softmax", "programs", "values", "biases", "sums", "engine", "scored", "few", "paged", "run"),
     ],
     "backends/triton": [
-        *(
-            "signature",
-            "score_kind",
-            "emit",
-            "spans",
-            "emit_score",
-            "emit_shown",
-            "render",
-            "tiles",
-            "modules",
-            "device",
-        ),
-        *("tile_choice", "walks", "layout", "intervals", "plan", "launch", "few", "hopper", "fp8", "kernel_choice"),
+        *("signature", "score_kind", "emit", "spans", "emit_score", "emit_shown", "render", "tiles", "modules"),
+        *("device", "tile_choice", "walks", "layout", "intervals", "plan", "launch", "few", "hopper"),
+        *("hopper_backward", "fp8", "kernel_choice"),
         *("learned", "run"),
     ],
     "op": [

@@ -1,4 +1,4 @@
-"""Attention whose warps have roles, in Gluon -> compiled for sm_90: what the model of such kernels is held against.
+"""A forward whose warps have roles, in Gluon -> compiled for sm_90: what the model of such kernels is held against.
 
     producer    one warp     two tensors, tile by tile, into rings of STAGES slots
     consumers   2 x 4 warps  64 rows each of what the program holds
@@ -33,7 +33,7 @@ def compile_specialised(kernel: Any, tile: Tile, dim: int, *, walked: int, **con
     """What Triton's compiler makes of one of the kernels below.
 
     Args:
-        kernel: of this module, or of `specialised_backward.py`.
+        kernel: of this module.
         tile: its stages are those of each ring, its registers those of a consumer's thread.
         dim: head dim.
         walked: tokens of a step.
@@ -42,15 +42,18 @@ def compile_specialised(kernel: Any, tile: Tile, dim: int, *, walked: int, **con
     names = kernel.arg_names
     values = {"BLOCK": walked, "D": dim, "STAGES": tile.stages, "REGISTERS": tile.registers, **constants}
     kinds = {name: "constexpr" if name in values else _KINDS.get(name, "*bf16") for name in names}
-    kinds |= {name: _descriptor(OWN.value, dim) for name in ("held", "held_too") if name in names}
-    kinds |= {name: _descriptor(walked, dim) for name in ("first", "second")}
+    kinds |= {
+        "held": _descriptor(OWN.value, dim),
+        "first": _descriptor(walked, dim),
+        "second": _descriptor(walked, dim),
+    }
     fixed = {(names.index(name),): value for name, value in values.items()}
     aligned = {(place,): [["tt.divisibility", 16]] for place, n in enumerate(names) if kinds[n].startswith("*")}
     source = GluonASTSource(kernel, kinds, fixed, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
-_KINDS: Final = {"lse": "*fp32", "delta": "*fp32", "scale": "fp32", "count": "i32"}
+_KINDS: Final = {"scale": "fp32", "count": "i32"}
 
 
 def _descriptor(rows: int, dim: int) -> str:

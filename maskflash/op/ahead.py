@@ -40,9 +40,10 @@ class Ahead(Asking):
             k: as in a call.
             v: as in a call.
             pass_name: "forward", "delta", "dkdv", "dq", or "dtables", of what a score's tables learn. Of few rows over
-                many keys "forward" is "split", and "combine" joins what pieces of the keys have given. "hopper" is
-                another forward, for compute capability 9.0; "forward" is that one where `kernels`, or the environment,
-                asks for it and it serves the call. Without a GPU the text is that of a GPU with such a kernel.
+                many keys "forward" is "split", and "combine" joins what pieces of the keys have given. "hopper",
+                "hopper_dkdv" and "hopper_dq" are for compute capability 9.0; "forward" is "hopper" where `kernels`, or
+                the environment, asks for it and it serves the call. Without a GPU the text is that of a GPU with such
+                kernels.
             q_offset: as in a call.
             kv_offset: as in a call.
             dropout_p: as in a call.
@@ -63,10 +64,10 @@ class Ahead(Asking):
         from maskflash.analysis.classify import classify
         from maskflash.backends.triton import kernel_choice
         from maskflash.backends.triton import run as triton
-        from maskflash.backends.triton.signature import FEW, PASSES
+        from maskflash.backends.triton.signature import FEW, HOPPER, PASSES
 
         qkv.check(q, k, v)
-        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, "hopper", *FEW, "dtables"))
+        arguments.choice("Attention.source", "pass_name", pass_name, (*PASSES, *HOPPER, *FEW, "dtables"))
         if q.is_meta:
             raise ArgumentError("Attention.source: q is on meta, expected tensors with data: the mask is analysed")
         p = probability("Attention.source", dropout_p)

@@ -67,7 +67,7 @@ class Asking:
         tune: measure tiles at the first call of a kind (triton only).
         check: read every table at every call, to find writes that torch doesn't see.
         splits: as asked for, 0 for "auto".
-        kernels: which of a GPU's kernels run forward, as asked for.
+        kernels: which of a GPU's kernels run, as asked for.
         precision: of products on a GPU, as asked for.
     """
 

@@ -45,6 +45,11 @@ _FORWARD: Final = {
     "split": "the kernel of few rows",
 }
 
+_BACKWARD: Final = {
+    False: "the portable kernels",
+    True: "Hopper's own kernels for float16 and bfloat16 up to head dim 128",
+}
+
 _PRECISIONS: Final = {
     "full": "in the dtype of q, k and v",
     "tf32x3": "in float32 as three products of TF32",
@@ -103,6 +108,7 @@ class Explanation:
             "score": self.score,
             "kernel": _kernel(analysis.plan),
             "forward": self._forward(),
+            "backward": self._backward(),
             "nbytes": {"block_map": analysis.block_map.nbytes, "plan": analysis.plan.nbytes},
             "passes": self._passes(),
         }
@@ -137,6 +143,15 @@ class Explanation:
         except BackendError as error:
             return {"kernel": "none", "why": f"since a call raises: {error}"}
         return {"kernel": _FORWARD[name], "why": why, "precision": _PRECISIONS[self.precision]}
+
+    def _backward(self) -> dict[str, str] | None:
+        """Which of a GPU's kernels run backward; None elsewhere, and where a call raises."""
+        if self.backend != "triton" or (forward := self._forward()) is None or forward["kernel"] == "none":
+            return None
+        from maskflash.backends.triton import kernel_choice
+
+        own, why = kernel_choice.backward_ahead(self.problem, self.kernels)
+        return {"kernel": _BACKWARD[own], "why": why}
 
     def _passes(self) -> dict[str, dict[str, int | str]]:
         """What runs in each pass."""
@@ -201,6 +216,7 @@ class Explanation:
             "backend": f"{self.backend}, {self.why}",
             **({kernel: _KERNELS[facts["kernel"]]} if facts["kernel"] else {}),
             **({"forward by": ", ".join(facts["forward"].values())} if facts["forward"] else {}),
+            **({"backward by": ", ".join(facts["backward"].values())} if facts["backward"] else {}),
             **{name: _sentence(counts) for name, counts in facts["passes"].items()},
         }
 

@@ -71,7 +71,7 @@ class Spec(NamedTuple):
         expr: the mask's canonical text.
         block_size: (bq, bkv), a tile in tokens.
         splits: pieces that few rows' keys are cut into on a GPU; 0 for as many as the device has work for.
-        kernels: which of a GPU's kernels run forward.
+        kernels: which of a GPU's kernels run.
         precision: of products on a GPU, as asked for.
         backend: what runs it.
     """

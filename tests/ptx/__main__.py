@@ -27,12 +27,14 @@ FILES: Final = (
     "tests/ptx/test_sabotage.py",
     "tests/ptx/test_roles.py",
     "tests/ptx/test_hopper.py",
+    "tests/ptx/test_hopper_backward.py",
 )
 QUICK: Final = {  # bfloat16, which no other test of `make test` can run, one kernel's sabotage, a score that learns
     "sm_80": "dtype2 and (three or query) or sabotage and not dkdv and not dq or scores_match and alibi and not paper",
     "sm_90": (
         "dtype2 and (three or runs) or dropped and (dq or delta) or scores_match and pairs and not factor"
         " or of_two_roles or before_its_product or hopper and (intervals or order or bytes)"
+        " or hopper_backward and (ragged or without)"
         " or fp8 and different_size or such_products and ragged"
     ),
 }

@@ -1,4 +1,4 @@
-"""A call on a GPU -> which kernel runs its forward, and why: the one place that decides between them.
+"""A call on a GPU -> which kernels run its forward and its backward, and why: the one place that decides between them.
 
     asked for by                    runs                                where it doesn't serve a call
     kernels="portable"              portable Triton, on every device    an error
@@ -7,8 +7,10 @@
     MASKFLASH_KERNELS=hopper        Hopper's own                        portable
     nothing                         portable Triton
 
-Hopper's own kernel has not run on a GPU: until it has, nobody gets it who doesn't ask. Few rows over many keys have
-kernels of their own (`few.py`), whatever is asked for here, and the backward has the portable ones alone.
+The backward of Hopper's own (`hopper_backward.py`) serves fewer calls than its forward: where the forward is asked for
+and it doesn't serve, the portable one runs, and explanations say so. Hopper's own kernels have not run on a GPU: until
+they have, nobody gets them who doesn't ask. Few rows over many keys have a forward of their own (`few.py`), whatever is
+asked for here.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from typing import Final, Literal, NamedTuple, get_args
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
-from maskflash.backends.triton import fp8, hopper
+from maskflash.backends.triton import fp8, hopper, hopper_backward
 from maskflash.backends.triton.few import are_few
 from maskflash.errors import BackendError
 from maskflash.scores.strength import Kernels, Precision, Strength
 
 VARIABLE: Final = "MASKFLASH_KERNELS"
+_UNMEASURED: Final = "since no other has been measured on a GPU"
 
 
 class KernelChoice(NamedTuple):
@@ -36,6 +39,18 @@ class KernelChoice(NamedTuple):
     """
 
     pass_name: Literal["forward", "hopper", "split"]
+    why: str
+
+
+class BackwardChoice(NamedTuple):
+    """Which kernels run backward.
+
+    Attributes:
+        own: Hopper's own; else the portable ones.
+        why: in words, beginning with "as" or "since".
+    """
+
+    own: bool
     why: str
 
 
@@ -94,6 +109,38 @@ def of_text(problem: Problem, q: Tensor, v: Tensor, kernels: Kernels, precision:
     return _choose(kernels, why_not(problem, q, v) or _in_full(precision))
 
 
+def choose_backward(problem: Problem, q: Tensor, v: Tensor, strength: Strength) -> BackwardChoice:
+    """The kernels of a call's backward.
+
+    Args:
+        problem: the mask at the call's lengths, and its tiles.
+        q: (B, Hq, Sq, D).
+        v: (B, Hkv, Skv, Dv).
+        strength: how the call is to be computed.
+    """
+    return _choose_backward(strength.kernels, hopper_backward.why_not(problem, q, v))
+
+
+def backward_ahead(problem: Problem, kernels: Kernels) -> BackwardChoice:
+    """The same ahead of a call, as far as lengths and device decide it; dtype and head dims may be against it yet.
+
+    Args:
+        problem: the mask at the call's lengths, and its tiles.
+        kernels: as asked for.
+    """
+    return _choose_backward(kernels, hopper_backward.why_not_at(problem))
+
+
+def _choose_backward(kernels: Kernels, obstacle: str | None) -> BackwardChoice:
+    asked = "as asked for" if kernels != "auto" else f"as {VARIABLE}={_of_environment()} says"
+    wanted = _of_environment() if kernels == "auto" else kernels
+    if wanted == "hopper" and obstacle is not None:
+        return BackwardChoice(False, f"since Hopper's own doesn't serve this call: {obstacle}")
+    if wanted == "auto":
+        return BackwardChoice(False, _UNMEASURED)
+    return BackwardChoice(wanted == "hopper", asked)
+
+
 def _choose(kernels: Kernels, obstacle: str | None) -> KernelChoice:
     if kernels == "portable":
         return KernelChoice("forward", "as asked for")
@@ -111,7 +158,7 @@ def _choose(kernels: Kernels, obstacle: str | None) -> KernelChoice:
         return KernelChoice("forward", f"since what {by} asks for doesn't serve this call: {obstacle}")
     if wanted == "portable":
         return KernelChoice("forward", f"as {VARIABLE}={wanted} says")
-    return KernelChoice("forward", "since no other has been measured on a GPU")
+    return KernelChoice("forward", _UNMEASURED)
 
 
 def _of_environment() -> str:

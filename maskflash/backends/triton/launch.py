@@ -16,7 +16,7 @@ from maskflash.backends.triton.layout import UNIT, dropout_values, padded, score
 from maskflash.backends.triton.plan import DevicePlan, keep
 from maskflash.backends.triton.render import render
 from maskflash.backends.triton.score_kind import score_kind
-from maskflash.backends.triton.signature import PassName, ScoreKind, Specialisation, TableKind, signature
+from maskflash.backends.triton.signature import OF_KEYS, PassName, ScoreKind, Specialisation, TableKind, signature
 from maskflash.backends.triton.tile_choice import Case
 from maskflash.backends.triton.tiles import Tile, candidates, shrunk
 from maskflash.errors import BackendError
@@ -195,7 +195,7 @@ class Launcher(Launches):
         """Launch a pass's kernel with its own arguments, the mask's, its walks, the sizes of the call and a tile."""
         (batch, heads, q_len, dim), (_, kv_heads, kv_len, v_dim) = self.q.shape, self.v.shape
         rows, columns = self.problem.block_size
-        transposed = pass_name == "dkdv"
+        transposed = pass_name in OF_KEYS
         if transposed:
             tiles, per_line, steps = -(-kv_len // tile.block_n), columns // tile.block_n, rows // tile.block_m
         else:
@@ -205,7 +205,7 @@ class Launcher(Launches):
             kernel(self._special(pass_name), pass_name).launch(
                 tiles * batch * heads // own.get("part", 1),
                 tile,
-                **(_described(own, tile) if tile.consumers else own),
+                **(_described(own, pass_name, tile) if tile.consumers else own),
                 **self.plan.mask(self.problem),
                 **self._of_strength,
                 **self.plan.walked(transposed, tiles, per_line),
@@ -223,14 +223,15 @@ class Launcher(Launches):
                 SUB=steps,
                 BLOCK_D=padded(dim),
                 BLOCK_DV=padded(v_dim),
-                **self._constants(tile),
+                **self._constants(pass_name, tile),
             )
 
-    def _constants(self, tile: Tile) -> dict[str, Any]:
-        """What kernels whose warps have roles are told, and the others."""
-        if tile.consumers:
-            return {"STAGES": tile.stages, "REGISTERS": tile.registers}
+    def _constants(self, pass_name: PassName, tile: Tile) -> dict[str, Any]:
+        """What kernels whose warps have roles are told, and the others; tensor maps have head dims in them."""
         dims = {"D": self.q.shape[3], "DV": self.v.shape[3]}
+        if tile.consumers:
+            stored = dims if pass_name == "hopper_dkdv" else {}
+            return {"STAGES": tile.stages, "REGISTERS": tile.registers, **stored}
         return {"UNIT": UNIT, **dims, "PRECISION": gpu.precision(self.q.dtype, self.strength.precision)}
 
     def _special(self, pass_name: PassName) -> Specialisation:
@@ -245,12 +246,18 @@ class Launcher(Launches):
         keep(self.plan, self.problem, self.strength)
 
 
-def _described(own: dict[str, Any], tile: Tile) -> dict[str, Any]:
+def _described(own: dict[str, Any], pass_name: PassName, tile: Tile) -> dict[str, Any]:
     """Arguments with tensor maps in place of tensors, by what a tile copies of them at once."""
-    rows = {"k_desc": tile.block_n, "v_desc": tile.block_n}
     return {
-        name: gpu.descriptor(value, rows.get(name, tile.block_m // tile.consumers), padded(value.shape[3]))
+        name: gpu.descriptor(value, copied_rows(name, pass_name, tile), padded(value.shape[3]))
         if name.endswith("_desc")
         else value
         for name, value in own.items()
     }
+
+
+def copied_rows(name: str, pass_name: PassName, tile: Tile) -> int:
+    """How many tokens of a tensor a kernel of Hopper's own copies at once: those of a step, or those of a consumer."""
+    of_keys = name in ("k_desc", "v_desc")
+    side = tile.block_n if of_keys else tile.block_m
+    return side // tile.consumers if of_keys == (pass_name in OF_KEYS) else side

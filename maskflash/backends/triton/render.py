@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskflash.backends.triton.emit import emit
+from maskflash.backends.triton.emit import Group, emit
 from maskflash.backends.triton.emit_score import emit_score
 from maskflash.backends.triton.emit_shown import emit_shown
-from maskflash.backends.triton.signature import PassName, Specialisation, signature
+from maskflash.backends.triton.signature import OF_KEYS, PassName, Specialisation, signature
 from maskflash.backends.triton.spans import emit_few
 from maskflash.errors import BackendError
 
@@ -32,13 +34,14 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
             what must be exact.
     """
     template = _environment().get_template(f"{pass_name}.py.jinja")
-    transposed = pass_name == "dkdv"
+    transposed = pass_name in OF_KEYS
     how = {"narrow": special.narrow, "negative_kv": special.negative_kv, "remarks": remarks}
     forward, few = pass_name in ("forward", "hopper", "split"), pass_name == "split"
     score = {"backward": not forward, "transposed": transposed, "packed": few, "remarks": remarks}
     return template.render(
         special=special,
         signature=signature(special, pass_name),
+        spread=spread,
         integer="tl.int32" if special.narrow else "tl.int64",
         mask=emit_few(special.expr, special.tables, **how)
         if few
@@ -48,6 +51,28 @@ def render(special: Specialisation, pass_name: PassName, *, remarks: bool = Fals
         if pass_name == "hopper"
         else [],
     )
+
+
+def spread(lines: Mapping[Group, list[str]], group: Group, result: str) -> list[str]:
+    """Statements of pairs, where those of a group have left one number in each thread.
+
+    What pairs use of it goes to all threads that have such pairs, just before its first use: each such number holds a
+    register for every column, or row, of a thread's pairs.
+
+    Args:
+        lines: of a mask or a score.
+        group: "rows" or "columns".
+        result: what is made of them, an expression.
+    """
+    given = [line.partition(" = ")[0] for line in lines[group] if not line.startswith("#")]
+    statements = []
+    for line in (*lines["pairs"], result):
+        used = set() if line.startswith("#") else set(re.findall(r"\w+", line))
+        names = [name for name in given if name in used]
+        statements += [f"{name} = tl.convert_layout({name}, OF_{group.upper()})" for name in names]
+        given = [name for name in given if name not in names]
+        statements.append(line)
+    return statements[:-1]
 
 
 def template_folder() -> Path:

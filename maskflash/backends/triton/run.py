@@ -5,7 +5,7 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
-    hopper      what Hopper's own forward serves; kernel_choice, which of the two runs
+    hopper      what Hopper's own forward serves; hopper_backward, its backward; kernel_choice, which kernels run
     fp8         q, k and v -> 8 bits
     few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn
@@ -195,8 +195,9 @@ def backward(
     q, k, v, dout, out = laid_out(q, k, v, dout, out)
     launcher = Launcher(problem, q, k, v, strength, tuning, plan=plan)
     delta = _delta(out, dout, dlse)
+    own = kernel_choice.choose_backward(problem, q, v, strength).own
+    operands = (mapped if own else addressed)(q=q, k=k, v=v, dout=dout)
     both = {
-        **addressed(q=q, k=k, v=v, dout=dout),
         "lse_ptr": lse,
         "delta_ptr": delta,
         "scale": scale,
@@ -208,13 +209,16 @@ def backward(
     summed = q.dtype if group == 1 else torch.float32  # not by the number of parts: that depends on lengths
     dk, dv = (torch.empty((group // part, *x.shape), dtype=summed, device=q.device) for x in (k, v))
     share = gpu.heads_in_cache(q.device, q_len * token_bytes * part, 1, batch * heads // part)
-    launcher.run("dkdv", {**both, "dk_ptr": dk, "dv_ptr": dv, "part": part, "share": share})
+    summands = {"dk_ptr": dk, "dv_ptr": dv, "part": part, "share": share}
+    launcher.run("hopper_dkdv" if own else "dkdv", {**operands, **both, **summands})
     dk, dv = ((x[0] if len(x) == 1 else x.sum(0)).to(q.dtype) for x in (dk, dv))
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     share = gpu.heads_in_cache(q.device, kv_len * token_bytes, group, batch * heads)
-    launcher.run("dq", {**both, **addressed(dq=dq), "share": share})
-    tables = table_gradients(launcher, strength.score, {**both, "share": share})
+    result = (mapped if own else addressed)(dq=dq)
+    launcher.run("hopper_dq" if own else "dq", {**operands, **both, **result, "share": share})
+    portable = {**addressed(q=q, k=k, v=v, dout=dout), **both, "share": share}
+    tables = table_gradients(launcher, strength.score, portable)
     dsinks = None if sinks is None else gradient(sinks, lse.masked_fill(blind, -math.inf) / _LOG2E, delta)
     return Gradients(cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks, tables)
 

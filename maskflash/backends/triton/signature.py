@@ -21,11 +21,17 @@ import torch
 from maskflash.expr.nodes import Expr, Node
 from maskflash.expr.ops import INDEX_VARIABLES
 
-PassName = Literal["forward", "hopper", "split", "combine", "delta", "dkdv", "dq", "dtables"]
+PassName = Literal[
+    "forward", "hopper", "split", "combine", "delta", "dkdv", "dq", "hopper_dkdv", "hopper_dq", "dtables"
+]
 PASSES: Final[tuple[PassName, ...]] = ("forward", "delta", "dkdv", "dq")
 """Those of every mask; `dtables` is for scores that learn."""
 FEW: Final[tuple[PassName, ...]] = ("split", "combine")
 """Forward where rows are few."""
+HOPPER: Final[tuple[PassName, ...]] = ("hopper", "hopper_dkdv", "hopper_dq")
+"""Those of Hopper's own, whose warps have roles."""
+OF_KEYS: Final[tuple[PassName, ...]] = ("dkdv", "hopper_dkdv")
+"""Those whose programs hold keys and walk over queries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +197,15 @@ _OWN: Final[dict[PassName, tuple[str, str, str, str]]] = {
     "delta": ("out dout", "dlse delta", "", "heads q_len tiles_m"),
     "dkdv": ("q k v dout", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
     "dq": ("q k v dout dq", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
+    "hopper_dkdv": ("", "lse delta dk dv", "scale qk_scale", "batch heads group part share q_len kv_len tiles_n"),
+    "hopper_dq": ("", "lse delta", "scale qk_scale", "batch heads group share q_len kv_len tiles_m"),
     "dtables": ("q k v dout", "lse delta", "scale", "batch heads group share q_len kv_len tiles_m"),
 }
-_DESCRIPTORS: Final[dict[PassName, tuple[str, ...]]] = {"hopper": ("q_desc", "k_desc", "v_desc", "out_desc")}
+_DESCRIPTORS: Final[dict[PassName, tuple[str, ...]]] = {
+    "hopper": ("q_desc", "k_desc", "v_desc", "out_desc"),
+    "hopper_dkdv": ("q_desc", "k_desc", "v_desc", "dout_desc"),
+    "hopper_dq": ("q_desc", "k_desc", "v_desc", "dout_desc", "dq_desc"),
+}
 _FLAGS: Final[dict[PassName, tuple[str, ...]]] = {
     "forward": ("HAS_SINKS",),
     "hopper": ("HAS_SINKS",),
@@ -236,8 +248,9 @@ def signature(special: Specialisation, pass_name: PassName) -> list[list[Paramet
 def _constants(pass_name: PassName) -> tuple[tuple[str, ...], ...]:
     """The numbers of a tile and of head dims; descriptors have head dims in them."""
     sides = ("BLOCK_M", "BLOCK_N", *(() if pass_name == "split" else ("ROWS", "SUB")))
-    if pass_name == "hopper":
-        return (*sides, "STAGES", "REGISTERS"), ("BLOCK_D", "BLOCK_DV")
+    if pass_name in HOPPER:
+        stored = ("D", "DV") if pass_name == "hopper_dkdv" else ()
+        return (*sides, "STAGES", "REGISTERS"), (*stored, "BLOCK_D", "BLOCK_DV")
     return ("UNIT", *sides), ("D", "DV", "BLOCK_D", "BLOCK_DV", "PRECISION")
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 
-from maskflash.backends.triton.signature import PassName
+from maskflash.backends.triton.signature import OF_KEYS, PassName
 from maskflash.errors import BackendError
 from maskflash.ground.eight_bits import FORMAT
 
@@ -122,6 +122,8 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
             128: (128, 128, 12, 2, 240, 2),
             256: (128, 64, 12, 2, 240, 2),
         },
+        ("hopper_dkdv", 16): {64: (128, 128, 12, 2, 240, 2), 128: (64, 128, 12, 2, 232, 2)},
+        ("hopper_dq", 16): {64: (128, 128, 12, 2, 240, 2), 128: (128, 64, 12, 2, 240, 2)},
         ("split", 16): {64: (32, 64, 4, 3), 128: (32, 32, 4, 4), 256: (32, 32, 4, 3)},
         ("dkdv", 16): {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (32, 64, 8, 1)},
         ("dq", 16): {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
@@ -149,6 +151,7 @@ _TABLE: Final[dict[Arch, dict[tuple[PassName, int], dict[int, _Numbers]]]] = {
 
 ROWS: Final = _rows()
 HOPPER_DIM: Final = max(_TABLE[90]["hopper", 16])  # largest head dim of Hopper's own forward
+HOPPER_BACKWARD_DIM: Final = min(max(_TABLE[90][name, 16]) for name in ("hopper_dkdv", "hopper_dq"))  # and backward
 DIM_IN_8_BITS: Final = max(row.head_dim for row in ROWS if row.bits == 8)  # likewise of forward in 8 bits
 DELTA: Final = Tile(16, 16, 4, 1)  # bound by memory; its products are few with few rows
 PARTS: Final = 16  # of a row that are joined at once
@@ -206,7 +209,7 @@ def choose(
         _dividing(side, size) for side, size in zip((tile.block_m, tile.block_n), block_size, strict=True)
     )
     tile = replace(tile, block_m=block_m, block_n=block_n)
-    walked = "block_m" if pass_name == "dkdv" else "block_n"
+    walked = "block_m" if pass_name in OF_KEYS else "block_n"
     if of_pairs and getattr(tile, walked) > 32:
         tile = replace(tile, **{walked: getattr(tile, walked) // 2})
     limit = SHARED_LIMITS[family] if shared_limit is None else shared_limit
@@ -227,11 +230,12 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
     that is used both ways round is there twice. On AMD's GPUs what a program holds lies in registers, and passes
     through the buffers' memory on the way there.
     """
-    own, walked = (tile.block_n, tile.block_m) if pass_name == "dkdv" else (tile.block_m, tile.block_n)
+    own, walked = (tile.block_n, tile.block_m) if pass_name in OF_KEYS else (tile.block_m, tile.block_n)
     held = own if pass_name in ("forward", "hopper", "split") else 2 * own
     dims = 1 << (head_dim - 1).bit_length()
-    if tile.consumers:  # P and what masks look up stay in registers
-        return itemsize * (held + 2 * tile.stages * walked) * dims + _BARRIER_BYTES
+    if tile.consumers:  # P and dS stay in registers
+        of_rows = _ROW_BYTES * tile.stages * walked if pass_name in OF_KEYS else 0
+        return itemsize * (held + 2 * tile.stages * walked) * dims + of_rows + _BARRIER_BYTES
     hopper = isinstance(arch, int) and arch >= 90
     buffers = 3 if tile.stages == 1 else 2 * (tile.stages if hopper else tile.stages - 1)
     rows = max(held, buffers * walked) if isinstance(arch, str) else held + buffers * walked
@@ -241,7 +245,8 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
 
 
 LEAST_RING: Final = 2  # slots: consumers wait for the next keys before they release a step's values
-_BARRIER_BYTES: Final = 1 << 10
+_BARRIER_BYTES: Final = 2 << 10  # and what goes from one thread to others
+_ROW_BYTES: Final = 20  # lse, delta, both ends of an interval, a word of dropout
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 
 
@@ -258,7 +263,7 @@ def shrunk(pass_name: PassName, tile: Tile, dtype: torch.dtype) -> Tile | None:
     """
     if tile.consumers:
         return replace(tile, stages=tile.stages - 1) if tile.stages > LEAST_RING else None
-    own, walked = ("block_n", "block_m") if pass_name == "dkdv" else ("block_m", "block_n")
+    own, walked = ("block_n", "block_m") if pass_name in OF_KEYS else ("block_m", "block_n")
     if getattr(tile, walked) <= 32 and tile.stages > 1:
         return replace(tile, stages=tile.stages - 1)
     ends = least(dtype)

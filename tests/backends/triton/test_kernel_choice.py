@@ -137,3 +137,51 @@ def test_the_text_on_a_gpu_is_that_of_this_gpu():
 def test_few_rows_show_their_own_text():
     q, k, v = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16) for n in (1, 256, 256))
     assert "def split(" in mf.compile(mf.causal(), kernels="hopper").source(q, k, v, q_offset=255)
+
+
+def backward(kernels="auto", dtype=torch.bfloat16, dim=64):
+    x = torch.empty(1, 2, 256, dim, dtype=dtype)
+    problem = mf.causal().at(256, 256, batch=1, heads=2).tiled((128, 128))
+    return kernel_choice.choose_backward(problem, x, x, Strength(1.0, kernels=kernels))
+
+
+def test_which_kernels_run_backward(monkeypatch):
+    assert backward() == (False, "since no other has been measured on a GPU")
+    assert backward("portable") == (False, "as asked for")
+    assert backward("hopper") == (True, "as asked for")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "hopper")
+    assert backward() == (True, "as MASKFLASH_KERNELS=hopper says")
+    assert backward("portable") == (False, "as asked for")
+    monkeypatch.setenv(kernel_choice.VARIABLE, "portable")
+    assert backward() == (False, "as MASKFLASH_KERNELS=portable says")
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_backward_that_hopper_s_own_does_not_serve_is_the_portable_one_s(monkeypatch, by_environment):
+    if by_environment:
+        monkeypatch.setenv(kernel_choice.VARIABLE, "hopper")
+    wanted = (False, "since Hopper's own doesn't serve this call: it serves head dims to 128, got 256")
+    assert backward("auto" if by_environment else "hopper", dim=256) == wanted
+
+
+@pytest.mark.parametrize(
+    ("kernels", "block_size", "words"),
+    [
+        ("auto", 128, "the portable kernels, since no other has been measured on a GPU"),
+        ("hopper", 128, "Hopper's own kernels for float16 and bfloat16 up to head dim 128, as asked for"),
+        ("hopper", (128, 64), "the portable kernels, since Hopper's own doesn't serve this call: it needs tiles of"),
+    ],
+)
+def test_an_explanation_names_those_of_the_backward(monkeypatch, kernels, block_size, words):
+    monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
+    attn = mf.compile(mf.causal(), backend="triton", kernels=kernels, block_size=block_size)
+    told = attn.explain(256, 256)
+    assert f"backward by        {words}" in str(told)
+    assert words.startswith(told.to_dict()["backward"]["kernel"])
+
+
+def test_an_explanation_of_a_call_that_raises_names_none(monkeypatch):
+    monkeypatch.setattr("maskflash.backends.triton.run.unavailable", lambda device: None)
+    told = mf.compile(mf.causal(), backend="triton", kernels="hopper", block_size=64).explain(256, 256)
+    assert told.to_dict()["forward"]["kernel"] == "none"
+    assert told.to_dict()["backward"] is None

@@ -42,6 +42,7 @@ KEPT = [
     ("columns", "dkdv"),
     ("interval", "hopper"),
     ("packed", "hopper"),
+    *((name, pass_name) for name in ("interval", "packed") for pass_name in ("hopper_dkdv", "hopper_dq")),
     ("interval", "split"),
     ("interval", "combine"),
     ("packed", "split"),
@@ -52,6 +53,7 @@ KEPT_SCORES = [
     ("softcap", "forward"),
     ("softcap", "hopper"),
     ("softcap", "dkdv"),
+    ("softcap", "hopper_dkdv"),
     ("relative", "dtables"),
 ]
 

@@ -19,6 +19,7 @@ def test_every_family_pass_width_and_head_dim_has_one_row():
     wanted = {*product((80, 86, 90, 100, "gfx942", "gfx950"), PASSES, (16, 32), (64, 128, 256))}
     wanted |= {*product(("gfx1201",), PASSES, (16,), (64, 128))}
     wanted |= {*product((90,), ("hopper",), (16,), (64, 128, 256))}
+    wanted |= {*product((90,), ("hopper_dkdv", "hopper_dq"), (16,), (64, 128))}
     wanted |= {*product((86, 90, 100), ("forward",), (8,), (64, 128, 256))}
     more = set(found) - wanted
     assert len(found) - len(more) == len(wanted)
