@@ -77,7 +77,7 @@ def find_alike(problem: Problem, tiles: Tensor) -> IntArray:
         where = [at[int(reads[part] == _COLUMNS)] for part in parts]
         here = [sides[part] for part in parts]
         if len(parts) == 2 and all(side.is_small for side in here):
-            kinds = [_apart(*here, *where, compares=compares)]
+            kinds = [_apart(here, where, compares=compares)]
         else:
             kinds = [_numbered_lines(side.values)[place] for side, place in zip(here, where, strict=True)]
         for kind in kinds:
@@ -117,9 +117,9 @@ def _meetings(expr: Expr, reads: list[int]) -> Iterator[tuple[tuple[int, ...], b
         stack += sorted(fresh)
 
 
-def _apart(one: _Side, other: _Side, at: IntArray, to: IntArray, *, compares: bool) -> IntArray:
+def _apart(sides: list[_Side], where: list[IntArray], *, compares: bool) -> IntArray:
     """Kinds of tiles by what two sides are from their first values, and how far these are apart."""
-    (first, steps), (second, others) = one.moved(), other.moved()
+    ((first, steps), (second, others)), (at, to) = (side.moved() for side in sides), where
     apart = second[to] - first[at]
     kind = _numbered_lines(steps)[at]
     kind = kind * len(others) + _numbered_lines(others)[to]

@@ -227,9 +227,9 @@ def _by_tiles(facts: Facts) -> _Told:
     _, _, line, column = partial.numpy().T
     np.add.at(area, line, count[kind])
     place, start, stop = runs_of(needed)
-    runs = np.bincount(place, minlength=len(needed))
-    chosen, first = spread((runs.cumsum() - runs)[kind], runs[kind]), np.repeat(column * width, runs[kind])
-    parts.append((np.repeat(line, runs[kind]), start[chosen] + first, stop[chosen] + first))
+    each = np.bincount(place, minlength=len(needed))
+    chosen, first = spread((each.cumsum() - each)[kind], each[kind]), np.repeat(column * width, each[kind])
+    parts.append((np.repeat(line, each[kind]), start[chosen] + first, stop[chosen] + first))
     return _Told(area, _joined(parts))
 
 
