@@ -32,7 +32,8 @@ from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers, span
 
 _IN_PLACE: Final = 1 << 20  # bytes of keys that lie one after the other, from which on they are read where they are
-_COPIED: Final = 1 << 21  # bytes of keys, about, that are copied at once
+_COPIED: Final = 3 << 18  # bytes of keys, about, that are copied at once
+_SHORT: Final = 256  # tokens of a request, about, for which a part of their own costs more than it gains
 _SHARED: Final = 1 << 20  # bytes of keys that sharing has to save
 _ALONE: Final = 4096  # tokens of a request that are copied at once where its bits shall not depend on others
 _KEPT: Final = 8 << 20  # bytes of a thread's memory for copies, at most, that are kept for the next call
@@ -248,31 +249,18 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     most = int(counts.max(initial=0))
     if not most:
         return []
-    group, page_size = len(seen), step.page_size
-    order = np.argsort(~seen, axis=1, kind="stable")[:, :most]  # those that are seen, ascending; then any
-    chosen, bits = np.take_along_axis(step.ids, order, 1), step.bits
-    columns = (order[:, :, None] * page_size + np.arange(page_size)).reshape(group, -1)
-    if (columns == columns[0]).all():
-        bits = bits[..., span(columns[0])]
-    else:
-        bits = np.take_along_axis(bits, columns[:, None, None], 3)
-    if (counts < most).any():
-        used = np.arange(most) < counts[:, None]
-        chosen, bits = np.where(used, chosen, 0), bits & used.repeat(page_size, 1)[:, None, None]
-    together = 1 if apart else group
-    at_once = max(1, _ALONE // page_size if apart else _COPIED // (group * step.page_bytes))
-    if step.q.dtype.itemsize == 2:  # a kernel of 16 bits rounds what it returns: once, so all pages of fewer requests
-        at_once, together = most, min(together, max(1, _COPIED // (most * step.page_bytes)))
+    chosen, bits, columns = _compact(step, seen, counts)
     parts: list[PagesOut] = []
+    at_once, together = _at_once(step, len(seen), most, apart=apart)
     for first in range(0, most, at_once):
         rows = np.flatnonzero(counts > first)
-        for some in np.split(rows, range(together, len(rows), together)):
+        for some in np.split(rows, range(together, len(rows), together)) if together < len(rows) else [rows]:
             end, picked = min(first + at_once, int(counts[some].max())), span(some)
             k, v = (
                 x.view(len(some), -1, *x.shape[2:]).transpose(1, 2)
                 for x in _copies(step, chosen[picked, first:end].reshape(-1))
             )
-            tokens, scored = slice(first * page_size, end * page_size), step.scored
+            tokens, scored = slice(first * step.page_size, end * step.page_size), step.scored
             if scored is not None:
                 kv = scored.kv.flatten()[torch.from_numpy(columns[picked, tokens])][:, None, None]
                 scored = replace(scored, b=scored.b[picked], q=scored.q[picked], kv=kv)
@@ -281,27 +269,66 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     return parts
 
 
+def _compact(step: PagedRows, seen: BoolArray, counts: Numbers) -> tuple[Numbers, BoolArray, Numbers]:
+    """The seen pages of each request, side by side: which, (requests, most), what is seen of them, their columns."""
+    group, page_size, most = len(seen), step.page_size, int(counts.max())
+    first = int(seen[0].argmax())
+    if (counts == most).all() and seen[:, first : first + most].all():
+        tokens = slice(first * page_size, (first + most) * page_size)
+        columns = np.tile(np.arange(tokens.start, tokens.stop), (group, 1))
+        return step.ids[:, first : first + most], step.bits[..., tokens], columns
+    order = np.argsort(~seen, axis=1, kind="stable")[:, :most]  # those that are seen, ascending; then any
+    columns = (order[:, :, None] * page_size + np.arange(page_size)).reshape(group, -1)
+    used = np.arange(most) < counts[:, None]
+    bits: BoolArray = np.take_along_axis(step.bits, columns[:, None, None], 3) & used.repeat(page_size, 1)[:, None, None]
+    return np.where(used, np.take_along_axis(step.ids, order, 1), 0), bits, columns
+
+
+def _at_once(step: PagedRows, group: int, most: int, *, apart: bool) -> tuple[int, int]:
+    """How many pages of each request are copied at once, and of how many requests."""
+    if step.q.dtype.itemsize == 2:  # a kernel of 16 bits rounds what it returns: once, so all pages of fewer requests
+        return most, 1 if apart else max(1, _COPIED // (most * step.page_bytes))
+    if apart:
+        return max(1, _ALONE // step.page_size), 1
+    least = -(-_SHORT // step.page_size)
+    parts = max(1, round(most / max(least, _COPIED / (group * step.page_bytes))))
+    pages = -(-most // parts)
+    return pages, max(1, round(_COPIED / (pages * step.page_bytes)))
+
+
 def _attend(
     visible: BoolArray, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: ScoredPairs | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to copied keys; those that no row sees may hold anything, and are zeroed."""
-    hidden = None
-    if not visible.all():
-        nobody = torch.from_numpy(np.flatnonzero(~visible.any((1, 2))))
+    """Attention to copied keys; those that no row sees may hold anything: they are left out at the ends, or zeroed."""
+    if visible.all():
+        return few.seen(q, k, v, None, scale, scored)
+    columns: BoolArray = visible.any((0, 1, 2))
+    some = slice(int(columns.argmax()), len(columns) - int(columns[::-1].argmax()))
+    visible, k, v = visible[..., some], k[:, :, some], v[:, :, some]
+    scored = None if scored is None else scored.columns(some)
+    if visible.all():
+        return few.seen(q, k, v, None, scale, scored)
+    nobody = np.nonzero(~visible.any((1, 2)))
+    if len(nobody[0]):
+        at = [torch.from_numpy(x) for x in nobody]
         for x in (k, v):
-            x.transpose(1, 2).flatten(0, 1).index_fill_(0, nobody, 0.0)
-        hidden = torch.from_numpy(~visible)
-    return few.seen(q, k, v, hidden, scale, scored)
+            x.transpose(1, 2)[at[0], at[1]] = 0.0
+    return few.seen(q, k, v, torch.from_numpy(~visible), scale, scored)
 
 
 def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
     """The parts of each request merged, one after the other, whatever parts others have."""
-    total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     if len(parts) == 1 and len(parts[0].out) == len(step.q):
         return parts[0].out.contiguous(), parts[0].lse.contiguous()
+    total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     out = step.q.new_zeros(*step.q.shape[:3], step.v_pages.pages.shape[3], dtype=total)
     lse = step.q.new_full(out.shape[:-1], -torch.inf, dtype=total)
+    begun = np.zeros(len(step.q), bool)
     for requests, part, part_lse in parts:
+        if not begun[requests].any():
+            out[requests], lse[requests] = part.to(total), part_lse
+            begun[requests] = True
+            continue
         of_part, of_part_lse = out[requests], lse[requests]
         merge_some(of_part, of_part_lse, part.to(total), part_lse)
         if not isinstance(requests, slice):  # then these are copies
