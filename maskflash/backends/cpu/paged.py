@@ -32,7 +32,7 @@ from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers, span
 
 _IN_PLACE: Final = 1 << 20  # bytes of keys that lie one after the other, from which on they are read where they are
-_COPIED: Final = 3 << 18  # bytes of keys, about, that are copied at once
+_COPIED: Final = 1 << 20  # bytes of keys, about, that are copied at once
 _SHORT: Final = 256  # tokens of a request, about, for which a part of their own costs more than it gains
 _SHARED: Final = 1 << 20  # bytes of keys that sharing has to save
 _ALONE: Final = 4096  # tokens of a request that are copied at once where its bits shall not depend on others
@@ -231,7 +231,7 @@ def _keys(step: PagedRows, ids: Numbers) -> tuple[Tensor, ...]:
     if step.adjacent and (np.diff(ids) == 1).all():
         found = [x.pages[int(ids[0]) : int(ids[-1]) + 1] for x in (step.k_pages, step.v_pages)]
     else:
-        found = _copies(step, ids)
+        found = _Copies(step, len(ids)).of(ids)
     return tuple(x.flatten(0, 1).transpose(0, 1)[None] for x in found)
 
 
@@ -252,13 +252,14 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     chosen, bits, columns = _compact(step, seen, counts)
     parts: list[PagesOut] = []
     at_once, together = _at_once(step, len(seen), most, apart=apart)
+    copies = _Copies(step, min(at_once, most) * min(together, len(seen)))
     for first in range(0, most, at_once):
         rows = np.flatnonzero(counts > first)
         for some in np.split(rows, range(together, len(rows), together)) if together < len(rows) else [rows]:
             end, picked = min(first + at_once, int(counts[some].max())), span(some)
             k, v = (
                 x.view(len(some), -1, *x.shape[2:]).transpose(1, 2)
-                for x in _copies(step, chosen[picked, first:end].reshape(-1))
+                for x in copies.of(chosen[picked, first:end].reshape(-1))
             )
             tokens, scored = slice(first * step.page_size, end * step.page_size), step.scored
             if scored is not None:
@@ -336,18 +337,21 @@ def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _copies(step: PagedRows, ids: Numbers) -> list[Tensor]:
-    """These pages of k and v, in memory that the next copies of this thread take again."""
-    pools = step.k_pages, step.v_pages
-    dtype = step.k_pages.held_in(step.q.dtype)
-    shapes = [pool.shape_of(ids) for pool in pools]
-    counts = [math.prod(shape) for shape in shapes]
-    sizes = [*(n * dtype.itemsize for n in counts), 3 * max(counts) if step.in_8_bits else 0]
-    *rooms, between = _memory(sum(sizes)).split(sizes)
-    return [
-        pool.copy(ids, room.view(dtype).view(shape), between)
-        for pool, room, shape in zip(pools, rooms, shapes, strict=True)
-    ]
+class _Copies:
+    """Memory for copies of so many pages of k and v at most, which this thread's next copies take again."""
+
+    def __init__(self, step: PagedRows, pages: int) -> None:
+        dtype, self.pools = step.k_pages.held_in(step.q.dtype), (step.k_pages, step.v_pages)
+        shapes = [(pages, pool.page_size, *pool.pages.shape[2:]) for pool in self.pools]
+        counts = [math.prod(shape) for shape in shapes]
+        sizes = [*(n * dtype.itemsize for n in counts), 3 * max(counts) if step.in_8_bits else 0]
+        *rooms, self.between = _memory(sum(sizes)).split(sizes)
+        self.rooms = [room.view(dtype).view(shape) for room, shape in zip(rooms, shapes, strict=True)]
+
+    def of(self, ids: Numbers) -> list[Tensor]:
+        """These pages, (n, page_size, H, D) each of k and v."""
+        n = len(ids)
+        return [pool.copy(ids, room[:n], self.between) for pool, room in zip(self.pools, self.rooms, strict=True)]
 
 
 def _memory(size: int) -> Tensor:
