@@ -139,14 +139,15 @@ def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tens
         step = step._replace(q=step.q.float())
     for share in shares:
         seen[share.requests, share.first : share.stop] = False
+    alike = None if apart or not step.adjacent else _in_place(step, seen)
     least = -(-_IN_PLACE // step.page_bytes)
-    if seen.shape[1] >= least and step.adjacent:
+    if alike is None and seen.shape[1] >= least and step.adjacent:
         runs = _runs(seen, step.ids, least, whole=step.q.dtype.itemsize == 2)
         shares += [SharedPages(np.array([request]), first, stop) for request, first, stop in runs]
         for request, first, stop in runs:
             seen[request, first:stop] = False
     parts = [part for share in shares for part in _of_share(step, share)]
-    parts += _copied(step, seen, apart=apart)
+    parts += [alike] if alike is not None else _copied(step, seen, apart=apart)
     out, lse = _joined(step, parts)
     if sinks is not None:
         add_sinks(out, lse, sinks)
@@ -270,18 +271,57 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     return parts
 
 
+def _in_place(step: PagedRows, seen: BoolArray) -> PagesOut | None:
+    """Attention to these pages, where all requests' lie in the pool as in one contiguous cache; else None."""
+    pages = _alike(seen)
+    if pages is None:
+        return None
+    ids, size = step.ids[:, pages], step.page_size
+    (group, count), starts = ids.shape, ids[:, 0]
+    stride = int(starts[1] - starts[0]) if group > 1 else count
+    if stride <= 0 or (ids != starts[0] + stride * np.arange(group)[:, None] + np.arange(count)).any():
+        return None
+    bits = step.bits[..., pages.start * size : pages.stop * size]
+    some = _between(bits)
+    bits = bits[..., some]
+    if not bits.any((1, 2)).all():  # what no row of its request sees may hold anything
+        return None
+    of = slice(int(starts[0]), int(starts[-1]) + count)
+    k, v = (
+        x.pages[of].unfold(0, count, stride).movedim(-1, 1).flatten(1, 2)[:, some].transpose(1, 2)
+        for x in (step.k_pages, step.v_pages)
+    )
+    first = pages.start * size
+    scored = None if step.scored is None else step.scored.columns(slice(first + some.start, first + some.stop))
+    hidden = None if bits.all() else torch.from_numpy(~bits)
+    return PagesOut(slice(0, group), *few.seen(step.q, k, v, hidden, step.scale, scored))
+
+
+def _alike(seen: BoolArray) -> slice | None:
+    """The pages that are seen, where they are the same for all requests and have no gap; else None."""
+    first, count = int(seen[0].argmax()), int(seen[0].sum())
+    pages = slice(first, first + count)
+    return pages if count and (seen.sum(1) == count).all() and seen[:, pages].all() else None
+
+
+def _between(visible: BoolArray) -> slice:
+    """From the first column that some row sees to the last."""
+    columns: BoolArray = visible.any((0, 1, 2))
+    return slice(int(columns.argmax()), len(columns) - int(columns[::-1].argmax()))
+
+
 def _compact(step: PagedRows, seen: BoolArray, counts: Numbers) -> tuple[Numbers, BoolArray, Numbers]:
     """The seen pages of each request, side by side: which, (requests, most), what is seen of them, their columns."""
-    group, page_size, most = len(seen), step.page_size, int(counts.max())
-    first = int(seen[0].argmax())
-    if (counts == most).all() and seen[:, first : first + most].all():
-        tokens = slice(first * page_size, (first + most) * page_size)
+    group, page_size, most, pages = len(seen), step.page_size, int(counts.max()), _alike(seen)
+    if pages is not None:
+        tokens = slice(pages.start * page_size, pages.stop * page_size)
         columns = np.tile(np.arange(tokens.start, tokens.stop), (group, 1))
-        return step.ids[:, first : first + most], step.bits[..., tokens], columns
+        return step.ids[:, pages], step.bits[..., tokens], columns
     order = np.argsort(~seen, axis=1, kind="stable")[:, :most]  # those that are seen, ascending; then any
     columns = (order[:, :, None] * page_size + np.arange(page_size)).reshape(group, -1)
     used = np.arange(most) < counts[:, None]
-    bits: BoolArray = np.take_along_axis(step.bits, columns[:, None, None], 3) & used.repeat(page_size, 1)[:, None, None]
+    bits: BoolArray = np.take_along_axis(step.bits, columns[:, None, None], 3)
+    bits &= used.repeat(page_size, 1)[:, None, None]
     return np.where(used, np.take_along_axis(step.ids, order, 1), 0), bits, columns
 
 
@@ -303,8 +343,7 @@ def _attend(
     """Attention to copied keys; those that no row sees may hold anything: they are left out at the ends, or zeroed."""
     if visible.all():
         return few.seen(q, k, v, None, scale, scored)
-    columns: BoolArray = visible.any((0, 1, 2))
-    some = slice(int(columns.argmax()), len(columns) - int(columns[::-1].argmax()))
+    some = _between(visible)
     visible, k, v = visible[..., some], k[:, :, some], v[:, :, some]
     scored = None if scored is None else scored.columns(some)
     if visible.all():
