@@ -32,7 +32,7 @@ from maskflash.ground.pool import Pool
 from maskflash.ground.stretch import BoolArray, Numbers, span
 
 _IN_PLACE: Final = 1 << 20  # bytes of keys that lie one after the other, from which on they are read where they are
-_COPIED: Final = 1 << 20  # bytes of keys, about, that are copied at once
+_COPIED: Final = 1 << 21  # bytes of keys, about, that are copied at once
 _SHORT: Final = 256  # tokens of a request, about, for which a part of their own costs more than it gains
 _SHARED: Final = 1 << 20  # bytes of keys that sharing has to save
 _ALONE: Final = 4096  # tokens of a request that are copied at once where its bits shall not depend on others
