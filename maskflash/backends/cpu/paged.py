@@ -1,6 +1,7 @@
 """Few rows of requests over their pages -> attention: a page is read where it lies, or copied to stay in the cache.
 
-    request 0    7   8   9   10  11  12   3   1   20       adjacent in the pool: read in place, a call for each run
+    request 0    7   8   9   10  11  12   3   1   20       adjacent in the pool: read in place, a call for each run, or
+                                                           one for all where they lie like one contiguous cache
     request 1    6   24  2   13  40  5    0                all others: copied, some pages of all requests at a time
     request 2    6   24  2   13  31  4                     shared with request 1: once, for the rows of both
 
@@ -139,7 +140,7 @@ def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tens
         step = step._replace(q=step.q.float())
     for share in shares:
         seen[share.requests, share.first : share.stop] = False
-    alike = None if apart or not step.adjacent else _in_place(step, seen)
+    alike = None if apart or step.in_8_bits else _in_place(step, seen)
     least = -(-_IN_PLACE // step.page_bytes)
     if alike is None and seen.shape[1] >= least and step.adjacent:
         runs = _runs(seen, step.ids, least, whole=step.q.dtype.itemsize == 2)
@@ -274,7 +275,7 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
 def _in_place(step: PagedRows, seen: BoolArray) -> PagesOut | None:
     """Attention to these pages, where all requests' lie in the pool as in one contiguous cache; else None."""
     pages = _alike(seen)
-    if pages is None:
+    if pages is None or not (step.adjacent or pages.stop - pages.start == 1):
         return None
     ids, size = step.ids[:, pages], step.page_size
     (group, count), starts = ids.shape, ids[:, 0]
