@@ -275,18 +275,23 @@ class Paged(Asking):
     ) -> tuple[Tensor, Tensor]:
         """Out and lse in q's form; `ids` are the pages in the pool, of the few ones first."""
         k_pages, v_pages = pools
+
+        def of(part: _FewOf, pages: Numbers, rows: Tensor) -> tuple[Tensor, Tensor]:
+            step = paged.PagedRows(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
+            return paged.forward(step, spec.sinks, apart=spec.splits > 0)
+
+        if not packed and len(of_few) == 1 and len(of_few[0].requests) == q.shape[0]:
+            return of(of_few[0], ids[0], q)
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_empty(*q.shape[:-1], v_pages.pages.shape[3])
         lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
         for part, pages in zip(of_few, ids, strict=False):
             at = part.rows if packed else span(part.requests)
-            rows = q[at].transpose(1, 2) if packed else q[at]
-            step = paged.PagedRows(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
-            found = paged.forward(step, spec.sinks, apart=spec.splits > 0)
             if packed:
+                found = of(part, pages, q[at].transpose(1, 2))
                 out[at], lse[:, at] = found[0].transpose(1, 2), found[1].transpose(0, 1)
             else:
-                out[at], lse[at] = found
+                out[at], lse[at] = of(part, pages, q[at])
         for each, pages in zip(alone, ids[len(of_few) :], strict=True):
             rows = q[each.rows].transpose(0, 1)[None] if packed else q[each.request][None]
             k, v = (pool.stretch(each.stretch, pages, q.dtype) for pool in pools)
@@ -343,7 +348,7 @@ def _evaluated(spec: Spec, problem: Problem, sequences: _Sequences, requests: Nu
     counts, lengths, heads = sequences.counts[requests], sequences.lengths[requests], problem.shape[1]
     count, page_size, score = int(counts[0]), sequences.page_size, spec.strength.score
     tokens = -(-int(lengths.max()) // page_size) * page_size
-    b, last = (torch.from_numpy(x)[:, None, None, None] for x in (requests, lengths - 1))
+    b, last = (torch.from_numpy(x).view(-1, 1, 1, 1) for x in (requests, lengths - 1))
     h, q, kv = few.along(1, heads), few.along(2, count), few.along(3, tokens)
     # The mask is not asked beyond a request's length, where its tables may end: its last token stands for all there.
     inside = kv <= last

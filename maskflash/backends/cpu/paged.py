@@ -288,14 +288,17 @@ def _in_place(step: PagedRows, seen: BoolArray) -> PagesOut | None:
     if not bits.any((1, 2)).all():  # what no row of its request sees may hold anything
         return None
     of = slice(int(starts[0]), int(starts[-1]) + count)
-    k, v = (
-        x.pages[of].unfold(0, count, stride).movedim(-1, 1).flatten(1, 2)[:, some].transpose(1, 2)
-        for x in (step.k_pages, step.v_pages)
-    )
+    k, v = (_like_a_cache(x.pages[of], stride, count)[:, :, some] for x in (step.k_pages, step.v_pages))
     first = pages.start * size
     scored = None if step.scored is None else step.scored.columns(slice(first + some.start, first + some.stop))
     hidden = None if bits.all() else torch.from_numpy(~bits)
     return PagesOut(slice(0, group), *few.seen(step.q, k, v, hidden, step.scale, scored))
+
+
+def _like_a_cache(pages: Tensor, stride: int, count: int) -> Tensor:
+    """Pages (P, page_size, H, D) as (requests, H, count * page_size, D); a request begins a stride after the last."""
+    by_request = pages.unfold(0, count, stride)  # (requests, page_size, H, D, count)
+    return by_request.permute(0, 2, 4, 1, 3).flatten(2, 3)
 
 
 def _alike(seen: BoolArray) -> slice | None:
