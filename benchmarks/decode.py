@@ -29,7 +29,7 @@ TITLES: Final = {
     "steps": "A step of decoding, 8 query heads, 2 key heads, D 64, float32: maskflash beside SDPA with a ready mask",
     "reading": "The same beside reading the keys and values once",
     "pages": "The same over pages of 16 tokens beside contiguous keys and values, maskflash both",
-    "8 bits": "A step over shuffled pages in float8_e4m3fn beside the same in float32, maskflash both",
+    "quantised": "A step over shuffled pages in float8_e4m3fn beside the same in float32, maskflash both",
     "shared": "A step of requests that share their first pages, beside the same with pages of their own",
 }
 HEADS: Final = 8
@@ -147,7 +147,7 @@ def in_8_bits(case: Case, pairs: int, *, of_tokens: bool) -> Row:
     sides = [over_pages(case, k, v, shuffled=True, in_8_bits=kind) for kind in (scales, None)]
     (mine,), (theirs,) = runner.alternate(*sides, pairs)
     name = f"{case.name}, batch {case.batch}, {'a scale for each token' if of_tokens else 'one scale'}"
-    return runner.compared("8 bits", name, case.tokens, "forward", mine, theirs, dtype="float32")
+    return runner.compared("quantised", name, case.tokens, "forward", mine, theirs, dtype="float32")
 
 
 def room_of(case: Case, pairs: int) -> int:
