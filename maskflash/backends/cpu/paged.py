@@ -310,7 +310,7 @@ def _alike(seen: BoolArray) -> slice | None:
 
 def _between(visible: BoolArray) -> slice:
     """From the first column that some row sees to the last."""
-    columns: BoolArray = visible.any((0, 1, 2))
+    columns: BoolArray = np.logical_or.reduce(visible, axis=(0, 1, 2))
     return slice(int(columns.argmax()), len(columns) - int(columns[::-1].argmax()))
 
 
