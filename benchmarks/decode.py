@@ -4,8 +4,8 @@ A step has one query for each batch row. The cache is a part of larger tensors a
 so that no call is like the one before: ours evaluates its mask each time, SDPA is given a mask of bool that was made
 before its time is taken. By turns, without gradients, on all cores. Beside one long sequence stands what it takes to
 read the same keys and values once: their sum. Steps over pages, in any order and in the pool's, stand beside the same
-steps over contiguous keys. Requests that share the pages of a prefix stand beside the same ones, each with pages of
-its own.
+steps over contiguous keys. Steps over pages in 8 bits stand beside the same steps over pages of float32. Requests that
+share the pages of a prefix stand beside the same ones, each with pages of its own.
 
 Run: python -m benchmarks.decode
 """
@@ -29,6 +29,7 @@ TITLES: Final = {
     "steps": "A step of decoding, 8 query heads, 2 key heads, D 64, float32: maskflash beside SDPA with a ready mask",
     "reading": "The same beside reading the keys and values once",
     "pages": "The same over pages of 16 tokens beside contiguous keys and values, maskflash both",
+    "quantised": "A step over shuffled pages in float8_e4m3fn beside the same in float32, maskflash both",
     "shared": "A step of requests that share their first pages, beside the same with pages of their own",
 }
 HEADS: Final = 8
@@ -41,6 +42,7 @@ PAGE: Final = 16
 REQUESTS: Final = 16
 SHARED: Final = 4096  # tokens
 OWN: Final = 256
+SPARE: Final = 6  # times as many steps as pairs: a slow one is taken three times, of each side
 
 
 class Case(NamedTuple):
@@ -109,13 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             rows += rows_of(case, pairs)
         for case in CASES[:4]:
             rows += [beside_pages(case, pairs, shuffled=shuffled) for shuffled in (True, False)]
+        for case in CASES[:4]:
+            rows += [in_8_bits(case, pairs, of_tokens=of_tokens) for of_tokens in (False, True)]
         rows.append(beside_copies(pairs))
     return runner.finish(str(__doc__).partition("\n")[0], TITLES, rows, options)
 
 
 def rows_of(case: Case, pairs: int) -> list[Row]:
     """A case's times beside SDPA's; those of one sequence beside reading it, too."""
-    room = case.tokens + case.rows + 2 * pairs + 4
+    room = case.tokens + case.rows + SPARE * (pairs + 1)
     k, v = torch.randn(2, case.batch, KV_HEADS, room, HEAD_DIM).unbind()
     (mine,), (theirs,) = runner.alternate(ours(case, k, v), dense(case, k, v), pairs)
     name = f"{case.name}, batch {case.batch}"
@@ -129,13 +133,41 @@ def rows_of(case: Case, pairs: int) -> list[Row]:
 
 def beside_pages(case: Case, pairs: int, *, shuffled: bool) -> Row:
     """A case's time over pages beside that over contiguous keys."""
-    room = -(-(case.tokens + 2 * pairs + 4) // PAGE)
-    k, v = torch.randn(2, case.batch, KV_HEADS, room * PAGE, HEAD_DIM).unbind()
+    k, v = torch.randn(2, case.batch, KV_HEADS, room_of(case, pairs) * PAGE, HEAD_DIM).unbind()
+    pages = over_pages(case, k, v, shuffled=shuffled)
+    (mine,), (theirs,) = runner.alternate(pages, ours(case, k, v), pairs)
+    name = f"{case.name}, batch {case.batch}, {'shuffled' if shuffled else 'in order'}"
+    return runner.compared("pages", name, case.tokens, "forward", mine, theirs, dtype="float32", floor=1 / 1.3)
+
+
+def in_8_bits(case: Case, pairs: int, *, of_tokens: bool) -> Row:
+    """A case's time over pages in 8 bits beside that over pages in float32."""
+    k, v = torch.randn(2, case.batch, KV_HEADS, room_of(case, pairs) * PAGE, HEAD_DIM).unbind()
+    scales = "tokens" if of_tokens else "numbers"
+    sides = [over_pages(case, k, v, shuffled=True, in_8_bits=kind) for kind in (scales, None)]
+    (mine,), (theirs,) = runner.alternate(*sides, pairs)
+    name = f"{case.name}, batch {case.batch}, {'a scale for each token' if of_tokens else 'one scale'}"
+    return runner.compared("quantised", name, case.tokens, "forward", mine, theirs, dtype="float32")
+
+
+def room_of(case: Case, pairs: int) -> int:
+    """The pages of a request."""
+    return -(-(case.tokens + SPARE * (pairs + 1)) // PAGE)
+
+
+def over_pages(case: Case, k: Tensor, v: Tensor, *, shuffled: bool, in_8_bits: str | None = None) -> runner.Contender:
+    """One step more over pages each time it is called; `in_8_bits`: scales of "numbers" or "tokens"."""
+    room = k.shape[2] // PAGE
     places = torch.randperm(case.batch * room) if shuffled else torch.arange(case.batch * room)
-    table = places.view(case.batch, room)
-    pools = torch.empty(2, case.batch * room, PAGE, KV_HEADS, HEAD_DIM).unbind()
-    pages = mf.PageTable(table, torch.full((case.batch,), room * PAGE), PAGE)
-    pages.append(*pools, k, v)
+    pools = torch.empty(2, case.batch * room, PAGE, KV_HEADS, HEAD_DIM)
+    scales: dict[str, Any] = {}
+    if in_8_bits:
+        pools = pools.to(torch.float8_e4m3fn)
+        each = torch.empty(2, *pools.shape[1:4]).unbind() if in_8_bits == "tokens" else (0.01, 0.01)
+        scales = {f"{name}_scale": scale for name, scale in zip("kv", each, strict=True)}
+    k_pages, v_pages = pools.unbind()
+    pages = mf.PageTable(places.view(case.batch, room), torch.full((case.batch,), room * PAGE), PAGE)
+    pages.append(k_pages, v_pages, k, v, **scales)
     pages.lengths.fill_(case.tokens)
     mask, args = case.mask(case)
     attn = mf.compile(mask)
@@ -143,16 +175,14 @@ def beside_pages(case: Case, pairs: int, *, shuffled: bool) -> Row:
     def run() -> Sequence[float]:
         q = torch.randn(case.batch, HEADS, case.rows, HEAD_DIM)
         pages.lengths += 1
-        return runner.timed(lambda: attn.paged(q, *pools, pages, **args))()
+        return runner.timed(lambda: attn.paged(q, k_pages, v_pages, pages, **scales, **args))()
 
-    (mine,), (theirs,) = runner.alternate(run, ours(case, k, v), pairs)
-    name = f"{case.name}, batch {case.batch}, {'shuffled' if shuffled else 'in order'}"
-    return runner.compared("pages", name, case.tokens, "forward", mine, theirs, dtype="float32", floor=1 / 1.3)
+    return run
 
 
 def beside_copies(pairs: int) -> Row:
     """The time of requests that share a prefix beside that of the same requests, where each has a copy of it."""
-    own, prefix = -(-(OWN + pairs + 4) // PAGE), SHARED // PAGE
+    own, prefix = -(-(OWN + SPARE * (pairs + 1)) // PAGE), SHARED // PAGE
     shared, copied = requests(own, prefix, copies=1), requests(own, prefix, copies=REQUESTS)
     (mine,), (theirs,) = runner.alternate(shared, copied, pairs)
     name = f"{REQUESTS} requests, {SHARED:,} tokens shared, {OWN} of their own"

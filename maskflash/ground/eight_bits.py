@@ -56,7 +56,9 @@ def widen(codes: Tensor, scales: Tensor, out: Tensor, halves: Tensor) -> None:
     """
     bits = codes.view(torch.int8)
     halves.copy_(bits).bitwise_left_shift_(_SHIFT).bitwise_and_(_SIGNS)
-    factors = scales[..., None].to(torch.promote_types(out.dtype, torch.float32)) * _TOO_SMALL
+    # One for each vector: torch multiplies by numbers that several vectors share at a third of the speed.
+    factors = scales.to(torch.promote_types(out.dtype, torch.float32)).mul(_TOO_SMALL).expand(codes.shape[:-1])
+    factors = factors.contiguous()[..., None]
     if out.dtype.itemsize == 2:
         out.copy_(halves.view(torch.float16) * factors)
     else:

@@ -60,16 +60,12 @@ class Pool:
         """The same with large pages cut into parts."""
         return replace(self, parts=max(1, -(-self.pages.shape[1] // _LARGE)))
 
-    def shape_of(self, ids: Numbers) -> tuple[int, ...]:
-        """Of a copy of some pages: (n, page_size, H, D)."""
-        return len(ids), self.page_size, *self.pages.shape[2:]
-
     def copy(self, ids: Numbers, out: Tensor, room: Tensor) -> Tensor:
-        """Copy pages into out, of `shape_of`.
+        """Copy pages into out.
 
         Args:
             ids: which.
-            out: in the dtype of the pages; of 8 bits in that of the result.
+            out: (n, page_size, H, D), in the dtype of the pages; of 8 bits in that of the result.
             room: of 8 bits, bytes for what comes between, three for each number at least.
         """
         if self.scales is None:

@@ -79,7 +79,7 @@ class PageTable:
             raise ArgumentTypeError(
                 f"{operation}: block_table has dtype {self.block_table.dtype}, expected int32 or int64"
             )
-        requests, rows, device = len(self.lengths), len(self.block_table), self.block_table.device
+        requests, rows, device = self.lengths.shape[0], self.block_table.shape[0], self.block_table.device
         if requests != rows:
             raise ArgumentError(
                 f"{operation}: lengths has {requests} requests and block_table {rows}; expected the same"
@@ -203,6 +203,7 @@ class PageTable:
         for item in zip("kv", scales, strict=True):
             page_scales.check_shared(operation, *item)
         lengths = self.read_lengths(operation)
+        self.check_tokens(operation, "k", k, cu_seqlens)
         counts = self.counts_of(operation, "k", k, cu_seqlens, lengths)
         tokens = [_packed(operation, *item, cu_seqlens) for item in (("k", k), ("v", v))]
         written = {f"{name}_pages": pool.pages for name, pool in zip("kv", pools, strict=True)}
@@ -233,17 +234,21 @@ class PageTable:
     # What calls ask
 
     def read_lengths(self, operation: str) -> Numbers:
-        """The lengths as they are now, on the host.
+        """The lengths as they are now, on the host, with `check_shapes`.
 
         Raises:
             ArgumentError: one that is negative, or that the table has no room for.
         """
         self.check_shapes(operation)
+        return self.lengths_now(operation)
+
+    def lengths_now(self, operation: str) -> Numbers:
+        """The same of a table whose shapes have been checked in this call."""
         lengths = _on_host(self.lengths)
         room = self.block_table.shape[1] * self.page_size
-        wrong = np.flatnonzero((lengths < 0) | (lengths > room))
-        if len(wrong):
-            r = int(wrong[0])
+        wrong = (lengths < 0) | (lengths > room)
+        if wrong.any():
+            r = int(wrong.argmax())
             raise ArgumentError(
                 f"{operation}: lengths is {lengths[r]} for request {r}, expected 0 to {room}, which "
                 f"{self.block_table.shape[1]} pages of {self.page_size} tokens hold"
@@ -261,7 +266,7 @@ class PageTable:
             ArgumentTypeError: no tensor.
             ArgumentError: a shape that isn't one of these.
         """
-        requests = len(self.block_table)
+        requests = self.block_table.shape[0]
         dims, form = (4, "(requests, heads, tokens, head_dim)") if starts is None else (3, "(tokens, heads, head_dim)")
         arguments.instance(operation, name, x, Tensor, f"{form}")
         arguments.held(operation, name, x)
@@ -272,13 +277,12 @@ class PageTable:
             )
 
     def counts_of(self, operation: str, name: str, x: Any, starts: Any, lengths: Numbers) -> Numbers:
-        """How many tokens of x, (R, H, n, D) or (T, H, D) with starts, belong to each request: its last ones.
+        """How many tokens of x, as `check_tokens` wants it, belong to each request: its last ones.
 
         Raises:
-            ArgumentError: a shape that isn't one of these; starts that don't fit; more tokens than a request has.
+            ArgumentError: starts that don't fit; more tokens than a request has.
         """
         requests = len(lengths)
-        self.check_tokens(operation, name, x, starts)
         if starts is None:
             counts = np.full(requests, x.shape[2], np.int64)
         else:
@@ -289,9 +293,9 @@ class PageTable:
                     f"don't fall, and end with the {x.shape[0]} tokens of {name}"
                 )
             counts = np.diff(ends)
-        wrong = np.flatnonzero(counts > lengths)
-        if len(wrong):
-            r = int(wrong[0])
+        wrong = counts > lengths
+        if wrong.any():
+            r = int(wrong.argmax())
             raise ArgumentError(
                 f"{operation}: {name} has {counts[r]} tokens for request {r}, whose length is {lengths[r]}; expected "
                 "at most its length, which counts the new tokens too: raise pages.lengths first"

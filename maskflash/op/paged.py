@@ -189,7 +189,7 @@ class Paged(Asking):
                 return found if return_lse else found[0]
             for item in zip("kv", scales, strict=True):
                 page_scales.check_shared(_OPERATION, *item)
-            lengths = pages.read_lengths(_OPERATION)
+            lengths = pages.lengths_now(_OPERATION)
             counts = pages.counts_of(_OPERATION, "q", q, cu_seqlens_q, lengths)
             offsets = torch.from_numpy(lengths - counts).to(q.device)
             longest = int(counts.max(initial=0)), int(lengths.max(initial=0))
@@ -202,7 +202,7 @@ class Paged(Asking):
             steps, others = _apart(spec, problem, sequences)
             of_few = [_evaluated(spec, problem, sequences, requests) for requests in steps]
             alone = [self._share(problem, sequences, request, mask_args) for request in others]
-            ids = _ids(pages, len(views[0]), of_few, alone)
+            ids = _ids(pages, views[0].shape[0], of_few, alone)
             _check_scales(pools, scales, of_few, alone, ids)
             out, lse = self._attend_pages(spec, q, pools, of_few, alone, ids, cu_seqlens_q is not None, mask_args)
         return (out, lse) if return_lse else out
@@ -217,7 +217,7 @@ class Paged(Asking):
         mask_args: dict[str, Any],
     ) -> tuple[Tensor, Tensor] | None:
         """Out and lse by the kernel that reads lengths and tables itself; None where it does not serve the call."""
-        requests, (_, heads, tokens, _) = len(pages.lengths), q.shape
+        requests, (_, heads, tokens, _) = pages.lengths.shape[0], q.shape
         if self.check or self._backend_for(q.device) != "triton" or not requests:
             return None
         from maskflash.backends.triton import run as triton
@@ -275,18 +275,23 @@ class Paged(Asking):
     ) -> tuple[Tensor, Tensor]:
         """Out and lse in q's form; `ids` are the pages in the pool, of the few ones first."""
         k_pages, v_pages = pools
+
+        def of(part: _FewOf, pages: Numbers, rows: Tensor) -> tuple[Tensor, Tensor]:
+            step = paged.PagedRows(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
+            return paged.forward(step, spec.sinks, apart=spec.splits > 0)
+
+        if not packed and len(of_few) == 1 and len(of_few[0].requests) == q.shape[0]:
+            return of(of_few[0], ids[0], q)
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_empty(*q.shape[:-1], v_pages.pages.shape[3])
         lse = torch.empty(q.shape[1::-1] if packed else q.shape[:3], dtype=total, device=q.device)
         for part, pages in zip(of_few, ids, strict=False):
             at = part.rows if packed else span(part.requests)
-            rows = q[at].transpose(1, 2) if packed else q[at]
-            step = paged.PagedRows(part.bits, part.seen, pages, rows, k_pages, v_pages, spec.scale, part.scored)
-            found = paged.forward(step, spec.sinks, apart=spec.splits > 0)
             if packed:
+                found = of(part, pages, q[at].transpose(1, 2))
                 out[at], lse[:, at] = found[0].transpose(1, 2), found[1].transpose(0, 1)
             else:
-                out[at], lse[at] = found
+                out[at], lse[at] = of(part, pages, q[at])
         for each, pages in zip(alone, ids[len(of_few) :], strict=True):
             rows = q[each.rows].transpose(0, 1)[None] if packed else q[each.request][None]
             k, v = (pool.stretch(each.stretch, pages, q.dtype) for pool in pools)
@@ -322,6 +327,10 @@ def _apart(spec: Spec, problem: Problem, sequences: _Sequences) -> tuple[list[Nu
     """Requests whose few queries are evaluated together, and those that are calls of their own."""
     lengths, heads = sequences.lengths.tolist(), problem.heads if spec.score else problem.shape[1]
     steps, alone = dict[int, list[list[int]]](), list[int]()
+    if len(lengths) and spec.backend == "cpu" and (sequences.counts == sequences.counts[0]).all():
+        count = int(sequences.counts[0])
+        if few.are_few(len(lengths), heads, count, max(lengths)) and few.are_few(1, heads, count, min(lengths)):
+            return [np.arange(len(lengths))], alone
     for request, count in enumerate(sequences.counts.tolist()):
         if spec.backend != "cpu" or not few.are_few(1, heads, count, lengths[request]):
             alone += [request] if count else []
@@ -339,7 +348,7 @@ def _evaluated(spec: Spec, problem: Problem, sequences: _Sequences, requests: Nu
     counts, lengths, heads = sequences.counts[requests], sequences.lengths[requests], problem.shape[1]
     count, page_size, score = int(counts[0]), sequences.page_size, spec.strength.score
     tokens = -(-int(lengths.max()) // page_size) * page_size
-    b, last = (torch.from_numpy(x)[:, None, None, None] for x in (requests, lengths - 1))
+    b, last = (torch.from_numpy(x).view(-1, 1, 1, 1) for x in (requests, lengths - 1))
     h, q, kv = few.along(1, heads), few.along(2, count), few.along(3, tokens)
     # The mask is not asked beyond a request's length, where its tables may end: its last token stands for all there.
     inside = kv <= last
@@ -398,7 +407,7 @@ def _check_scales(
 
 def _check_fit(q: Tensor, k_pages: Pool, v_pages: Pool) -> None:
     """Check q (B, Hq, tokens, D) and the pools."""
-    counts = len(k_pages.pages), len(v_pages.pages)
+    counts = k_pages.pages.shape[0], v_pages.pages.shape[0]
     if counts[0] != counts[1]:
         raise ArgumentError(f"{_OPERATION}: k_pages has {counts[0]} pages and v_pages {counts[1]}; expected the same")
     k, v = (

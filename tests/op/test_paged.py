@@ -219,6 +219,42 @@ def test_what_lies_in_the_pool_is_not_copied(monkeypatch):
     assert [len(pages) for _, pages in calls] == [3, 3]  # of k and v: those of the short request
 
 
+@pytest.fixture
+def copied(monkeypatch):
+    """How many pages are copied, each time."""
+    found, honest = [], torch.index_select
+    monkeypatch.setattr(
+        torch, "index_select", lambda x, dim, at, **out: found.append(len(at)) or honest(x, dim, at, **out)
+    )
+    return found
+
+
+CACHES = st.fixed_dictionaries(
+    {
+        "page_size": st.sampled_from([1, 3, 16]),
+        "layout": st.sampled_from(["NHD", "HND"]),
+        "dtype": st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    }
+)
+
+
+@FEW
+@given(mask=masks(2 * TABLES, batch=3, heads=4), last=st.lists(st.integers(0, 2), min_size=1, max_size=3), paged=CACHES)
+def test_random_masks_of_pages_that_lie_like_a_contiguous_cache(mask, last, paged):
+    lengths = [3 * paged["page_size"] + 12 - n % paged["page_size"] for n in last]
+    assert_as_dense(Cache(lengths, adjacent=True, **paged), [2] * len(lengths), mask)
+
+
+@pytest.mark.parametrize("score", [None, mf.scores.softcap(5.0)])
+def test_pages_that_lie_like_a_contiguous_cache_are_not_copied(score, copied):
+    for mask in (mf.causal(), mf.sliding_window(20)):
+        assert_as_dense(Cache([90, 90, 90], 8, adjacent=True), [2] * 3, mask, score=score)
+    assert_as_dense(Cache([90, 90], 90, layout="HND", adjacent=True), [1, 1], mf.causal(), score=score)
+    assert not copied
+    assert_as_dense(Cache([90, 89, 90], 8, adjacent=True), [1] * 3, mf.causal())  # a slot of the second holds NaN
+    assert copied
+
+
 def test_pages_of_16_bits_are_copied_for_few_requests_at_once(monkeypatch):
     monkeypatch.setattr(paged, "_COPIED", 2 * 5 * 4 * KV_HEADS * DIM * 2)  # keys of two requests
     cache, copied, honest = Cache([20, 19, 18, 17, 20], 4, dtype=torch.bfloat16), [], torch.index_select

@@ -26,6 +26,7 @@ from maskflash.analysis.problem import Problem
 from maskflash.analysis.runs import BoolArray
 from maskflash.backends.cpu.costs import candidates
 from maskflash.backends.cpu.scored import ScoredPairs, attend
+from maskflash.backends.cpu.softmax import merge_some
 from maskflash.backends.cpu.views import prepared
 from maskflash.backends.merge import merge
 from maskflash.backends.sinks import add_sinks
@@ -34,7 +35,7 @@ from maskflash.scores.strength import BoundScore
 _ROWS: Final = 128  # at most
 _WIDE: Final = 4  # keys for each row, at least: in squares a plan leaves out more than it costs
 _PAIRS: Final = 1 << 20  # evaluated at each call, at most
-_LEAD: Final = 4096  # columns that all rows see, from which on they are computed by themselves
+_LEAD: Final = 1 << 17  # rows x columns that all rows see, from which on they are computed by themselves
 _PART: Final = 4096  # keys
 _PARTS: Final = 4  # at least: joining fewer costs more than it gains
 
@@ -243,21 +244,22 @@ def seen(
         if min(ways, key=lambda way: way.of(rows, k.shape[2], masked=hidden is not None)).native:
             compute = q.dtype
     q, k, v = (prepared(x, compute, width) for x in (q, k, v))
-    lead = 0 if hidden is None or compute.itemsize == 2 else _lead(hidden)
+    lead = 0 if hidden is None or compute.itemsize == 2 else _lead(hidden, q.shape[1] // k.shape[1] * q.shape[2])
     if hidden is None or not lead:
         out, lse = _seen(q, k, v, hidden, scale)
     else:
-        before = _seen(q, k[:, :, :lead], v[:, :, :lead], None, scale)
-        after = _seen(q, k[:, :, lead:], v[:, :, lead:], hidden[..., lead:], scale)
-        out, lse = merge(*zip(before, after, strict=True))
+        out, lse = _seen(q, k[:, :, :lead], v[:, :, :lead], None, scale)
+        merge_some(out, lse, *_seen(q, k[:, :, lead:], v[:, :, lead:], hidden[..., lead:], scale))
     return out if width == v_head_dim else out[..., :v_head_dim], lse
 
 
-def _lead(hidden: Tensor) -> int:
+def _lead(hidden: Tensor, rows: int) -> int:
     """How many columns all rows see before the first of which something is hidden, if they are worth their own call."""
+    if rows * hidden.shape[3] < _LEAD:
+        return 0
     some = hidden.flatten(0, 2).any(0).numpy()
     lead = int(some.argmax())
-    return lead if lead >= _LEAD and 2 * lead >= len(some) else 0
+    return lead if rows * lead >= _LEAD and 2 * lead >= len(some) else 0
 
 
 def _seen(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

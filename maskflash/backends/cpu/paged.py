@@ -1,6 +1,7 @@
 """Few rows of requests over their pages -> attention: a page is read where it lies, or copied to stay in the cache.
 
-    request 0    7   8   9   10  11  12   3   1   20       adjacent in the pool: read in place, a call for each run
+    request 0    7   8   9   10  11  12   3   1   20       adjacent in the pool: read in place, a call for each run, or
+                                                           one for all where they lie like one contiguous cache
     request 1    6   24  2   13  40  5    0                all others: copied, some pages of all requests at a time
     request 2    6   24  2   13  31  4                     shared with request 1: once, for the rows of both
 
@@ -33,6 +34,7 @@ from maskflash.ground.stretch import BoolArray, Numbers, span
 
 _IN_PLACE: Final = 1 << 20  # bytes of keys that lie one after the other, from which on they are read where they are
 _COPIED: Final = 1 << 21  # bytes of keys, about, that are copied at once
+_SHORT: Final = 256  # tokens of a request, about, for which a part of their own costs more than it gains
 _SHARED: Final = 1 << 20  # bytes of keys that sharing has to save
 _ALONE: Final = 4096  # tokens of a request that are copied at once where its bits shall not depend on others
 _KEPT: Final = 8 << 20  # bytes of a thread's memory for copies, at most, that are kept for the next call
@@ -138,14 +140,15 @@ def forward(step: PagedRows, sinks: Tensor | None, *, apart: bool) -> tuple[Tens
         step = step._replace(q=step.q.float())
     for share in shares:
         seen[share.requests, share.first : share.stop] = False
+    alike = None if apart or step.in_8_bits else _in_place(step, seen)
     least = -(-_IN_PLACE // step.page_bytes)
-    if seen.shape[1] >= least and step.adjacent:
+    if alike is None and seen.shape[1] >= least and step.adjacent:
         runs = _runs(seen, step.ids, least, whole=step.q.dtype.itemsize == 2)
         shares += [SharedPages(np.array([request]), first, stop) for request, first, stop in runs]
         for request, first, stop in runs:
             seen[request, first:stop] = False
     parts = [part for share in shares for part in _of_share(step, share)]
-    parts += _copied(step, seen, apart=apart)
+    parts += [alike] if alike is not None else _copied(step, seen, apart=apart)
     out, lse = _joined(step, parts)
     if sinks is not None:
         add_sinks(out, lse, sinks)
@@ -230,7 +233,7 @@ def _keys(step: PagedRows, ids: Numbers) -> tuple[Tensor, ...]:
     if step.adjacent and (np.diff(ids) == 1).all():
         found = [x.pages[int(ids[0]) : int(ids[-1]) + 1] for x in (step.k_pages, step.v_pages)]
     else:
-        found = _copies(step, ids)
+        found = _Copies(step, len(ids)).of(ids)
     return tuple(x.flatten(0, 1).transpose(0, 1)[None] for x in found)
 
 
@@ -248,31 +251,19 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     most = int(counts.max(initial=0))
     if not most:
         return []
-    group, page_size = len(seen), step.page_size
-    order = np.argsort(~seen, axis=1, kind="stable")[:, :most]  # those that are seen, ascending; then any
-    chosen, bits = np.take_along_axis(step.ids, order, 1), step.bits
-    columns = (order[:, :, None] * page_size + np.arange(page_size)).reshape(group, -1)
-    if (columns == columns[0]).all():
-        bits = bits[..., span(columns[0])]
-    else:
-        bits = np.take_along_axis(bits, columns[:, None, None], 3)
-    if (counts < most).any():
-        used = np.arange(most) < counts[:, None]
-        chosen, bits = np.where(used, chosen, 0), bits & used.repeat(page_size, 1)[:, None, None]
-    together = 1 if apart else group
-    at_once = max(1, _ALONE // page_size if apart else _COPIED // (group * step.page_bytes))
-    if step.q.dtype.itemsize == 2:  # a kernel of 16 bits rounds what it returns: once, so all pages of fewer requests
-        at_once, together = most, min(together, max(1, _COPIED // (most * step.page_bytes)))
+    chosen, bits, columns = _compact(step, seen, counts)
     parts: list[PagesOut] = []
+    at_once, together = _at_once(step, len(seen), most, apart=apart)
+    copies = _Copies(step, min(at_once, most) * min(together, len(seen)))
     for first in range(0, most, at_once):
         rows = np.flatnonzero(counts > first)
-        for some in np.split(rows, range(together, len(rows), together)):
+        for some in np.split(rows, range(together, len(rows), together)) if together < len(rows) else [rows]:
             end, picked = min(first + at_once, int(counts[some].max())), span(some)
             k, v = (
                 x.view(len(some), -1, *x.shape[2:]).transpose(1, 2)
-                for x in _copies(step, chosen[picked, first:end].reshape(-1))
+                for x in copies.of(chosen[picked, first:end].reshape(-1))
             )
-            tokens, scored = slice(first * page_size, end * page_size), step.scored
+            tokens, scored = slice(first * step.page_size, end * step.page_size), step.scored
             if scored is not None:
                 kv = scored.kv.flatten()[torch.from_numpy(columns[picked, tokens])][:, None, None]
                 scored = replace(scored, b=scored.b[picked], q=scored.q[picked], kv=kv)
@@ -281,27 +272,107 @@ def _copied(step: PagedRows, seen: BoolArray, *, apart: bool) -> list[PagesOut]:
     return parts
 
 
+def _in_place(step: PagedRows, seen: BoolArray) -> PagesOut | None:
+    """Attention to these pages, where all requests' lie in the pool as in one contiguous cache; else None."""
+    pages = _alike(seen)
+    if pages is None or not (step.adjacent or pages.stop - pages.start == 1):
+        return None
+    ids, size = step.ids[:, pages], step.page_size
+    (group, count), starts = ids.shape, ids[:, 0]
+    stride = int(starts[1] - starts[0]) if group > 1 else count
+    if stride <= 0 or (ids != starts[0] + stride * np.arange(group)[:, None] + np.arange(count)).any():
+        return None
+    bits = step.bits[..., pages.start * size : pages.stop * size]
+    some = _between(bits)
+    bits = bits[..., some]
+    if not bits.any((1, 2)).all():  # what no row of its request sees may hold anything
+        return None
+    of = slice(int(starts[0]), int(starts[-1]) + count)
+    k, v = (_like_a_cache(x.pages[of], stride, count)[:, :, some] for x in (step.k_pages, step.v_pages))
+    first = pages.start * size
+    scored = None if step.scored is None else step.scored.columns(slice(first + some.start, first + some.stop))
+    hidden = None if bits.all() else torch.from_numpy(~bits)
+    return PagesOut(slice(0, group), *few.seen(step.q, k, v, hidden, step.scale, scored))
+
+
+def _like_a_cache(pages: Tensor, stride: int, count: int) -> Tensor:
+    """Pages (P, page_size, H, D) as (requests, H, count * page_size, D); a request begins a stride after the last."""
+    by_request = pages.unfold(0, count, stride)  # (requests, page_size, H, D, count)
+    return by_request.permute(0, 2, 4, 1, 3).flatten(2, 3)
+
+
+def _alike(seen: BoolArray) -> slice | None:
+    """The pages that are seen, where they are the same for all requests and have no gap; else None."""
+    first, count = int(seen[0].argmax()), int(seen[0].sum())
+    pages = slice(first, first + count)
+    return pages if count and (seen.sum(1) == count).all() and seen[:, pages].all() else None
+
+
+def _between(visible: BoolArray) -> slice:
+    """From the first column that some row sees to the last."""
+    columns: BoolArray = np.logical_or.reduce(visible, axis=(0, 1, 2))
+    return slice(int(columns.argmax()), len(columns) - int(columns[::-1].argmax()))
+
+
+def _compact(step: PagedRows, seen: BoolArray, counts: Numbers) -> tuple[Numbers, BoolArray, Numbers]:
+    """The seen pages of each request, side by side: which, (requests, most), what is seen of them, their columns."""
+    group, page_size, most, pages = len(seen), step.page_size, int(counts.max()), _alike(seen)
+    if pages is not None:
+        tokens = slice(pages.start * page_size, pages.stop * page_size)
+        columns = np.tile(np.arange(tokens.start, tokens.stop), (group, 1))
+        return step.ids[:, pages], step.bits[..., tokens], columns
+    order = np.argsort(~seen, axis=1, kind="stable")[:, :most]  # those that are seen, ascending; then any
+    columns = (order[:, :, None] * page_size + np.arange(page_size)).reshape(group, -1)
+    used = np.arange(most) < counts[:, None]
+    bits: BoolArray = np.take_along_axis(step.bits, columns[:, None, None], 3)
+    bits &= used.repeat(page_size, 1)[:, None, None]
+    return np.where(used, np.take_along_axis(step.ids, order, 1), 0), bits, columns
+
+
+def _at_once(step: PagedRows, group: int, most: int, *, apart: bool) -> tuple[int, int]:
+    """How many pages of each request are copied at once, and of how many requests."""
+    if step.q.dtype.itemsize == 2:  # a kernel of 16 bits rounds what it returns: once, so all pages of fewer requests
+        return most, 1 if apart else max(1, _COPIED // (most * step.page_bytes))
+    if apart:
+        return max(1, _ALONE // step.page_size), 1
+    least = -(-_SHORT // step.page_size)
+    parts = max(1, round(most / max(least, _COPIED / (group * step.page_bytes))))
+    pages = -(-most // parts)
+    return pages, max(1, round(_COPIED / (pages * step.page_bytes)))
+
+
 def _attend(
     visible: BoolArray, q: Tensor, k: Tensor, v: Tensor, scale: float, scored: ScoredPairs | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to copied keys; those that no row sees may hold anything, and are zeroed."""
-    hidden = None
-    if not visible.all():
-        nobody = torch.from_numpy(np.flatnonzero(~visible.any((1, 2))))
+    """Attention to copied keys; those that no row sees may hold anything: they are left out at the ends, or zeroed."""
+    if visible.all():
+        return few.seen(q, k, v, None, scale, scored)
+    some = _between(visible)
+    visible, k, v = visible[..., some], k[:, :, some], v[:, :, some]
+    scored = None if scored is None else scored.columns(some)
+    if visible.all():
+        return few.seen(q, k, v, None, scale, scored)
+    nobody = np.nonzero(~visible.any((1, 2)))
+    if len(nobody[0]):
+        at = [torch.from_numpy(x) for x in nobody]
         for x in (k, v):
-            x.transpose(1, 2).flatten(0, 1).index_fill_(0, nobody, 0.0)
-        hidden = torch.from_numpy(~visible)
-    return few.seen(q, k, v, hidden, scale, scored)
+            x.transpose(1, 2)[at[0], at[1]] = 0.0
+    return few.seen(q, k, v, torch.from_numpy(~visible), scale, scored)
 
 
 def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
     """The parts of each request merged, one after the other, whatever parts others have."""
-    total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     if len(parts) == 1 and len(parts[0].out) == len(step.q):
         return parts[0].out.contiguous(), parts[0].lse.contiguous()
+    total = torch.float64 if step.q.dtype == torch.float64 else torch.float32
     out = step.q.new_zeros(*step.q.shape[:3], step.v_pages.pages.shape[3], dtype=total)
     lse = step.q.new_full(out.shape[:-1], -torch.inf, dtype=total)
+    begun = np.zeros(len(step.q), bool)
     for requests, part, part_lse in parts:
+        if not begun[requests].any():
+            out[requests], lse[requests] = part.to(total), part_lse
+            begun[requests] = True
+            continue
         of_part, of_part_lse = out[requests], lse[requests]
         merge_some(of_part, of_part_lse, part.to(total), part_lse)
         if not isinstance(requests, slice):  # then these are copies
@@ -309,18 +380,21 @@ def _joined(step: PagedRows, parts: list[PagesOut]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _copies(step: PagedRows, ids: Numbers) -> list[Tensor]:
-    """These pages of k and v, in memory that the next copies of this thread take again."""
-    pools = step.k_pages, step.v_pages
-    dtype = step.k_pages.held_in(step.q.dtype)
-    shapes = [pool.shape_of(ids) for pool in pools]
-    counts = [math.prod(shape) for shape in shapes]
-    sizes = [*(n * dtype.itemsize for n in counts), 3 * max(counts) if step.in_8_bits else 0]
-    *rooms, between = _memory(sum(sizes)).split(sizes)
-    return [
-        pool.copy(ids, room.view(dtype).view(shape), between)
-        for pool, room, shape in zip(pools, rooms, shapes, strict=True)
-    ]
+class _Copies:
+    """Memory for copies of so many pages of k and v at most, which this thread's next copies take again."""
+
+    def __init__(self, step: PagedRows, pages: int) -> None:
+        dtype, self.pools = step.k_pages.held_in(step.q.dtype), (step.k_pages, step.v_pages)
+        shapes = [(pages, pool.page_size, *pool.pages.shape[2:]) for pool in self.pools]
+        counts = [math.prod(shape) for shape in shapes]
+        sizes = [*(n * dtype.itemsize for n in counts), 3 * max(counts) if step.in_8_bits else 0]
+        *rooms, self.between = _memory(sum(sizes)).split(sizes)
+        self.rooms = [room.view(dtype).view(shape) for room, shape in zip(rooms, shapes, strict=True)]
+
+    def of(self, ids: Numbers) -> list[Tensor]:
+        """These pages, (n, page_size, H, D) each of k and v."""
+        n = len(ids)
+        return [pool.copy(ids, room[:n], self.between) for pool, room in zip(self.pools, self.rooms, strict=True)]
 
 
 def _memory(size: int) -> Tensor:
