@@ -15,9 +15,11 @@ from maskflash.backends.cpu.calls import Call
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.schedules import Schedule
 
-TILE: Final = 1 << 18  # scores of one tile, of all its heads: what is computed of them stays in cache
-WIDTH: Final = 512  # columns of a tile
-_HEIGHT: Final = 256  # rows of a tile, where its heads leave room for as many
+import os
+
+TILE: Final = 1 << int(os.environ.get("T", "18"))
+WIDTH: Final = int(os.environ.get("W", "512"))  # columns of a tile
+_HEIGHT: Final = int(os.environ.get("HGT", "256"))  # rows of a tile, where its heads leave room for as many
 _MAX_SUMS: Final = 1 << 22  # elements of all lanes' gradients of tables
 
 
