@@ -134,10 +134,8 @@ class Swaps:
         work = chunks.area[self.members].sum(1)
         self.count = Count(holder, needing, kept, work, received, self._sent(holder, needing, kept))
 
-    def _sent(self, holder: IntArray, needing: IntArray, kept: Any, deals: int = 1) -> Any:
-        """Keys that each rank sends in some deals, whose holders are numbered one after the other."""
-        sends = self.chunks.width * (needing - kept)
-        return np.bincount(holder.ravel(), sends.ravel(), deals * self.chunks.ranks)
+    def _sent(self, holder: IntArray, needing: IntArray, kept: Any) -> Any:
+        return np.bincount(holder, self.chunks.width * (needing - kept), self.chunks.ranks)
 
     def costs(self, aim: Aim) -> Any:
         """What the share of each rank costs."""
@@ -167,20 +165,22 @@ class Swaps:
     def _pass(self, ranks: IntArray, aim: Aim, cost: float) -> float:
         """Do the best of all swaps between ranks; what all shares cost then."""
         members = self.members[ranks].ravel()
-        gains = self.estimate(ranks, aim).ravel()
-        top = np.argpartition(gains, min(_TRIES, gains.size - 1))[:_TRIES]
-        top = top[gains[top] < -_LEAST]
-        one, other = members[top // len(members)], members[top % len(members)]
-        alone = aim.cost(*self.swapped(one, other)[1][3:]).sum(1)
-        done = np.zeros(len(self.owner), dtype=np.bool_)
-        for place in np.argsort(alone, kind="stable")[: np.count_nonzero(alone < cost - _LEAST)]:
-            pair = np.array([one[place], other[place]])
-            if not done[pair].any():
-                needs, count = self.swapped(pair[:1], pair[1:])
+        gains = self.estimate(ranks, aim)
+        top = np.argpartition(gains, min(4 * _TRIES, gains.size - 1), axis=None)[: 4 * _TRIES]
+        top = top[np.argsort(gains.ravel()[top], kind="stable")]
+        swapped: set[int] = set()
+        tries = 0
+        for place in top[gains.ravel()[top] < -_LEAST]:
+            one, other = int(members[place // len(members)]), int(members[place % len(members)])
+            if tries == _TRIES:
+                break
+            if not swapped & {one, other}:
+                tries += 1
+                needs, count = self.swapped(one, other)
                 now = float(aim.cost(*count[3:]).sum())
                 if now < cost - _LEAST:
-                    self._swap(pair, needs[:, 0], Count(*(x[0] for x in count)))
-                    done[pair] = True
+                    self._swap(one, other, needs, count)
+                    swapped |= {one, other}
                     cost = now
         return cost
 
@@ -213,39 +213,28 @@ class Swaps:
         gains[at[:, None] >= at] = np.inf
         return gains
 
-    def _swap(self, pair: IntArray, needs: IntArray, count: Count) -> None:
-        ranks = self.owner[pair]
-        for rank, leaves, comes in zip(ranks, pair, pair[::-1], strict=True):
-            self.members[rank][self.members[rank] == leaves] = comes
-        self.owner[pair] = ranks[::-1]
+    def _swap(self, one: int, other: int, needs: IntArray, count: Count) -> None:
+        ranks = self.owner[[one, other]]
+        self.members[ranks[0]][self.members[ranks[0]] == one] = other
+        self.members[ranks[1]][self.members[ranks[1]] == other] = one
+        self.owner[[other, one]] = ranks
         self.needs[ranks] = needs
         self.count = count
 
-    def swapped(self, one: IntArray, other: IntArray) -> tuple[IntArray, Count]:
-        """What the ranks of pairs of chunks need, and what all ranks move, if one pair has swapped.
-
-        Args:
-            one: (pairs,) chunks.
-            other: (pairs,) chunks, each on another rank than that of `one`.
-
-        Returns:
-            needs: (2, pairs, columns), what `needs` has then of the ranks of `one` and of `other`.
-            count: what is counted then; each field has a dimension of pairs before its own.
-        """
-        chunks, count, pairs = self.chunks, self.count, np.arange(len(one))[:, None]
-        goes = np.stack((one, other))
-        ranks = self.owner[goes]
+    def swapped(self, one: int, other: int) -> tuple[IntArray, Count]:
+        """What the ranks of two chunks need of each column, and what all ranks move, once they have swapped them."""
+        chunks, count = self.chunks, self.count
+        ranks = self.owner[[one, other]]
         change = chunks.sees[other].astype(np.int16) - chunks.sees[one]
         before = self.needs[ranks]
         needs = before + np.stack((change, -change))
         has = needs > 0
-        moves = chunks.home == goes[..., None]
-        holder = np.where(moves[0], ranks[1][:, None], np.where(moves[1], ranks[0][:, None], count.holder))
-        holds = holder == ranks[..., None]
+        holder = count.holder.copy()
+        holder[chunks.columns(one)], holder[chunks.columns(other)] = ranks[1], ranks[0]
+        holds = holder == ranks[:, None]
         needing = count.needing + has.sum(0) - (before > 0).sum(0)
-        kept = (holds & has).any(0) | (count.kept & ~holds.any(0))
-        work, received = (np.repeat(x[None], len(one), 0) for x in (count.work, count.received))
-        received[pairs.T, ranks] = (has & ~holds) @ chunks.width
-        work[pairs.T, ranks] += (chunks.area[other] - chunks.area[one]) * np.array([[1], [-1]])
-        sent = self._sent(holder + pairs * chunks.ranks, needing, kept, len(one)).reshape(work.shape)
-        return needs, Count(holder, needing, kept, work, received, sent)
+        kept = np.where(holds[0], has[0], np.where(holds[1], has[1], count.kept))
+        received, work = count.received.copy(), count.work.copy()
+        received[ranks] = (has & ~holds) @ chunks.width
+        work[ranks] += (chunks.area[other] - chunks.area[one]) * np.array([1, -1])
+        return needs, Count(holder, needing, kept, work, received, self._sent(holder, needing, kept))
