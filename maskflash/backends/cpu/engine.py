@@ -46,7 +46,7 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
             jobs.append(Job(partial(_forward_all, problem, work, out, lse), work.cost))
             continue
         for call in work.calls:
-            step = _PIECE * work.height(len(call.columns))
+            step = _PIECE * work.height(call)
             for low in range(0, len(call.rows), step):
                 rows = slice(low, min(low + step, len(call.rows)))
                 first, last = reach(call, rows)
@@ -85,14 +85,14 @@ def _limited(
     tile: Tile, rows: slice, tokens: Tensor, each: list[slice], queries: Tensor, part: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The sums of exponentials of limited values, and lse: (heads, rows, 1); their product with v goes into part."""
-    sums: Tensor | None = None
+    words, sums = tile.row_words(tokens), None
     for columns in each:
         (value,) = tile.values_of(rows, columns, queries)
         p, hidden = torch.exp(value, out=tile.buffers.take("score", *value.shape)), tile.hidden(rows, columns)
         if hidden is not None:
             p.mul_(hidden)
         found = p.sum(-1, keepdim=True)
-        tile.drop(p, tile.products(tokens, columns))
+        tile.drop(p, tile.products(words, columns))
         flat, v = p.view(*queries.shape[:2], -1), tile.v[:, columns]
         if sums is None:
             sums = found
@@ -109,7 +109,7 @@ def _running(
 ) -> tuple[Tensor, Tensor]:
     """The same of any values, of which the highest so far are subtracted: sums and part are without these."""
     lowest, by_head = torch.finfo(part.dtype).min, part.view(len(tile.work.heads), -1, part.shape[2])
-    highest = sums = None
+    words, highest, sums = tile.row_words(tokens), None, None
     for columns in each:
         (value,) = tile.values_of(rows, columns, queries)
         p, hidden = tile.buffers.take("score", *value.shape), tile.hidden(rows, columns)  # its value is used here
@@ -119,7 +119,7 @@ def _running(
         risen = risen.clamp_min_(lowest) if highest is None else torch.maximum(highest, risen)
         exponentials(torch.sub(value, risen, out=p))
         found = p.sum(-1, keepdim=True)
-        tile.drop(p, tile.products(tokens, columns))
+        tile.drop(p, tile.products(words, columns))
         flat, v = p.view(*queries.shape[:2], -1), tile.v[:, columns]
         if highest is None or sums is None:
             sums = found
@@ -227,13 +227,13 @@ def _backward(problem: Tiling, work: Work, call: Call, given: _Gradients, sums: 
         queries = tile.queries(tokens, problem.q, problem.strength.scale)
         douts = tile.queries(tokens, given.dout, 1 / problem.keep)
         lse, delta = (work.of_heads(x).index_select(1, tokens) for x in (given.lse, given.delta))
-        part = torch.zeros_like(queries)
+        words, part = tile.row_words(tokens), torch.zeros_like(queries)
         for columns in each:
             value, *rest = tile.values_of(rows, columns, queries)
             found = iter(rest)
             p, ds = (tile.buffers.take(name, *value.shape) for name in ("p", "ds"))
             flat_p, flat_ds = (x.view(*queries.shape[:2], -1) for x in (p, ds))
-            hidden, products = tile.hidden(rows, columns), tile.products(tokens, columns)
+            hidden, products = tile.hidden(rows, columns), tile.products(words, columns)
             torch.sub(value, lse, out=p)
             if problem.limited:
                 p.exp_()

@@ -119,7 +119,7 @@ class Tile:
 
     def rows(self, low: int, high: int) -> Iterator[tuple[slice, Tensor, list[slice]]]:
         """Rows of the call, a tile high each: where they are, their tokens from the last to the first, and columns."""
-        for top in range(low, high, height := self.work.height(len(self.call.columns))):
+        for top in range(low, high, height := self.work.height(self.call)):
             rows = slice(top, min(top + height, high))
             first, last = reach(self.call, rows)
             columns = [slice(x, min(x + WIDTH, last)) for x in range(first, last, WIDTH)]
@@ -175,13 +175,17 @@ class Tile:
         """Add x y to a total: as one term, since adding each of its own to the total rounds twice as much."""
         total.add_(torch.bmm(x, y, out=self.buffers.take("product", *total.shape)))
 
-    def products(self, tokens: Tensor, columns: slice) -> Tensor | None:
+    def row_words(self, tokens: Tensor) -> Tensor | None:
+        """Dropout's words of these rows, (heads, rows, 1); None without dropout."""
+        return None if self.words is None else self.words[0].index_select(1, tokens)[..., None]
+
+    def products(self, row_words: Tensor | None, columns: slice) -> Tensor | None:
         """Of dropout's words, (heads, rows, columns), by which pairs are dropped; None without dropout."""
-        if self.words is None:
+        if row_words is None or self.words is None:
             return None
-        rows, of_columns = self.words[0].index_select(1, tokens)[..., None], self.words[1][:, None, columns]
-        shape = torch.broadcast_shapes(rows.shape, of_columns.shape)
-        return torch.mul(rows, of_columns, out=self.buffers.take("words", *shape, dtype=rows.dtype))
+        of_columns = self.words[1][:, None, columns]
+        room = self.buffers.take("words", *row_words.shape[:2], of_columns.shape[2], dtype=row_words.dtype)
+        return torch.mul(row_words, of_columns, out=room)
 
     def drop(self, x: Tensor, products: Tensor | None) -> None:
         """Zero what is dropped of x (heads, rows, columns), in place."""

@@ -11,15 +11,13 @@ from typing import Final
 
 from torch import Tensor
 
-from maskflash.backends.cpu.calls import Call
+from maskflash.backends.cpu.calls import Band, Call
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.schedules import Schedule
 
-import os
-
-TILE: Final = 1 << int(os.environ.get("T", "18"))
-WIDTH: Final = int(os.environ.get("W", "512"))  # columns of a tile
-_HEIGHT: Final = int(os.environ.get("HGT", "256"))  # rows of a tile, where its heads leave room for as many
+TILE: Final = 1 << 18  # scores of one tile, of all its heads: what is computed of them stays in cache
+WIDTH: Final = 512  # columns of a tile
+_HEIGHT: Final = 128  # rows of a tile, where its heads leave room for as many
 _MAX_SUMS: Final = 1 << 22  # elements of all lanes' gradients of tables
 
 
@@ -51,9 +49,12 @@ class Work:
         """Its key heads of x (B, Hkv, ...)."""
         return x[self.batch_row, self.kv_heads.start : self.kv_heads.stop]
 
-    def height(self, columns: int) -> int:
-        """How many rows its tiles have."""
-        return max(min(self.tile // (len(self.heads) * max(min(columns, WIDTH), 64)), _HEIGHT), 32)
+    def height(self, call: Call) -> int:
+        """How many rows its tiles of a call have: where both edges move, as many more columns are computed for each."""
+        rows = min(self.tile // (len(self.heads) * max(min(len(call.columns), WIDTH), 64)), _HEIGHT)
+        if isinstance(call.mask, Band) and call.mask.start_step == call.mask.stop_step:
+            rows = min(rows, call.mask.width // 4)
+        return max(rows, 32)
 
 
 def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor, *, times: int = 1) -> list[Work]:
