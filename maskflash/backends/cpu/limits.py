@@ -19,23 +19,24 @@ from maskflash.expr.bounds import interval
 from maskflash.expr.intervals import Interval
 from maskflash.scores.strength import BoundScore, Strength
 
-_MOST: Final = 34.0  # exp(34) 2^24 < 2^74, and exp(-34 - 34 - log 2^24) > 2^-123: of lse too
+_MOST: Final = 34.0  # exp(34) 2^24 < 2^74, and exp(-34 - 34 - log 2^24) > 2^-123, of a value less lse
 _LARGEST: Final = 2.0**48  # of v, and its inverse: products with such exponentials neither overflow nor underflow
 
 
-def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple[Tensor, Tensor]) -> bool:
     """Whether no exponential of a value, or of a value less its row's lse, overflows or underflows.
 
     Args:
         strength: the score and its scale.
-        q: (B, Hq, Sq, D), and no other than finite numbers if the answer is yes.
+        q: (B, Hq, Sq, D), and no other than finite numbers are read if the answer is yes.
         k: (B, Hkv, Skv, D), likewise.
         v: (B, Hkv, Skv, Dv), likewise.
+        read: which rows and columns are, see `Plan.read`.
     """
     if not all(x.numel() for x in (q, k, v)) or k.shape[2] > 1 << 24:
         return False
-    product = abs(strength.scale) * _longest(q) * _longest(k) * 1.001
-    largest = max(abs(float(end)) for end in torch.aminmax(v))
+    product = abs(strength.scale) * _largest(q, read[0], 2) * _largest(k, read[1], 2) * 1.001
+    largest = _largest(v, read[1], torch.inf)
     if not (product < torch.inf and 1 / _LARGEST < largest < _LARGEST):  # nor NaN
         return False
     if strength.score is None:
@@ -45,8 +46,14 @@ def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor) -> bool:
     return low >= -_MOST and high <= _MOST
 
 
-def _longest(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dim=3).amax())
+def _largest(x: Tensor, read: Tensor, norm: float) -> float:
+    """The largest norm of a token of x (B, H, S, D) that is read, as (b, h, S) says of the mask's heads."""
+    found = torch.linalg.vector_norm(x, norm, dim=3)
+    if not read.all():
+        heads = found.shape[1]
+        of_heads = read.unflatten(1, (heads, -1)).any(2) if read.shape[1] > 1 else read
+        found = found.masked_fill(~of_heads, 0.0)
+    return float(found.amax())
 
 
 def _values(

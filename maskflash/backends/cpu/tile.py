@@ -81,7 +81,8 @@ class Tiling:
             batch, heads, q_len, _ = q.shape
             words = dropout.words(strength.dropout, batch, heads, q_len, k.shape[2])
         q, k, v = (prepared(x, total, x.shape[3]) for x in (q, k, v))
-        return Tiling(plan, strength, q, k, v, bounded, are_limited(strength, q, k, v), words)
+        read = plan.read("backward" if backward else "forward")
+        return Tiling(plan, strength, q, k, v, bounded, are_limited(strength, q, k, v, read), words)
 
     @property
     def keep(self) -> float:
