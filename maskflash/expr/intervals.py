@@ -277,8 +277,8 @@ def rising_nearly(op: Callable[[Tensor], Tensor]) -> Rule:
 
     def rule(x: Interval) -> Interval:
         lo, hi = op(x.lo), op(x.hi)
-        room = 8 * torch.finfo(lo.dtype).eps
-        return Interval(lo - room * lo.abs(), hi + room * hi.abs())
+        room, tiny = 8 * torch.finfo(lo.dtype).eps, torch.finfo(lo.dtype).tiny  # what is below it may be 0
+        return Interval(lo - room * lo.abs() - tiny, hi + room * hi.abs() + tiny)
 
     return rule
 
