@@ -7,6 +7,7 @@
                                            out = Σ P v, rescaled where the      dS = P ∘ (dO vᵀ - delta)
                                            highest has risen                    dq, dk, dv, and tables by slopes
 
+Where values are limited (`limits.py`), P is exp(value) in forward, and P of hidden pairs is multiplied by 0 instead.
 Each tile stays in cache, on one core; cores have rows, heads and batch rows of their own. Rows and columns are those of
 a plan's calls, and tiles that nobody sees are not computed. Source: Dao, FlashAttention-2, 2023.
 """
@@ -38,10 +39,14 @@ def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> 
     """Block-sparse attention without sinks: see `run.forward`. Both results are of the dtype that is computed in."""
     problem = Tiling.of(plan, strength, q, k, v, backward=False)
     batch, heads, q_len = q.shape[:3]
-    out = torch.zeros(batch, heads, q_len, v.shape[3], dtype=problem.q.dtype)
-    lse = torch.full((batch, heads, q_len), -torch.inf, dtype=problem.q.dtype)
+    schedule = plan.tiled("forward")
+    out = torch.empty((batch, heads, q_len, v.shape[3]), dtype=problem.q.dtype)
+    lse = torch.empty((batch, heads, q_len), dtype=problem.q.dtype)
+    if not schedule.complete:
+        out.zero_()
+        lse.fill_(-torch.inf)
     jobs: list[Job] = []
-    for work in works(plan, plan.tiled("forward"), q, k, times=2):  # its jobs are rows: heads need not be apart
+    for work in works(plan, schedule, q, k, times=2):  # its jobs are rows: heads need not be apart
         if any(call.merges for call in work.calls):  # one after the other
             jobs.append(Job(partial(_forward_all, problem, work, out, lse), work.cost))
             continue
