@@ -83,6 +83,12 @@ def test_what_is_dropped_is_zeroed_and_nothing_else(dtype, p):
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_product_at_the_threshold_is_kept():
+    x = torch.ones(4)
+    drop(x, torch.tensor([-(2**31), 6, 7, 8], dtype=torch.int32), 7)
+    assert x.tolist() == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize(("p", "least"), [(0.0, -(2**31)), (0.5, 0), (0.25, -(2**30)), (1 - 1e-15, 2**31 - 1)])
 def test_thresholds_fit_int32(p, least):
     assert threshold(p) == least
