@@ -94,7 +94,21 @@ ORDER = {
     "backends": ["merge", "sinks", "reference", "dense", "incoherence", "cpu", "triton"],
     "backends/cpu": [
         *("costs", "calls", "cover", "strips", "layers", "matrices", "schedules", "plan", "threads", "views"),
-        *("work", "softmax", "programs", "values", "biases", "sums", "engine", "scored", "few", "paged", "run"),
+        *(
+            "work",
+            "softmax",
+            "programs",
+            "values",
+            "biases",
+            "sums",
+            "limits",
+            "tile",
+            "engine",
+            "scored",
+            "few",
+            "paged",
+            "run",
+        ),
     ],
     "backends/triton": [
         *("signature", "score_kind", "emit", "spans", "emit_score", "emit_shown", "render", "tiles", "modules"),

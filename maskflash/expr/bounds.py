@@ -68,32 +68,7 @@ def bounds(
     Returns:
         What holds for every pair of each box.
     """
-    ranges = ranges or RangeMinima()
-    intervals: list[Interval] = []
-    reaches: list[Reach] = []
-    faults: list[Tensor | None] = []
-    for position, node in enumerate(expr.nodes):
-        operands = [intervals[arg] for arg in node.args]
-        kinds = [expr.nodes[arg] for arg in node.args]
-        measured = node.op in INDEX_VARIABLES or node.op == "cast"  # its reach is read off its bounds
-        reach = (0, 0) if measured else _reach(node, [reaches[arg] for arg in node.args], inputs, ranges)
-        fault: Tensor | None = None
-        if node.op in INDEX_VARIABLES:
-            interval = boxes[node.op]
-        elif node.op in ("const", "param"):
-            interval = Interval(*[torch.tensor(node.number(inputs.params), dtype=node.dtype)] * 2)
-        elif node.op == "lookup":
-            interval, fault = ranges.lookup(inputs.tables[node.slot], operands)
-        else:
-            interval, fault = operation(node, operands, operand_dtype(node, kinds), _size(reach))
-        if measured and not node.dtype.is_floating_point:
-            reach = _extent(interval)
-        if known and position in known:
-            least, most = known[position]
-            interval = Interval((interval.lo | least) & most, (interval.hi & most) | least)
-        intervals.append(interval)
-        reaches.append(reach)
-        faults.append(fault)
+    intervals, reaches, faults = _bounded(expr, inputs, boxes, ranges or RangeMinima(), known or {})
     truths = [truth(interval) for interval in intervals]
     faulty = torch.zeros((), dtype=torch.bool, device=truths[-1].lo.device)
     if any(fault is not None for fault in faults):
@@ -102,6 +77,49 @@ def bounds(
             if fault is not None:
                 faulty = faulty | (fault & here)
     return Verdict(truths[-1].lo, truths[-1].hi, faulty, _largest(expr, reaches))
+
+
+def interval(expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval]) -> Interval:
+    """Bounds of an expression over boxes of pairs, NaN where they are unknown.
+
+    Args:
+        expr: a score function's program, or a mask.
+        inputs: values of its params and tables.
+        boxes: as for `bounds`, and of the `score`, in its dtype.
+    """
+    return _bounded(expr, inputs, boxes, RangeMinima(), {})[0][-1]
+
+
+def _bounded(
+    expr: Expr, inputs: Inputs, boxes: Mapping[str, Interval], ranges: RangeMinima, known: Mapping[int, Interval]
+) -> tuple[list[Interval], list[Reach], list[Tensor | None]]:
+    """For each node its interval, where it reaches as an integer, and where it may have no value."""
+    intervals: list[Interval] = []
+    reaches: list[Reach] = []
+    faults: list[Tensor | None] = []
+    for position, node in enumerate(expr.nodes):
+        operands = [intervals[arg] for arg in node.args]
+        kinds = [expr.nodes[arg] for arg in node.args]
+        measured = node.op in boxes or node.op == "cast"  # its reach is read off its bounds
+        reach = (0, 0) if measured else _reach(node, [reaches[arg] for arg in node.args], inputs, ranges)
+        fault: Tensor | None = None
+        if node.op in boxes:
+            found = boxes[node.op]
+        elif node.op in ("const", "param"):
+            found = Interval(*[torch.tensor(node.number(inputs.params), dtype=node.dtype)] * 2)
+        elif node.op == "lookup":
+            found, fault = ranges.lookup(inputs.tables[node.slot], operands)
+        else:
+            found, fault = operation(node, operands, operand_dtype(node, kinds), _size(reach))
+        if measured and not node.dtype.is_floating_point:
+            reach = _extent(found)
+        if position in known:
+            least, most = known[position]
+            found = Interval((found.lo | least) & most, (found.hi & most) | least)
+        intervals.append(found)
+        reaches.append(reach)
+        faults.append(fault)
+    return intervals, reaches, faults
 
 
 def operation(node: Node, args: list[Interval], dtype: torch.dtype, magnitude: float) -> tuple[Interval, Tensor | None]:

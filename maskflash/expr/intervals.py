@@ -272,6 +272,23 @@ def quotient(x: Interval, y: Interval) -> Interval:
     return Interval(*(torch.where(known, bound, torch.nan) for bound in found))
 
 
+def rising_nearly(op: Callable[[Tensor], Tensor]) -> Rule:
+    """The rule of a function that grows, whose last bits depend on who computes it."""
+
+    def rule(x: Interval) -> Interval:
+        lo, hi = op(x.lo), op(x.hi)
+        room, tiny = 8 * torch.finfo(lo.dtype).eps, torch.finfo(lo.dtype).tiny  # what is below it may be 0
+        return Interval(lo - room * lo.abs() - tiny, hi + room * hi.abs() + tiny)
+
+    return rule
+
+
+def waving(x: Interval) -> Interval:
+    """A sine or cosine, from -1 to 1; unknown where the operand may be infinite."""
+    known = x.lo.isfinite() & x.hi.isfinite()
+    return Interval(*(torch.where(known, end, torch.nan).to(x.lo.dtype) for end in (-1.0, 1.0)))
+
+
 # Rules of truths, and of comparisons of whatever
 
 

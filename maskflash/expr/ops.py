@@ -91,7 +91,6 @@ _bits = partial(_two, of_reals=False, fixes="mask")
 _left, _right = torch.bitwise_left_shift, torch.bitwise_right_shift
 _sum, _least, _most = (on.rising(compute) for compute in (torch.add, torch.minimum, torch.maximum))
 _root = on.rising(torch.sqrt)
-_smooth = partial(_one, bounds=_UNKNOWN, gives="real", inexact=True)
 
 
 def _truncated(x: Tensor, y: Tensor) -> Tensor:
@@ -100,6 +99,10 @@ def _truncated(x: Tensor, y: Tensor) -> Tensor:
 
 def _rounding(compute: Callable[..., Tensor], *also: str) -> Operation:
     return _one(compute.__name__, compute, Bounds(on.same, on.rising(compute)), *also, of_truths=False)
+
+
+def _smooth(compute: Callable[..., Tensor], bounds: Bounds = _UNKNOWN) -> Operation:
+    return _one(compute.__name__, compute, bounds, gives="real", inexact=True)
 
 
 def _comparison(
@@ -127,9 +130,9 @@ _TABLE = (
     *(_rounding(compute) for compute in (torch.floor, torch.ceil, torch.round)),
     _rounding(torch.trunc, "fix"),
     # what no two machines compute to the same bit
-    *(_smooth(compute.__name__, compute) for compute in (torch.exp, torch.exp2, torch.expm1, torch.rsqrt, torch.erf)),
-    *(_smooth(compute.__name__, compute) for compute in (torch.log, torch.log2, torch.log1p, torch.tanh)),
-    *(_smooth(compute.__name__, compute) for compute in (torch.sigmoid, torch.sin, torch.cos, torch.tan, torch.atan)),
+    *map(_smooth, (torch.exp, torch.exp2, torch.expm1, torch.log, torch.log2, torch.log1p, torch.rsqrt, torch.tan)),
+    *(_smooth(fn, Bounds(reals=on.rising_nearly(fn))) for fn in (torch.tanh, torch.sigmoid, torch.erf, torch.atan)),
+    *(_smooth(compute, Bounds(reals=on.waving)) for compute in (torch.sin, torch.cos)),
     Operation("pow", 2, torch.pow, inexact=True, of_truths=False),
     # division, rounded down or towards zero, and what it leaves
     _division("floordiv", torch.floor_divide, Bounds(on.division("floor")), symbol="//", counts=True),

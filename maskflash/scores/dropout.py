@@ -37,6 +37,8 @@ _FACTORS: Final = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS: Final = 0x9E3779B9, 0xBB67AE85
 _ROUNDS: Final = 10
 
+_where_above = torch.ops.aten.threshold_backward.grad_input
+
 
 def words(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> tuple[Tensor, Tensor]:
     """The random words of all rows and of all columns: `row_words` and `column_words` at the price of one.
@@ -75,9 +77,23 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _WORD) - _SIGN
 
 
-def kept(rows: Tensor, columns: Tensor, threshold: int, out: Tensor | None = None) -> Tensor:
-    """Whether each pair of a row (..., Q) and a column (..., KV) is kept: (..., Q, KV) bool, or 1 and 0 in `out`."""
-    return torch.ge(rows[..., :, None] * columns[..., None, :], threshold, out=out)
+def kept(rows: Tensor, columns: Tensor, threshold: int) -> Tensor:
+    """Whether each pair of a row (..., Q) and a column (..., KV) is kept: (..., Q, KV) bool."""
+    return rows[..., :, None] * columns[..., None, :] >= threshold
+
+
+def drop(x: Tensor, products: Tensor, threshold: int) -> None:
+    """Zero what is dropped, in place and in one pass: what a bool of each pair is multiplied by takes three.
+
+    Args:
+        x: (..., Q, KV) float32 or float64, contiguous.
+        products: of the words of each row and column, int32, of the same shape.
+        threshold: see `threshold`.
+    """
+    bits = torch.int64 if x.dtype == torch.float64 else torch.int32
+    of_x = x.view(bits)
+    if threshold > -_SIGN:  # "where the second is above the threshold", of numbers of one dtype
+        _where_above(of_x, products.to(bits), threshold - 1, grad_input=of_x)
 
 
 def keep(dropout: Dropout, batch: int, heads: int, q_len: int, kv_len: int) -> Tensor:

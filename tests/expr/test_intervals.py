@@ -177,3 +177,19 @@ def test_conversions():
     info = torch.iinfo(torch.int64)
     assert whole.lo.tolist() == [-1, info.min, info.min]
     assert whole.hi.tolist() == [2, info.max, info.max]
+
+
+@pytest.mark.parametrize("op", ["tanh", "sigmoid", "erf", "atan", "sin", "cos"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rules_of_limited_functions_hold_whoever_computes_them(op, dtype):
+    ends = torch.tensor([-INF, -300.0, -7.0, -1.0, -1e-3, 0.0, 1e-30, 0.5, 2.0, 40.0, INF], dtype=dtype)
+    spans = torch.stack([torch.stack((x, y)) for x in ends for y in ends if x <= y])
+    lo, hi = bound(op, dtype, [spans])[0]
+    assert hi[lo.isfinite()].abs().max() < 1.6
+    for share in torch.linspace(0, 1, 17, dtype=dtype):
+        values = torch.nan_to_num(spans[:, 0], neginf=-1e30) * (1 - share)
+        values += torch.nan_to_num(spans[:, 1], posinf=1e30) * share
+        exact = getattr(torch, op)(values.clamp(spans[:, 0], spans[:, 1]).double())
+        assert not (exact < lo).any()  # NaN is never beyond
+        assert not (exact > hi).any()
+    assert bound(op, dtype, [torch.tensor([[NAN, NAN]], dtype=dtype)])[0].lo.isnan().all()

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskflash.scores import dropout
-from maskflash.scores.dropout import keep, kept, philox, row_words, threshold, words
+from maskflash.scores.dropout import drop, keep, kept, philox, row_words, threshold, words
 from maskflash.scores.strength import Dropout
 from maskflash.testing import dropout_keep
 
@@ -70,6 +70,23 @@ def test_a_pair_is_a_product_and_a_comparison():
     products = rows.long()[..., :, None] * columns.long()[..., None, :] & 0xFFFFFFFF
     flipped = products ^ 0x80000000  # the order of int32
     assert torch.equal(kept(rows, columns, threshold(0.1)), flipped >= round(0.1 * 2**32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [0.0, 1e-12, 0.1, 0.5, 1 - 1e-15])
+def test_what_is_dropped_is_zeroed_and_nothing_else(dtype, p):
+    rows, columns = words(seeded(3), 2, 2, 33, 65)
+    x = torch.randn(2, 2, 33, 65, dtype=dtype)
+    x[0, 0, :4, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    expected = x.masked_fill(~kept(rows, columns, threshold(p)), 0.0)
+    drop(x, rows[..., :, None] * columns[..., None, :], threshold(p))
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_product_at_the_threshold_is_kept():
+    x = torch.ones(4)
+    drop(x, torch.tensor([-(2**31), 6, 7, 8], dtype=torch.int32), 7)
+    assert x.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("p", "least"), [(0.0, -(2**31)), (0.5, 0), (0.25, -(2**30)), (1 - 1e-15, 2**31 - 1)])

@@ -47,6 +47,7 @@ class Plan:
     _schedules: dict[tuple[Pass, torch.dtype, int], Schedule] = field(default_factory=dict)
     _biased: dict[int, Schedule] = field(default_factory=dict)
     _tiled: dict[Pass, Schedule] = field(default_factory=dict)
+    _read: dict[Pass, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _soles: dict[tuple[torch.dtype, int], Call | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,6 +89,22 @@ class Plan:
                 self._tiled[pass_] = self._made(pass_, TILED)
         return self._tiled[pass_]
 
+    def read(self, pass_: Pass) -> tuple[Tensor, Tensor]:
+        """Which rows and which columns are in some call by our own tiles: others may hold anything.
+
+        Returns:
+            Bool (b, h, Sq) and (b, h, Skv), b and h those of the mask.
+        """
+        if pass_ not in self._read:
+            with lasting():
+                sides = [torch.zeros(*self.block_map.shape[:2], n, dtype=torch.bool) for n in self._lengths]
+                for unit, chains in self.tiled(pass_).chains.items():
+                    for call in (call for chain in chains for call in chain.calls):
+                        for side, pick in zip(sides, (call.rows, call.columns), strict=True):
+                            side[unit][pick.tokens()] = True
+                self._read[pass_] = sides[0], sides[1]
+        return self._read[pass_]
+
     def tile(self, call: Call, rows: slice, columns: slice) -> Tensor | None:
         """A part of the call's mask, see `Masks.tile`."""
         return self._masks.tile(call, rows, columns)
@@ -119,7 +136,12 @@ class Plan:
         geometry = sum(s.nbytes for layers in self.segments.values() for s in layers)
         calls = {id(c): c for of_unit in self.strips.values() for c in of_unit}
         calls.update((id(c), c) for s in self._schedules.values() for c in s.all_calls())
-        return geometry + sum(c.nbytes for c in calls.values()) + self._masks.nbytes
+        read = sum(side.nbytes for sides in self._read.values() for side in sides)
+        return geometry + sum(c.nbytes for c in calls.values()) + self._masks.nbytes + read
+
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        return self.block_map.q_len, self.block_map.kv_len
 
     def describe(self, pass_: Pass, dtype: torch.dtype, work: int = 512) -> dict[str, int | str]:
         """What one pass does: calls, how many are masked or gathered, pairs covered, compute dtype."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from maskflash.expr.evaluate import Inputs, compute_several
-from maskflash.expr.nodes import Builder, Expr, Node
+from maskflash.expr.nodes import Builder, Expr, Node, Scalar
 
 _BOUNDED: Final = frozenset(
     (
@@ -135,6 +135,28 @@ def _needed(expr: Expr, roots: Sequence[int], ends: Container[int]) -> set[int]:
             needed.add(position)
             stack += () if position in ends else expr.nodes[position].args
     return needed
+
+
+@lru_cache(maxsize=256)
+def peeled(expr: Expr, params: tuple[Scalar, ...]) -> tuple[Expr, float]:
+    """A program whose score is first scaled by numbers, without that; and the factor, which goes into q."""
+    factor = 1.0
+    while True:
+        places = [n for n, node in enumerate(expr.nodes) if node.op == "score"]
+        users = [n for n, node in enumerate(expr.nodes) if places and places[0] in node.args]
+        if len(places) != 1 or len(users) != 1:
+            return expr, factor
+        (place,), (user,) = places, users
+        node, score = expr.nodes[user], expr.nodes[place]
+        others = [expr.nodes[arg] for arg in node.args if arg != place]
+        divides = node.op == "truediv" and node.args[0] == place
+        if not (divides or node.op == "mul") or node.dtype != score.dtype or len(others) != 1:
+            return expr, factor
+        if others[0].op not in ("const", "param") or not 1e-30 < abs(others[0].number(params)) < 1e30:
+            return expr, factor
+        number = float(others[0].number(params))
+        factor = factor / number if divides else factor * number
+        expr, _ = part_of(expr, (len(expr.nodes) - 1,), {user: score})
 
 
 def is_bounded(expr: Expr, inputs: Inputs) -> bool:

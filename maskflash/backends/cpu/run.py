@@ -7,7 +7,6 @@ backward the *global* out and lse makes each call return its exact share of dq, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -112,27 +111,30 @@ def _additive(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -
     width, v_head_dim = max(q.shape[3], v.shape[3]), v.shape[3]
     q, k, v = (prepared(x, total, width) for x in (q, k, v))
     vector, places = found.along(batch, heads, q_len), found.places(batch, heads)
-    lse = torch.full((batch, heads, q_len), -torch.inf, dtype=total)
-    out = torch.zeros(batch, heads, q_len, v_head_dim, dtype=total)
+    schedule = plan.biased(total, plan.work(batch, heads, width))
+    lse = torch.empty((batch, heads, q_len), dtype=total)
+    out = torch.empty((batch, heads, q_len, v_head_dim), dtype=total)
+    if not schedule.complete:
+        lse.fill_(-torch.inf)
+        out.zero_()
 
     def make(call: Call, views: Views) -> None:
-        qs, ks, vs, reversed_k, reversed_v, vectors, *at, outs, lses = views
-        rows, columns = call.rows, call.columns
+        qs, ks, vs, vectors, *at, outs, lses = views
+        rows = call.rows
         if not found.is_view(call):
             for part, some in biases.parts(call, qs.shape[0] * qs.shape[1]):
                 matrix = found.matrix(part, some, at, total)
                 kernel(part, part.rows.between(some.start, some.stop), matrix, (qs, ks, vs, outs, lses))
         elif isinstance(rows, Blocks):  # their keys can't be in another order than they
-            matrix = found.view(call, vectors, total).flip(3)[0, :, None].expand(-1, rows.count, -1, -1)
-            kernel(call, rows, matrix, (qs, ks, vs, outs, lses))
+            # One matrix for all blocks: expanded to them, it would be copied for each.
+            kernel(call, rows, found.view(call, vectors, total).flip(3)[0, :, None], (qs, ks, vs, outs, lses))
         else:
-            turned = replace(call, columns=Pick(kv_len - columns.stop, kv_len - columns.start))
-            kernel(turned, rows, found.view(call, vectors, total), (qs, reversed_k, reversed_v, outs, lses))
+            kernel(call, rows, found.view(call, vectors, total), (qs, ks, vs, outs, lses), turned=True)
 
-    def kernel(call: Call, rows: Pick, matrix: Tensor, views: tuple[Tensor, ...]) -> None:
+    def kernel(call: Call, rows: Pick, matrix: Tensor, views: tuple[Tensor, ...], *, turned: bool = False) -> None:
         qs, ks, vs, outs, lses = views
-        queries = rows.take(qs)
-        keys, values = (shared(call.columns.take(x), queries) for x in (ks, vs))
+        queries, columns = rows.take(qs), (call.columns.take(x) for x in (ks, vs))
+        keys, values = (shared(x.flip(2) if turned else x, queries) for x in columns)
         part, part_lse = _kernel(queries, keys, values, 0.0, False, attn_mask=matrix, scale=strength.scale)
         part = part[..., :v_head_dim]
         if found.hides:
@@ -142,8 +144,7 @@ def _additive(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -
         rows.put(outs, part)
         rows.put(lses, part_lse)
 
-    schedule = plan.biased(total, plan.work(batch, heads, width))
-    _make(make, plan, schedule, (q, k, v, k.flip(2), v.flip(2), vector, *places, out, lse))
+    _make(make, plan, schedule, (q, k, v, vector, *places, out, lse))
     return out, lse
 
 

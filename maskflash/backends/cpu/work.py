@@ -11,13 +11,14 @@ from typing import Final
 
 from torch import Tensor
 
-from maskflash.backends.cpu.calls import Call
+from maskflash.backends.cpu.calls import Band, Call
 from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.schedules import Schedule
 
 TILE: Final = 1 << 18  # scores of one tile, of all its heads: what is computed of them stays in cache
 WIDTH: Final = 512  # columns of a tile
 _HEIGHT: Final = 256  # rows of a tile, where its heads leave room for as many
+_WORTH: Final = 1 << 16  # scores of a tile: with fewer, starting its operations takes as long as they do
 _MAX_SUMS: Final = 1 << 22  # elements of all lanes' gradients of tables
 
 
@@ -49,9 +50,12 @@ class Work:
         """Its key heads of x (B, Hkv, ...)."""
         return x[self.batch_row, self.kv_heads.start : self.kv_heads.stop]
 
-    def height(self, columns: int) -> int:
-        """How many rows its tiles have."""
-        return max(min(self.tile // (len(self.heads) * max(min(columns, WIDTH), 64)), _HEIGHT), 32)
+    def height(self, call: Call) -> int:
+        """How many rows its tiles of a call have: where both edges move, as many more columns are computed for each."""
+        rows = min(self.tile // (len(self.heads) * max(min(len(call.columns), WIDTH), 64)), _HEIGHT)
+        if isinstance(call.mask, Band) and call.mask.start_step == call.mask.stop_step:
+            rows = min(rows, max(call.mask.width // 4, _WORTH // (len(self.heads) * call.mask.width)))
+        return max(rows, 32)
 
 
 def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor, *, times: int = 1) -> list[Work]:
@@ -62,13 +66,14 @@ def works(plan: Plan, schedule: Schedule, q: Tensor, k: Tensor, *, times: int = 
         schedule: its calls.
         q: or its like.
         k: or its like.
-        times: how much larger tiles are than usual: of more heads, so that less is asked of Python for each score.
+        times: how much larger tiles are than usual, and how much lower, so of more heads: less is asked of Python for
+            each score, and less is computed beyond a mask's edges.
     """
     tile = times * TILE
     (batch, heads, q_len), (kv_heads, kv_len) = q.shape[:3], k.shape[1:3]
     own_batch, own_heads = plan.block_map.shape[:2]
     group = heads // kv_heads
-    pairs = min(q_len, _HEIGHT) * min(kv_len, WIDTH)
+    pairs = min(q_len, _HEIGHT // times) * min(kv_len, WIDTH)
     step = max(min(tile // (group * max(pairs, 1)), kv_heads), 1)
     found: list[Work] = []
     for (b, h), chains in schedule.chains.items():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
-from maskflash.backends.cpu import biases, engine, softmax, work
+from maskflash.backends.cpu import biases, softmax, tile, work
 from maskflash.testing import Shape, assert_matches_dense
 
 LEN = 300
@@ -65,7 +65,7 @@ def small_tiles(monkeypatch):
     """Tiles so small that tests have many of them."""
     monkeypatch.setattr(work, "TILE", 1 << 13)
     monkeypatch.setattr(work, "WIDTH", 64)
-    monkeypatch.setattr(engine, "WIDTH", 64)
+    monkeypatch.setattr(tile, "WIDTH", 64)
     monkeypatch.setattr(work, "_HEIGHT", 64)
     monkeypatch.setattr(biases, "_MATRIX", 1 << 12)
 

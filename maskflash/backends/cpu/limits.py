@@ -1,0 +1,73 @@
+"""q, k and v, and how strongly they attend -> whether exponentials of all values fit in float32 as they are.
+
+Softmax subtracts each row's highest value, since the exponential of a large one overflows and those of a row of small
+ones all underflow. Where no value is far from zero it needs no highest one: no pass to find it, none to subtract it,
+and nothing to rescale.
+
+    |score|  <=  scale · largest |q| · largest |k|      Cauchy and Schwarz
+    |value|  <=  by the program's interval              50 · tanh(score / 50) is within 50, or what the score allows
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from maskflash.expr.bounds import interval
+from maskflash.expr.intervals import Interval
+from maskflash.scores.strength import BoundScore, Strength
+
+_MOST: Final = 34.0  # exp(34) 2^24 < 2^74, and exp(-34 - 34 - log 2^24) > 2^-123, of a value less lse
+_LARGEST: Final = 2.0**48  # of v, and its inverse: products with such exponentials neither overflow nor underflow
+
+
+def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple[Tensor, Tensor]) -> bool:
+    """Whether no exponential of a value, or of a value less its row's lse, overflows or underflows.
+
+    Args:
+        strength: the score and its scale.
+        q: (B, Hq, Sq, D), and no other than finite numbers are read if the answer is yes.
+        k: (B, Hkv, Skv, D), likewise.
+        v: (B, Hkv, Skv, Dv), likewise.
+        read: which rows and columns are, see `Plan.read`.
+    """
+    if not all(x.numel() for x in (q, k, v)) or k.shape[2] > 1 << 24:
+        return False
+    product = abs(strength.scale) * _largest(q, read[0], 2) * _largest(k, read[1], 2) * 1.001
+    largest = _largest(v, read[1], torch.inf)
+    if not (product < torch.inf and 1 / _LARGEST < largest < _LARGEST):  # nor NaN
+        return False
+    if strength.score is None:
+        return product <= _MOST
+    lengths = q.shape[2], k.shape[2]
+    low, high = _values(strength.score, product, q.dtype, q.shape[0], q.shape[1], lengths)
+    return low >= -_MOST and high <= _MOST
+
+
+def _largest(x: Tensor, read: Tensor, norm: float) -> float:
+    """The largest norm of a token of x (B, H, S, D) that is read, as (b, h, S) says of the mask's heads."""
+    found = torch.linalg.vector_norm(x, norm, dim=3)
+    if not read.all():
+        heads = found.shape[1]
+        of_heads = read.unflatten(1, (heads, -1)).any(2) if read.shape[1] > 1 else read
+        found = found.masked_fill(~of_heads, 0.0)
+    return float(found.amax())
+
+
+def _values(
+    score: BoundScore, product: float, dtype: torch.dtype, batch: int, heads: int, lengths: tuple[int, int]
+) -> tuple[float, float]:
+    """Between which numbers the values of all pairs lie, hidden ones too; NaN where that isn't known."""
+    boxes = {"b": _box(0, batch - 1), "h": _box(0, heads - 1)}
+    boxes["score"] = Interval(*(torch.tensor(end, dtype=dtype) for end in (-product, product)))
+    for name, offset, length in zip(("q", "kv"), (score.q_offset, score.kv_offset), lengths, strict=True):
+        ends = torch.aminmax(torch.as_tensor(offset))
+        boxes[name] = _box(int(ends.min), int(ends.max) + length - 1)
+    found = interval(score.expr, score.inputs, boxes)
+    return float(found.lo.min()), float(found.hi.max())
+
+
+def _box(first: int, last: int) -> Interval:
+    return Interval(torch.tensor(first), torch.tensor(last))
