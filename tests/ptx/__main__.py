@@ -33,8 +33,8 @@ QUICK: Final = {  # bfloat16, which no other test of `make test` can run, one ke
     "sm_80": "dtype2 and (three or query) or sabotage and not dkdv and not dq or scores_match and alibi and not paper",
     "sm_90": (
         "dtype2 and (three or runs) or dropped and (dq or delta) or scores_match and pairs and not factor"
-        " or of_two_roles or before_its_product or hopper and (intervals or order or bytes)"
-        " or hopper_backward and (ragged or without)"
+        " or of_two_roles or before_its_product or hopper and not backward and (intervals or order or bytes)"
+        " or hopper_backward and (ragged or without or order and keys)"
         " or fp8 and different_size or such_products and ragged"
     ),
 }
