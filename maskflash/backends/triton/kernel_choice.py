@@ -10,12 +10,13 @@
 The backward of Hopper's own (`hopper_backward.py`) serves fewer calls than its forward: where the forward is asked for
 and it doesn't serve, the portable one runs, and explanations say so. Hopper's own kernels have not run on a GPU: until
 they have, nobody gets them who doesn't ask. Few rows over many keys have a forward of their own (`few.py`), whatever is
-asked for here.
+asked for here. Whether Hopper's own serve a call is found out where they are wanted alone: to ask loads Gluon.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -69,7 +70,7 @@ def choose(problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     """
     if strength.precision == "fp8":
         fp8.check(q, k, v, problem.block_size)
-    return _choose(strength.kernels, hopper.why_not(problem, q, v) or _in_full(strength.precision))
+    return _choose(strength.kernels, lambda: hopper.why_not(problem, q, v) or _in_full(strength.precision))
 
 
 def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelChoice:
@@ -89,7 +90,7 @@ def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelCho
             raise fp8.refusal(reason)
     elif are_few(*lengths):
         return KernelChoice("split", "since rows are few")
-    return _choose(kernels, hopper.why_not_at(problem) or _in_full(precision))
+    return _choose(kernels, lambda: hopper.why_not_at(problem) or _in_full(precision))
 
 
 def of_text(problem: Problem, q: Tensor, v: Tensor, kernels: Kernels, precision: Precision) -> KernelChoice:
@@ -106,7 +107,7 @@ def of_text(problem: Problem, q: Tensor, v: Tensor, kernels: Kernels, precision:
         BackendError: as calls will.
     """
     why_not = hopper.why_not if problem.device.type == "cuda" else hopper.why_not_text
-    return _choose(kernels, why_not(problem, q, v) or _in_full(precision))
+    return _choose(kernels, lambda: why_not(problem, q, v) or _in_full(precision))
 
 
 def choose_backward(problem: Problem, q: Tensor, v: Tensor, strength: Strength) -> BackwardChoice:
@@ -118,7 +119,7 @@ def choose_backward(problem: Problem, q: Tensor, v: Tensor, strength: Strength) 
         v: (B, Hkv, Skv, Dv).
         strength: how the call is to be computed.
     """
-    return _choose_backward(strength.kernels, hopper_backward.why_not(problem, q, v))
+    return _choose_backward(strength.kernels, lambda: hopper_backward.why_not(problem, q, v))
 
 
 def backward_ahead(problem: Problem, kernels: Kernels) -> BackwardChoice:
@@ -128,37 +129,37 @@ def backward_ahead(problem: Problem, kernels: Kernels) -> BackwardChoice:
         problem: the mask at the call's lengths, and its tiles.
         kernels: as asked for.
     """
-    return _choose_backward(kernels, hopper_backward.why_not_at(problem))
+    return _choose_backward(kernels, lambda: hopper_backward.why_not_at(problem))
 
 
-def _choose_backward(kernels: Kernels, obstacle: str | None) -> BackwardChoice:
-    asked = "as asked for" if kernels != "auto" else f"as {VARIABLE}={_of_environment()} says"
-    wanted = _of_environment() if kernels == "auto" else kernels
-    if wanted == "hopper" and obstacle is not None:
-        return BackwardChoice(False, f"since Hopper's own doesn't serve this call: {obstacle}")
-    if wanted == "auto":
-        return BackwardChoice(False, _UNMEASURED)
-    return BackwardChoice(wanted == "hopper", asked)
-
-
-def _choose(kernels: Kernels, obstacle: str | None) -> KernelChoice:
-    if kernels == "portable":
-        return KernelChoice("forward", "as asked for")
+def _choose(kernels: Kernels, why_not: Callable[[], str | None]) -> KernelChoice:
+    wanted, why = _wanted(kernels)
+    if wanted != "hopper":
+        return KernelChoice("forward", why)
+    obstacle = why_not()
+    if obstacle is None:
+        return KernelChoice("hopper", why)
     if kernels == "hopper":
-        if obstacle is not None:
-            raise BackendError(
-                f'attention: kernels is "hopper", whose kernel doesn\'t serve this call: {obstacle}; leave kernels out'
-            )
-        return KernelChoice("hopper", "as asked for")
+        raise BackendError(
+            f'attention: kernels is "hopper", whose kernel doesn\'t serve this call: {obstacle}; leave kernels out'
+        )
+    return KernelChoice("forward", f"since what {VARIABLE}={wanted} asks for doesn't serve this call: {obstacle}")
+
+
+def _choose_backward(kernels: Kernels, why_not: Callable[[], str | None]) -> BackwardChoice:
+    wanted, why = _wanted(kernels)
+    obstacle = why_not() if wanted == "hopper" else None
+    if obstacle is not None:
+        return BackwardChoice(False, f"since Hopper's own doesn't serve this call: {obstacle}")
+    return BackwardChoice(wanted == "hopper", why)
+
+
+def _wanted(kernels: Kernels) -> tuple[str, str]:
+    """Which kernels a call or the environment wants, and who says so."""
+    if kernels != "auto":
+        return kernels, "as asked for"
     wanted = _of_environment()
-    if wanted == "hopper":
-        by = f"{VARIABLE}={wanted}"
-        if obstacle is None:
-            return KernelChoice("hopper", f"as {by} says")
-        return KernelChoice("forward", f"since what {by} asks for doesn't serve this call: {obstacle}")
-    if wanted == "portable":
-        return KernelChoice("forward", f"as {VARIABLE}={wanted} says")
-    return KernelChoice("forward", _UNMEASURED)
+    return wanted, _UNMEASURED if wanted == "auto" else f"as {VARIABLE}={wanted} says"
 
 
 def _of_environment() -> str:

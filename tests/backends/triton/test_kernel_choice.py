@@ -185,3 +185,17 @@ def test_an_explanation_of_a_call_that_raises_names_none(monkeypatch):
     told = mf.compile(mf.causal(), backend="triton", kernels="hopper", block_size=64).explain(256, 256)
     assert told.to_dict()["forward"]["kernel"] == "none"
     assert told.to_dict()["backward"] is None
+
+
+def test_nobody_asks_what_hopper_s_own_serve_where_nobody_wants_them(monkeypatch):
+    """To ask loads Gluon, a tenth of a first call."""
+
+    def asked(*call):
+        raise AssertionError("asked")
+
+    for room in (kernel_choice.hopper, kernel_choice.hopper_backward):
+        monkeypatch.setattr(room, "why_not", asked)
+    assert chosen().pass_name == chosen("portable").pass_name == "forward"
+    assert not backward().own
+    with pytest.raises(AssertionError, match="asked"):
+        chosen("hopper")
