@@ -119,7 +119,11 @@ class Sums:
         place = linear(indices, table.shape, strides) if indices else torch.zeros((), dtype=torch.int64)
         place = place.reshape((1,) * (3 - place.ndim) + place.shape)
         same = [dim for dim in range(3) if place.shape[dim] == 1 and terms.shape[dim] > 1]
-        terms = (terms.sum(same, keepdim=True) if same else terms).to(found.dtype)
+        if same:  # of one dimension as terms come, which takes a tenth of the time
+            terms = terms.sum(same.pop(), keepdim=True)
+        terms = terms.to(found.dtype)
+        if same:
+            terms = terms.sum(same, keepdim=True)
         found.index_add_(0, place.expand(terms.shape).reshape(-1), terms.reshape(-1))
 
     def add_all(self, other: Sums) -> None:
