@@ -65,10 +65,10 @@ def compile(
             depends on its own mask alone, so its bits don't depend on who else is in the batch; 1 cuts nothing. On a
             CPU any number has steps over pages compute each request as if it were alone, with the same end.
         kernels: which of a GPU's kernels run: "portable" for those that serve all devices; "hopper" for those of
-            compute capability 9.0, which are refused where their forward doesn't serve a call, and leave its backward
-            to the portable ones where theirs doesn't: `explain` tells; "auto" for what MASKFLASH_KERNELS in the
-            environment says, else "portable": Hopper's have not run on a GPU yet. Few rows over many keys, and pages,
-            have kernels of their own forward, whatever is said here.
+            compute capability 9.0, which are refused where their forward doesn't serve a call, and leave a backward
+            with head dims over 128, or tiles not of 128 x 128 tokens, to the portable ones; "auto" for what
+            MASKFLASH_KERNELS in the environment says, else "portable": Hopper's have not run on a GPU yet. Few rows
+            over many keys, and pages, have kernels of their own forward, whatever is said here.
         precision: of products on a GPU. "full" computes in the dtype of q, k and v. "tf32x3" computes those of float32
             as three of TF32, which have tensor cores: nearly float32's accuracy in the scores, less in long sums.
             "fp8" computes forward's in 8 bits (e4m3) after making outliers small, on compute capability 8.9 or later,

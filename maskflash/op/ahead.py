@@ -77,7 +77,7 @@ class Ahead(Asking):
         if pass_name == "dtables" and not (score is not None and any(score.wanted)):
             raise ArgumentError("Attention.source: pass_name is 'dtables', but no table of a score requires gradients")
         if pass_name == "forward" and not (
-            p == 0 and self.precision == "full" and triton.few.are_few(problem.q_len, problem.kv_len)
+            p == 0 and self.precision != "fp8" and triton.few.are_few(problem.q_len, problem.kv_len)
         ):
             pass_name = kernel_choice.of_text(problem, q, v, self.kernels, self.precision).pass_name
         return triton.source(

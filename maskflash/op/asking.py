@@ -144,16 +144,11 @@ class Asking:
         )
 
     def _refuse(self, spec: Spec, q: Tensor, k: Tensor, v: Tensor, lse: bool) -> None:
-        """Check that products in other bits, or another library's engine, can do all of a call, where asked for."""
+        """Check that 8-bit products, or the engine of another library, can do all of a call, where asked for."""
         if spec.precision == "fp8":
             from maskflash.backends.triton import fp8
 
             fp8.check(q, k, v, self.block_size)
-        if spec.precision == "tf32x3":
-            from maskflash.backends.triton.device import without_tf32x3
-
-            if reason := without_tf32x3(q.device, q.dtype):
-                raise BackendError(f'attention: precision="tf32x3" can\'t serve this call: {reason}')
         if spec.backend not in ENGINES:
             return
         from maskflash.engines import named

@@ -201,6 +201,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
         return (
             *(self.backend, self.block_size, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype),
             *(q.device, k.device, v.device, q.layout, k.layout, v.layout, *mask_args, *given),
+            *((self.kernels, self.precision) if self.tune else ()),  # else others' calls have nothing measured for it
         )
 
     def _tune(self, analysis: Analysis | FewRows, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> None:

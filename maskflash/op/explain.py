@@ -150,7 +150,10 @@ class Explanation:
             return None
         from maskflash.backends.triton import kernel_choice
 
-        own, why = kernel_choice.backward_ahead(self.problem, self.kernels)
+        try:
+            own, why = kernel_choice.backward_ahead(self.problem, self.kernels)
+        except BackendError as error:  # of few rows, whose forward has one kernel
+            return {"kernel": "none", "why": f"since a call raises: {error}"}
         return {"kernel": _BACKWARD[own], "why": why}
 
     def _passes(self) -> dict[str, dict[str, int | str]]:

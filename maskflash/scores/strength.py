@@ -76,7 +76,7 @@ class Strength:
         sinks: (Hq,), see `backends/sinks.py`; None for none.
         score: what becomes of a scaled product; None where it stays what it is.
         dropout: None where all probabilities are kept.
-        kernels: which kernels run forward.
+        kernels: which of a GPU's kernels run, as asked for.
         precision: of products: that of q, k and v; "tf32x3", of all; or "fp8", of forward's.
     """
 

@@ -88,16 +88,6 @@ def without_products_in_8_bits(device: torch.device) -> str | None:
     return f"it needs compute capability 8.9 (Ada, Hopper) or later, got {found / 10}; leave precision out"
 
 
-def without_tf32x3(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a call can't have its products in three of TF32, with the fix; None where it can."""
-    if torch.version.hip is not None and device.type == "cuda":
-        return f"its kernels have TF32 on NVIDIA's GPUs alone, got {arch(device)}; leave precision out"
-    if dtype != torch.float32:
-        kind = str(dtype).removeprefix("torch.")
-        return f"it computes products of float32, got {kind}, whose products are on tensor cores anyway; leave it out"
-    return None
-
-
 def compile_only(arch: int) -> None:
     """From now on in this process, compile kernels for an architecture, and run none: calls take tensors of the CPU.
 
@@ -289,11 +279,21 @@ def precision(dtype: torch.dtype, asked: Precision = "full") -> str:
 
     torch's setting goes by its new name or by its old ones. Only one of AMD's architectures has TF32, so there products
     are always in full.
+
+    Raises:
+        BackendError: three of TF32 are asked for, of another dtype or on AMD's GPUs.
     """
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
+    amd = torch.version.hip is not None
     if asked == "tf32x3":
+        if dtype != torch.float32 or amd:
+            got = "AMD's" if amd else str(dtype).removeprefix("torch.")
+            raise BackendError(
+                f'attention: precision="{asked}" can\'t serve this call: it is for float32, whose products have no '
+                f"tensor cores otherwise, on NVIDIA's GPUs, got {got}; leave precision out"
+            )
         return asked
+    if dtype != torch.float32 or amd:
+        return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

@@ -50,12 +50,12 @@ class Emitted:
     visible: str
 
     @property
-    def spread(self) -> list[str]:
+    def handed_on(self) -> list[str]:
         """What columns have and pairs use, by name."""
-        return spread(self.lines, self.visible)
+        return handed_on(self.lines, self.visible)
 
 
-def spread(lines: Mapping[Group, list[str]], result: str) -> list[str]:
+def handed_on(lines: Mapping[Group, list[str]], result: str) -> list[str]:
     """The names that statements of columns give, and those of pairs or the result use."""
     given = (line.partition(" = ")[0] for line in lines["columns"] if not line.startswith("#"))
     used = set(re.findall(r"\w+", " ".join((*(line for line in lines["pairs"] if not line.startswith("#")), result))))

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 import torch
 
-from maskflash.backends.triton.emit import Group, Writer, spread
+from maskflash.backends.triton.emit import Group, Writer, handed_on
 from maskflash.backends.triton.signature import SCORE, ScoreKind
 from maskflash.errors import BackendError
 from maskflash.expr.derivative import differentiate
@@ -67,9 +67,9 @@ class EmittedScore:
     functions: tuple[str, ...]
 
     @property
-    def spread(self) -> list[str]:
+    def handed_on(self) -> list[str]:
         """What columns have and pairs use, by name."""
-        return spread(self.lines, self.value)
+        return handed_on(self.lines, self.value)
 
 
 def emit_score(

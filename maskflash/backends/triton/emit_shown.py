@@ -43,7 +43,7 @@ def emit_shown(expr: Expr, tables: Sequence[TableKind], *, narrow: bool, negativ
 
     Returns:
         Statements after those of "once" and "columns" of `emit`, of which the last gives `shown`. They find the first
-        row's number in `q_first`. None where the mask has no such form.
+        row's number in `q_first`. No statements where the mask has no such form.
     """
     if not narrow:
         return []

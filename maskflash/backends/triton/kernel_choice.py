@@ -19,9 +19,11 @@ import os
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from maskflash.analysis.problem import Problem
+from maskflash.backends.triton import device as gpu
 from maskflash.backends.triton import fp8, hopper, hopper_backward
 from maskflash.backends.triton.few import are_few
 from maskflash.errors import BackendError
@@ -85,6 +87,8 @@ def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelCho
         BackendError: as calls will.
     """
     lengths = problem.q_len, problem.kv_len
+    if precision == "tf32x3":
+        gpu.precision(torch.float32, precision)
     if precision == "fp8":
         if reason := fp8.why_not_at(problem.device, *lengths, problem.block_size):
             raise fp8.refusal(reason)

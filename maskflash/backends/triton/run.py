@@ -76,16 +76,18 @@ def source(
 
 
 def tune(plan: DevicePlan, problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -> None:
-    """Measure which tiles are fastest for calls like this one, unless that is known; later calls use them.
+    """Measure which tiles are fastest for calls like this one, unless all are known; later calls use them.
 
     Takes some seconds for each pass: every candidate is compiled. Choices are kept beside the cached kernels.
     """
     pass_name = kernel_choice.choose(problem, q, k, v, strength).pass_name
+    own = kernel_choice.choose_backward(problem, q, v, strength).own
     q, k, v = laid_out(q, k, v)
-    case = Launcher(problem, q, k, v, strength, plan=plan).case(pass_name)
+    launcher = Launcher(problem, q, k, v, strength, plan=plan)
+    ahead, *back = map(launcher.case, (pass_name, *(("hopper_dkdv", "hopper_dq") if own else ("dkdv", "dq"))))
     if strength.precision == "fp8":  # as forward has it, after it has quantised
-        case = replace(case, dtype=FORMAT, dims=(width(q.shape[3]), v.shape[3]))
-    if not tile_choice.find(case).measured:
+        ahead = replace(ahead, dtype=FORMAT, dims=(width(q.shape[3]), v.shape[3]))
+    if not all(tile_choice.find(case).measured for case in (ahead, *back)):
         out, lse = forward(plan, problem, q, k, v, strength, tuning=True)
         backward(plan, problem, out, None, q, k, v, out, lse, strength, tuning=True)
 
@@ -194,8 +196,8 @@ def backward(
     dlse = None if dlse is None else dlse.masked_fill(blind, 0.0)
     q, k, v, dout, out = laid_out(q, k, v, dout, out)
     launcher = Launcher(problem, q, k, v, strength, tuning, plan=plan)
-    delta = _delta(out, dout, dlse)
     own = kernel_choice.choose_backward(problem, q, v, strength).own
+    delta = _delta(out, dout, dlse, gpu.precision(q.dtype, strength.precision))
     operands = (mapped if own else addressed)(q=q, k=k, v=v, dout=dout)
     both = {
         "lse_ptr": lse,
@@ -223,8 +225,8 @@ def backward(
     return Gradients(cut(dq, dim), cut(dk, dim), cut(dv, v_dim), dsinks, tables)
 
 
-def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    """The row sums of dO * O, less dlse in natural units: (B, Hq, Sq) float32."""
+def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None, products: str) -> Tensor:
+    """The row sums of dO * O, less dlse in natural units: (B, Hq, Sq) float32. Products as those for dP are."""
     batch, heads, q_len, v_dim = out.shape
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     tiles = -(-q_len // DELTA.block_m)
@@ -243,6 +245,6 @@ def _delta(out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
             BLOCK_M=DELTA.block_m,
             DV=v_dim,
             BLOCK_DV=padded(v_dim),
-            PRECISION=gpu.precision(out.dtype),
+            PRECISION=products,
         )
     return delta

@@ -121,7 +121,7 @@ def _read(case: Case) -> Tile | None:
         sound = all(side in (16, 32, 64, 128) for side in (tile.block_m, tile.block_n))
         own = listed(case)
         if own.consumers:  # warps and registers are those of its roles
-            sound &= replace(tile, block_n=own.block_n, stages=own.stages) == own and LEAST_RING <= tile.stages <= 9
+            sound &= replace(tile, stages=own.stages) == own and LEAST_RING <= tile.stages <= 9
         else:
             sound &= tile.consumers == 0 and tile.warps in (4, 8)
             sound &= 1 <= tile.stages <= 9 and tile.registers in (None, *range(32, 256))

@@ -245,7 +245,7 @@ def shared_bytes(arch: Arch, pass_name: PassName, tile: Tile, itemsize: int, hea
 
 
 LEAST_RING: Final = 2  # slots: consumers wait for the next keys before they release a step's values
-_BARRIER_BYTES: Final = 2 << 10  # and what goes from one thread to others
+_BARRIER_BYTES: Final = 3 << 10  # and what goes from one thread to others
 _ROW_BYTES: Final = 20  # lse, delta, both ends of an interval, a word of dropout
 _MASK_BYTES: Final = 12 << 10  # four look-ups of a FlashMask, pipelined: 9 KiB with the smallest tiles
 

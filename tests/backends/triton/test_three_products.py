@@ -6,6 +6,7 @@ import torch
 import maskflash as mf
 from maskflash.backends.triton import device as triton_device
 from maskflash.backends.triton import tile_choice
+from maskflash.backends.triton.launch import Kernel
 from maskflash.backends.triton.tile_choice import Case
 from maskflash.errors import BackendError
 from tests.backends.triton.conftest import expressions
@@ -76,21 +77,46 @@ def test_as_exact_as_plain_attention_with_such_products(device, name, of_express
 def test_other_dtypes_are_refused(device, dtype):
     q, k, v = torch.randn(3, 1, 2, 32, 16, dtype=dtype, device=device).unbind()
     attn = mf.compile(mf.causal(), backend="triton", precision="tf32x3")
-    with pytest.raises(BackendError, match=r'precision="tf32x3" can\'t serve this call: it computes .*float32, got'):
-        attn(q, k, v)
+    mf.compile(mf.causal(), backend="triton")(q, k, v)  # whose analysis the next calls find by name
+    calls = [lambda: attn(q, k, v), lambda: attn(q[:, :, :1], k, v, q_offset=31)]
+    for call in calls:
+        with pytest.raises(BackendError, match=r'precision="tf32x3" can\'t serve .* for float32, .*got (b?float16)'):
+            call()
+
+
+def test_pages_refuse_them_too(device):
+    k, v = torch.randn(2, 20, 16, 2, 16, dtype=torch.float16, device=device).unbind()
+    table = torch.arange(20, dtype=torch.int32, device=device)[None]
+    pages = mf.PageTable(table, torch.tensor([300], device=device), page_size=16)
+    attn = mf.compile(mf.causal(), backend="triton", precision="tf32x3")
+    with pytest.raises(BackendError, match='precision="tf32x3" can\'t serve this call'):
+        attn.paged(torch.randn(1, 2, 1, 16, dtype=torch.float16, device=device), k, v, pages)
 
 
 def test_amds_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(triton_device, "arch", lambda device: "gfx942")
-    found = triton_device.without_tf32x3(torch.device("cuda"), torch.float32)
-    assert found == "its kernels have TF32 on NVIDIA's GPUs alone, got gfx942; leave precision out"
-    assert triton_device.precision(torch.float32, "tf32x3") == "ieee"
+    with pytest.raises(BackendError, match="on NVIDIA's GPUs, got AMD's; leave precision out"):
+        triton_device.precision(torch.float32, "tf32x3")
+    told = mf.compile(mf.causal(), backend="triton", precision="tf32x3").explain(256, 256).to_dict()["forward"]
+    assert told["kernel"] == "none"
 
 
-def test_kernels_are_told():
-    kinds = [(torch.float32, "full"), (torch.float32, "tf32x3"), (torch.bfloat16, "full")]
-    assert [triton_device.precision(*kind) for kind in kinds] == ["ieee", "tf32x3", "ieee"]
+@pytest.mark.parametrize("name", LENGTHS)
+def test_every_pass_is_told(device, monkeypatch, name):
+    """delta too: where a row sees one key, it must be rounded as dP is."""
+    found = {}
+
+    def launch(kernel, programs, tile, **named):
+        found[kernel.function.__name__] = named.get("PRECISION")
+        return original(kernel, programs, tile, **named)
+
+    original = Kernel.launch
+    monkeypatch.setattr(Kernel, "launch", launch)
+    q_len, kv_len = LENGTHS[name]
+    q, k, v = (torch.randn(1, 1, n, 16, device=device, requires_grad=True) for n in (q_len, kv_len, kv_len))
+    mf.compile(mf.full(), backend="triton", precision="tf32x3")(q, k, v).sum().backward()
+    found.pop("combine", None)  # it has no products
+    assert found == dict.fromkeys(("split" if q_len == 1 else "forward", "delta", "dkdv", "dq"), "tf32x3")
 
 
 def test_measured_tiles_are_not_shared_with_products_in_full(monkeypatch):
