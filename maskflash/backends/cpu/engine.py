@@ -27,7 +27,7 @@ from maskflash.backends.cpu.plan import Plan
 from maskflash.backends.cpu.softmax import exponentials, hide, merge_some, probabilities
 from maskflash.backends.cpu.sums import CallSums, Sums, is_one, readings
 from maskflash.backends.cpu.threads import WORKERS, Job
-from maskflash.backends.cpu.tile import Tile, Tiling, is_dense
+from maskflash.backends.cpu.tile import CallPart, Tiling, is_dense
 from maskflash.backends.cpu.values import Values
 from maskflash.backends.cpu.work import Work, lanes, share, works
 from maskflash.scores.strength import Gradients, Strength
@@ -70,7 +70,7 @@ def _forward(problem: Tiling, work: Work, call: Call, some: slice, out: Tensor, 
     """Some rows of a call, into these rows of out and lse."""
     score = problem.strength.score
     values = None if score is None else problem.values(work, call, some, score.expr, (len(score.expr.nodes) - 1,))
-    tile, sum_up = Tile(problem, work, call, values, some.start), _limited if problem.limited else _running
+    tile, sum_up = CallPart(problem, work, call, values, some.start), _limited if problem.limited else _running
     outs, lses = work.of_heads(out), work.of_heads(lse)
     for rows, tokens, each in tile.rows(some.start, some.stop):
         queries = tile.queries(tokens, problem.q, problem.strength.scale)
@@ -87,7 +87,7 @@ def _forward(problem: Tiling, work: Work, call: Call, some: slice, out: Tensor, 
 
 
 def _limited(
-    tile: Tile, rows: slice, tokens: Tensor, each: list[slice], queries: Tensor, part: Tensor
+    tile: CallPart, rows: slice, tokens: Tensor, each: list[slice], queries: Tensor, part: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The sums of exponentials of limited values, and lse: (heads, rows, 1); their product with v goes into part."""
     words, sums = tile.row_words(tokens), None
@@ -110,7 +110,7 @@ def _limited(
 
 
 def _running(
-    tile: Tile, rows: slice, tokens: Tensor, each: list[slice], queries: Tensor, part: Tensor
+    tile: CallPart, rows: slice, tokens: Tensor, each: list[slice], queries: Tensor, part: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same of any values, of which the highest so far are subtracted: sums and part are without these."""
     lowest, by_head = torch.finfo(part.dtype).min, part.view(len(tile.work.heads), -1, part.shape[2])
@@ -223,7 +223,7 @@ def _backward(problem: Tiling, work: Work, call: Call, given: _Gradients, sums: 
             roots = (*roots, slope)
         values = problem.values(work, call, slice(0, len(call.rows)), derivatives.expr, roots)
         learned = CallSums(sums, read, values.pairs, derivatives.expr, problem.q.dtype)
-    tile = Tile(problem, work, call, values, 0)
+    tile = CallPart(problem, work, call, values, 0)
     # Gathered columns have gradients of their own first.
     sides = [(work.of_kv_heads(given.dk)[None], tile.keys), (work.of_kv_heads(given.dv)[None], tile.v)]
     gathered = call.columns.index is not None

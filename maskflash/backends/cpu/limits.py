@@ -20,7 +20,10 @@ from maskflash.expr.intervals import Interval
 from maskflash.scores.strength import BoundScore, Strength
 
 _MOST: Final = 34.0  # exp(34) 2^24 < 2^74, and exp(-34 - 34 - log 2^24) > 2^-123, of a value less lse
-_LARGEST: Final = 2.0**48  # of v, and its inverse: products with such exponentials neither overflow nor underflow
+_LARGEST: Final = 2.0**48  # of v: sums of products with such exponentials don't overflow
+_LEAST: Final = 2.0**-76  # of v's numbers but 0: their products with exp(-34) are no less than float32 holds
+_PRODUCT: Final = 2.0**100  # of scale, |q| and |k|: `peeled` makes it 2^20 times as large, and no term overflows
+_KEY: Final = 2.0**50  # a key's norm: what is lost of a number of q that is scaled below 2^-126 stays below 2^-99
 
 
 def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple[Tensor, Tensor]) -> bool:
@@ -35,9 +38,11 @@ def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple
     """
     if not all(x.numel() for x in (q, k, v)) or k.shape[2] > 1 << 24:
         return False
-    product = abs(strength.scale) * _largest(q, read[0], 2) * _largest(k, read[1], 2) * 1.001
-    largest = _largest(v, read[1], torch.inf)
-    if not (product < torch.inf and 1 / _LARGEST < largest < _LARGEST):  # nor NaN
+    key = _largest(k, read[1], 2)
+    product = abs(strength.scale) * _largest(q, read[0], 2) * key * 1.001
+    if not (product < _PRODUCT and key < _KEY and _largest(v, read[1], torch.inf) < _LARGEST):  # nor NaN
+        return False
+    if not _least(v, read[1]) > _LEAST:
         return False
     if strength.score is None:
         return product <= _MOST
@@ -48,12 +53,25 @@ def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple
 
 def _largest(x: Tensor, read: Tensor, norm: float) -> float:
     """The largest norm of a token of x (B, H, S, D) that is read, as (b, h, S) says of the mask's heads."""
-    found = torch.linalg.vector_norm(x, norm, dim=3)
-    if not read.all():
-        heads = found.shape[1]
-        of_heads = read.unflatten(1, (heads, -1)).any(2) if read.shape[1] > 1 else read
-        found = found.masked_fill(~of_heads, 0.0)
-    return float(found.amax())
+    found = _where_read(torch.linalg.vector_norm(x, norm, dim=3), read, 0.0)
+    lost = x.shape[3] ** 0.5 * 2.0**-60 if norm == 2 else 0.0  # numbers whose squares are less than float32 holds
+    return float(found.amax()) + lost
+
+
+def _least(x: Tensor, read: Tensor) -> float:
+    """The least number but 0 of those tokens, without its sign; inf where all are 0."""
+    found = _where_read(torch.linalg.vector_norm(x, -torch.inf, dim=3), read, torch.inf)
+    if found.amin() == 0:
+        found = _where_read(x.abs().masked_fill_(x == 0, torch.inf).amin(3), read, torch.inf)
+    return float(found.amin())
+
+
+def _where_read(found: Tensor, read: Tensor, other: float) -> Tensor:
+    """Numbers of tokens (B, H, S), or another where the token is not read."""
+    if read.all():
+        return found
+    of_heads = read.unflatten(1, (found.shape[1], -1)).any(2) if read.shape[1] > 1 else read
+    return found.masked_fill(~of_heads, other)
 
 
 def _values(

@@ -46,6 +46,10 @@ _BOUNDED: Final = frozenset(
     )
 )
 """Operations whose results are finite where their operands are, and no larger than float32 holds in any use."""
+_CONTINUOUS: Final = frozenset(
+    ("add", "sub", "mul", "neg", "abs", "min", "max", "tanh", "sigmoid", "erf", "atan", "sin", "cos")
+)
+MOST_PEELED: Final = 2.0**20  # a factor, or its inverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +143,14 @@ def _needed(expr: Expr, roots: Sequence[int], ends: Container[int]) -> set[int]:
 
 @lru_cache(maxsize=256)
 def peeled(expr: Expr, params: tuple[Scalar, ...]) -> tuple[Expr, float]:
-    """A program whose score is first scaled by numbers, without that; and the factor, which goes into q."""
+    """A program whose score is first scaled by numbers, without that; and the factor, which goes into q.
+
+    That rounds otherwise than scaling the product does, so nothing is peeled off a program in which a rounding unit
+    makes a step: floor, comparisons, a division by the score. The factor is within 2^±20.
+    """
     factor = 1.0
+    if not _is_continuous(expr):
+        return expr, factor
     while True:
         places = [n for n, node in enumerate(expr.nodes) if node.op == "score"]
         users = [n for n, node in enumerate(expr.nodes) if places and places[0] in node.args]
@@ -152,11 +162,28 @@ def peeled(expr: Expr, params: tuple[Scalar, ...]) -> tuple[Expr, float]:
         divides = node.op == "truediv" and node.args[0] == place
         if not (divides or node.op == "mul") or node.dtype != score.dtype or len(others) != 1:
             return expr, factor
-        if others[0].op not in ("const", "param") or not 1e-30 < abs(others[0].number(params)) < 1e30:
+        number = float(others[0].number(params)) if others[0].op in ("const", "param") else 0.0
+        found = 0.0 if number == 0.0 else factor / number if divides else factor * number
+        if not 1 / MOST_PEELED <= abs(found) <= MOST_PEELED:
             return expr, factor
-        number = float(others[0].number(params))
-        factor = factor / number if divides else factor * number
+        factor = found
         expr, _ = part_of(expr, (len(expr.nodes) - 1,), {user: score})
+
+
+def _is_continuous(expr: Expr) -> bool:
+    """Whether everything that reads the score changes little where the score does."""
+    reads: list[bool] = []
+    for node in expr.nodes:
+        of = [reads[arg] for arg in node.args]
+        reads.append(node.op == "score" or any(of))
+        jumps = any(of) and node.op not in _CONTINUOUS
+        if node.op == "truediv":
+            jumps = of[1]
+        elif node.op == "select":
+            jumps = of[0]
+        if jumps:
+            return False
+    return True
 
 
 def is_bounded(expr: Expr, inputs: Inputs) -> bool:

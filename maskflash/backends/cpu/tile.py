@@ -74,15 +74,16 @@ class Tiling:
         bounded, words, score = True, None, strength.score
         if score is not None:
             bounded = is_bounded(score.derivatives.expr if backward else score.expr, score.inputs)
-        if score is not None and not backward:  # backward's products with ds are of q and k as they are
-            expr, factor = peeled(score.expr, score.inputs.params)
-            strength = replace(strength, scale=strength.scale * factor, score=replace(score, expr=expr))
         if strength.dropout is not None:
             batch, heads, q_len, _ = q.shape
             words = dropout.words(strength.dropout, batch, heads, q_len, k.shape[2])
         q, k, v = (prepared(x, total, x.shape[3]) for x in (q, k, v))
         read = plan.read("backward" if backward else "forward")
-        return Tiling(plan, strength, q, k, v, bounded, are_limited(strength, q, k, v, read), words)
+        limited = are_limited(strength, q, k, v, read)
+        if score is not None and limited and not backward:  # whose products with ds are of q and k as they are
+            expr, factor = peeled(score.expr, score.inputs.params)
+            strength = replace(strength, scale=strength.scale * factor, score=replace(score, expr=expr))
+        return Tiling(plan, strength, q, k, v, bounded, limited, words)
 
     @property
     def keep(self) -> float:
@@ -104,7 +105,7 @@ def is_dense(call: Call) -> bool:
     return call.rows.index is None and call.columns.index is None
 
 
-class Tile:
+class CallPart:
     """Some rows and columns of a call, as its job computes them."""
 
     def __init__(self, problem: Tiling, work: Work, call: Call, values: Values | None, first: int) -> None:

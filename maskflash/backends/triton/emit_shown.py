@@ -25,7 +25,7 @@ _MIRRORED: Final = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "eq": "eq", 
 _JOINED: Final = {"and": "&", "bitand": "&", "or": "|", "bitor": "|", "bitxor": "^", "ne": "^"}
 
 
-class _Sum(NamedTuple):
+class _RowSum(NamedTuple):
     """q so often, and the text of all else: an integer of 64 bits."""
 
     q: int
@@ -113,16 +113,16 @@ class _Bits:
             "ne": f"~({from_here} & ~{after})",
         }[op]
 
-    def _sum(self, position: int) -> _Sum | None:
+    def _sum(self, position: int) -> _RowSum | None:
         node, group = self.expr.nodes[position], self.writer.groups[position]
         if group in ("once", "columns"):
-            return _Sum(0, f"{self.writer.value(position, torch.int64, group, typed=True)}.to(tl.int64)")
+            return _RowSum(0, f"{self.writer.value(position, torch.int64, group, typed=True)}.to(tl.int64)")
         if node.op == "q":
-            return _Sum(1, "0")
+            return _RowSum(1, "0")
         if node.op not in ("add", "sub") or node.dtype != torch.int64:
             return None
         a, b = map(self._sum, node.args)
         if a is None or b is None:
             return None
         sign = 1 if node.op == "add" else -1
-        return _Sum(a.q + sign * b.q, f"({a.rest} {'+' if sign > 0 else '-'} {b.rest})")
+        return _RowSum(a.q + sign * b.q, f"({a.rest} {'+' if sign > 0 else '-'} {b.rest})")

@@ -207,11 +207,17 @@ def test_rows_that_see_nothing(results, small):
 @settings(max_examples=4)
 @given(st.sampled_from([1, 16, 40, 64, 128]), st.sampled_from([16, 64, 128]), st.integers(0, 99))
 def test_one_query_of_one_key_has_no_gradient_of_its_score(device, dim, v_dim, seed):
-    """P is 1 whatever the score is. dP and delta are rounded alike, so their difference is exactly 0."""
+    """P is 1 whatever the score is. dP and delta are rounded alike, so their difference is exactly 0.
+
+    But for numpy's products, by which kernels are interpreted: on some CPUs their sums' order depends on their shape.
+    """
     q, k, v = Shape(1, 2, 2, 1, 1, dim, v_dim).tensors(torch.float32, seed=seed, device=device)
     out = mf.attention(q, k, v, mf.causal(), backend="triton", block_size=32)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(q)
-    assert not any(gradient.any() for gradient in torch.autograd.grad(out, (q, k), dout))
+    terms = (dout * v).abs().sum(-1, keepdim=True).detach() * dim**-0.5
+    unit = 2 * v_dim * torch.finfo(torch.float32).eps if INTERPRETED else 0.0
+    for gradient, factor in zip(torch.autograd.grad(out, (q, k), dout), (k, q), strict=True):
+        assert (gradient.abs() <= unit * terms * factor.abs()).all()
 
 
 @settings(max_examples=3)
