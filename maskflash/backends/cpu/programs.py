@@ -49,7 +49,7 @@ _BOUNDED: Final = frozenset(
 _CONTINUOUS: Final = frozenset(
     ("add", "sub", "mul", "neg", "abs", "min", "max", "tanh", "sigmoid", "erf", "atan", "sin", "cos")
 )
-MOST_PEELED: Final = 2.0**20  # a factor, or its inverse
+_MOST_PEELED: Final = 2.0**20  # a factor, or its inverse
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ def peeled(expr: Expr, params: tuple[Scalar, ...]) -> tuple[Expr, float]:
             return expr, factor
         number = float(others[0].number(params)) if others[0].op in ("const", "param") else 0.0
         found = 0.0 if number == 0.0 else factor / number if divides else factor * number
-        if not 1 / MOST_PEELED <= abs(found) <= MOST_PEELED:
+        if not 1 / _MOST_PEELED <= abs(found) <= _MOST_PEELED:
             return expr, factor
         factor = found
         expr, _ = part_of(expr, (len(expr.nodes) - 1,), {user: score})

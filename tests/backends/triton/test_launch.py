@@ -144,3 +144,15 @@ def test_tiles_that_do_not_compile_are_passed_over(small, measured, monkeypatch)
     attn(*small()).sum().backward()
     assert len(failed) > 1
     assert all(tile.stages == 1 for _, tile in measured[1][-2:])
+
+
+def test_calls_that_others_have_made_are_measured_too(small, measured):
+    """Their analysis is found by the call's name, which skips what first calls do."""
+    timed, counts = measured[0], []
+    mask, (q, k, v) = mf.causal(), small()
+    for more in ({}, {"tune": True}, {"tune": True}, {"tune": True, "precision": "tf32x3"}):
+        with torch.no_grad():
+            mf.compile(mask, backend="triton", block_size=64, **more)(q.detach(), k.detach(), v.detach())
+        counts.append(len(timed))
+    assert counts[0] == 0
+    assert 0 < counts[1] == counts[2] < counts[3]
