@@ -288,7 +288,7 @@ def precision(dtype: torch.dtype, asked: Precision = "full") -> str:
         if dtype != torch.float32 or amd:
             got = "AMD's" if amd else str(dtype).removeprefix("torch.")
             raise BackendError(
-                f'attention: precision="{asked}" can\'t serve this call: it is for float32, whose products have no '
+                'attention: precision="tf32x3" can\'t serve this call: it is for float32, whose products have no '
                 f"tensor cores otherwise, on NVIDIA's GPUs, got {got}; leave precision out"
             )
         return asked
