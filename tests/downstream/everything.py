@@ -138,6 +138,7 @@ def pictures(mask: mf.Mask, plan: parallel.ShardPlan) -> tuple[Axes, Figure, str
     visualize.draw_intervals(mask.to_flashmask(64, 64), 64, ax=ax)
     visualize.draw_row_intervals(mask.to_row_intervals(64, 64), ax=ax)
     visualize.draw_slices(mask.to_slices(64, 64), 64, 64, ax=ax)
+    visualize.draw_score(mask, scores.alibi(), 64, 64, heads=8, head=2, ax=ax)
     figure: Figure = visualize.draw_shards(plan, mask)
     figure = visualize.side_by_side({"causal": mask}, 64, 64)
     return ax, figure, visualize.explorer(mask, 64, 64)

@@ -26,7 +26,7 @@ BIAS = torch.linspace(-1, 1, 128).view(2, 64)
 def by_table(monkeypatch):
     """Fails where the host reads lengths, starts or the table; any call's rows count as few."""
     monkeypatch.setattr(few, "are_few", lambda q_len, kv_len: q_len > 0)
-    monkeypatch.setattr(PageTable, "read_lengths", None)
+    monkeypatch.setattr(PageTable, "lengths_now", None)
 
 
 def cache(draw, lengths, page_size, kv_heads, dims, dtype, device, layout):
