@@ -55,7 +55,8 @@ def test_every_row_passes(quick):
     assert [row for row in rows if row["faults"]] == []
     assert done.returncode == 0, done.stderr
     compiled = {(row["arch"], row["pass_name"], row["bits"], row["head_dim"]) for row in rows}
-    served = {(row.arch, row.pass_name, row.bits, row.head_dim) for row in ROWS if row.arch not in AMD_SHARED}
+    rows_wanted = [row for row in ROWS if row.arch not in AMD_SHARED and (row.bits < 32 or row.arch == 80)]
+    served = {(row.arch, row.pass_name, row.bits, row.head_dim) for row in rows_wanted}
     wanted = {(89 if (arch, bits) == (86, 8) else arch, name, bits, dim) for arch, name, bits, dim in served}
     wanted |= {("gfx942", pass_name, 16, 128) for pass_name in PASSES[:1] + PASSES[2:]}
     assert wanted <= compiled
