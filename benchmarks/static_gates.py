@@ -194,7 +194,7 @@ def _archs(family: int | str, bits: int, quick: bool) -> Sequence[int | str]:
     """Which architectures of a family are compiled for."""
     if bits == 8:  # 8.6 has no such products
         return [arch for arch in SERVED[family] if arch != 86]
-    if quick and (bits == 32 and family != 80 or family == "gfx950"):
+    if quick and ((bits == 32 and family != 80) or family == "gfx950"):
         return []
     return SERVED[family][:1] if quick else SERVED[family]
 
