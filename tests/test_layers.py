@@ -113,8 +113,7 @@ ORDER = {
     "backends/triton": [
         *("signature", "score_kind", "emit", "spans", "emit_score", "emit_shown", "render", "tiles", "modules"),
         *("device", "tile_choice", "walks", "layout", "intervals", "plan", "launch", "few", "hopper"),
-        *("hopper_backward", "fp8", "kernel_choice"),
-        *("learned", "run"),
+        *("fp8", "kernel_choice", "learned", "run"),
     ],
     "op": [
         "spec",

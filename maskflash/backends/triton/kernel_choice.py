@@ -7,7 +7,7 @@
     MASKFLASH_KERNELS=hopper        Hopper's own                        portable
     nothing                         portable Triton
 
-The backward of Hopper's own (`hopper_backward.py`) serves fewer calls than its forward: where the forward is asked for
+The backward of Hopper's own serves fewer calls than its forward: where the forward is asked for
 and it doesn't serve, the portable one runs, and explanations say so. Hopper's own kernels have not run on a GPU: until
 they have, nobody gets them who doesn't ask. Few rows over many keys have a forward of their own (`few.py`), whatever is
 asked for here. Whether Hopper's own serve a call is found out where they are wanted alone: to ask loads Gluon.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from maskflash.analysis.problem import Problem
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import fp8, hopper, hopper_backward
+from maskflash.backends.triton import fp8, hopper
 from maskflash.backends.triton.few import are_few
 from maskflash.errors import BackendError
 from maskflash.scores.strength import Kernels, Precision, Strength
@@ -72,7 +72,11 @@ def choose(problem: Problem, q: Tensor, k: Tensor, v: Tensor, strength: Strength
     """
     if strength.precision == "fp8":
         fp8.check(q, k, v, problem.block_size)
-    return _choose(strength.kernels, lambda: hopper.why_not(problem, q, v) or _in_full(strength.precision))
+
+    def why_not() -> str | None:
+        return hopper.why_not(problem, q, v, hopper.FORWARD) or _in_full(strength.precision)
+
+    return _choose(strength.kernels, why_not)
 
 
 def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelChoice:
@@ -94,7 +98,7 @@ def ahead(problem: Problem, kernels: Kernels, precision: Precision) -> KernelCho
             raise fp8.refusal(reason)
     elif are_few(*lengths):
         return KernelChoice("split", "since rows are few")
-    return _choose(kernels, lambda: hopper.why_not_at(problem) or _in_full(precision))
+    return _choose(kernels, lambda: hopper.why_not_at(problem, hopper.FORWARD) or _in_full(precision))
 
 
 def of_text(problem: Problem, q: Tensor, v: Tensor, kernels: Kernels, precision: Precision) -> KernelChoice:
@@ -111,7 +115,7 @@ def of_text(problem: Problem, q: Tensor, v: Tensor, kernels: Kernels, precision:
         BackendError: as calls will.
     """
     why_not = hopper.why_not if problem.device.type == "cuda" else hopper.why_not_text
-    return _choose(kernels, lambda: why_not(problem, q, v) or _in_full(precision))
+    return _choose(kernels, lambda: why_not(problem, q, v, hopper.FORWARD) or _in_full(precision))
 
 
 def choose_backward(problem: Problem, q: Tensor, v: Tensor, strength: Strength) -> BackwardChoice:
@@ -123,7 +127,7 @@ def choose_backward(problem: Problem, q: Tensor, v: Tensor, strength: Strength) 
         v: (B, Hkv, Skv, Dv).
         strength: how the call is to be computed.
     """
-    return _choose_backward(strength.kernels, lambda: hopper_backward.why_not(problem, q, v))
+    return _choose_backward(strength.kernels, lambda: hopper.why_not(problem, q, v, hopper.BACKWARD))
 
 
 def backward_ahead(problem: Problem, kernels: Kernels) -> BackwardChoice:
@@ -133,7 +137,7 @@ def backward_ahead(problem: Problem, kernels: Kernels) -> BackwardChoice:
         problem: the mask at the call's lengths, and its tiles.
         kernels: as asked for.
     """
-    return _choose_backward(kernels, lambda: hopper_backward.why_not_at(problem))
+    return _choose_backward(kernels, lambda: hopper.why_not_at(problem, hopper.BACKWARD))
 
 
 def _choose(kernels: Kernels, why_not: Callable[[], str | None]) -> KernelChoice:

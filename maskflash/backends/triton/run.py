@@ -5,7 +5,7 @@
     device      triton itself, streams, processors, caches
     layout      tensors -> strides and arguments
     launch      a pass -> its kernel, its tile, its launch
-    hopper      what Hopper's own forward serves; hopper_backward, its backward; kernel_choice, which kernels run
+    hopper      what Hopper's own kernels serve; kernel_choice, which kernels run
     fp8         q, k and v -> 8 bits
     few         few rows, without a plan -> programs that share them, and what joins these
     learned     what a score's tables learn

@@ -193,8 +193,7 @@ def test_nobody_asks_what_hopper_s_own_serve_where_nobody_wants_them(monkeypatch
     def asked(*call):
         raise AssertionError("asked")
 
-    for room in (kernel_choice.hopper, kernel_choice.hopper_backward):
-        monkeypatch.setattr(room, "why_not", asked)
+    monkeypatch.setattr(kernel_choice.hopper, "why_not", asked)
     assert chosen().pass_name == chosen("portable").pass_name == "forward"
     assert not backward().own
     with pytest.raises(AssertionError, match="asked"):

@@ -23,7 +23,7 @@ def h100(monkeypatch):
 def reason(length=256, dim=64, v_dim=64, dtype=torch.bfloat16, block_size=(128, 128)):
     q, v = torch.empty(1, 2, length, dim, dtype=dtype), torch.empty(1, 2, length, v_dim, dtype=dtype)
     problem = mf.causal().at(q.shape[2], length, batch=1, heads=2).tiled(block_size)
-    return hopper.why_not(problem, q, v)
+    return hopper.why_not(problem, q, v, hopper.FORWARD)
 
 
 @pytest.mark.parametrize("block_size", [(128, 128), (128, 64), (256, 192)])

@@ -5,7 +5,7 @@ import torch
 
 import maskflash as mf
 from maskflash.backends.triton import device as gpu
-from maskflash.backends.triton import hopper_backward
+from maskflash.backends.triton import hopper
 from maskflash.backends.triton.launch import copied_rows
 from maskflash.backends.triton.render import render, spread
 from maskflash.backends.triton.signature import Specialisation, signature
@@ -22,7 +22,7 @@ def h100(monkeypatch):
 def reason(length=256, dim=64, v_dim=64, dtype=torch.bfloat16, block_size=(128, 128)):
     q, v = torch.empty(1, 2, length, dim, dtype=dtype), torch.empty(1, 2, length, v_dim, dtype=dtype)
     problem = mf.causal().at(length, length, batch=1, heads=2).tiled(block_size)
-    return hopper_backward.why_not(problem, q, v)
+    return hopper.why_not(problem, q, v, hopper.BACKWARD)
 
 
 @pytest.mark.parametrize("block_size", [(128, 128), (256, 128), (128, 384)])
@@ -38,7 +38,7 @@ def test_nothing_is_against_it(block_size, dims, dtype):
         ({"dtype": torch.float32}, ["float16 and bfloat16", "got float32"]),
         ({"dim": 136}, ["head dims to 128", "got 136"]),
         ({"v_dim": 256}, ["head dims to 128", "got 256"]),
-        ({"block_size": (64, 128)}, ["128 x 64", "(64, 128)"]),
+        ({"block_size": (64, 128)}, ["128 x 128", "(64, 128)"]),
         ({"block_size": (128, 64)}, ["128 x 128", "(128, 64)"]),
     ],
 )
