@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from maskflash.analysis.block_map import BlockMap
     from maskflash.masks.why import Why
 
-Joinable = Callable[..., Any] | Tensor
+MaskFunction = Callable[[Any, Any, Any, Any], Any] | Callable[..., Any]
+"""A predicate `(b, h, q, kv)`, keywords or none. Type checkers take a lambda's parameters from the first form."""
+
+Joinable = MaskFunction | Tensor
 """A mask, a predicate `(b, h, q, kv)`, or a tensor of bool."""
 
 _INSIDE: Final = frozenset((*dir(Function), "at_call"))  # what the package reads of a mask

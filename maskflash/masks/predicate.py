@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from maskflash.errors import ArgumentTypeError
 from maskflash.functions.written import Recorded, WrittenFunction
-from maskflash.masks.mask import Mask
+from maskflash.masks.mask import Mask, MaskFunction
 
-MaskLike = Mask | Callable[..., Any]
+MaskLike = Mask | MaskFunction
 
 # Modules whose functions make masks.
 _MAKERS: Final = ("maskflash.presets.", "maskflash.flashmask.paper", "maskflash.masks.columns")

@@ -27,7 +27,10 @@ from maskflash.trace.tracer import Role
 TAKES: Final = ("score", "b", "h", "q", "kv")
 ROLES: Final = {dtype: Role(TAKES, "a score function", dtype) for dtype in (torch.float32, torch.float64)}
 
-ScoreLike = Callable[..., Any] | Sequence[Callable[..., Any]]
+ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any] | Callable[..., Any]
+"""A score function, keywords or none. Type checkers take a lambda's parameters from the first form."""
+
+ScoreLike = ScoreFunction | Sequence[ScoreFunction]
 """A score function, decorated or not, or several that are applied in turn."""
 
 
