@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> list[Figure]:
         )
     console, where = Console(), conditions(options.quick)
     console.print(table)
-    console.print(describe(where), highlight=False)
+    console.print(describe(where), highlight=False, soft_wrap=True)
     if options.json:
         store_lines(RESULTS, {"question": QUESTION, "conditions": where}, [asdict(row) for row in rows])
     return rows

@@ -386,7 +386,7 @@ def _conditions(question: str, results: Results) -> str:
 
 def _markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(cell for cell, _ in zip(row, columns, strict=True)) + " |" for row in rows)
 
 
 def _row(stored: dict[str, Any]) -> Row:

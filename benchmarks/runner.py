@@ -229,7 +229,7 @@ def finish(
         console = Console(width=WIDTH)
     for key, title in titles.items():
         console.print(_table(title, [row for row in rows if row.table == key]))
-    console.print(describe(where), highlight=False)
+    console.print(describe(where), highlight=False, soft_wrap=True)
     if options.json:
         store(options.json, question, where, rows)
     return rows

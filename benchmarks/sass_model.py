@@ -41,6 +41,7 @@ from maskflash.backends.triton.tiles import ROWS, Tile
 
 RESULTS: Final = ROOT / "benchmarks/results/sass_model.json"
 QUESTION: Final = "How fast would each tile's kernel be, as a model of its machine code predicts?"
+_MODELLED: Final = (*PASSES, *HOPPER)
 ARCHS: Final = tuple(arch for arch, processor in PROCESSORS.items() if processor.product_cycles)
 WALKS: Final = ("full", "partial")
 _CYCLES: Final = {False: 50_000, True: 5_000}  # by quick
@@ -116,11 +117,11 @@ def _reference(number: int, quick: bool) -> dict[str, Any]:
 
 
 def table_cases() -> list[Case]:
-    """The rows that have a prediction."""
+    """The rows that have a prediction. Those of few rows wait for keys from memory, which is not in the model."""
     return [
         Case(row.arch, row.pass_name, "interval", row.bits, row.head_dim, row.head_dim, row.tile)
         for row in ROWS
-        if row.arch in ARCHS and row.bits == 16
+        if row.arch in ARCHS and row.bits == 16 and row.pass_name in _MODELLED
     ]
 
 
@@ -163,7 +164,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few cycles: does it run at all?")
     parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="compute capability times ten")
-    parser.add_argument("--pass", dest="passes", choices=(*PASSES, *HOPPER), action="append")
+    parser.add_argument("--pass", dest="passes", choices=_MODELLED, action="append")
     parser.add_argument("--mask", choices=MASKS, default="interval", help="of the partial tiles (default: %(default)s)")
     parser.add_argument("--dim", type=int, action="append", help="head dim")
     parser.add_argument(

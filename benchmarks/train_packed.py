@@ -118,12 +118,17 @@ def _curve(tokens: int, ours: list[float], theirs: list[float]) -> list[Row]:
 
 
 def _independence(ours: Gpt, theirs: Gpt, tokens: int, seed: int) -> Row:
-    batch = next(batches(tokens, seed + 1))
+    batch = of_several(tokens, seed + 1)
     counts = [
         _changed(model, make(batch), batch) for model, make in ((ours, document_attention), (theirs, dense_attention))
     ]
     spreads = map(Spread.of, counts)
     return Row("independence", "trained model", tokens, "logits", "float32", "logits", len(counts[0]), *spreads)
+
+
+def of_several(tokens: int, seed: int) -> Batch:
+    """The first sequence that more than one document shares."""
+    return next(batch for batch in batches(tokens, seed) if len(batch.lengths) > 1)
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ def test_training_has_the_losses_of_dense_masks_and_independent_documents(tmp_pa
 def test_the_check_of_independence_can_fail():
     """Without documents in the mask, a document's bytes reach those after it."""
     model = packed_model.Gpt(2048)
-    batch = next(packed_model.batches(2048, 0))
+    batch = train_packed.of_several(2048, 0)
     counts = train_packed._changed(model, mf.compile(mf.causal()), batch)
     assert counts[0] > 0
     assert counts[-1] == 0  # nothing comes after the last

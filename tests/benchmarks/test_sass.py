@@ -21,6 +21,7 @@ from benchmarks.sass.instructions import Instruction, local_accesses, parse, pro
 from benchmarks.sass.predict import EFFICIENCY, predict
 from benchmarks.sass.simulate import LATENCY, NO_BULK, Bulk, Part
 from benchmarks.sass.work import Kind, Pipe, Work, works
+from maskflash.backends.triton.signature import HOPPER
 from maskflash.backends.triton.tiles import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -443,6 +444,9 @@ def test_predictions_stand_beside_the_rows_of_the_table(tmp_path):
     assert f"| {sass_model.tile_text(row.tile)} | static gate | 321 | 123 |" in text
     assert text.count("| static gate |  |  |") == sum(each.bits == 16 for each in ROWS) - 1
     assert report.MISSING in report.filled_in(blocks, report.load_model(tmp_path / "none"))
+    path.write_text(json.dumps({**stored, "rows": [{**asdict(row), "loops": loops[:1]}]}), encoding="utf-8")
+    with pytest.raises(ValueError, match="longer"):  # a row without a cell for each column
+        report.filled_in(blocks, report.load_model(path))
     path.write_text(json.dumps({**stored, "conditions": {"quick": True}}), encoding="utf-8")
     with pytest.raises(SystemExit, match="--quick run"):
         report.load_model(path)
@@ -451,3 +455,4 @@ def test_predictions_stand_beside_the_rows_of_the_table(tmp_path):
 def test_every_16_bit_row_of_a_modelled_architecture_is_a_case():
     assert {case.arch for case in sass_model.table_cases()} == {80, 86, 90}
     assert {case.bits for case in sass_model.table_cases()} == {16}
+    assert {case.pass_name for case in sass_model.table_cases()} == {"forward", "dkdv", "dq", *HOPPER}
