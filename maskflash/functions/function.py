@@ -11,9 +11,10 @@ the result off the function as plain data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -38,9 +39,13 @@ from maskflash.trace.sources import is_captured
 from maskflash.trace.trace import Traced
 
 F = TypeVar("F", bound="Function")
+T = TypeVar("T")
 
 _NOTHING: Final = Reading()
+_MOST_PAIRS: Final = 64  # that a function keeps for graphs; the first to come is the first to go
+
 _numbers = count()
+_numbered: WeakValueDictionary[str, Function] = WeakValueDictionary()  # those that were paired with another, by number
 
 
 class Bound(NamedTuple):
@@ -73,7 +78,7 @@ class Function:
         sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
         fits: what its tables are made for.
         traces: its traces so far.
-        number: another for each function of this process.
+        number: another for each function of this process; a text, which dynamo guards.
         reachable: attributes that its `__call__` reads, which a function that calls it captures with it.
     """
 
@@ -95,7 +100,7 @@ class Function:
         self.sizes = sizes
         self.fits = fits
         self.traces: Traces = Traces()
-        self.number: int = next(_numbers)
+        self.number: str = f"n{next(_numbers)}"
 
     def __call__(self, *indices: Any, **mask_args: Any) -> Any:
         """The value at a pair, (b, h, q, kv) or what else it takes: numbers, tensors or the symbols of a trace."""
@@ -255,16 +260,41 @@ class Function:
         slots, values = self.slots(given)
         return slots.traced.filled(values)
 
-    def twin(self, kind: type[F]) -> F:
+    def twin(self, kind: Callable[[Any], F]) -> F:
         """`kind(self)`, made at the first call: its traces are kept as long as this function's are."""
         self._make_twin(kind)
         found: F = getattr(self, kind.__name__)
         return found
 
     @aside
-    def _make_twin(self, kind: type[Function]) -> None:
+    def _make_twin(self, kind: Callable[[Any], Function]) -> None:
         if kind.__name__ not in vars(self):
-            setattr(self, kind.__name__, kind(self))  # type: ignore[call-arg, arg-type]
+            setattr(self, kind.__name__, kind(self))
+
+    def pair(self, make: Callable[..., T], other: Function, *how: str) -> T:
+        """`make(self, other, *how)`, of this function and another one.
+
+        A graph finds it on this function, where it is made once: what a graph makes by itself is new in each run, and
+        guards on it never hold.
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            return make(self, other, *how)
+        other._be_found()
+        self._make_pair(make, other.number, how)
+        found: T = getattr(self, "_".join(("pair", make.__name__, other.number, *how)))
+        return found
+
+    @aside
+    def _be_found(self) -> None:
+        _numbered[self.number] = self
+
+    @aside
+    def _make_pair(self, make: Callable[..., Any], number: str, how: tuple[str, ...]) -> None:
+        name = "_".join(("pair", make.__name__, number, *how))
+        if name not in vars(self):
+            setattr(self, name, make(self, _numbered[number], *how))
+            for old in [name for name in vars(self) if name.startswith("pair_")][:-_MOST_PAIRS]:
+                delattr(self, old)
 
     def known(self) -> Traced | None:
         """A trace: the only one, or the latest; None for a function whose arguments nobody gave yet."""

@@ -78,9 +78,14 @@ class Combination(Mask):
 
     def joined(self) -> tuple[Mask, ...]:
         """The masks themselves, in order."""
+        self._look_for_masks()
+        assert self._masks is not None
+        return self._masks
+
+    @aside  # dynamo begins again where it has seen what is there only afterwards
+    def _look_for_masks(self) -> None:
         if self._masks is None:
             self._masks = tuple([step for step in self.steps() if isinstance(step, Mask)])
-        return self._masks
 
     def implied(self, sizes: Sizes) -> dict[str, int]:
         """What any part's call implies."""
@@ -135,6 +140,16 @@ class Combination(Mask):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _joined_again, (self.steps(),)
+
+
+def negated(mask: Mask) -> Combination:
+    """The pairs that a mask hides."""
+    return Combination("not", mask)
+
+
+def joined(mask: Mask, other: Mask, op: str) -> Mask:
+    """Two masks under a connective."""
+    return Combination(op, mask, other)
 
 
 def connect(op: str, x: Any, *others: Any) -> Any:

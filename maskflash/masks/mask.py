@@ -256,13 +256,13 @@ class Mask(Function, Exports):
         return self._joined("bitxor", other, last=True)
 
     def __invert__(self) -> Mask:
-        from maskflash.masks.combination import Combination
+        from maskflash.masks.combination import negated
 
-        return Combination("not", self)
+        return self.twin(negated)
 
     def _joined(self, op: str, other: Joinable, *, last: bool = False) -> Mask:
         """This mask and another, or a predicate, joined by a connective."""
-        from maskflash.masks.combination import SYMBOLS, Combination
+        from maskflash.masks.combination import SYMBOLS, joined
         from maskflash.masks.dense import dense_mask
         from maskflash.masks.predicate import mask
 
@@ -272,7 +272,8 @@ class Mask(Function, Exports):
             whole = mask(other)
         else:
             return NotImplemented
-        return Combination(op, *((whole, self) if last else (self, whole)))
+        first, second = (whole, self) if last else (self, whole)
+        return first.pair(joined, second, op)
 
     def __bool__(self) -> bool:
         raise ArgumentTypeError(

@@ -13,12 +13,11 @@ from maskflash.expr.evaluate import Inputs
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import Slots
 from maskflash.ground import arguments, qkv
-from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.masks.sight import Sight
 from maskflash.op import checking
 from maskflash.op.spec import ENGINES, UNSCORED, Backend, Scored, Spec
-from maskflash.scores.lifting import Lifted, has_holes
+from maskflash.scores.lifting import has_holes, left_of, left_with_holes
 from maskflash.scores.score import Score, own_arguments
 from maskflash.scores.seeds import probability, seed_of
 from maskflash.scores.strength import BoundScore, Kernels, Precision, check_wishes
@@ -89,8 +88,8 @@ class Asking:
         self.name: str = mask.name
         self.score = score
         if score is not None:
-            self._with_holes = Combination("and", mask, Lifted(score, holes=True))
-            mask = Combination("and", mask, Lifted(score))
+            self._with_holes = mask.pair(left_with_holes, score)
+            mask = mask.pair(left_of, score)
         self.mask = mask
         self.scale = scale
         self.block_size = block_size

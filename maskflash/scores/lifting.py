@@ -27,6 +27,7 @@ from maskflash.functions.derived import Derived
 from maskflash.functions.function import Function
 from maskflash.ground import arguments
 from maskflash.ground.identity import Watch, owner
+from maskflash.masks.combination import Combination
 from maskflash.masks.mask import Mask
 from maskflash.trace.trace import Traced, compact
 
@@ -66,6 +67,16 @@ class Lifted(Derived, Mask):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Lifted, holes=self.holes), (self.of,)
+
+
+def left_of(mask: Mask, score: Function) -> Mask:
+    """The pairs of a mask that a score function leaves."""
+    return Combination("and", mask, Lifted(score))
+
+
+def left_with_holes(mask: Mask, score: Function) -> Mask:
+    """The same where tables may hold -inf."""
+    return Combination("and", mask, Lifted(score, holes=True))
 
 
 @lru_cache(maxsize=256)

@@ -12,10 +12,9 @@ are all looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -146,8 +145,8 @@ class _Insides(Builder):
     def _sizes(self) -> dict[tuple[int, int], int]:
         """The number of the param that holds the size of a table's axis."""
         ranks = {node.slot: len(node.args) for node in self._score.nodes if node.op == "lookup"}
-        numbers: Iterator[int] = count(self._score.slots("param"))
-        return {(slot, axis): next(numbers) for slot in sorted(ranks) for axis in range(ranks[slot])}
+        axes = [(slot, axis) for slot in sorted(ranks) for axis in range(ranks[slot])]
+        return {axis: number for number, axis in enumerate(axes, self._score.slots("param"))}
 
     def found(self) -> int | None:
         """The truth of the whole."""

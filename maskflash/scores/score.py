@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, ClassVar, Final
 
 import torch
@@ -159,6 +160,8 @@ def as_score(operation: str, value: Any) -> Score:
         parts = tuple(as_score(operation, part) for part in value)
         if not parts:
             raise ArgumentTypeError(f"{operation}: score is empty, expected a function or several; None is none")
+        if torch.compiler.is_dynamo_compiling():
+            return reduce(lambda first, then: first.pair(_then, then), parts)
         return parts[0] if len(parts) == 1 else _chained(parts)
     if isinstance(value, Mask) or not callable(value):
         fix = "; a mask is the first argument of compile, and the fourth of attention" * isinstance(value, Mask)
@@ -172,6 +175,10 @@ def as_score(operation: str, value: Any) -> Score:
             f"mf.scores.{value.__name__}({', '.join(takes)})"
         )
     return Score(value)
+
+
+def _then(first: Score, then: Score) -> Score:
+    return _chained((first, then))
 
 
 def _chained(parts: tuple[Score, ...]) -> Score:

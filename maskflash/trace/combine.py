@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 import torch
@@ -57,11 +56,13 @@ def combine(steps: Sequence[Traced | Join]) -> Traced:
 
 def _name(name: str, names: dict[str, int]) -> None:
     """Note a table by its name, or, where another table has it, by the name and a number."""
-    numbered = (f"{name}_{n}" for n in count(names.get(name, 1) + 1))
-    new = next(new for new in numbered if new not in names) if name in names else name
-    if new != name:
-        names[name] = int(new.rpartition("_")[2])
-    names[new] = 1
+    if name in names:
+        number = names[name] + 1
+        while f"{name}_{number}" in names:
+            number += 1
+        names[name] = number
+        name = f"{name}_{number}"
+    names[name] = 1
 
 
 def _identity(value: object) -> object:

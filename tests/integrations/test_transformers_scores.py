@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.inkling2.modeling_inkling2 import eager_attention_forward as inkling2_eager
 
 import maskflash as mf
@@ -316,11 +317,17 @@ def test_a_mask_of_floats_is_a_mask_and_a_bias(lowest):
 def test_a_compiled_model_learns_and_drops_the_same(name):
     given, model = GIVEN[name](), build(name).train()
     expected = seeded(model, NAME, given)
+    counter = CompileCounterWithBackend("eager")
+    fast = torch.compile(model, backend=counter)
     torch.manual_seed(5)
     model.zero_grad()
-    torch.compile(model, backend="eager")(**given).loss.backward()
+    fast(**given).loss.backward()
     gradients = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     assert all(torch.equal(x, expected[name]) for name, x in gradients.items())
+    compilations = counter.frame_count
+    for _ in range(2):
+        fast(**given)
+    assert counter.frame_count == compilations
 
 
 def test_sinks_of_each_row_are_one_more_column():

@@ -6,6 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskflash as mf
+from maskflash.functions import function
 from maskflash.op import cache
 
 HEADS, DIM = 4, 16
@@ -251,3 +252,61 @@ def test_a_mask_made_inside_breaks_the_graph_and_says_so():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="make it outside of what is compiled"):
         compiled(model)[0](q)
     assert torch.equal(torch.compile(model, backend="eager")(q), model(q))
+
+
+NEAR, FAR, CAUSAL = mf.sliding_window(9), mf.dilated_window(90, 3), mf.causal()
+SCORES = (mf.scores.softcap(20.0), mf.scores.alibi(torch.tensor([0.5, 0.25, 0.1, 0.0])))
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, doc: mf.attention(q, q, q, packed, score=SCORES[0], doc=doc),
+        lambda q, doc: mf.attention(q, q, q, packed, score=SCORES, doc=doc),
+        lambda q, doc: mf.attention(q, q, q, packed & NEAR | FAR ^ packed, score=SCORES[1], doc=doc),
+        lambda q, doc: mf.compile(NEAR & packed, score=SCORES[0])(q, q, q, doc=doc),
+    ],
+    ids=["score", "scores", "masks", "op"],
+)
+def test_what_is_joined_in_a_graph_is_compiled_once(attend):
+    """A mask and a score function, several of these, two masks: what is made of them is the same in each call."""
+    fast, counter = compiled(attend)
+    for documents_of in (7, 7, 30, 200):
+        q, doc = torch.randn(1, HEADS, 128, DIM), documents(128, documents_of)
+        assert torch.equal(fast(q, doc), attend(q, doc))
+    assert counter.frame_count == 1
+
+
+def test_a_mask_turned_around_breaks_a_graph_and_is_compiled_once():
+    """Dynamo knows `~` of numbers alone."""
+    counter = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(lambda q: mf.attention(q, q, q, CAUSAL & ~NEAR | NEAR), backend=counter)
+    for _ in range(4):
+        q = torch.randn(1, HEADS, 128, DIM)
+        torch.testing.assert_close(fast(q), mf.attention(q, q, q, CAUSAL | NEAR))
+    assert counter.frame_count == 1
+
+
+def test_a_graph_looks_again_at_what_is_joined():
+    """Another mask or another score function is never taken for the one that a graph was made with."""
+    fast, counter = compiled(lambda q, mask, score: mf.attention(q, q, q, mask & NEAR, score=score))
+    q = torch.randn(1, HEADS, 100, DIM)
+    calls = [(mask, score) for mask in (mf.causal(), mf.causal(), FAR) for score in (*SCORES, mf.scores.softcap(3.0))]
+    counts = []
+    with torch._dynamo.config.patch(recompile_limit=2 * len(calls)):
+        for _ in range(2):
+            for mask, score in calls:
+                assert torch.equal(fast(q, mask, score), mf.attention(q, q, q, mask & NEAR, score=score))
+            counts.append(counter.frame_count)
+    assert counts[0] == counts[1]
+
+
+def test_a_function_keeps_few_of_what_graphs_make_of_it(monkeypatch):
+    monkeypatch.setattr(function, "_MOST_PAIRS", 4)
+    mask, scores = mf.causal(), [mf.scores.softcap(float(n)) for n in (2, 3, 5, 7)]
+    fast = torch.compile(lambda q, score: mf.attention(q, q, q, mask, score=score), backend="eager")
+    q = torch.randn(1, HEADS, 16, DIM)
+    with torch._dynamo.config.patch(recompile_limit=20):
+        for score in (*scores, scores[0]):
+            assert torch.equal(fast(q, score), mf.attention(q, q, q, mask, score=score))
+    assert sum(name.startswith("pair_") for name in vars(mask)) == 4  # two for each of two score functions
