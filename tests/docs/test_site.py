@@ -244,12 +244,15 @@ def test_search_finds(served, chromium):
 # Text whose colour and background are less than 4.5 to 1 apart (large text: 3 to 1), each kind once.
 PALE = r"""() => {
   const pen = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true}), found = new Map();
+  const known = new Map(); // reading pixels takes as long as all the rest
   const channels = (colour) => {
+    if (known.has(colour)) return known.get(colour);
     pen.clearRect(0, 0, 1, 1);
     pen.fillStyle = colour;
     pen.fillRect(0, 0, 1, 1);
     const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
+    known.set(colour, [r, g, b, a / 255]);
+    return known.get(colour);
   };
   const over = (ink, paper) => [0, 1, 2].map((i) => ink[i] * ink[3] + paper[i] * (1 - ink[3]));
   const linear = (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;

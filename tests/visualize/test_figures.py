@@ -282,7 +282,9 @@ def test_ticks_are_at_borders_of_tiles(q_len, kv_len, block):
 @pytest.mark.parametrize("length", [24, 64, 1000, 10**6])
 def test_pairs_and_their_tiles_have_the_same_ticks(length):
     mask = mf.causal()
-    made = visualize.side_by_side({"pairs": mask, "tiles": mask.block_map(length, length, block_size=8)}, length, length)
+    made = visualize.side_by_side(
+        {"pairs": mask, "tiles": mask.block_map(length, length, block_size=8)}, length, length
+    )
     assert len({(tuple(ax.get_xticks()), tuple(ax.get_yticks())) for ax in made.axes}) == 1
 
 
