@@ -1,10 +1,11 @@
 """The repository's pages -> the site's: pages from outside docs/, the notebook, links between them, and pictures.
 
 mkdocs calls the functions that begin with `on_`. In a page, a comment `<!-- picture: mask, 64, 64 -->` becomes a
-picture of what the sessions above it have made, `<!-- scores: mask, 64, 64, [alibi] -->` one of what score functions
+picture of what the sessions above it have made, `<!-- scores: mask, 64, 64, [alibi] -->` some of what score functions
 add, `<!-- shards: plan, mask -->` one of a plan's ranks over a mask, and `<!-- listing: text -->` a listing of a text;
 they are what `picture(mask, 64, 64)` and so on return in the sessions' own namespace. `<!-- chart: "frontier" -->`
 draws stored results.
+Panels are pictures of their own: side by side where there is room, else below one another.
 `<!-- gallery -->` becomes small pictures of all masks that the page draws, which lead to their headings.
 """
 
@@ -13,6 +14,7 @@ import html
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -32,12 +34,23 @@ FROM_ROOT = {
     "CHANGELOG.md": "changelog.md",
     "templates/README.md": "templates.md",
 }
+# What people look for, and the pages say in other words or not in a heading: search puts these pages first.
+WORDS = {
+    "coming-from.md": ["GQA"],
+    "conventions.md": ["window_size"],
+    "index.md": ["GQA"],
+    "numerics.md": ["fp8"],
+    "parallel.md": ["ring attention", "context parallel"],
+    "scores.md": ["ALiBi", "soft-cap", "dropout"],
+    "serving.md": ["KV cache", "pages", "varlen"],
+}
 SESSION = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHOWN = re.compile(r"^<!-- ((?:picture|scores|shards|chart|listing): .*) -->$", re.MULTILINE)
 GALLERY = "<!-- gallery -->"
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 ROW = re.compile(r"^\|.*$", re.MULTILINE)
 CODE = re.compile(r"`[^`]*`")
+LEAST = 0.7  # of a picture's size: letters of 10 points are 9 pixels; on a phone wide pictures scroll
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
@@ -54,23 +67,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Draw what the page wants to show, and lead its links to where the site has their targets."""
 
-    def added(drawing: bytes, title: str, kind: str = "svg") -> str:
+    def added(drawing: bytes, title: str, kind: str = "svg", look: str = "") -> str:
         place = f"pictures/{Path(uri).stem}-{sum(file.src_uri.startswith('pictures/') for file in files)}.{kind}"
         files.append(File.generated(config, place, content=drawing))
-        return f"![{title}]({relpath(place, Path(uri).parent)}){{ loading=lazy }}"
+        if kind == "svg":
+            look += f' style="min-width: {round(LEAST * width_of(drawing))}px"'
+        return f"![{title}]({relpath(place, Path(uri).parent)}){{ loading=lazy {look} }}"
 
     def picture(*arguments: Any, **options: Any) -> str:
         if GALLERY in markdown:
             small.append(added(thumbnail(*arguments, **options), "", "png"))
-        return added(*drawn(*arguments, **options))
+        return " ".join(added(*one) for one in drawn(*arguments, **options))
 
     uri, small = page.file.src_uri, list[str]()
     if uri.startswith("decisions/"):
-        page.meta["search"] = {"boost": 0.5}  # who looks for a word wants to use it first
+        page.meta["search"] = {"boost": 0.02}  # who looks for a word wants to use it first
+    page.meta["tags"] = WORDS.get(uri, [])
     makers = {
         "picture": picture,
-        "scores": lambda *arguments, **options: added(*scored(*arguments, **options)),
-        "shards": lambda *arguments, **options: added(*sharded(*arguments, **options)),
+        "scores": lambda *arguments, **options: " ".join(
+            added(*one, look=".paper") for one in scored(*arguments, **options)
+        ),
+        "shards": lambda *arguments, **options: added(*sharded(*arguments, **options), look=".paper"),
         "chart": lambda name: added(*charted(name)),
         "listing": listing,
     }
@@ -147,38 +165,50 @@ def drawn(
     form: Any = None,
     against: Any = None,
     **options: Any,
-) -> tuple[bytes, str]:
-    """A mask's pairs beside its tiles, another engine's form or another mask, or its heads' pairs, as SVG; a title."""
-    from matplotlib.figure import Figure
-
+) -> Iterator[tuple[bytes, str]]:
+    """A mask's pairs and its tiles, another engine's form or another mask, or its heads' pairs: SVGs with titles."""
     import maskflash as mf
     from maskflash import visualize
 
-    panels = max(2, heads) if against is None else 3
-    width, height = 4 * panels, 1.45 + 3 * q_len / kv_len  # inches; a layout engine takes as long as all the rest
-    figure = Figure(figsize=(width, height))
-    margins = {"left": 0.7 / width, "right": 1 - 0.3 / width, "bottom": 0.7 / height, "top": 1 - 0.75 / height}
-    axes = figure.subplots(1, panels, gridspec_kw={**margins, "wspace": 1 / 3})
+    def pairs(one: Any, ax: Any, **look: Any) -> Any:
+        return visualize.draw_mask(one, q_len, kv_len, ax=ax, **look, **options)
+
+    def formed(ax: Any) -> Any:
+        pairs(mask, ax, legend=False)
+        if isinstance(form, mf.Slices):
+            return visualize.draw_slices(form, q_len, kv_len, ax=ax)
+        return visualize.draw_row_intervals(form, ax=ax)
+
+    def tiles(ax: Any) -> Any:
+        return visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=ax)
+
+    name, wide, panels = mask.name, 4.0, dict[str, Callable[[Any], Any]]()
     if heads > 1:
-        for head, ax in enumerate(axes):
-            visualize.draw_mask(mask, q_len, kv_len, ax=ax, heads=heads, head=head, legend=False, **options)
-            ax.set_title(f"head {head}")
+        panels = {f"head {h}": partial(pairs, mask, legend=False, heads=heads, head=h) for h in range(heads)}
     elif against is not None:
+        name, wide = f"{mask.name} and {against.name}", 3.2  # three are as wide as the text
         shown = {"a": mask, "b": against, "only in one": mask ^ against}
-        for ax, (title, one) in zip(axes, shown.items(), strict=True):
-            visualize.draw_mask(one, q_len, kv_len, ax=ax, legend=False, **options).set_title(title)
+        panels = {title: partial(pairs, one, legend=False) for title, one in shown.items()}
     else:
-        visualize.draw_mask(mask, q_len, kv_len, ax=axes[0], **options).set_title("pairs")
+        panels["pairs"] = partial(pairs, mask)
         if form is None:
-            visualize.draw_tiles(mask.block_map(q_len, kv_len, block_size=block_size, **options), ax=axes[1])
-        elif isinstance(form, mf.Slices):
-            visualize.draw_mask(mask, q_len, kv_len, ax=axes[1], legend=False, **options)
-            visualize.draw_slices(form, q_len, kv_len, ax=axes[1]).set_title("slices")
+            panels[f"tiles of {block_size} x {block_size} tokens"] = tiles
         else:
-            visualize.draw_mask(mask, q_len, kv_len, ax=axes[1], legend=False, **options)
-            visualize.draw_row_intervals(form, ax=axes[1]).set_title("row intervals")
-    name = mask.name if against is None else f"{mask.name} and {against.name}"
-    return as_svg(figure), f"{name} at {q_len} x {kv_len} tokens".replace("<lambda>", "the mask")
+            panels["slices" if isinstance(form, mf.Slices) else "row intervals"] = formed
+    name = name.replace("<lambda>", "the mask")
+    for title, draw in panels.items():
+        figure, ax = panel(wide, 1.45 + (wide - 1) * q_len / kv_len, right=0.3, bottom=0.7, top=0.75)
+        draw(ax=ax).set_title(title)
+        yield as_svg(figure), f"{name} at {q_len} x {kv_len} tokens: {title}"
+
+
+def panel(width: float, height: float, *, right: float, bottom: float, top: float) -> tuple[Any, Any]:
+    """A figure of one panel, and its axes; sizes in inches. A layout engine takes as long as all the rest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    margins = {"left": 0.7 / width, "right": 1 - right / width, "bottom": bottom / height, "top": 1 - top / height}
+    return figure, figure.subplots(gridspec_kw=margins)
 
 
 def thumbnail(mask: Any, q_len: int, kv_len: int, **options: Any) -> bytes:
@@ -204,20 +234,14 @@ def gallery(headings: list[str], pictures: list[str]) -> str:
     return "\n".join([*links, "{ .gallery }"]) if links else ""
 
 
-def scored(mask: Any, q_len: int, kv_len: int, scores: Sequence[Any], **options: Any) -> tuple[bytes, str]:
-    """What score functions add under a mask, side by side, as SVG; a title."""
-    from matplotlib.figure import Figure
-
+def scored(mask: Any, q_len: int, kv_len: int, scores: Sequence[Any], **options: Any) -> Iterator[tuple[bytes, str]]:
+    """What each of some score functions adds under a mask: SVGs with titles."""
     from maskflash import visualize
 
-    width, height = 5.2 * len(scores), 5.2  # inches
-    margins = {"left": 0.7 / width, "right": 1 - 0.8 / width, "bottom": 0.8 / height, "top": 1 - 0.8 / height}
-    figure = Figure(figsize=(width, height))
-    panels = figure.subplots(1, len(scores), squeeze=False, gridspec_kw={**margins, "wspace": 0.4})
-    for score, ax in zip(scores, panels[0], strict=True):
+    for score in scores:
+        figure, ax = panel(4.7, 4.7, right=0.8, bottom=0.8, top=0.8)
         visualize.draw_score(mask, score, q_len, kv_len, ax=ax, **options)
-    names = " and ".join(ax.get_title() for ax in panels[0])
-    return as_svg(figure), f"what {names} add at {q_len} x {kv_len} tokens"
+        yield as_svg(figure), f"what {ax.get_title()} adds at {q_len} x {kv_len} tokens"
 
 
 def sharded(plan: Any, mask: Any, **options: Any) -> tuple[bytes, str]:
@@ -245,6 +269,13 @@ def as_svg(figure: Any) -> bytes:
     with mpl.rc_context({"svg.hashsalt": "maskflash", "svg.fonttype": "none"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return file.getvalue()
+
+
+def width_of(drawing: bytes) -> float:
+    """The width of a drawing of matplotlib's in a browser's pixels."""
+    found = re.search(rb'<svg [^>]*?width="([\d.]+)pt"', drawing)
+    assert found, "matplotlib says how wide it is, in points"
+    return float(found[1]) * 4 / 3
 
 
 def listing(text: str) -> str:

@@ -79,16 +79,16 @@ def titled(text: str) -> str:
     return "\n".join(textwrap.wrap(text, _TITLE, max_lines=3, placeholder=" …"))
 
 
-def frame(ax: Axes, q_len: int, kv_len: int, block_size: tuple[int, int] | None = None) -> None:
-    """Queries downwards, keys to the right, both in tokens; with a block size, ticks at borders of tiles.
+def frame(ax: Axes, q_len: int, kv_len: int, block_size: tuple[int, int] = (1, 1)) -> None:
+    """Queries downwards, keys to the right, both in tokens; ticks at borders of tiles, a power of two of them apart.
 
     Args:
         ax: the axes.
         q_len: rows in tokens.
         kv_len: columns in tokens.
-        block_size: tokens per tile, (rows, columns); None puts ticks at round numbers.
+        block_size: tokens per tile, (rows, columns); pairs are tiles of one, so both have the same ticks.
     """
-    from matplotlib.ticker import MaxNLocator, MultipleLocator
+    from matplotlib.ticker import MultipleLocator
 
     ax.set_xlim(0, max(kv_len, 1))
     ax.set_ylim(max(q_len, 1), 0)
@@ -98,11 +98,8 @@ def frame(ax: Axes, q_len: int, kv_len: int, block_size: tuple[int, int] | None 
     ax.set_ylabel("query")
     for place, (axis, length) in enumerate(((ax.yaxis, q_len), (ax.xaxis, kv_len))):
         axis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
-        if block_size is None:
-            axis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        else:
-            tiles = math.ceil(max(length, 1) / block_size[place])
-            apart = 2 ** max(0, math.ceil(math.log2(tiles / _TICKS)))  # tiles between ticks
-            axis.set_major_locator(MultipleLocator(block_size[place] * apart))
+        tiles = math.ceil(max(length, 1) / block_size[place])
+        apart = 2 ** max(0, math.ceil(math.log2(tiles / _TICKS)))  # tiles between ticks
+        axis.set_major_locator(MultipleLocator(block_size[place] * apart))
     ax.xaxis.set_label_position("top")
     ax.xaxis.tick_top()

@@ -97,9 +97,13 @@ def test_every_public_name_is_in_the_reference(site):
 
 def test_every_recipe_has_its_picture(site):
     page = (site / "cookbook.html").read_text(encoding="utf-8")
-    pictures = re.findall(r'<img[^>]* src="(pictures/[^"]+\.svg)"', page)
+    recipes = [re.findall(r'<img[^>]* src="(pictures/[^"]+\.svg)"', text) for text in page.split("<p>")]
+    recipes = [panels for panels in recipes if panels]
+    pictures = [name for panels in recipes for name in panels]
     wanted = (ROOT / "docs" / "cookbook.md").read_text(encoding="utf-8").count("<!-- picture")
-    assert len(pictures) == len(set(pictures)) == wanted
+    assert len(recipes) == wanted
+    assert len(pictures) == len(set(pictures))
+    assert {len(panels) for panels in recipes} == {2, 4}  # pairs and tiles, or a panel for each of four heads
     for name in pictures:
         assert "<text" in (site / name).read_text(encoding="utf-8")  # not outlines of letters
         assert "</svg>" in (site / name).read_text(encoding="utf-8")
@@ -109,12 +113,13 @@ def test_every_recipe_has_its_picture(site):
 def test_what_presets_add_is_drawn_beside_their_weights(site, hooks):
     page = (site / "scores.html").read_text(encoding="utf-8")
     wanted = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8").count("<!-- scores")
-    pictures = re.findall(r'<img alt="what [^"]+ add at [^"]*" [^>]*src="(pictures/[^"]+\.svg)"', page)
-    assert len(set(pictures)) == wanted > 3
+    pictures = re.findall(r'<img alt="what [^"]+ adds at [^"]*" [^>]*src="(pictures/[^"]+\.svg)"', page)
+    assert len(set(pictures)) > wanted > 3
     assert "added to a score of 0" in (site / pictures[0]).read_text(encoding="utf-8")
-    drawing, title = hooks.scored(mf.causal(), 12, 12, [mf.scores.alibi(), mf.scores.softcap(3.0)], heads=8, at=5.0)
-    assert title == "what alibi() and softcap(3) add at 12 x 12 tokens"
-    assert drawing.count(b"added to a score of 5") >= 2
+    shown = hooks.scored(mf.causal(), 12, 12, [mf.scores.alibi(), mf.scores.softcap(3.0)], heads=8, at=5.0)
+    drawings, titles = zip(*shown, strict=True)
+    assert titles == ("what alibi() adds at 12 x 12 tokens", "what softcap(3) adds at 12 x 12 tokens")
+    assert all(b"added to a score of 5" in drawing for drawing in drawings)
 
 
 def test_the_gallery_leads_to_every_recipe(site):
@@ -199,16 +204,74 @@ class SilentHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("words", ["Transformers", "varlen", "ALiBi", "KV cache", "natten"])
-def test_search_finds(words, served, chromium):
-    page = chromium.new_page()
-    page.goto(f"{served}/index.html")
-    page.locator(".md-search__input").click()
-    page.keyboard.type(words, delay=10)
-    page.wait_for_selector(".md-search-result__item a", state="attached", timeout=30_000)
-    text = " ".join(page.locator(".md-search-result__item").all_inner_texts()).lower()
-    assert all(word in text for word in words.lower().split())
+# What people look for, and the page that is to be among the first three that the search finds.
+FOUND = {
+    "Transformers": "integrations",
+    "varlen": "serving",
+    "ALiBi": "scores",
+    "KV cache": "serving",
+    "Trainer": "training",
+    "window_size": "conventions",
+    "soft-cap": "scores",
+    "dropout": "scores",
+    "GQA": "index",
+    "pages": "serving",
+    "natten": "cookbook",
+    "FlexAttention": "coming-from",
+    "ring attention": "parallel",
+    "fp8": "numerics",
+}
+# The first three pages that the search shows, once they are there.
+RESULTS = """() => {
+  const found = document.querySelector(".md-search-result__meta").innerText.match(/^(\\d+) matching/);
+  const pages = [...document.querySelectorAll(".md-search-result__item")]
+    .map((item) => new URL(item.querySelector("a").href).pathname.slice(1, -".html".length));
+  return found && pages.length >= Math.min(3, found[1]) && pages.slice(0, 3);
+}"""
+
+
+def test_search_finds(served, chromium):
+    page, first = chromium.new_page(), {}
+    for words in FOUND:
+        page.goto(f"{served}/index.html")
+        page.locator(".md-search__input").click()
+        page.keyboard.insert_text(words)  # at once: no result is that of a part of it
+        first[words] = page.wait_for_function(RESULTS, timeout=30_000).json_value()
+    assert {words: first[words] for words, name in FOUND.items() if name not in first[words]} == {}
     page.close()
+
+
+# Text whose colour and background are less than 4.5 to 1 apart (large text: 3 to 1), each kind once.
+PALE = r"""() => {
+  const pen = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true}), found = new Map();
+  const known = new Map(); // reading pixels takes as long as all the rest
+  const channels = (colour) => {
+    if (known.has(colour)) return known.get(colour);
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
+    known.set(colour, [r, g, b, a / 255]);
+    return known.get(colour);
+  };
+  const over = (ink, paper) => [0, 1, 2].map((i) => ink[i] * ink[3] + paper[i] * (1 - ink[3]));
+  const linear = (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+  const light = (colour) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => sum + w * linear(colour[i] / 255), 0.05);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement, style = getComputedStyle(element);
+    const text = texts.currentNode.textContent.trim();
+    if (!text || !element.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
+    if (!/[\p{L}\p{N}]/u.test(text) || element.closest("script, style, noscript")) continue;
+    const layers = [];
+    for (let at = element; at; at = at.parentElement) layers.unshift(channels(getComputedStyle(at).backgroundColor));
+    const paper = layers.reduce((below, layer) => over(layer, below), [255, 255, 255]);
+    const lights = [light(over(channels(style.color), paper)), light(paper)].sort((x, y) => y - x);
+    const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+    if (lights[0] / lights[1] < (large ? 3 : 4.5)) found.set(`${style.color} on ${paper.map(Math.round)}`, text);
+  }
+  return Object.fromEntries(found);
+}"""
 
 
 # What is wider than its place, and what reaches under the button that copies.
@@ -221,12 +284,15 @@ CUT_OFF = """() => {
     if (own.width && own.left < code.right - 1) found.push(button.parentElement.innerText.slice(0, 40));
   }
   for (const image of document.querySelectorAll(".md-content img")) {
-    if (image.getBoundingClientRect().right > wide) found.push(image.src);
+    const scrolls = getComputedStyle(image.parentElement).overflowX === "auto";
+    if (image.getBoundingClientRect().right > wide && !scrolls) found.push(image.src);
+    const least = parseFloat(image.style.minWidth || 0);
+    if (image.getBoundingClientRect().width < least) found.push(`letters of ${image.src}`);
   }
   return found;
 }"""
 # Tables that scroll, and blocks of code that do though no line has more than 120 columns.
-SCROLLS = """() => [...document.querySelectorAll(".md-content pre > code, .md-typeset__scrollwrap")]
+SCROLLS = """() => [...document.querySelectorAll(".md-content :is(pre > code, .md-typeset__scrollwrap, p)")]
   .filter((x) => x.scrollWidth > x.clientWidth + 1)
   .filter((x) => x.tagName !== "CODE" || x.innerText.split("\\n").every((line) => line.length <= 120))
   .map((x) => x.innerText.slice(0, 60))"""
@@ -241,6 +307,7 @@ def test_nothing_is_cut_off(wide, scheme, site, chromium):
     for path in sorted(site.glob("*.html")):
         page.goto(path.as_uri())
         found[path.name] = page.evaluate(CUT_OFF) + (page.evaluate(SCROLLS) if wide == 1400 else [])
+        found[path.name] += page.evaluate(PALE).items()
     assert {name: cut for name, cut in found.items() if cut} == {}
     context.close()
 

@@ -220,6 +220,12 @@ def test_odd_lengths_are_shown(opened, q_len, kv_len):
     block_map = mf.causal().block_map(q_len, kv_len)
     page = opened(visualize.explorer(mf.causal(), q_len, kv_len))
     assert page.text("drawn") == ", ".join(f"{count} {kind}" for kind, count in block_map.counts.items())
+    said = page.page.locator("header p").inner_text()
+    queries, keys = "query" if q_len == 1 else "queries", "key" if kv_len == 1 else "keys"
+    assert said.startswith(f"{q_len:,} {queries} × {kv_len:,} {keys} in tiles of 128 × 128 tokens: ")
+    rows = len(block_map.kinds()[0, 0])
+    visits = "1 row of tiles visits" if rows == 1 else f"{rows} rows of tiles visit"
+    assert page.text("balance").startswith(visits)
     box = page.page.locator("#map").bounding_box()
     page.page.mouse.move(box["x"] + 3, box["y"] + 3)
     page.page.mouse.wheel(0, -300)

@@ -279,6 +279,15 @@ def test_ticks_are_at_borders_of_tiles(q_len, kv_len, block):
         assert all(tick % block_map.block_size[size] == 0 for tick in ticks)
 
 
+@pytest.mark.parametrize("length", [24, 64, 1000, 10**6])
+def test_pairs_and_their_tiles_have_the_same_ticks(length):
+    mask = mf.causal()
+    made = visualize.side_by_side(
+        {"pairs": mask, "tiles": mask.block_map(length, length, block_size=8)}, length, length
+    )
+    assert len({(tuple(ax.get_xticks()), tuple(ax.get_yticks())) for ax in made.axes}) == 1
+
+
 def test_legends_say_what_a_cell_is():
     legend = visualize.draw_mask(mf.causal(), 1024, 1024).get_legend()
     assert legend.get_title().get_text() == "squares of 4 x 4 pairs"

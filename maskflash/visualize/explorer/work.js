@@ -35,7 +35,8 @@ function drawHistogram() {
     }
   }
   const mean = total / Math.max(1, n), name = $("side").value;
-  $("balance").textContent = `${number(n)} ${name} of tiles visit ${number(total)}: mean ${mean.toFixed(1)}, ` +
+  const visit = n === 1 ? `${name.slice(0, -1)} of tiles visits` : `${name} of tiles visit`;
+  $("balance").textContent = `${number(n)} ${visit} ${number(total)}: mean ${mean.toFixed(1)}, ` +
     `most ${number(most)}` + (mean ? ` (${(most / mean).toFixed(2)} × the mean)` : "") +
     (per > 1 ? `; each bar is the largest of ${per} ${name}` : "");
   histogram.setAttribute("aria-label", `work: ${$("balance").textContent}`);
