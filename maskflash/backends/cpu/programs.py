@@ -21,31 +21,9 @@ from torch import Tensor
 from maskflash.expr.evaluate import Inputs, compute_several
 from maskflash.expr.nodes import Builder, Expr, Node, Scalar
 
-_BOUNDED: Final = frozenset(
-    (
-        *(
-            "b",
-            "h",
-            "q",
-            "kv",
-            "score",
-            "const",
-            "param",
-            "lookup",
-            "cast",
-            "select",
-            "add",
-            "sub",
-            "mul",
-            "neg",
-            "abs",
-        ),
-        *("min", "max", "floor", "ceil", "trunc", "round", "tanh", "sigmoid", "erf", "sin", "cos", "atan"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "bitand", "bitor", "bitxor", "bitnot", "shl", "shr"),
-        *("floordiv", "mod", "truncdiv"),
-    )
-)
-"""Operations whose results are finite where their operands are, and no larger than float32 holds in any use."""
+MOST_BOUNDED: Final = 1e30  # of all that hidden pairs compute: float32 holds that plus -inf, and what slopes make of it
+_WAVING: Final = frozenset(("tanh", "sigmoid", "erf", "sin", "cos", "atan"))
+_ROUNDING: Final = frozenset(("cast", "neg", "abs", "floor", "ceil", "trunc", "round"))
 _CONTINUOUS: Final = frozenset(
     ("add", "sub", "mul", "neg", "abs", "min", "max", "tanh", "sigmoid", "erf", "atan", "sin", "cos")
 )
@@ -186,26 +164,59 @@ def _is_continuous(expr: Expr) -> bool:
     return True
 
 
-def is_bounded(expr: Expr, inputs: Inputs) -> bool:
-    """Whether what hidden pairs compute is finite, so that adding -inf hides them: the operations and tables say so."""
+def is_bounded(expr: Expr, inputs: Inputs, score: float = 0.0) -> bool:
+    """Whether all that hidden pairs compute is finite, so that adding -inf hides them: a cap on each node says so.
 
-    def divides_well(node: Node) -> bool:
+    Args:
+        expr: a program, with derivatives where these are needed.
+        inputs: the values of its slots.
+        score: a cap on the absolute value of any pair's product.
+    """
+    caps: list[float] = []
+    for node in expr.nodes:
+        if not node.dtype.is_floating_point:  # integers wrap
+            cap = 2.0**64
+        elif node.op == "score":
+            cap = score
+        elif node.op == "lookup":
+            cap = _largest(inputs.tables[node.slot])
+        elif node.op in ("const", "param"):
+            cap = abs(float(node.number(inputs.params)))
+        else:
+            cap = _cap(node, expr, inputs, [caps[arg] for arg in node.args])
+        if not cap < MOST_BOUNDED:  # nor NaN
+            return False
+        caps.append(cap)
+    return True
+
+
+def _cap(node: Node, expr: Expr, inputs: Inputs, args: list[float]) -> float:
+    """A cap on the absolute value of a real number that is computed from others; inf where none is known."""
+    if node.op in _WAVING:
+        return 2.0
+    if node.op in ("add", "sub"):
+        return sum(args)
+    if node.op == "mul":
+        return args[0] * args[1]
+    if node.op == "select":
+        return max(args[1:])
+    if node.op in ("min", "max"):
+        return max(args)
+    if node.op in _ROUNDING:
+        return args[0] + 1
+    if node.op == "truediv":
         by = expr.nodes[node.args[1]]
-        return by.op in ("const", "param") and abs(by.number(inputs.params)) > 1e-30
-
-    if not all(n.op in _BOUNDED or (n.op == "truediv" and divides_well(n)) for n in expr.nodes):
-        return False
-    numbers = (*inputs.params, *(node.value for node in expr.nodes if node.op == "const"))
-    if not all(abs(number) < 1e30 for number in numbers if number is not None):
-        return False
-    used = {n.slot for n in expr.nodes if n.op == "lookup"}
-    tables = [table for slot, table in enumerate(inputs.tables) if slot in used and table.is_floating_point()]
-    return all(_within(table) for table in tables if table.numel())
+        number = abs(float(by.number(inputs.params))) if by.op in ("const", "param") else 0.0
+        return args[0] / number if number > 1 / MOST_BOUNDED else torch.inf
+    return torch.inf
 
 
-def _within(table: Tensor) -> bool:
+def _largest(table: Tensor) -> float:
+    """The largest absolute value in a table; NaN if there is one."""
+    if not table.numel():
+        return 0.0
     low, high = torch.aminmax(table)
-    return bool(low > -1e30) and bool(high < 1e30)  # not NaN either
+    return max(abs(float(low)), abs(float(high)))
 
 
 @dataclass(slots=True, eq=False)
