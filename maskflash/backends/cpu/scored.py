@@ -122,5 +122,5 @@ def _attend(
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x y of each of a batch, in their own dtype: where a result is given, autocast casts nothing."""
+    """The product of each two of a batch, in their own dtype: where a result is given, autocast casts nothing."""
     return torch.bmm(x, y, out=x.new_empty(x.shape[0], x.shape[1], y.shape[2]))
