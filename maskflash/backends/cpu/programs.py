@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import add
 from typing import Final
 
 import torch
@@ -20,8 +21,11 @@ from torch import Tensor
 
 from maskflash.expr.evaluate import Inputs, compute_several
 from maskflash.expr.nodes import Builder, Expr, Node, Scalar
+from maskflash.expr.ops import INDEX_VARIABLES
+from maskflash.scores.strength import BoundScore
 
 MOST_BOUNDED: Final = 1e30  # of all that hidden pairs compute: float32 holds that plus -inf, and what slopes make of it
+_INTEGER: Final = 2.0**64  # no integer's absolute value is more
 _WAVING: Final = frozenset(("tanh", "sigmoid", "erf", "sin", "cos", "atan"))
 _ROUNDING: Final = frozenset(("cast", "neg", "abs", "floor", "ceil", "trunc", "round"))
 _CONTINUOUS: Final = frozenset(
@@ -164,34 +168,45 @@ def _is_continuous(expr: Expr) -> bool:
     return True
 
 
-def is_bounded(expr: Expr, inputs: Inputs, score: float = 0.0) -> bool:
+def is_bounded(expr: Expr, inputs: Inputs, place: float, score: float = 0.0) -> bool:
     """Whether all that hidden pairs compute is finite, so that adding -inf hides them: a cap on each node says so.
 
     Args:
         expr: a program, with derivatives where these are needed.
         inputs: the values of its slots.
+        place: a cap on the absolute value of b, h, q and kv.
         score: a cap on the absolute value of any pair's product.
     """
     caps: list[float] = []
     for node in expr.nodes:
-        if not node.dtype.is_floating_point:  # integers wrap
-            cap = 2.0**64
+        if node.op in INDEX_VARIABLES:
+            cap = place
         elif node.op == "score":
             cap = score
         elif node.op == "lookup":
-            cap = _largest(inputs.tables[node.slot])
+            table = inputs.tables[node.slot]
+            cap = _largest(table) if table.is_floating_point() else _INTEGER
         elif node.op in ("const", "param"):
             cap = abs(float(node.number(inputs.params)))
         else:
             cap = _cap(node, expr, inputs, [caps[arg] for arg in node.args])
+        if not node.dtype.is_floating_point:  # shorter ones wrap before
+            cap = min(cap, _INTEGER) if node.dtype == torch.int64 else max(min(cap, _INTEGER), 2.0**32)
         if not cap < MOST_BOUNDED:  # nor NaN
             return False
         caps.append(cap)
     return True
 
 
+def farthest(score: BoundScore, batch: int, heads: int, q_len: int, kv_len: int) -> float:
+    """A cap on the absolute value of a call's b, h, q and kv."""
+    given = score.q_offset, score.kv_offset
+    offsets = (int(x.long().abs().max()) if isinstance(x, Tensor) else abs(x) for x in given)
+    return float(max(batch, heads, *map(add, offsets, (q_len, kv_len))))
+
+
 def _cap(node: Node, expr: Expr, inputs: Inputs, args: list[float]) -> float:
-    """A cap on the absolute value of a real number that is computed from others; inf where none is known."""
+    """A cap on the absolute value of what is computed from others; inf where none is known."""
     if node.op in _WAVING:
         return 2.0
     if node.op in ("add", "sub"):

@@ -16,7 +16,7 @@ from maskflash.backends.cpu.calls import Band, Call, Causal
 from maskflash.backends.cpu.limits import Largest, are_limited
 from maskflash.backends.cpu.matrices import reach
 from maskflash.backends.cpu.plan import Plan
-from maskflash.backends.cpu.programs import MOST_BOUNDED, Pairs, is_bounded, peeled, program_of
+from maskflash.backends.cpu.programs import MOST_BOUNDED, Pairs, farthest, is_bounded, peeled, program_of
 from maskflash.backends.cpu.values import Values
 from maskflash.backends.cpu.views import prepared
 from maskflash.backends.cpu.work import WIDTH, Work
@@ -81,7 +81,8 @@ class Tiling:
         bounded = largest.product < MOST_BOUNDED  # nor NaN
         if score is not None:
             program = score.derivatives.expr if backward else score.expr
-            bounded = is_bounded(program, score.inputs, largest.product)
+            place = farthest(score, *q.shape[:3], k.shape[2])
+            bounded = is_bounded(program, score.inputs, place, largest.product)
         limited = are_limited(strength, q, k, v, read, largest)
         if score is not None and limited and not backward:  # whose products with ds are of q and k as they are
             expr, factor = peeled(score.expr, score.inputs.params)

@@ -182,9 +182,7 @@ OVERFLOWS = [
 def test_what_hidden_pairs_compute_may_overflow(score, huge, dropout_p, dtype, seed):
     """The product of two numbers that float32 holds may be more than it does."""
     hidden = ~mf.causal().dense(80, 80)[0, 0]
-    tables = [
-        parameter(80, 80, seed=seed + n).detach().masked_fill(hidden, number) for n, number in enumerate(huge)
-    ]
+    tables = [parameter(80, 80, seed=seed + n).detach().masked_fill(hidden, number) for n, number in enumerate(huge)]
     given = {"dtype": dtype, "dropout_p": dropout_p, "seed": seed}
     assert_matches_dense(mf.causal(), Shape(1, 2, 1, 80, 80, 8, 8), score=score(*tables), **given)
     learned = [x.requires_grad_() for x in tables]
