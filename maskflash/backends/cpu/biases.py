@@ -70,7 +70,7 @@ class Biases:
         """Those of a bias, for q (B, Hq, Sq, D) and k (B, Hkv, Skv, D)."""
         kv_len = k.shape[2]
         diagonal = len(expr.nodes) - 1 in diagonal_nodes(expr) or expr.reads <= {"b", "h"}
-        bounded = is_bounded(expr, score.inputs, farthest(score, *q.shape[:3], kv_len))
+        bounded = is_bounded(expr, score.inputs, farthest(score, q, k))
         return Biases(plan, expr, score, kv_len, diagonal, bounded, not bounded)
 
     def along(self, batch: int, heads: int, q_len: int) -> Tensor:

@@ -192,17 +192,19 @@ def is_bounded(expr: Expr, inputs: Inputs, place: float, score: float = 0.0) -> 
             cap = _cap(node, expr, inputs, [caps[arg] for arg in node.args])
         if not node.dtype.is_floating_point:  # shorter ones wrap before
             cap = min(cap, _INTEGER) if node.dtype == torch.int64 else max(min(cap, _INTEGER), 2.0**32)
+        elif node.dtype.itemsize == 2:  # infinite beyond
+            cap = cap if cap < torch.finfo(node.dtype).max else torch.inf
         if not cap < MOST_BOUNDED:  # nor NaN
             return False
         caps.append(cap)
     return True
 
 
-def farthest(score: BoundScore, batch: int, heads: int, q_len: int, kv_len: int) -> float:
-    """A cap on the absolute value of a call's b, h, q and kv."""
+def farthest(score: BoundScore, q: Tensor, k: Tensor) -> float:
+    """A cap on the absolute value of b, h, q and kv of a call with q (B, Hq, Sq, D) and k (B, Hkv, Skv, D)."""
     given = score.q_offset, score.kv_offset
     offsets = (int(x.long().abs().max()) if isinstance(x, Tensor) else abs(x) for x in given)
-    return float(max(batch, heads, *map(add, offsets, (q_len, kv_len))))
+    return float(max(q.shape[0], q.shape[1], *map(add, offsets, (q.shape[2], k.shape[2]))))
 
 
 def _cap(node: Node, expr: Expr, inputs: Inputs, args: list[float]) -> float:

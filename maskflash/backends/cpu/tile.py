@@ -81,7 +81,7 @@ class Tiling:
         bounded = largest.product < MOST_BOUNDED  # nor NaN
         if score is not None:
             program = score.derivatives.expr if backward else score.expr
-            place = farthest(score, *q.shape[:3], k.shape[2])
+            place = farthest(score, q, k)
             bounded = is_bounded(program, score.inputs, place, largest.product)
         limited = are_limited(strength, q, k, v, read, largest)
         if score is not None and limited and not backward:  # whose products with ds are of q and k as they are

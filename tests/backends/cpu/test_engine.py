@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
@@ -174,15 +174,22 @@ OVERFLOWS = [
 @settings(max_examples=30)
 @given(
     score=st.sampled_from(OVERFLOWS),
-    huge=st.sampled_from([(1e20, 1e20), (1e20, -1e20), (3e38, 2.0), (1e29, 1e29), (torch.inf, 0.0), (torch.nan, 1.0)]),
+    huge=st.sampled_from(
+        [(1e20, 1e20), (1e20, -1e20), (3e38, 2.0), (1e29, 1e29), (300.0, 300.0), (torch.inf, 0.0), (torch.nan, 1.0)]
+    ),
     dropout_p=st.sampled_from([0.0, 0.2]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    half=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_what_hidden_pairs_compute_may_overflow(score, huge, dropout_p, dtype, seed):
+@example(OVERFLOWS[0], (300.0, 300.0), 0.2, torch.float32, True, 0)
+@example(OVERFLOWS[0], (300.0, 300.0), 0.0, torch.float32, True, 0)
+def test_what_hidden_pairs_compute_may_overflow(score, huge, dropout_p, dtype, half, seed):
     """The product of two numbers that float32 holds may be more than it does."""
     hidden = ~mf.causal().dense(80, 80)[0, 0]
-    tables = [parameter(80, 80, seed=seed + n).detach().masked_fill(hidden, number) for n, number in enumerate(huge)]
+    tables = [parameter(80, 80, seed=seed + n).detach().abs() + 0.5 for n in range(2)]
+    tables = [x.masked_fill(hidden, number) for x, number in zip(tables, huge, strict=True)]
+    tables = [x.half() for x in tables] if half else tables
     given = {"dtype": dtype, "dropout_p": dropout_p, "seed": seed}
     assert_matches_dense(mf.causal(), Shape(1, 2, 1, 80, 80, 8, 8), score=score(*tables), **given)
     learned = [x.requires_grad_() for x in tables]
