@@ -6,12 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import maskflash as mf
-from maskflash.testing import Shape
+from maskflash.testing import Shape, masks, scores, shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch's forward mode
 
@@ -223,6 +225,22 @@ def test_autocast_takes_torch_s_choice_of_dtype():
     assert torch.equal(low, mf.attention(*(x.bfloat16() for x in (q, k, v))))
     (gradient,) = torch.autograd.grad(low.sum(), q)
     assert gradient.dtype == torch.float32
+
+
+@settings(max_examples=30)
+@given(mask=masks(), score=st.none() | scores(), shape=shapes(), p=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 9))
+def test_autocast_casts_q_k_and_v_alone(mask, score, shape, p, seed):
+    """What is computed of them is the same to the last bit, whichever way the call goes."""
+    low = [x.detach().bfloat16() for x in shape.tensors(torch.float32, seed=seed)]
+    found = []
+    for cast in (True, False):
+        inputs = [x.float().requires_grad_() if cast else x.clone().requires_grad_() for x in low]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out, lse = mf.attention(*inputs, mask, score=score, dropout_p=p, seed=seed, return_lse=True)
+            without = mf.attention(*(x.detach() for x in inputs), mask, score=score, dropout_p=p, seed=seed)
+        gradients = torch.autograd.grad((out, lse), inputs, (out.detach() + 1, lse.detach().cos()))
+        found.append((out, lse, without, *(x.bfloat16() for x in gradients)))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 def test_a_mix_of_dtypes_without_autocast_is_told():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskflash.backends.cpu.calls import Band, Blocks, Call, Causal
 from maskflash.backends.cpu.plan import Plan
-from maskflash.backends.cpu.programs import diagonal_nodes, is_bounded, look_up
+from maskflash.backends.cpu.programs import diagonal_nodes, farthest, is_bounded, look_up
 from maskflash.expr.evaluate import compute_several
 from maskflash.expr.nodes import Expr
 from maskflash.scores.strength import BoundScore
@@ -66,10 +66,11 @@ class Biases:
     hides: bool
 
     @staticmethod
-    def of(plan: Plan, expr: Expr, score: BoundScore, kv_len: int) -> Biases:
-        """Those of a bias."""
+    def of(plan: Plan, expr: Expr, score: BoundScore, q: Tensor, k: Tensor) -> Biases:
+        """Those of a bias, for q (B, Hq, Sq, D) and k (B, Hkv, Skv, D)."""
+        kv_len = k.shape[2]
         diagonal = len(expr.nodes) - 1 in diagonal_nodes(expr) or expr.reads <= {"b", "h"}
-        bounded = is_bounded(expr, score.inputs)
+        bounded = is_bounded(expr, score.inputs, farthest(score, q, k))
         return Biases(plan, expr, score, kv_len, diagonal, bounded, not bounded)
 
     def along(self, batch: int, heads: int, q_len: int) -> Tensor:

@@ -10,7 +10,7 @@ and nothing to rescale.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,24 @@ _PRODUCT: Final = 2.0**100  # of scale, |q| and |k|: `peeled` makes it 2^20 time
 _KEY: Final = 2.0**50  # a key's norm: what is lost of a number of q that is scaled below 2^-126 stays below 2^-99
 
 
-def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple[Tensor, Tensor]) -> bool:
+class Largest(NamedTuple):
+    """What no pair's product exceeds, hidden ones too, and the largest norm of a key."""
+
+    product: float
+    key: float
+
+    @staticmethod
+    def of(scale: float, q: Tensor, k: Tensor, read: tuple[Tensor, Tensor]) -> Largest:
+        """Those of tokens that are read: NaN if one of them has a NaN."""
+        if not (q.numel() and k.numel()):
+            return Largest(0.0, 0.0)
+        key = _largest(k, read[1], 2)
+        return Largest(abs(scale) * _largest(q, read[0], 2) * key * 1.001, key)
+
+
+def are_limited(
+    strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple[Tensor, Tensor], largest: Largest
+) -> bool:
     """Whether no exponential of a value, or of a value less its row's lse, overflows or underflows.
 
     Args:
@@ -35,11 +52,11 @@ def are_limited(strength: Strength, q: Tensor, k: Tensor, v: Tensor, read: tuple
         k: (B, Hkv, Skv, D), likewise.
         v: (B, Hkv, Skv, Dv), likewise.
         read: which rows and columns are, see `Plan.read`.
+        largest: of q and k.
     """
     if not all(x.numel() for x in (q, k, v)) or k.shape[2] > 1 << 24:
         return False
-    key = _largest(k, read[1], 2)
-    product = abs(strength.scale) * _largest(q, read[0], 2) * key * 1.001
+    product, key = largest
     if not (product < _PRODUCT and key < _KEY and _largest(v, read[1], torch.inf) < _LARGEST):  # nor NaN
         return False
     if not _least(v, read[1]) > _LEAST:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import add
 from typing import Final
 
 import torch
@@ -20,32 +21,13 @@ from torch import Tensor
 
 from maskflash.expr.evaluate import Inputs, compute_several
 from maskflash.expr.nodes import Builder, Expr, Node, Scalar
+from maskflash.expr.ops import INDEX_VARIABLES
+from maskflash.scores.strength import BoundScore
 
-_BOUNDED: Final = frozenset(
-    (
-        *(
-            "b",
-            "h",
-            "q",
-            "kv",
-            "score",
-            "const",
-            "param",
-            "lookup",
-            "cast",
-            "select",
-            "add",
-            "sub",
-            "mul",
-            "neg",
-            "abs",
-        ),
-        *("min", "max", "floor", "ceil", "trunc", "round", "tanh", "sigmoid", "erf", "sin", "cos", "atan"),
-        *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "bitand", "bitor", "bitxor", "bitnot", "shl", "shr"),
-        *("floordiv", "mod", "truncdiv"),
-    )
-)
-"""Operations whose results are finite where their operands are, and no larger than float32 holds in any use."""
+MOST_BOUNDED: Final = 1e30  # of all that hidden pairs compute: float32 holds that plus -inf, and what slopes make of it
+_INTEGER: Final = 2.0**64  # no integer's absolute value is more
+_WAVING: Final = frozenset(("tanh", "sigmoid", "erf", "sin", "cos", "atan"))
+_ROUNDING: Final = frozenset(("cast", "neg", "abs", "floor", "ceil", "trunc", "round"))
 _CONTINUOUS: Final = frozenset(
     ("add", "sub", "mul", "neg", "abs", "min", "max", "tanh", "sigmoid", "erf", "atan", "sin", "cos")
 )
@@ -186,26 +168,72 @@ def _is_continuous(expr: Expr) -> bool:
     return True
 
 
-def is_bounded(expr: Expr, inputs: Inputs) -> bool:
-    """Whether what hidden pairs compute is finite, so that adding -inf hides them: the operations and tables say so."""
+def is_bounded(expr: Expr, inputs: Inputs, place: float, score: float = 0.0) -> bool:
+    """Whether all that hidden pairs compute is finite, so that adding -inf hides them: a cap on each node says so.
 
-    def divides_well(node: Node) -> bool:
+    Args:
+        expr: a program, with derivatives where these are needed.
+        inputs: the values of its slots.
+        place: a cap on the absolute value of b, h, q and kv.
+        score: a cap on the absolute value of any pair's product.
+    """
+    caps: list[float] = []
+    for node in expr.nodes:
+        if node.op in INDEX_VARIABLES:
+            cap = place
+        elif node.op == "score":
+            cap = score
+        elif node.op == "lookup":
+            table = inputs.tables[node.slot]
+            cap = _largest(table) if table.is_floating_point() else _INTEGER
+        elif node.op in ("const", "param"):
+            cap = abs(float(node.number(inputs.params)))
+        else:
+            cap = _cap(node, expr, inputs, [caps[arg] for arg in node.args])
+        if not node.dtype.is_floating_point:  # shorter ones wrap before
+            cap = min(cap, _INTEGER) if node.dtype == torch.int64 else max(min(cap, _INTEGER), 2.0**32)
+        elif node.dtype.itemsize == 2:  # infinite beyond
+            cap = cap if cap < torch.finfo(node.dtype).max else torch.inf
+        if not cap < MOST_BOUNDED:  # nor NaN
+            return False
+        caps.append(cap)
+    return True
+
+
+def farthest(score: BoundScore, q: Tensor, k: Tensor) -> float:
+    """A cap on the absolute value of b, h, q and kv of a call with q (B, Hq, Sq, D) and k (B, Hkv, Skv, D)."""
+    given = score.q_offset, score.kv_offset
+    offsets = (int(x.long().abs().max()) if isinstance(x, Tensor) else abs(x) for x in given)
+    return float(max(q.shape[0], q.shape[1], *map(add, offsets, (q.shape[2], k.shape[2]))))
+
+
+def _cap(node: Node, expr: Expr, inputs: Inputs, args: list[float]) -> float:
+    """A cap on the absolute value of what is computed from others; inf where none is known."""
+    if node.op in _WAVING:
+        return 2.0
+    if node.op in ("add", "sub"):
+        return sum(args)
+    if node.op == "mul":
+        return args[0] * args[1]
+    if node.op == "select":
+        return max(args[1:])
+    if node.op in ("min", "max"):
+        return max(args)
+    if node.op in _ROUNDING:
+        return args[0] + 1
+    if node.op == "truediv":
         by = expr.nodes[node.args[1]]
-        return by.op in ("const", "param") and abs(by.number(inputs.params)) > 1e-30
-
-    if not all(n.op in _BOUNDED or (n.op == "truediv" and divides_well(n)) for n in expr.nodes):
-        return False
-    numbers = (*inputs.params, *(node.value for node in expr.nodes if node.op == "const"))
-    if not all(abs(number) < 1e30 for number in numbers if number is not None):
-        return False
-    used = {n.slot for n in expr.nodes if n.op == "lookup"}
-    tables = [table for slot, table in enumerate(inputs.tables) if slot in used and table.is_floating_point()]
-    return all(_within(table) for table in tables if table.numel())
+        number = abs(float(by.number(inputs.params))) if by.op in ("const", "param") else 0.0
+        return args[0] / number if number > 1 / MOST_BOUNDED else torch.inf
+    return torch.inf
 
 
-def _within(table: Tensor) -> bool:
+def _largest(table: Tensor) -> float:
+    """The largest absolute value in a table; NaN if there is one."""
+    if not table.numel():
+        return 0.0
     low, high = torch.aminmax(table)
-    return bool(low > -1e30) and bool(high < 1e30)  # not NaN either
+    return max(abs(float(low)), abs(float(high)))
 
 
 @dataclass(slots=True, eq=False)

@@ -107,7 +107,7 @@ def _additive(plan: Plan, q: Tensor, k: Tensor, v: Tensor, strength: Strength) -
         q, k = (q, k * factor[..., None]) if form.of_columns else (q * factor.expand(*q.shape[:3])[..., None], k)
     if form.bias is None:
         return forward(plan, q, k, v, Strength(strength.scale))
-    found = biases.Biases.of(plan, form.bias, score, kv_len)
+    found = biases.Biases.of(plan, form.bias, score, q, k)
     width, v_head_dim = max(q.shape[3], v.shape[3]), v.shape[3]
     q, k, v = (prepared(x, total, width) for x in (q, k, v))
     vector, places = found.along(batch, heads, q_len), found.places(batch, heads)

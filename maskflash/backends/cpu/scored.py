@@ -108,13 +108,19 @@ def _attend(
     (n, heads, rows, head_dim), (kv_heads, columns) = q.shape, k.shape[1:3]
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     queries = (q * scale).reshape(n * kv_heads, -1, head_dim)
-    value = scored.value(torch.bmm(queries, keys.mT).view(n, heads, rows, columns)).expand(n, heads, rows, columns)
+    products = _product(queries, keys.mT).view(n, heads, rows, columns)
+    value = scored.value(products).expand(n, heads, rows, columns)
     if hidden is not None:
         value = value.masked_fill(hidden, -torch.inf)
     highest = value.amax(-1, keepdim=True).clamp_min_(torch.finfo(value.dtype).min)
     p = value - highest
     exponentials(p)
     sums = p.sum(-1, keepdim=True)
-    out = torch.bmm(p.view(n * kv_heads, -1, columns), values).view(n, heads, rows, -1)
+    out = _product(p.view(n * kv_heads, -1, columns), values).view(n, heads, rows, -1)
     lse = (sums.log() + highest).squeeze(-1)
     return out.div_(sums.masked_fill_(sums == 0, 1.0)), lse  # a row that sees nothing: 0 and -inf
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """The product of each two of a batch, in their own dtype: where a result is given, autocast casts nothing."""
+    return torch.bmm(x, y, out=x.new_empty(x.shape[0], x.shape[1], y.shape[2]))

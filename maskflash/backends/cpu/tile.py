@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from maskflash.backends.cpu.calls import Band, Call, Causal
-from maskflash.backends.cpu.limits import are_limited
+from maskflash.backends.cpu.limits import Largest, are_limited
 from maskflash.backends.cpu.matrices import reach
 from maskflash.backends.cpu.plan import Plan
-from maskflash.backends.cpu.programs import Pairs, is_bounded, peeled, program_of
+from maskflash.backends.cpu.programs import MOST_BOUNDED, Pairs, farthest, is_bounded, peeled, program_of
 from maskflash.backends.cpu.values import Values
 from maskflash.backends.cpu.views import prepared
 from maskflash.backends.cpu.work import WIDTH, Work
@@ -71,15 +71,19 @@ class Tiling:
     def of(plan: Plan, strength: Strength, q: Tensor, k: Tensor, v: Tensor, *, backward: bool) -> Tiling:
         """That of tensors of any dtype and strides."""
         total = torch.float64 if q.dtype == torch.float64 else torch.float32
-        bounded, words, score = True, None, strength.score
-        if score is not None:
-            bounded = is_bounded(score.derivatives.expr if backward else score.expr, score.inputs)
+        words, score = None, strength.score
         if strength.dropout is not None:
             batch, heads, q_len, _ = q.shape
             words = dropout.words(strength.dropout, batch, heads, q_len, k.shape[2])
         q, k, v = (prepared(x, total, x.shape[3]) for x in (q, k, v))
         read = plan.read("backward" if backward else "forward")
-        limited = are_limited(strength, q, k, v, read)
+        largest = Largest.of(strength.scale, q, k, read)
+        bounded = largest.product < MOST_BOUNDED  # nor NaN
+        if score is not None:
+            program = score.derivatives.expr if backward else score.expr
+            place = farthest(score, q, k)
+            bounded = is_bounded(program, score.inputs, place, largest.product)
+        limited = are_limited(strength, q, k, v, read, largest)
         if score is not None and limited and not backward:  # whose products with ds are of q and k as they are
             expr, factor = peeled(score.expr, score.inputs.params)
             strength = replace(strength, scale=strength.scale * factor, score=replace(score, expr=expr))

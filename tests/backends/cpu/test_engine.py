@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import maskflash as mf
@@ -109,8 +109,8 @@ def test_dropout_alone(small_tiles, mask):
     assert_matches_dense(MASKS[mask], Shape(2, 4, 2, LEN, LEN, 16, 8), dropout_p=0.3, seed=5)
 
 
-def results(mask, score, wanted, dtype=torch.float32, **given):
-    q, k, v = Shape(2, 4, 2, LEN, LEN, 16, 8).tensors(dtype)
+def results(mask, score, wanted, dtype=torch.float32, length=LEN, **given):
+    q, k, v = Shape(2, 4, 2, length, length, 16, 8).tensors(dtype)
     out, lse = mf.attention(q, k, v, mask, score=score, return_lse=True, **given)
     return out, lse, *torch.autograd.grad((out, lse), (q, k, v, *wanted), (out.detach() + 1, lse.detach().cos()))
 
@@ -159,6 +159,41 @@ def test_hidden_pairs_may_look_up_nan():
         found = results(mask, score, [table])
         assert not any(x.isnan().any() for x in found)
         assert not found[-1][LEN // 2 :].any()
+
+
+OVERFLOWS = [
+    lambda one, other: lambda score, b, h, q, kv: score + one[q, kv] * other[q, kv],
+    lambda one, other: lambda score, b, h, q, kv: torch.tanh(score) + one[q, kv] * other[q, kv],
+    lambda one, other: lambda score, b, h, q, kv: torch.tanh(score * one[q, kv] * one[q, kv]) * other[q, kv],
+    lambda one, other: lambda score, b, h, q, kv: torch.sin(one[q, kv] * score) - score * other[q, kv] ** 2 / 9,
+    lambda one, other: lambda score, b, h, q, kv: torch.tanh(score) * score * score * one[q, kv] * other[q, kv],
+    lambda one, other: lambda score, b, h, q, kv: torch.tanh(score) / (1 / one[q, kv]) - other[q, kv],
+]
+
+
+@settings(max_examples=30)
+@given(
+    score=st.sampled_from(OVERFLOWS),
+    huge=st.sampled_from(
+        [(1e20, 1e20), (1e20, -1e20), (3e38, 2.0), (1e29, 1e29), (300.0, 300.0), (torch.inf, 0.0), (torch.nan, 1.0)]
+    ),
+    dropout_p=st.sampled_from([0.0, 0.2]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    half=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@example(OVERFLOWS[0], (300.0, 300.0), 0.2, torch.float32, True, 0)
+@example(OVERFLOWS[0], (300.0, 300.0), 0.0, torch.float32, True, 0)
+def test_what_hidden_pairs_compute_may_overflow(score, huge, dropout_p, dtype, half, seed):
+    """The product of two numbers that float32 holds may be more than it does."""
+    hidden = ~mf.causal().dense(80, 80)[0, 0]
+    tables = [parameter(80, 80, seed=seed + n).detach().abs() + 0.5 for n in range(2)]
+    tables = [x.masked_fill(hidden, number) for x, number in zip(tables, huge, strict=True)]
+    tables = [x.half() for x in tables] if half else tables
+    given = {"dtype": dtype, "dropout_p": dropout_p, "seed": seed}
+    assert_matches_dense(mf.causal(), Shape(1, 2, 1, 80, 80, 8, 8), score=score(*tables), **given)
+    learned = [x.requires_grad_() for x in tables]
+    assert all(x.isfinite().all() for x in results(mf.causal(), score(*learned), learned, length=80, **given))
 
 
 def test_a_row_whose_values_are_all_minus_infinity_sees_nothing():

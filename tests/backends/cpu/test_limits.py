@@ -40,6 +40,10 @@ def bound(score, dtype=torch.float32):
     return BoundScore(traced.expr, traced.bind({}), (False,) * 9)
 
 
+def are_limited(strength, q, k, v, read):
+    return limits.are_limited(strength, q, k, v, read, limits.Largest.of(strength.scale, q, k, read))
+
+
 @pytest.fixture
 def verdicts(monkeypatch):
     """What was found of each pass."""
@@ -59,7 +63,7 @@ def test_limited_values_have_exponentials(name, power, seed, double):
     dtype = torch.float64 if double else torch.float32
     score = None if name is None else bound(SCORES[name], dtype)
     q, k, v = attention_like(10**power, dtype, seed)
-    if not limits.are_limited(Strength(0.5, score=score), q, k, v, (ALL, ALL)):
+    if not are_limited(Strength(0.5, score=score), q, k, v, (ALL, ALL)):
         return
     value = 0.5 * q @ k.mT
     if score is not None:
@@ -90,14 +94,14 @@ def test_limited_values_have_exponentials(name, power, seed, double):
 def test_what_may_overflow_underflow_or_is_no_number_is_not_limited(change, limited):
     q, k, v = attention_like(1, torch.float32)
     change(q, k, v)
-    assert limits.are_limited(Strength(0.5), q, k, v, (ALL, ALL)) == limited
+    assert are_limited(Strength(0.5), q, k, v, (ALL, ALL)) == limited
 
 
 def test_a_cap_is_a_limit_whatever_the_products():
     q, k, v = attention_like(1, torch.float32)
     for cap, limited in ((30.0, True), (50.0, False)):
         score = bound(lambda score, b, h, q, kv, cap=cap: cap * torch.tanh(score / cap))
-        assert limits.are_limited(Strength(1.0, score=score), 1e4 * q, k, v, (ALL, ALL)) == limited
+        assert are_limited(Strength(1.0, score=score), 1e4 * q, k, v, (ALL, ALL)) == limited
 
 
 def test_tokens_that_nobody_reads_count_for_nothing():
@@ -106,9 +110,9 @@ def test_tokens_that_nobody_reads_count_for_nothing():
         x[:, 1, 5] = torch.nan
     read = torch.ones(1, 2, LEN, dtype=torch.bool)
     read[:, 1, 5] = False
-    assert limits.are_limited(Strength(0.5), q, k, v, (read, read))
+    assert are_limited(Strength(0.5), q, k, v, (read, read))
     read[:, :, 5] = torch.tensor([False, True])
-    assert not limits.are_limited(Strength(0.5), q, k, v, (read, read))
+    assert not are_limited(Strength(0.5), q, k, v, (read, read))
 
 
 @pytest.mark.parametrize("factor", [1.0, 40.0, 1e4])
@@ -171,7 +175,7 @@ def test_a_token_that_one_head_of_a_group_reads_counts_for_the_group():
     read = torch.ones(1, 2, LEN, dtype=torch.bool)
     for head, limited in ((0, False), (1, True)):
         read[:, head, 5] = False
-        assert limits.are_limited(Strength(0.5), q, k, v, (ALL, read)) == limited
+        assert are_limited(Strength(0.5), q, k, v, (ALL, read)) == limited
 
 
 def test_a_row_that_sees_nothing_with_a_sink_far_below_zero():
