@@ -24,7 +24,7 @@ _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 def check(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None:
     """Check what attention is computed of: shapes, dtypes, devices and layouts that fit."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         raise BackendError(
             f"{operation}: torch.jit.trace is recording this call, which it can't; it is deprecated, so record with "
             "torch.export or torch.compile"
