@@ -10,7 +10,7 @@ from torch import Tensor
 from maskflash.errors import ArgumentTypeError
 from maskflash.ground import arguments
 from maskflash.ground.arguments import BlockSize
-from maskflash.ground.names import instead_of, unexpected
+from maskflash.ground.names import instead_of, surplus, unexpected
 from maskflash.masks.dense import FloatMask, dense_mask
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import MaskLike, Predicate, mask, refuse_maker
@@ -29,7 +29,7 @@ _FULL: Final = Predicate(
 
 def compile(
     mask: MaskLike | Tensor,
-    *,
+    *more: Never,
     score: ScoreLike | None = None,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -73,6 +73,7 @@ def compile(
             as three of TF32, which have tensor cores: nearly float32's accuracy in the scores, less in long sums.
             "fp8" computes forward's in 8 bits (e4m3) after making outliers small, on compute capability 8.9 or later,
             and the backward in full.
+        *more: none; what is passed there is answered by its name.
         **others: none; those that other libraries have are answered by what to write here.
 
     Returns:
@@ -88,22 +89,17 @@ def compile(
         >>> attn(q, k, v).shape
         torch.Size([1, 4, 512, 64])
     """
+    if more:
+        raise surplus("compile", more, ("mask",), ("score",))
     for name in others:
         raise unexpected("compile", name, None)
-    size = arguments.block_size("compile", block_size)
-    arguments.choice("compile", "backend", backend, ("auto", "cpu", "triton", *ENGINES))
-    deterministic = arguments.flag("compile", "deterministic", deterministic)
-    tune = arguments.flag("compile", "tune", tune)
-    check = arguments.flag("compile", "check", check)
-    factor = None if scale is None else arguments.scale("compile", scale)
     automatic = isinstance(splits, str) and splits == "auto"
     pieces = 0 if automatic else arguments.length("compile", "splits", splits, low=1)
     arguments.choice("compile", "kernels", kernels, get_args(Kernels))
     arguments.choice("compile", "precision", precision, get_args(Precision))
-    whole, strength = _given("compile", mask, score)
-    if not (whole.keywords or whole.implied_names):
-        whole.slots({})
-    return Attention(whole, factor, size, backend, deterministic, tune, check, strength, pieces, kernels, precision)
+    flags = {"tune": arguments.flag("compile", "tune", tune), "check": arguments.flag("compile", "check", check)}
+    wishes = {**flags, "splits": pieces, "kernels": kernels, "precision": precision}
+    return _op("compile", mask, score, scale, block_size, backend, deterministic, **wishes)
 
 
 @overload
@@ -146,7 +142,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     mask: MaskLike | Tensor | None = None,
-    *,
+    *more: Never,
     score: ScoreLike | None = None,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -172,15 +168,10 @@ def attention(
         >>> attention(q, k, v, mf.causal() & mf.document([200, 312])).shape
         torch.Size([1, 4, 512, 64])
     """
-    whole, strength = (_FULL, score) if mask is None else _given("attention", mask, score)
-    attn = compile(
-        whole,
-        score=strength,
-        scale=scale,
-        block_size=block_size,
-        backend=backend,
-        deterministic=deterministic,
-    )
+    whole = _FULL if mask is None else mask
+    attn = _op("attention", whole, score, scale, block_size, backend, deterministic)
+    if more:
+        raise surplus("attention", more, ("q", "k", "v", "mask"), (*attn.mask.keywords, "scale"))
     if asks_for_dropout(dropout_p, generator, seed):
         mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
     return attn(q, k, v, q_offset=q_offset, kv_offset=kv_offset, sinks=sinks, return_lse=return_lse, **mask_args)
@@ -193,7 +184,7 @@ def varlen_attention(
     mask: MaskLike | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    *,
+    *more: Never,
     score: ScoreLike | None = None,
     scale: float | None = None,
     block_size: BlockSize = 128,
@@ -229,6 +220,7 @@ def varlen_attention(
         q_offset: added to q inside each sequence: an int, or (R,) integers.
         sinks: as in `attention`.
         return_lse: also return the log-sum-exp.
+        *more: none; what is passed there is answered by its name.
         **mask_args: the mask's own arguments, and the score function's.
 
     Returns:
@@ -255,15 +247,11 @@ def varlen_attention(
         >>> torch.allclose(out[3:], alone[0].transpose(0, 1), atol=1e-6)
         True
     """
-    whole, strength = (_FULL, score) if mask is None else _given("varlen_attention", mask, score)
-    attn = compile(
-        whole,
-        score=strength,
-        scale=scale,
-        block_size=block_size,
-        backend=backend,
-        deterministic=deterministic,
-    )
+    whole = _FULL if mask is None else mask
+    attn = _op("varlen_attention", whole, score, scale, block_size, backend, deterministic)
+    if more:
+        takes = ("q", "k", "v", "mask", "cu_seqlens_q", "cu_seqlens_k")
+        raise surplus("varlen_attention", more, takes, (*attn.mask.keywords, "q_offset"))
     mask_args |= {"q_offset": q_offset, "sinks": sinks, "return_lse": return_lse}
     return attn.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **mask_args)
 
@@ -289,11 +277,32 @@ def invalidate() -> None:
     cache.invalidate()
 
 
+def _op(
+    operation: str,
+    mask: MaskLike | Tensor,
+    score: ScoreLike | None,
+    scale: float | None,
+    block_size: BlockSize,
+    backend: BackendChoice,
+    deterministic: bool,
+    **others: Any,
+) -> Attention:
+    """The op of a call's arguments, which are checked here; `others` have been."""
+    size = arguments.block_size(operation, block_size)
+    arguments.choice(operation, "backend", backend, ("auto", "cpu", "triton", *ENGINES))
+    deterministic = arguments.flag(operation, "deterministic", deterministic)
+    factor = None if scale is None else arguments.scale(operation, scale)
+    whole, strength = _given(operation, mask, score)
+    if not (whole.keywords or whole.implied_names):
+        whole.slots({})
+    return Attention(whole, factor, size, backend, deterministic, score=strength, **others)
+
+
 def _given(operation: str, mask: Any, score: Any) -> tuple[Mask, Score | None]:
     """A mask and a score function as callers give them; a floating tensor is both."""
     strength = None if score is None else as_score(operation, score)
     if isinstance(mask, Tensor) and mask.is_floating_point() and not instead_of(mask):
-        whole = dense_mask(operation, mask, FloatMask)
+        whole = dense_mask(operation, mask, FloatMask, above=3)
         added = bias(mask)
         return whole, added if strength is None else as_score(operation, (strength, added))
     return _as_mask(operation, mask), strength
@@ -309,7 +318,7 @@ def _as_mask(operation: str, value: Any) -> Mask:
         )
     foreign = instead_of(value)
     if isinstance(value, Tensor) and not foreign:
-        return dense_mask(operation, value, above=3)
+        return dense_mask(operation, value, above=4)
     if not (callable(value) or isinstance(value, str)):
         raise ArgumentTypeError(
             f"{operation}: mask is a {type(value).__name__}, expected a predicate f(b, h, q, kv), a mask or a tensor "

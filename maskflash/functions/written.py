@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import operator
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from maskflash.functions.sizes import Fits
 from maskflash.functions.slots import aside
 from maskflash.functions.traces import Reading, Record, Traces
 from maskflash.ground.names import check_free
-from maskflash.trace.trace import Traced, keyword_arguments, trace
+from maskflash.trace.trace import Traced, keyword_arguments, parameters_of, trace
 from maskflash.trace.tracer import MASK, Role
 
 
@@ -85,7 +84,7 @@ class WrittenFunction(Function):
     ) -> None:
         self.role = role
         keywords = keyword_arguments(function, role)
-        parameters = inspect.signature(function).parameters
+        parameters = parameters_of(function)
         defaults = {k: p.default for k in keywords if (p := parameters[k]).default is not p.empty}
         name = name or str(getattr(function, "__name__", type(function).__name__))
         check_free(name, keywords)

@@ -165,6 +165,23 @@ def unexpected(operation: str, name: str, known: tuple[str, ...] | None) -> Argu
     return ArgumentTypeError(f"{operation}: unexpected argument {name!r}; {answer}")
 
 
+def surplus(operation: str, more: tuple[Any, ...], takes: tuple[str, ...], names: tuple[str, ...]) -> ArgumentTypeError:
+    """The error for arguments by position beyond those that go so.
+
+    Args:
+        operation: what messages call it.
+        more: what is beyond.
+        takes: what goes by position.
+        names: what goes by name; the first of them is the example.
+    """
+    *first, last = takes
+    expected = f"{', '.join(first)} and {last}" if first else last
+    return ArgumentTypeError(
+        f"{operation}: got {len(takes) + len(more)} arguments by position, expected {expected}; pass all else by name, "
+        f"as in {names[0]}=..."
+    )
+
+
 def check_free(mask: str, keywords: tuple[str, ...]) -> None:
     """Check that a mask's arguments can be passed to it: that none has a name of ours.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskflash.errors import ArgumentError, ArgumentTypeError
+from maskflash.errors import ArgumentError, ArgumentTypeError, BackendError
 from maskflash.ground.arguments import DTYPES, by_type, instance
 from maskflash.ground.eight_bits import FORMAT
 
@@ -24,6 +24,11 @@ _AUTOCAST: Final = ("cpu", "cuda")  # device types
 
 def check(q: Tensor, k: Tensor, v: Tensor, operation: str = "attention") -> None:
     """Check what attention is computed of: shapes, dtypes, devices and layouts that fit."""
+    if torch._C._get_tracing_state() is not None:
+        raise BackendError(
+            f"{operation}: torch.jit.trace is recording this call, which it can't; it is deprecated, so record with "
+            "torch.export or torch.compile"
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             fix = f"; torch.from_numpy({name}) makes one" if isinstance(x, np.ndarray) else ""

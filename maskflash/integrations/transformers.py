@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
 from maskflash.api import attention
 from maskflash.errors import ArgumentError, ArgumentTypeError
@@ -30,6 +29,14 @@ from maskflash.integrations.shards import ShardMask, attend
 from maskflash.masks.mask import Mask
 from maskflash.masks.predicate import mask as as_mask
 from maskflash.presets.basic import causal
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+except ImportError as error:
+    raise ImportError(
+        f"maskflash.integrations.transformers: transformers can't be imported ({error}); "
+        "pip install 'maskflash[transformers]'"
+    ) from error
 
 NAME: Final = "mf"  # Transformers takes every name with "flash" in it for a FlashAttention of its own
 

@@ -97,8 +97,11 @@ class DenseMask(Mask):
         wanted = (sizes.batch, sizes.heads, sizes.q_len, sizes.kv_len)
         shape = (1,) * (4 - self.tensor.ndim) + tuple(self.tensor.shape)
         if any(size not in (1, needed) for size, needed in zip(shape, wanted, strict=True)):
+            of_keys = self.tensor.shape == (sizes.batch, sizes.kv_len)
+            fix = "; of one that says which keys of each batch row are seen, pass mask[:, None, None]" * of_keys
             raise ArgumentError(
-                f"{sizes.operation}: mask has shape {tuple(self.tensor.shape)}, expected {wanted}, or 1 in place of any"
+                f"{sizes.operation}: mask has shape {tuple(self.tensor.shape)}, expected {wanted}, or 1 in place of "
+                f"any{fix}"
             )
         return {}
 

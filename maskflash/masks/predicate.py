@@ -67,7 +67,8 @@ def refuse_maker(operation: str, value: Any) -> None:
         )
     public = str(getattr(value, "__qualname__", "")).isidentifier()  # a preset's own predicate is local to it
     if public and str(value.__module__).startswith(_MAKERS):
-        takes = [p.name for p in inspect.signature(value).parameters.values() if p.default is p.empty]
+        parameters = list(inspect.signature(value).parameters.values())
+        takes = [p.name for p in parameters if p.default is p.empty] or [p.name for p in parameters[:1]]
         raise ArgumentTypeError(
             f"{operation}: got {value.__name__}, which makes a mask; call it: {value.__name__}({', '.join(takes)})"
         )

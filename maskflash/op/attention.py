@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Final, Literal, overload
+from typing import Any, Final, Literal, Never, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from maskflash.errors import MaskIndexError
 from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, qkv
 from maskflash.ground.identity import state
+from maskflash.ground.names import surplus
 from maskflash.ground.transfer import capturing
 from maskflash.op import autograd, cache, later
 from maskflash.op.ahead import Ahead
@@ -63,7 +64,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
+        *more: Never,
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
         sinks: Tensor | None = None,
@@ -95,6 +96,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
             generator: draws the seed; None for torch's own.
             seed: an int, or an int64 tensor of one element, instead of one that is drawn.
             return_lse: also return the log-sum-exp of the scores, the sink's among them.
+            *more: none; what is passed there is answered by its name.
             **mask_args: the mask's own arguments, and the score function's.
 
         Returns:
@@ -111,6 +113,8 @@ class Attention(Ahead, Inside, Varlen, Paged):
 
         Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2, visiting only the tiles that the block map keeps.
         """
+        if more:
+            raise surplus("attention", more, ("q", "k", "v"), (*self.mask.keywords, "q_offset"))
         if getattr(q, "is_nested", False):
             mask_args |= {"dropout_p": dropout_p, "generator": generator, "seed": seed}
             offsets = {"q_offset": q_offset, "kv_offset": kv_offset}

@@ -6,7 +6,7 @@ k   (Tk, Hkv, D)    a a a a b b b       of q's sequence == kv's sequence and mas
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Never
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from maskflash.errors import ArgumentError, ArgumentTypeError
 from maskflash.functions.sizes import Sizes
 from maskflash.functions.slots import aside
 from maskflash.ground import arguments, qkv
+from maskflash.ground.names import surplus
 from maskflash.masks.sequences import ARGUMENTS, InSequences
 from maskflash.op import checking, places
 from maskflash.op.asking import Asking, asks_for_dropout
@@ -39,7 +40,7 @@ class Varlen(Asking):
         v: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
-        *,
+        *more: Never,
         q_offset: int | Tensor = 0,
         sinks: Tensor | None = None,
         return_lse: bool = False,
@@ -56,6 +57,7 @@ class Varlen(Asking):
             q_offset: added to q inside each sequence: an int, or (R,) integers.
             sinks: as in a call.
             return_lse: also return the log-sum-exp.
+            *more: none; what is passed there is answered by its name.
             **mask_args: the mask's own arguments, and the score function's.
 
         Returns:
@@ -70,6 +72,9 @@ class Varlen(Asking):
             >>> attn.varlen(q, k, v, starts, starts).shape
             torch.Size([8, 4, 64])
         """
+        if more:
+            takes = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+            raise surplus("Attention.varlen", more, takes, (*self.mask.keywords, "q_offset"))
         _check_packed(q, k, v)
         return_lse = arguments.flag(_OPERATION, "return_lse", return_lse)
         packed = _as_batch(q, k, v)

@@ -22,7 +22,7 @@ from maskflash.functions.sizes import Sizes
 from maskflash.ground import arguments, qkv
 from maskflash.ground.arguments import BlockSize
 from maskflash.ground.identity import Watch, owner
-from maskflash.ground.names import unexpected
+from maskflash.ground.names import surplus, unexpected
 from maskflash.masks.predicate import MaskLike
 from maskflash.op import cache, later
 from maskflash.op.asking import Asking, dropout_of
@@ -161,7 +161,7 @@ class ShardedAttention(Asking):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        *,
+        *more: Never,
         sinks: Tensor | None = None,
         dropout_p: float = 0,
         generator: torch.Generator | None = None,
@@ -184,6 +184,7 @@ class ShardedAttention(Asking):
             generator: draws the seed; it has to draw the same on every rank.
             seed: the same on every rank.
             return_lse: also return the log-sum-exp.
+            *more: none; what is passed there is answered by its name.
             **mask_args: the mask's own arguments, and the score function's: for all tokens, the same on every rank.
 
         Returns:
@@ -202,6 +203,8 @@ class ShardedAttention(Asking):
         everyone = self._everyone()
         facts: dict[str, str] | Exception
         try:
+            if more:
+                raise surplus(_OPERATION, more, ("q", "k", "v"), (*self.mask.keywords, "sinks"))
             return_lse = arguments.flag(_OPERATION, "return_lse", return_lse)
             ranks = find_ranks(self.group, self.plan.world_size, self.plan.head_ranks)
             qkv.check(q, k, v, _OPERATION)

@@ -83,11 +83,17 @@ def _table(captured: Mapping[str, Any], table: Tensor | Argument | View) -> Any:
     return captured[table] if isinstance(table, Captured) else table
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A function's parameters; a module's are those of its `forward`, since its call passes all on."""
+    return inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function).parameters
+
+
 def keyword_arguments(predicate: Callable[..., Any], role: Role = MASK) -> tuple[str, ...]:
     """Names of a function's keyword-only parameters; its positional ones must be those of its role, by place."""
-    name, takes = _home(predicate).function, len(role.takes)
+    is_module = isinstance(predicate, torch.nn.Module)
+    name, takes = type(predicate).__name__ if is_module else _home(predicate).function, len(role.takes)
     try:
-        parameters = list(inspect.signature(predicate).parameters.values())
+        parameters = list(parameters_of(predicate).values())
     except (TypeError, ValueError):
         fix = instead_of(predicate) or f"; pass a function f({', '.join(role.takes)})"
         raise ArgumentTypeError(f"{role.name[2:]} is a {type(predicate).__name__}{fix}") from None
@@ -105,6 +111,13 @@ def keyword_arguments(predicate: Callable[..., Any], role: Role = MASK) -> tuple
             f"def packed({', '.join(role.takes)}, *, doc)."
         )
         raise ArgumentError(f"{name}: {role.name} takes ({', '.join(role.takes)}), got ({got}). {fix}")
+    for place, parameter in enumerate(required):  # required: those of the role, by place
+        meant = parameter.name.removesuffix("_idx")
+        if meant in role.takes and meant != role.takes[place]:
+            raise ArgumentError(
+                f"{name}: {role.name} takes ({', '.join(role.takes)}), got ({', '.join(p.name for p in required)}), "
+                f"where {parameter.name} would be {role.takes[place]}: arguments go by place. Put them in this order."
+            )
     return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
 
 

@@ -219,6 +219,23 @@ def test_factors_that_are_no_numbers_are_told(scale):
         mf.compile(mf.causal(), scale=scale)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", "1"), ("block_size", 0), ("backend", "gpu"), ("deterministic", 1)]
+)
+def test_how_to_run_is_told_by_the_call_that_was_asked(name, value):
+    packed, starts = [x[0].transpose(0, 1) for x in (Q, K, V)], torch.tensor([0, Q.shape[2]])
+    calls = {
+        "compile": lambda **given: mf.compile(mf.causal(), **given),
+        "attention": lambda **given: mf.attention(Q, K, V, mf.causal(), **given),
+        "varlen_attention": lambda **given: mf.varlen_attention(*packed, mf.causal(), starts, starts, **given),
+    }
+    for operation, call in calls.items():
+        with pytest.raises(
+            ValueError if name in ("block_size", "backend") else TypeError, match=f"^{operation}: {name} is"
+        ):
+            call(**{name: value})
+
+
 @pytest.mark.parametrize("scale", [MOST_SCALE, 1 / MOST_SCALE, 1, np.float32(0.5), Fraction(1, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_factors_up_to_the_limits_give_numbers(scale, dtype):

@@ -146,3 +146,40 @@ def test_a_score_function_is_recognised():
 
     with pytest.raises(mf.ArgumentError, match=r"^alibi: .* A score function is given as `score=`"):
         mf.compile(alibi)
+
+
+# By position
+
+
+STARTS = torch.tensor([0, 3, 8])
+PACKED = [x[0].transpose(0, 1) for x in (Q, K, V)]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda: mf.compile(packed)(Q, K, V, IDS),
+            "attention: got 4 arguments by position, expected q, k and v; .*doc=",
+        ),
+        (lambda: mf.compile(mf.causal())(Q, K, V, 0, 0), "attention: got 5 .*, expected q, k and v; .* q_offset="),
+        (lambda: mf.attention(Q, K, V, packed, IDS), "attention: got 5 .*, expected q, k, v and mask; .* doc="),
+        (lambda: mf.attention(Q, K, V, None, 0.125), "attention: got 5 .*, expected q, k, v and mask; .* scale="),
+        (lambda: mf.compile(mf.causal(), mf.scores.alibi()), "compile: got 2 .*, expected mask; .* score="),
+        (
+            lambda: mf.varlen_attention(*PACKED, None, STARTS, STARTS, 5, 5),
+            "varlen_attention: got 8 .*, expected q, k, v, mask, cu_seqlens_q and cu_seqlens_k; .* q_offset=",
+        ),
+        (
+            lambda: mf.compile(packed).varlen(*PACKED, STARTS, STARTS, IDS),
+            "Attention.varlen: got 6 .*, expected q, k, v, cu_seqlens_q and cu_seqlens_k; .* doc=",
+        ),
+        (
+            lambda: mf.parallel.compile(packed, mf.parallel.plan(packed, 8, 1, doc=IDS))(Q, K, V, IDS),
+            "parallel attention: got 4 .*, expected q, k and v; .* doc=",
+        ),
+    ],
+)
+def test_what_goes_by_name_is_told_so_by_position(call, said):
+    with pytest.raises(mf.ArgumentTypeError, match=f"^{said}"):
+        call()

@@ -56,3 +56,14 @@ def test_no_heads_are_told(heads, kv_heads):
     q, (k, v) = Q[:, :1].expand(-1, heads, -1, -1), (x[:, :1].expand(-1, kv_heads, -1, -1) for x in (K, V))
     with pytest.raises(mf.ArgumentError, match=f"q has {heads} heads and k {kv_heads}; expected at least 1 each"):
         mf.attention(q, k, v)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("score", [None, mf.scores.alibi()])
+def test_what_torch_s_old_tracer_records_is_told(score):
+    attn = mf.compile(mf.causal(), score=score)
+    attn(Q, K, V)  # what is remembered of a call doesn't serve one that is recorded
+    with pytest.raises(mf.BackendError, match=r"^attention: torch.jit.trace is recording this call, .*torch.export"):
+        torch.jit.trace(lambda q, k, v: attn(q, k, v), (Q, K, V))
+    assert attn(Q, K, V).shape == Q.shape

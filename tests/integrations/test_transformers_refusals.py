@@ -1,6 +1,8 @@
 """What a Transformers model asks of maskflash in vain is refused by name; what layers hand on is checked."""
 
+import importlib
 import re
+import sys
 
 import pytest
 import torch
@@ -120,3 +122,12 @@ def test_boundaries_count_all_rows_of_a_batch():
     assert integration._boundaries(documents, 2, 4) == [0, 2, 4, 8]
     assert integration._boundaries(None, 3, 4) == [0, 4, 8, 12]
     assert integration._boundaries(None, 3, 0) == [0]
+
+
+def test_transformers_that_is_not_there_is_told_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, integration.__name__)
+    with pytest.raises(
+        ImportError, match=r"transformers can't be imported \(.*\); pip install 'maskflash\[transformers\]'"
+    ):
+        importlib.import_module(integration.__name__)

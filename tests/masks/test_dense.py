@@ -68,6 +68,7 @@ Q = torch.zeros(2, 4, 30, 8)
         (torch.ones(30, 30).int(), mf.ArgumentTypeError, r"dtype torch.int32, expected torch.bool; pass mask.bool\(\)"),
         (torch.ones(30).bool(), mf.ArgumentError, r"shape \(30,\), expected \(q_len, kv_len\)"),
         (torch.ones(30, 29).bool(), mf.ArgumentError, r"shape \(30, 29\), expected \(2, 4, 30, 30\), or 1"),
+        (torch.ones(2, 30).bool(), mf.ArgumentError, r"shape \(2, 30\), .*, pass mask\[:, None, None\]"),
         (torch.ones(3, 1, 30, 30).bool(), mf.ArgumentError, r"shape \(3, 1, 30, 30\), expected \(2, 4, 30, 30\)"),
     ],
 )

@@ -179,3 +179,34 @@ def test_masks_join_predicates():
     for other in (3, torch.ones(2, 2), None):
         with pytest.raises(TypeError):
             mf.causal() & other
+
+
+@pytest.mark.parametrize("suffix", ["", "_idx"])
+def test_indices_that_stand_at_other_places_are_told(suffix):
+    right = ("b", "h", f"q{suffix}", f"kv{suffix}")
+    for names in itertools.permutations(right):
+        predicate = eval(f"lambda {', '.join(names)}: q{suffix} >= kv{suffix}")
+        if names == right:
+            assert bool(mf.equivalent(predicate, mf.causal(), 8, 8))
+            continue
+        with pytest.raises(mf.ArgumentError, match=r"takes \(b, h, q, kv\), got .*: arguments go by place"):
+            mf.mask(predicate)
+    with pytest.raises(mf.ArgumentError, match=r"got \(score, b, h, kv, q\), where kv would be q"):
+        mf.score(lambda score, b, h, kv, q: score - (q - kv))
+    assert bool(mf.equivalent(lambda _, __, i, j: i >= j, mf.causal(), 8, 8))  # other names say nothing
+
+
+class Window(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("place", torch.arange(8))
+
+    def forward(self, b, h, q, kv, *, n=2):
+        return 0 <= self.place[q] - kv <= n
+
+
+def test_a_module_is_a_mask_by_its_forward():
+    assert bool(mf.equivalent(Window(), mf.sliding_window(2), 8, 8))
+    assert torch.equal(mf.mask(Window()).dense(8, 8, n=4), mf.sliding_window(4).dense(8, 8))
+    with pytest.raises(mf.ArgumentError, match=r"^Linear: a mask predicate takes \(b, h, q, kv\), got \(input\)"):
+        mf.compile(torch.nn.Linear(2, 2))
