@@ -311,11 +311,6 @@ def _given(operation: str, mask: Any, score: Any) -> tuple[Mask, Score | None]:
 def _as_mask(operation: str, value: Any) -> Mask:
     if isinstance(value, Mask):
         return value
-    if torch.compiler.is_dynamo_compiling():
-        torch._dynamo.graph_break(
-            f"maskflash.{operation} was given a mask to trace, which torch.compile can't look into: make it outside of "
-            "what is compiled, with mf.mask or mf.compile; what varies goes in by keyword"
-        )
     foreign = instead_of(value)
     if isinstance(value, Tensor) and not foreign:
         return dense_mask(operation, value, above=4)

@@ -11,9 +11,10 @@ the result off the function as plain data.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import count
-from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, NamedTuple, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -32,6 +33,7 @@ from maskflash.functions.traces import (
     exact_of,
     kind_of,
     open_names,
+    put,
     stand_ins,
 )
 from maskflash.ground import arguments
@@ -42,10 +44,30 @@ F = TypeVar("F", bound="Function")
 T = TypeVar("T")
 
 _NOTHING: Final = Reading()
-_MOST_PAIRS: Final = 64  # that a function keeps for graphs; the first to come is the first to go
+_MOST_MADE: Final = 64  # of what graphs make of two functions; the first to come is the first to go
+_MOST_RECIPES: Final = 4096
 
 _numbers = count()
 _numbered: WeakValueDictionary[str, Function] = WeakValueDictionary()  # those that were paired with another, by number
+_recipes: OrderedDict[str, Recipe] = OrderedDict()  # by the attribute that holds what they make
+
+
+class Identity:
+    """Equal to itself alone."""
+
+
+class Recipe(NamedTuple):
+    """How a function makes something of itself, and perhaps of another function.
+
+    Attributes:
+        make: gets the function, the other one if there is one, and `how`.
+        number: of the other one.
+        how: in which way.
+    """
+
+    make: Callable[..., Any]
+    number: str = ""
+    how: tuple[str, ...] = ()
 
 
 class Bound(NamedTuple):
@@ -78,11 +100,22 @@ class Function:
         sizes: which of a call's "q_len", "kv_len", "batch" and "heads" it depends on, rather than just its pairs.
         fits: what its tables are made for.
         traces: its traces so far.
-        number: another for each function of this process; a text, which dynamo guards.
+        identity: what no other function of this process has, those that are gone included.
+        number: likewise, a text that dynamo guards; there once a graph has made something with the function.
         reachable: attributes that its `__call__` reads, which a function that calls it captures with it.
     """
 
     reachable: ClassVar[tuple[str, ...]] = ()
+    number: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """One that is not there yet, outside of graphs: what is called aside has no look at what a graph makes."""
+        if torch.compiler.is_dynamo_compiling():
+            torch._dynamo.graph_break(
+                f"maskflash makes a {cls.__name__} here, for which torch.compile breaks the graph: make masks and "
+                "score functions outside of what is compiled; what varies goes in by keyword"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -99,8 +132,8 @@ class Function:
         self.implied_names = implied_names
         self.sizes = sizes
         self.fits = fits
-        self.traces: Traces = Traces()
-        self.number: str = f"n{next(_numbers)}"
+        self.traces: Traces = Traces(self)
+        self.identity: Identity = Identity()
 
     def __call__(self, *indices: Any, **mask_args: Any) -> Any:
         """The value at a pair, (b, h, q, kv) or what else it takes: numbers, tensors or the symbols of a trace."""
@@ -248,6 +281,12 @@ class Function:
         values = {**given, **now.slots}
         self.traces.keep(case, tuple((x, exact_of(x, values[x])) for x in names), self.plain(traced))
 
+    def retrace(self, case: Case, exact: Exact) -> None:
+        """Have the slots of a case and such values among the traces, if that is how things are here."""
+        self.look()
+        if self.followed and self.reading().structure == case[0]:
+            self._trace(case[1], dict(exact))
+
     def _unfollowed(self, given: dict[str, Any]) -> Slots:
         traced = self.trace(given)
         kinds = tuple(kind_of(name, value) for name, value in given.items())
@@ -260,16 +299,11 @@ class Function:
         slots, values = self.slots(given)
         return slots.traced.filled(values)
 
-    def twin(self, kind: Callable[[Any], F]) -> F:
-        """`kind(self)`, made at the first call: its traces are kept as long as this function's are."""
-        self._make_twin(kind)
-        found: F = getattr(self, kind.__name__)
-        return found
+    # What is made of a function, and found on it
 
-    @aside
-    def _make_twin(self, kind: Callable[[Any], Function]) -> None:
-        if kind.__name__ not in vars(self):
-            setattr(self, kind.__name__, kind(self))
+    def twin(self, make: Callable[[Any], T]) -> T:
+        """`make(self)`, made at the first call: its traces are kept as long as this function's are."""
+        return self._made(f"made_{make.__name__}", make)
 
     def pair(self, make: Callable[..., T], other: Function, *how: str) -> T:
         """`make(self, other, *how)`, of this function and another one.
@@ -280,21 +314,41 @@ class Function:
         if not torch.compiler.is_dynamo_compiling():
             return make(self, other, *how)
         other._be_found()
-        self._make_pair(make, other.number, how)
-        found: T = getattr(self, "_".join(("pair", make.__name__, other.number, *how)))
+        return self._made("_".join(("made", make.__name__, other.number, *how)), make, other.number, how)
+
+    def _made(self, name: str, make: Callable[..., T], number: str = "", how: tuple[str, ...] = ()) -> T:
+        self._make(name, make, number, how)
+        found: T = getattr(self, name)
         return found
 
     @aside
     def _be_found(self) -> None:
-        _numbered[self.number] = self
+        if "number" not in vars(self):
+            self.number = f"n{next(_numbers)}"
+            _numbered[self.number] = self
 
     @aside
-    def _make_pair(self, make: Callable[..., Any], number: str, how: tuple[str, ...]) -> None:
-        name = "_".join(("pair", make.__name__, number, *how))
+    def _make(self, name: str, make: Callable[..., Any], number: str, how: tuple[str, ...]) -> None:
         if name not in vars(self):
-            setattr(self, name, make(self, _numbered[number], *how))
-            for old in [name for name in vars(self) if name.startswith("pair_")][:-_MOST_PAIRS]:
-                delattr(self, old)
+            put(_recipes, name, Recipe(make, number, how), _MOST_RECIPES)
+            self.__getattr__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a graph's guards look for on another function than it was made with, made now as that one's was."""
+        recipe = _recipes.get(name)
+        if recipe is not None:
+            others = [_numbered[recipe.number]] if recipe.number in _numbered else []
+            if bool(recipe.number) == bool(others):
+                made = recipe.make(self, *others, *recipe.how)
+                setattr(self, name, made)
+                self._drop_oldest()
+                return made
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _drop_oldest(self) -> None:
+        pairs = [name for name in vars(self) if name in _recipes and _recipes[name].number]
+        for name in pairs[:-_MOST_MADE]:
+            delattr(self, name)
 
     def known(self) -> Traced | None:
         """A trace: the only one, or the latest; None for a function whose arguments nobody gave yet."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from operator import index
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from torch import Tensor
 from maskflash.functions.slots import Slots
 from maskflash.trace.sources import is_captured
 from maskflash.trace.trace import Traced
+
+if TYPE_CHECKING:
+    from maskflash.functions.function import Function
 
 _MOST: Final = 64  # traces of one function; the least recently used goes first
 _MOST_NAMES: Final = 4096  # of slots, in all functions; the first to come is the first to go
@@ -35,6 +40,7 @@ Case = tuple[Hashable, Kinds]
 """The structure of what is captured, and the kinds of all values."""
 
 _names: OrderedDict[tuple[Case, Exact], str] = OrderedDict()
+_cases: dict[str, tuple[Case, Exact]] = {}  # by name
 _made = 0  # names so far: one that is forgotten is given to nobody else
 _lock = threading.Lock()  # of whoever changes these, or the traces of any function
 
@@ -75,12 +81,25 @@ class Traces:
         unfollowed: the latest of a function that is traced at each call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, function: Function | None = None) -> None:
+        self._function = None if function is None else ref(function)
         self.plain: tuple[int, Slots, Mapping[str, Any]] | None = None
         self.unfollowed: Record | None = None
         self._names: OrderedDict[tuple[Case, Exact], str] = OrderedDict()
         self._depends: OrderedDict[Case, tuple[str, ...]] = OrderedDict()
         self._last = ""  # name used
+
+    def __getattr__(self, name: str) -> Slots:
+        """What a graph's guards look for on another function than it was made with: traced now, as for a call."""
+        wanted = _cases.get(name)
+        function = None if wanted is None or self._function is None else self._function()
+        if wanted is not None and function is not None:
+            with suppress(Exception):  # of a function that is too different: its call will say so
+                function.retrace(*wanted)
+            found: Slots | None = vars(self).get(name)
+            if found is not None:
+                return found
+        raise AttributeError(f"no slots {name!r}")
 
     def depends(self, case: Case) -> tuple[str, ...] | None:
         """The values that traces of a case are known to depend on, in order; None of a case that is new."""
@@ -90,7 +109,7 @@ class Traces:
         """Note more of those; all of them."""
         with _lock:
             known = tuple(sorted(names.union(self._depends.get(case, ()))))
-            _put(self._depends, case, known, _MOST)
+            put(self._depends, case, known, _MOST)
         return known
 
     def name(self, case: Case, exact: Exact) -> str | None:
@@ -99,8 +118,8 @@ class Traces:
         if name is not None and name != self._last:
             with _lock:
                 self._last = name
-                _put(self._names, (case, exact), name, _MOST)
-                if not hasattr(self, name):  # another thread has just dropped it
+                put(self._names, (case, exact), name, _MOST)
+                if name not in vars(self):  # another thread has just dropped it
                     del self._names[case, exact]
                     return None
         return name
@@ -113,15 +132,17 @@ class Traces:
             if name is None:
                 _made += 1
                 name = f"slots{_made}"
-                _put(_names, (case, exact), name, _MOST_NAMES)
+                for gone in put(_names, (case, exact), name, _MOST_NAMES):
+                    _cases.pop(gone, None)
+                _cases[name] = case, exact
             setattr(self, name, slots)
             self._last = name
-            for gone in _put(self._names, (case, exact), name, _MOST):
+            for gone in put(self._names, (case, exact), name, _MOST):
                 delattr(self, gone)
 
     def all(self) -> list[Slots]:
         """All that there are, the latest last."""
-        found = [getattr(self, name, None) for name in list(self._names.values())]
+        found = [vars(self).get(name) for name in list(self._names.values())]
         return [slots for slots in found if slots is not None]
 
     def latest(self, structure: Hashable) -> Traced | None:
@@ -129,7 +150,7 @@ class Traces:
         if self.unfollowed is not None:
             return self.unfollowed.traced
         names = [name for (case, _), name in list(self._names.items()) if case[0] == structure]
-        slots: Slots | None = getattr(self, names[-1], None) if names else None
+        slots: Slots | None = vars(self).get(names[-1]) if names else None
         return None if slots is None else slots.traced
 
     @property
@@ -145,7 +166,7 @@ class Traces:
             return [self.unfollowed]
         found = []
         for (case, exact), name in list(self._names.items()):
-            slots = getattr(self, name, None)
+            slots = vars(self).get(name)
             now = all(exact_of(x, captured[x]) == value for x, value in exact if x in captured)
             if slots is not None and case[0] == reading.structure and now:
                 kinds = tuple(kind for kind in case[1] if not is_captured(kind[0]))
@@ -163,7 +184,7 @@ class Traces:
         return traces
 
 
-def _put(kept: OrderedDict[Any, Any], key: Hashable, value: Any, most: int) -> list[Any]:
+def put(kept: OrderedDict[Any, Any], key: Hashable, value: Any, most: int) -> list[Any]:
     """Put something last, and drop what is too much from the front; what was dropped."""
     kept[key] = value
     kept.move_to_end(key)

@@ -41,7 +41,6 @@ class Combination(Mask):
         self.op = op
         self.parts = parts
         self.leaves: int = sum(part.leaves if isinstance(part, Combination) else 1 for part in parts)
-        self._masks: tuple[Mask, ...] | None = None
         self._reading = Reading(-1)  # replaced as a whole, for threads
         keywords = tuple(dict.fromkeys(name for part in parts for name in part.keywords))
         defaults: dict[str, Any] = {}
@@ -78,14 +77,7 @@ class Combination(Mask):
 
     def joined(self) -> tuple[Mask, ...]:
         """The masks themselves, in order."""
-        self._look_for_masks()
-        assert self._masks is not None
-        return self._masks
-
-    @aside  # dynamo begins again where it has seen what is there only afterwards
-    def _look_for_masks(self) -> None:
-        if self._masks is None:
-            self._masks = tuple([step for step in self.steps() if isinstance(step, Mask)])
+        return self.twin(_masks_of)
 
     def implied(self, sizes: Sizes) -> dict[str, int]:
         """What any part's call implies."""
@@ -140,6 +132,10 @@ class Combination(Mask):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _joined_again, (self.steps(),)
+
+
+def _masks_of(whole: Combination) -> tuple[Mask, ...]:
+    return tuple([step for step in whole.steps() if isinstance(step, Mask)])
 
 
 def negated(mask: Mask) -> Combination:

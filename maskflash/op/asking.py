@@ -85,7 +85,6 @@ class Asking:
         precision: Precision = "full",
     ) -> None:
         self.given = mask
-        self.name: str = mask.name
         self.score = score
         if score is not None:
             self._with_holes = mask.pair(left_with_holes, score)
@@ -100,6 +99,11 @@ class Asking:
         self.splits = splits
         self.kernels = kernels
         self.precision = precision
+
+    @property
+    def name(self) -> str:
+        """The mask's, which no call reads: a graph would guard it."""
+        return self.given.name
 
     def _as_asked(self, mask: Mask, score: Score | None) -> Self:
         """An op of another mask and score function, with all else as it was asked for here."""

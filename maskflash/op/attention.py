@@ -181,7 +181,7 @@ class Attention(Ahead, Inside, Varlen, Paged):
         if q.is_nested or k.is_nested or v.is_nested:  # which have no shape
             return None
         mask = self.mask
-        given: list[Any] = [mask.number, stamp]
+        given: list[Any] = [mask.identity, stamp]
         if sinks is not None:  # its values are no part of what is kept
             if not isinstance(sinks, Tensor) or sinks.is_nested:
                 return None

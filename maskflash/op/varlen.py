@@ -158,7 +158,7 @@ class Varlen(Asking):
 
     def _for_tokens(self) -> Any:
         """The op of packed tokens."""
-        if self.score is None and torch.compiler.is_dynamo_compiling():  # perhaps it was made in this very graph
+        if torch.compiler.is_dynamo_compiling():  # perhaps it was made in this very graph
             return self._packed()
         self._keep_packed()
         return self._of_tokens

@@ -1,5 +1,7 @@
 """torch.compile takes the op whole, and again for new lengths, documents, windows and offsets as rarely as it can."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -249,7 +251,7 @@ def test_a_mask_made_inside_breaks_the_graph_and_says_so():
         return mf.attention(q, q, q, lambda b, h, row, column: row >= column)
 
     q = torch.randn(1, HEADS, 64, DIM)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="make it outside of what is compiled"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="outside of what is compiled"):
         compiled(model)[0](q)
     assert torch.equal(torch.compile(model, backend="eager")(q), model(q))
 
@@ -287,26 +289,64 @@ def test_a_mask_turned_around_breaks_a_graph_and_is_compiled_once():
     assert counter.frame_count == 1
 
 
-def test_a_graph_looks_again_at_what_is_joined():
+KINDS = (
+    *("causal", "document", "window", "inverse", "joined", "joined to one that stays"),
+    *("columns", "dense", "predicate", "structure"),
+)
+
+
+def fresh_masks(step):
+    """Masks as a training step may make them: of many structures, each with other contents than the step before."""
+    table = torch.arange(100) // (7 + step)
+    ends = torch.randint(1, 100, (100,), dtype=torch.int32).cummax(0)[0]
+    return {
+        "causal": mf.causal(),
+        "document": mf.document(lengths=[10 + step, 90 - step]),
+        "window": mf.sliding_window(3 + step),
+        "inverse": ~mf.sliding_window(3 + step),
+        "joined": mf.causal() & mf.document(lengths=[10 + step, 90 - step]),
+        "joined to one that stays": CAUSAL & mf.document(lengths=[10 + step, 90 - step]) | NEAR,
+        "columns": mf.ColumnIntervals(ends, causal=True),
+        "dense": CAUSAL & (torch.rand(1, 1, 1, 100) < 0.5),
+        "predicate": mf.mask(lambda b, h, q, kv: table[q] == table[kv]),
+        "structure": mf.mask(lambda b, h, q, kv: q // (4 + step) >= kv // 8),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::maskflash.DenseMaskWarning")
+@pytest.mark.parametrize("score", [None, SCORES[0]], ids=["", "score"])
+@pytest.mark.parametrize("name", KINDS)
+def test_masks_of_each_step_are_compiled_once(name, score):
+    """A mask that is new in each step, of one structure, runs in the graph of the first one; of numbers, the second."""
+    fast, counter = compiled(lambda q, mask: mf.attention(q, q, q, mask, score=score))
+    for step in range(4):
+        q, mask = torch.randn(1, HEADS, 100, DIM), fresh_masks(step)[name]
+        assert torch.equal(fast(q, mask), mf.attention(q, q, q, mask, score=score))
+    assert counter.frame_count <= {"window": 2, "inverse": 2, "structure": 4}.get(name, 1)
+
+
+@pytest.mark.filterwarnings("ignore::maskflash.DenseMaskWarning")
+def test_a_graph_looks_again_at_what_it_is_given():
     """Another mask or another score function is never taken for the one that a graph was made with."""
     fast, counter = compiled(lambda q, mask, score: mf.attention(q, q, q, mask & NEAR, score=score))
-    q = torch.randn(1, HEADS, 100, DIM)
-    calls = [(mask, score) for mask in (mf.causal(), mf.causal(), FAR) for score in (*SCORES, mf.scores.softcap(3.0))]
-    counts = []
-    with torch._dynamo.config.patch(recompile_limit=2 * len(calls)):
-        for _ in range(2):
-            for mask, score in calls:
+    counts, draw = [], random.Random(0)
+    with torch._dynamo.config.patch(recompile_limit=100, accumulated_recompile_limit=200):
+        for step in range(3):
+            masks = list(fresh_masks(step).values())
+            draw.shuffle(masks)
+            for mask in masks:
+                q, score = torch.randn(1, HEADS, 100, DIM), SCORES[draw.randrange(2)]
                 assert torch.equal(fast(q, mask, score), mf.attention(q, q, q, mask & NEAR, score=score))
             counts.append(counter.frame_count)
-    assert counts[0] == counts[1]
+    assert counts[-1] < 2 * len(SCORES) * len(masks)
 
 
 def test_a_function_keeps_few_of_what_graphs_make_of_it(monkeypatch):
-    monkeypatch.setattr(function, "_MOST_PAIRS", 4)
+    monkeypatch.setattr(function, "_MOST_MADE", 4)
     mask, scores = mf.causal(), [mf.scores.softcap(float(n)) for n in (2, 3, 5, 7)]
     fast = torch.compile(lambda q, score: mf.attention(q, q, q, mask, score=score), backend="eager")
     q = torch.randn(1, HEADS, 16, DIM)
     with torch._dynamo.config.patch(recompile_limit=20):
         for score in (*scores, scores[0]):
             assert torch.equal(fast(q, score), mf.attention(q, q, q, mask, score=score))
-    assert sum(name.startswith("pair_") for name in vars(mask)) == 4  # two for each of two score functions
+    assert sum(name.startswith("made_left") for name in vars(mask)) == 4  # two for each of two score functions
