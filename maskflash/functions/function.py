@@ -132,7 +132,7 @@ class Function:
         self.implied_names = implied_names
         self.sizes = sizes
         self.fits = fits
-        self.traces: Traces = Traces(self)
+        self.traces: Traces = Traces(self.retrace)
         self.identity: Identity = Identity()
 
     def __call__(self, *indices: Any, **mask_args: Any) -> Any:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from operator import index
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-from weakref import ref
+from typing import Any, Final, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -24,9 +24,6 @@ from torch import Tensor
 from maskflash.functions.slots import Slots
 from maskflash.trace.sources import is_captured
 from maskflash.trace.trace import Traced
-
-if TYPE_CHECKING:
-    from maskflash.functions.function import Function
 
 _MOST: Final = 64  # traces of one function; the least recently used goes first
 _MOST_NAMES: Final = 4096  # of slots, in all functions; the first to come is the first to go
@@ -79,10 +76,13 @@ class Traces:
     Attributes:
         plain: where there are no arguments, the function's stamp, its slots, and what it captured then.
         unfollowed: the latest of a function that is traced at each call.
+
+    Args:
+        retrace: has the function keep the slots of a case and such values, if that is how things are there.
     """
 
-    def __init__(self, function: Function | None = None) -> None:
-        self._function = None if function is None else ref(function)
+    def __init__(self, retrace: Callable[[Case, Exact], None] | None = None) -> None:
+        self._retrace = None if retrace is None else WeakMethod(retrace)
         self.plain: tuple[int, Slots, Mapping[str, Any]] | None = None
         self.unfollowed: Record | None = None
         self._names: OrderedDict[tuple[Case, Exact], str] = OrderedDict()
@@ -92,10 +92,10 @@ class Traces:
     def __getattr__(self, name: str) -> Slots:
         """What a graph's guards look for on another function than it was made with: traced now, as for a call."""
         wanted = _cases.get(name)
-        function = None if wanted is None or self._function is None else self._function()
-        if wanted is not None and function is not None:
+        retrace = None if wanted is None or self._retrace is None else self._retrace()
+        if wanted is not None and retrace is not None:
             with suppress(Exception):  # of a function that is too different: its call will say so
-                function.retrace(*wanted)
+                retrace(*wanted)
             found: Slots | None = vars(self).get(name)
             if found is not None:
                 return found
