@@ -44,7 +44,7 @@ def test_all_arguments_of_ours_are_kept_from_masks():
         for parameter in inspect.signature(call).parameters.values()
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     }
-    calls_of_ours = (mf.Mask.at_call, mf.Mask.bind, mf.Mask.plain, mf.Mask.twin)
+    calls_of_ours = (mf.Mask.at_call, mf.Mask.bind, mf.Mask.plain, mf.Mask.twin, mf.Mask.pair, mf.Mask.retrace)
     internal = {name for call in calls_of_ours for name in inspect.signature(call).parameters}
     assert taken - internal - {"kinds", "exact", "mask_args"} <= OWN.keys()
     assert {"q_offset", "return_lse", "device", "causal", "tune", "b"} <= taken
